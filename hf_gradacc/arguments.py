@@ -1,0 +1,237 @@
+"""The options this package adds to ``TrainingArguments``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from hf_gradacc.errors import ConfigError
+
+__all__ = ["GradAccArguments", "GradAccOptions"]
+
+
+@dataclass
+class GradAccOptions:
+    """Mixin that gives any ``TrainingArguments`` subclass the options of `GradAccMixin`.
+
+    >>> from transformers import Seq2SeqTrainingArguments
+    >>> @dataclass
+    ... class MyArguments(GradAccOptions, Seq2SeqTrainingArguments): ...
+    >>> MyArguments(output_dir="out", effective_batch_size=64).effective_batch_size
+    64
+    """
+
+    effective_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences in an update, over all ranks. Default: per_device_train_batch_size "
+            "x gradient_accumulation_steps x world size, as in transformers."
+        },
+    )
+    tokens_per_update: int | None = field(
+        default=None,
+        metadata={
+            "help": "Target tokens an update must reach; sequences are drawn in seeded order until "
+            "it does. Instead of effective_batch_size."
+        },
+    )
+    max_tokens_per_micro_batch: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in a micro-batch, padding included; 'auto' tries some on the "
+            "first 20 updates and keeps the fastest. Never changes the gradient. Default: "
+            "per_device_train_batch_size sequences."
+        },
+    )
+    incomplete_update: Literal["keep", "drop"] | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with an epoch's last update if it is short: keep or drop. "
+            "Default: drop if dataloader_drop_last, else keep."
+        },
+    )
+
+    target_only_logits: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute logits only where a prediction enters the loss. Never changes the "
+            "gradient. Default: where a check of the model at the start of training passes."
+        },
+    )
+    drop_attention_mask: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give no mask for micro-batches padded on the right. Never changes the "
+            "gradient. Default: where a check of the model at the start of training passes."
+        },
+    )
+    layout: Literal["auto", "padded", "packed"] = field(
+        default="auto",
+        metadata={
+            "help": "Rows side by side with padding, or end to end as one row without. Never "
+            "changes the gradient. Default: packed where the attention takes it for free (flash, "
+            "flex) and a check of the model passes, else padded."
+        },
+    )
+
+    recover_from_out_of_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "Roll an update back that ran out of memory, cut it finer and run it again; "
+            "evaluation likewise. Never changes the gradient."
+        },
+    )
+    accumulate_grads_in_fp32: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sum the gradients of bfloat16 and float16 weights in float32. Costs 2 bytes "
+            "more per trainable weight. Default: wherever there is more than one micro-batch."
+        },
+    )
+    on_non_finite: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={
+            "help": "What to do with an update whose loss or gradient is NaN or infinite: raise an "
+            "error that names its rows, or skip it. Neither lets the optimizer see it."
+        },
+    )
+    max_skipped_updates_in_a_row: int = field(
+        default=5,
+        metadata={"help": "Stop with an error after skipping so many updates one after another."},
+    )
+
+    noise_scale_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many updates, cut one at random and measure gradient noise: "
+            "the batch size beyond which more rows per update help little. Default: never."
+        },
+    )
+
+    allow_changed_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume even if the training dataset is not the one the checkpoint was trained "
+            "on: go on at the same place of the new one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check our options together with those of the class we are mixed into."""
+        budget = self.max_tokens_per_micro_batch
+        if isinstance(budget, str) and budget.isdecimal():
+            self.max_tokens_per_micro_batch = int(budget)  # from the command line
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        problems = list(_find_problems(self))
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def keeps_incomplete_update(self) -> bool:
+        """Whether an epoch's short last update is trained."""
+        if self.incomplete_update is None:
+            return not getattr(self, "dataloader_drop_last", False)
+        return self.incomplete_update == "keep"
+
+    def resolve_effective_batch_size(self, world_size: int) -> int | None:
+        """Give the sequences of an update over all ranks, None if tokens decide.
+
+        Args:
+            world_size: Ranks that each train their own share.
+        """
+        if self.tokens_per_update is not None:
+            return None
+        if self.effective_batch_size is not None:
+            return self.effective_batch_size
+        per_device: int = getattr(self, "per_device_train_batch_size", 1)
+        steps: int = getattr(self, "gradient_accumulation_steps", 1)
+        return per_device * steps * world_size
+
+
+_SIZES = (
+    "effective_batch_size",
+    "tokens_per_update",
+    "max_tokens_per_micro_batch",
+    "noise_scale_every",
+)
+
+
+def _find_problems(args: Any) -> Any:
+    """Yield every problem of the options, each naming the field, the value and the way out."""
+    for name in _SIZES:
+        value = getattr(args, name)
+        if name == "max_tokens_per_micro_batch" and isinstance(value, str):
+            if value != "auto":
+                yield f"{name} = {value!r}: use a whole number, 'auto', or leave it out."
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            yield f"{name} = {value!r} is not a whole number."
+        elif value is not None and value < 1:
+            yield f"{name} = {value} is below 1: use at least 1, or leave it out."
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, name, 1)
+        if not isinstance(value, int) or value < 1:
+            yield f"{name} = {value!r} is not a whole number of at least 1."
+    steps = getattr(args, "gradient_accumulation_steps", 1)
+    if args.effective_batch_size is not None and args.tokens_per_update is not None:
+        yield (
+            f"effective_batch_size = {args.effective_batch_size} and tokens_per_update = "
+            f"{args.tokens_per_update} both say how large an update is: keep one of them."
+        )
+    for name in ("effective_batch_size", "tokens_per_update"):
+        if getattr(args, name) is not None and steps != 1:
+            yield (
+                f"{name} = {getattr(args, name)} and gradient_accumulation_steps = {steps} both "
+                f"say how large an update is: leave gradient_accumulation_steps out; the number of "
+                f"micro-batches follows from per_device_train_batch_size or "
+                f"max_tokens_per_micro_batch."
+            )
+    if args.incomplete_update not in (None, "keep", "drop"):
+        yield f"incomplete_update = {args.incomplete_update!r}: use 'keep' or 'drop'."
+    if args.incomplete_update == "keep" and getattr(args, "dataloader_drop_last", False):
+        yield (
+            "incomplete_update = 'keep' contradicts dataloader_drop_last = True: "
+            "leave one of them out."
+        )
+    for name in ("target_only_logits", "drop_attention_mask"):
+        if getattr(args, name) not in (None, True, False):
+            yield f"{name} = {getattr(args, name)!r}: use True, False, or leave it out."
+    if args.layout not in ("auto", "padded", "packed"):
+        yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
+    yield from _find_transaction_problems(args)
+    accelerator = getattr(args, "accelerator_config", None)
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(accelerator, name, None):
+            yield (
+                f"accelerator_config.{name} = True has no meaning here: every rank loads its own "
+                f"share of each update. Leave it out."
+            )
+
+
+def _find_transaction_problems(args: Any) -> Any:
+    """Yield the problems of the options about memory, precision and bad numbers."""
+    recovers = args.recover_from_out_of_memory
+    if not isinstance(recovers, bool):
+        yield f"recover_from_out_of_memory = {recovers!r}: use True or False."
+    if args.accumulate_grads_in_fp32 not in (None, True, False):
+        yield (
+            f"accumulate_grads_in_fp32 = {args.accumulate_grads_in_fp32!r}: use True, False, or "
+            f"leave it out."
+        )
+    if args.on_non_finite not in ("raise", "skip"):
+        yield f"on_non_finite = {args.on_non_finite!r}: use 'raise' or 'skip'."
+    most = args.max_skipped_updates_in_a_row
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        yield f"max_skipped_updates_in_a_row = {most!r} is not a whole number of at least 1."
+
+
+@dataclass
+class GradAccArguments(GradAccOptions, TrainingArguments):
+    """``TrainingArguments`` with the options of `GradAccOptions`.
+
+    >>> GradAccArguments(output_dir="out", tokens_per_update=50_000).tokens_per_update
+    50000
+    """

@@ -1,0 +1,185 @@
+"""The command line: train, plan, verify, report, recipes, schema.
+
+Heavy imports stand inside the commands, so that `--help` answers at once. Exit codes: 0 done,
+1 a check failed, 2 something to correct (recipe, data, options), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hf_gradacc.cli_recipes import find_recipe, recipes_app
+from hf_gradacc.errors import GradAccError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hf-gradacc",
+    help="Fine-tune with gradient accumulation that is exactly the gradient of the whole batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, such as train.max_steps=50."),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+    ] = False,
+) -> None:
+    """Train as a recipe says; save model, tokenizer and the completed recipe.
+
+    **Examples**
+
+    - `hf-gradacc train quickstart`
+
+    - `hf-gradacc train recipes/quickstart.yaml peft=lora train.max_steps=50`
+
+    - `torchrun --nproc-per-node 8 -m hf_gradacc train qwen3/4b_full_chat_ddp`
+
+    - `accelerate launch -m hf_gradacc train qwen3/8b_full_chat_fsdp2 --resume`
+    """
+    from hf_gradacc.recipe import load_recipe
+    from hf_gradacc.recipe_run import train_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    result = train_recipe(loaded, resume=resume)
+    if result.trainer.is_world_process_zero():
+        if "eval_loss" in result.metrics:
+            print(f"held-out loss {result.metrics['eval_loss']:.4f}")
+        print(f"saved: {result.folder}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = int(
+        os.environ.get("WORLD_SIZE", "1")
+    ),
+    png: Annotated[Path | None, typer.Option(help="Also draw the plan into this file.")] = None,
+) -> None:
+    """Show the updates of a recipe before any weight is loaded, and what to change.
+
+    **Examples**
+
+    - `hf-gradacc plan quickstart`
+
+    - `hf-gradacc plan qwen3/8b_full_chat_fsdp2 --world-size 8 --png plan.png`
+    """
+    from hf_gradacc.cli_plan import show_plan
+    from hf_gradacc.recipe import load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    # Without a terminal, as in a pipe or a log, rich would take 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    show_plan(loaded, world_size=world_size, png=png, console=console)
+
+
+@app.command()
+def verify(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=2, help="Rows to compare gradients on.")] = 16,
+    preflight: Annotated[
+        bool, typer.Option(help="Also run the longest rows once, and measure memory.")
+    ] = True,
+) -> None:
+    """Check on your own model and rows that accumulation is exact. Exit code 1 if it is not.
+
+    Compares the gradient our plan accumulates with that of all rows at once, and shows what the
+    stock Trainer would have given.
+
+    **Examples**
+
+    - `hf-gradacc verify quickstart`
+
+    - `hf-gradacc verify my.yaml --rows 32 --no-preflight`
+    """
+    from hf_gradacc.cli_verify import verify_recipe
+    from hf_gradacc.recipe import load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    report = verify_recipe(loaded, num_rows=rows, preflight=preflight)
+    print(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of one run or several.")],
+    html: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Also draw the plots into this file.")] = None,
+) -> None:
+    """Write a page about runs, from their own files and without a network.
+
+    **Example**
+
+    - `hf-gradacc report runs/quickstart --html report.html`
+    """
+    from hf_gradacc.report import build_report
+
+    build_report(runs, html=html, png=png)
+    print(f"written: {html}" + (f", {png}" if png else ""))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Argument(help="File to write; none prints it.")] = None,
+) -> None:
+    """Export the JSON schema of recipes, by which editors complete and check them.
+
+    **Example**
+
+    - `hf-gradacc schema recipe.schema.json`, and as the first line of a recipe:
+      `# yaml-language-server: $schema=recipe.schema.json`
+    """
+    from hf_gradacc.recipe_save import export_schema
+
+    text = json.dumps(export_schema(), indent=2) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+        print(f"written: {out}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is a message and exit code 2, never a traceback."""
+    try:
+        app(prog_name="hf-gradacc")
+    except GradAccError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,29 @@
+"""A progress bar on a terminal, and nothing where there is none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+__all__ = ["with_progress"]
+
+Item = TypeVar("Item")
+
+
+def with_progress(items: Iterable[Item], *, what: str) -> Iterator[Item]:
+    """Pass items through, with a bar on standard error that is gone afterwards.
+
+    >>> list(with_progress([1, 2], what="counting"))
+    [1, 2]
+    """
+    yield from track(
+        items,
+        description=what,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )

@@ -1,0 +1,52 @@
+"""The errors a user can meet, and nothing else.
+
+    GradAccError
+    ├── ConfigError (ValueError)     an option, a recipe key or a combination of them
+    ├── DataError (ValueError)       a dataset, a row, a stream
+    ├── LossError (RuntimeError)     a loss that cannot be accumulated exactly
+    ├── CheckpointError (RuntimeError)    a checkpoint that is damaged or not there
+    ├── MemoryBudgetError (RuntimeError)  one sequence alone does not fit
+    └── NonFiniteError (RuntimeError)     a loss or a gradient that is NaN or infinite
+
+Every message names the field, the value, and the way out.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GradAccError",
+    "LossError",
+    "MemoryBudgetError",
+    "NonFiniteError",
+]
+
+
+class GradAccError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(GradAccError, ValueError):
+    """An option has a wrong value, or two options contradict each other."""
+
+
+class DataError(GradAccError, ValueError):
+    """The training or evaluation data cannot be used as it is."""
+
+
+class LossError(GradAccError, RuntimeError):
+    """The loss is not a mean that micro-batches can be weighted by."""
+
+
+class CheckpointError(GradAccError, RuntimeError):
+    """A checkpoint to resume from is damaged, or there is none."""
+
+
+class MemoryBudgetError(GradAccError, RuntimeError):
+    """A single sequence does not fit into the device's memory."""
+
+
+class NonFiniteError(GradAccError, RuntimeError):
+    """An update produced a loss or a gradient that is NaN or infinite."""

@@ -1,0 +1,190 @@
+"""Build the loader of updates from a dataset, and choose the rows to ask the model with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from hf_gradacc.collator import UpdateCollator, make_micro_batch, measure_length
+from hf_gradacc.errors import DataError
+from hf_gradacc.loader import UpdateLoader, UpdateStream, make_generator, take_until
+from hf_gradacc.sampler import UpdateSampler
+from hf_gradacc.targets import count_row_targets, may_have_target
+from hf_gradacc.update import Update
+
+__all__ = ["GroupedBatches", "build_loader", "choose_probe_rows", "is_stream"]
+
+
+def is_stream(dataset: Any) -> bool:
+    """Say whether rows can only be had in the dataset's own order."""
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
+
+
+def build_loader(
+    dataset: Any,
+    collator: UpdateCollator,
+    *,
+    effective_batch_size: int | None,
+    tokens_per_update: int | None,
+    incomplete_update: Literal["keep", "drop"],
+    seed: int,
+    shuffle: bool = True,
+    sampler: Any = None,
+    rank: int = 0,
+    world_size: int = 1,
+    hidden_size: int | None = None,
+    **options: Any,
+) -> UpdateLoader:
+    """Build the DataLoader whose items are updates.
+
+    Args:
+        dataset: Map dataset, list, or stream.
+        collator: Makes updates of rows.
+        effective_batch_size: Sequences in an update, over all ranks.
+        tokens_per_update: Target tokens an update must reach, instead.
+        incomplete_update: What to do with a short last update.
+        seed: Seed of the shuffling.
+        shuffle: False keeps the dataset's order.
+        sampler: A user's own sampler of indices, instead of shuffling by seed.
+        rank: This rank.
+        world_size: Ranks that share an update.
+        hidden_size: Width of the model, which says how much attention weighs in a row's cost.
+        **options: Passed on to ``torch.utils.data.DataLoader``.
+
+    Raises:
+        DataError: If the dataset is empty.
+    """
+    shifted = not collator.encoder_decoder
+
+    def count(row: Any) -> int:
+        targets = count_row_targets(row, shifted=shifted) if isinstance(row, Mapping) else None
+        return measure_length(row, main_input=collator.main_input) if targets is None else targets
+
+    def cost(row: Any) -> float:
+        length = measure_length(
+            row, main_input=collator.main_input, add_labels=collator.encoder_decoder
+        )
+        # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
+        return length * (1 + length / (6 * hidden_size)) if hidden_size else length
+
+    options["generator"] = make_generator(seed)
+    if is_stream(dataset):
+        take = take_until(
+            effective_batch_size=effective_batch_size,
+            tokens_per_update=tokens_per_update,
+            count=count,
+        )
+        stream = UpdateStream(
+            dataset,
+            take=take,
+            cost_of=cost,
+            keep_incomplete=incomplete_update == "keep",
+            rank=rank,
+            world_size=world_size,
+        )
+        return UpdateLoader.over_stream(stream, collate_fn=collator, **options)
+    update_sampler = UpdateSampler(
+        len(dataset) if sampler is None else len(sampler),
+        effective_batch_size=effective_batch_size,
+        tokens_per_update=tokens_per_update,
+        target_counts=None if tokens_per_update is None else [count(r) for r in _rows(dataset)],
+        seed=seed,
+        shuffle=shuffle,
+        order=None if sampler is None else partial(_order_of, sampler),
+        incomplete_update=incomplete_update,
+        rank=rank,
+        world_size=world_size,
+        costs=_known_costs(dataset, cost) if world_size > 1 else None,
+    )
+    return UpdateLoader.over_dataset(
+        dataset, sampler=update_sampler, collate_fn=collator, **options
+    )
+
+
+def _order_of(sampler: Any, epoch: int) -> list[int]:
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def _rows(dataset: Any) -> Iterator[Any]:
+    return (dataset[i] for i in range(len(dataset)))
+
+
+def _known_costs(dataset: Any, cost: Callable[[Any], float]) -> np.ndarray | None:
+    """Measure rows where reading them all is cheap: columns in memory and plain lists."""
+    if isinstance(dataset, (datasets.Dataset, list)):
+        return np.fromiter((cost(row) for row in _rows(dataset)), dtype=np.float64)
+    return None
+
+
+def choose_probe_rows(dataset: Any, collator: UpdateCollator, *, count: int = 3) -> list[Any]:
+    """Choose a few short rows of different length to ask the model with.
+
+    Raises:
+        DataError: If no row of a map dataset has a target.
+    """
+    if is_stream(dataset):
+        iterator = iter(dataset)
+        if iterator is dataset:
+            return []  # a one-shot stream: looking would lose its first rows
+        rows = list(itertools.islice(iterator, 16))
+        candidates = [row for row in rows if may_have_target(row)]
+    else:
+        candidates = list(itertools.islice(filter(may_have_target, _rows(dataset)), 16))
+        if not candidates:
+            raise DataError(
+                f"none of the {len(dataset)} training rows has a target: every label is -100, so "
+                f"there is nothing to learn. Check how the prompt is masked and how rows are cut."
+            )
+    by_length: dict[int, Any] = {}
+    for row in candidates:
+        by_length.setdefault(measure_length(row, main_input=collator.main_input), row)
+    chosen = [by_length[length] for length in sorted(by_length)][:count]
+    return chosen if len(chosen) >= min(2, len(candidates)) else candidates[:count]
+
+
+class GroupedBatches(IterableDataset[Update]):
+    """Make updates of the micro-batches of somebody else's loader.
+
+    For trainers that override ``get_train_dataloader``: the plan is theirs, the weights are exact
+    all the same.
+    """
+
+    def __init__(self, loader: Any, *, micro_batches_per_update: int, main_input: str) -> None:
+        self.loader = loader
+        self.size = micro_batches_per_update
+        self.main_input = main_input
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.loader) // self.size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on."""
+        self.epoch = epoch
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Update]:
+        batches = iter(self.loader)
+        for index in itertools.count():
+            group = list(itertools.islice(batches, self.size))
+            if not group:
+                return
+            micro_batches = [make_micro_batch(b, main_input=self.main_input) for b in group]
+            yield Update(micro_batches, self.epoch, index)
+
+    def as_loader(self) -> UpdateLoader:
+        """Wrap into a DataLoader, which resuming knows how to fast-forward."""
+        return UpdateLoader(self, batch_size=None, collate_fn=_identity)
+
+
+def _identity(update: Any) -> Any:
+    return update

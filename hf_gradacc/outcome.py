@@ -1,0 +1,60 @@
+"""What became of an update on each rank, told to all before anything is reduced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank's attempt at an update ended; with `agree`, the worst over all ranks.
+
+    Attributes:
+        out_of_memory: An allocator gave up.
+        broken: Some other error; its rank raises it, the others say which rank it was.
+        cap: Tokens to allow from now on, 0 for no opinion. The smallest wins.
+        cost: Tokens of the micro-batch that failed.
+        row_length: Tokens of a row that failed alone, 0 if none did.
+        row: That row's place in the dataset, -1 if unknown.
+        stop: Number of the signal that asked to stop, 0 if none.
+        bad_loss: The loss is NaN or infinite.
+    """
+
+    out_of_memory: int = 0
+    broken: int = 0
+    cap: int = 0
+    cost: int = 0
+    row_length: int = 0
+    row: int = -1
+    stop: int = 0
+    bad_loss: int = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether any rank has to do the update again, or cannot."""
+        return bool(self.out_of_memory or self.broken)
+
+    def agree(self, *, device: torch.device, loss: Tensor | None = None) -> Outcome:
+        """Tell all ranks, in one collective that every rank reaches whatever happened to it.
+
+        Args:
+            device: Where collectives run.
+            loss: This rank's loss. Whether it is finite goes along without a wait of its own.
+        """
+        values = [getattr(self, field.name) for field in fields(self)]
+        largest = torch.iinfo(torch.int64).max
+        # The smallest cap is the largest of its negatives, and no opinion the least of all.
+        values[2] = -self.cap if self.cap else -largest
+        vector = torch.tensor(values, dtype=torch.int64).to(device)
+        if loss is not None:
+            vector[-1] = (~torch.isfinite(loss)).to(torch.int64)
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+        worst = vector.tolist()
+        worst[2] = -worst[2] if worst[2] > -largest else 0
+        return Outcome(*worst)

@@ -1,0 +1,296 @@
+"""Ask the model how its loss counts, instead of trusting its signature or its class name.
+
+GPT-2's class is missing from Transformers' ``LOSS_MAPPING`` and shifts its labels; BART's decoder
+is a causal LM and does not; dozens of losses accept ``num_items_in_batch`` and ignore it. A few
+forward passes over the first rows, without gradients, settle all of that:
+
+1. Is the loss a mean, and does it need to be told its own count? (rows twice, same loss)
+2. Does it shift? (only the first label of each row set: a loss of nothing means yes)
+3. Is the loss of rows together the weighted mean of the loss of each? (the weight rule itself)
+4. Does padding change a row's loss? (the same row, with padding and without)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradacc.batching import count_rows, find_main_input, pad_columns, slice_rows, trim_padding
+from hf_gradacc.errors import LossError
+from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets
+
+__all__ = ["LossFacts", "find_capacity", "probe_loss"]
+
+# How far two evaluations of the same loss may differ through rounding alone, relative. Most losses
+# of transformers are computed in float32 even if the model is float64.
+_TOLERANCE = {torch.float64: 5e-7, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+
+LossOf = Callable[[Mapping[str, Any], "int | None"], float]
+"""Gives the loss of collated inputs; the second argument is what to pass as the count."""
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What the probe found out about a loss.
+
+    Attributes:
+        rule: What it takes its mean over.
+        wants_own_count: It must be called with ``num_items_in_batch`` set to its own targets to be
+            a mean; otherwise it is called with None.
+        pads_alike: Padding changes its value, so an update's micro-batches need one width.
+        rule_error: Relative difference between the loss of rows together and the weighted mean of
+            the loss of each.
+        padding_error: Relative difference that padding made.
+        warnings: In plain words, what is not exact and by how much.
+    """
+
+    rule: TargetRule
+    wants_own_count: bool = False
+    pads_alike: bool = False
+    rule_error: float = 0.0
+    padding_error: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+def probe_loss(
+    inputs: Mapping[str, Any],
+    loss_of: LossOf,
+    *,
+    dtype: torch.dtype = torch.float32,
+    encoder_decoder: bool = False,
+    main_input: str = "input_ids",
+    pad_token_id: int = 0,
+    left: bool = False,
+    max_width: int | None = None,
+    has_router_loss: bool = False,
+    num_rows: int | None = None,
+    take: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
+) -> LossFacts:
+    """Find out how a loss counts.
+
+    Args:
+        inputs: A few rows, collated together; best of different length and target count.
+        loss_of: Gives the loss of collated inputs as a Python float, without gradients.
+        dtype: What the model computes in; says how much rounding to expect.
+        encoder_decoder: Such models never shift (and some crash when asked).
+        main_input: The feature that holds the sequence.
+        pad_token_id: To widen rows by.
+        left: Padding goes in front.
+        max_width: Most columns the model can take (learned positions), None if there is no limit.
+        has_router_loss: The model adds a loss that is known not to be a mean over targets; the
+            deviation it causes is expected and reported as such.
+        num_rows: Dataset rows in `inputs`, if that is not what its tensors hold.
+        take: Gives some of them, collated together; default is to slice `inputs`.
+
+    Raises:
+        LossError: If the loss is no mean, whichever way it is called.
+    """
+    tolerance = _TOLERANCE.get(dtype, 2e-5)
+    n = num_rows or count_rows(inputs, main_input)
+    take = take or partial(slice_rows, inputs)
+    twice = take([*range(n), *range(n)])
+    wants_own_count = _find_way_to_call(inputs, twice, loss_of, main_input)
+
+    def mean_of(part: Mapping[str, Any], rule: TargetRule) -> float:
+        return loss_of(part, _count(part, main_input, rule) if wants_own_count else None)
+
+    rule = _find_rule(inputs, loss_of, main_input, encoder_decoder, wants_own_count)
+    rows = [dict(take([i])) for i in range(n)]
+    rule, rule_error = _check_rule(inputs, rows, rule, mean_of, main_input, tolerance)
+    warnings = []
+    if not rule_error <= tolerance:
+        cause = (
+            "The router loss of a mixture of experts is not a mean over targets; its weight in the "
+            "update is right, what is left is its own nonlinearity."
+            if has_router_loss
+            else "Rows of a batch influence each other, or the loss is no mean over its targets: "
+            "how an update is cut will show in its gradient."
+        )
+        warnings.append(
+            f"the loss of {n} rows together differs from the weighted mean of the loss of each by "
+            f"{rule_error:.1e} (relative; rounding explains {tolerance:.0e}). {cause}"
+        )
+    padding_error = _measure_padding(
+        rows,
+        lambda part: mean_of(part, rule),
+        widen=lambda part, width: pad_columns(part, width, pad_token_id=pad_token_id, left=left),
+        max_width=max_width,
+        enough=tolerance,
+    )
+    return LossFacts(
+        rule=rule,
+        wants_own_count=wants_own_count,
+        pads_alike=not padding_error <= tolerance,
+        rule_error=rule_error,
+        padding_error=padding_error,
+        warnings=tuple(warnings),
+    )
+
+
+def find_capacity(config: Any) -> list[str]:
+    """Say so of models whose training differs from the evaluation mode they are asked in."""
+    if getattr(config, "moe_eval_capacity_token_fraction", None) is None:
+        return []
+    return [
+        f"each expert takes {config.expert_capacity} tokens of a micro-batch (expert_capacity) and "
+        "drops the rest, so rows influence each other: no cut gives exactly the whole update."
+    ]
+
+
+def _count(part: Mapping[str, Any], main_input: str, rule: TargetRule) -> int:
+    mask = part.get("attention_mask")
+    main = find_main_input(part, main_input)
+    used = (
+        int(mask.ne(0).sum()) if isinstance(mask, Tensor) else 0 if main is None else main.numel()
+    )
+    rows = count_rows(part, main_input)
+    return count_all_targets(part, num_sequences=rows, num_input_tokens=used).under(rule)
+
+
+def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
+    """Say whether labels go with tokens rather than with rows."""
+    if isinstance(inputs.get("shift_labels"), Tensor):
+        return True
+    labels, main = inputs.get("labels"), find_main_input(inputs, main_input)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
+        return False
+    # [rows, classes] of a multi-label classifier that was given integers is not token level.
+    return main is None or labels.shape == main.shape or bool(labels.eq(IGNORE_INDEX).any())
+
+
+def _find_way_to_call(
+    inputs: Mapping[str, Any], twice: Mapping[str, Any], loss_of: LossOf, main_input: str
+) -> bool:
+    """Say whether the loss is a mean only when it is told its own count."""
+    n = count_rows(inputs, main_input)
+    token_level = _is_token_level(inputs, main_input)
+    seen: list[str] = []
+    for own_count in (False, True):
+        rule = TargetRule.SAME_TOKEN if token_level else TargetRule.SEQUENCE
+        try:
+            once_loss = loss_of(inputs, _count(inputs, main_input, rule) if own_count else None)
+            twice_loss = loss_of(twice, _count(twice, main_input, rule) if own_count else None)
+        except (TypeError, AttributeError) as error:  # "unsupported operand ...: NoneType"
+            seen.append(f"{type(error).__name__}: {error}")
+            continue
+        # A mean stays, a sum doubles. In between lie losses whose rows influence each other
+        # (expert capacity); the check of the weight rule measures those.
+        if _differ(once_loss, twice_loss) <= 0.25:
+            return own_count
+        seen.append(f"{once_loss:.6g} for {n} rows, {twice_loss:.6g} for the same rows twice")
+    raise LossError(
+        "the loss is not a mean over its targets, so micro-batches cannot be weighted by theirs.\n"
+        f"  called with num_items_in_batch=None: {seen[0]}\n"
+        f"  called with its own count:           {seen[-1]}\n"
+        "  Return a mean over the micro-batch, or a sum divided by num_items_in_batch."
+    )
+
+
+def _find_rule(
+    inputs: Mapping[str, Any],
+    loss_of: LossOf,
+    main_input: str,
+    encoder_decoder: bool,
+    wants_own_count: bool,
+) -> TargetRule:
+    """Find out whether a token-level loss shifts; other losses count sequences."""
+    if not _is_token_level(inputs, main_input):
+        return TargetRule.SEQUENCE
+    labels = inputs.get("labels")
+    if encoder_decoder or not isinstance(labels, Tensor) or "shift_labels" in inputs:
+        return TargetRule.SAME_TOKEN
+    valid = labels[labels.ne(IGNORE_INDEX)]
+    if len(valid) == 0:
+        return TargetRule.SAME_TOKEN
+    none = torch.full_like(labels, IGNORE_INDEX)
+    first = none.clone()
+    first[..., 0] = valid[0]
+    count = 1 if wants_own_count else None
+    try:
+        loss_of_none = loss_of({**inputs, "labels": none}, count)
+        loss_of_first = loss_of({**inputs, "labels": first}, count)
+    except (RuntimeError, ValueError, IndexError):
+        return TargetRule.SAME_TOKEN  # the weight rule is checked next, and says if this is wrong
+    shifts = _differ(loss_of_none, loss_of_first) < 1e-6
+    return TargetRule.NEXT_TOKEN if shifts else TargetRule.SAME_TOKEN
+
+
+def _check_rule(
+    inputs: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    rule: TargetRule,
+    mean_of: Callable[[Mapping[str, Any], TargetRule], float],
+    main_input: str,
+    tolerance: float,
+) -> tuple[TargetRule, float]:
+    """Compare the loss of rows together with the weighted mean; try other rules if it is off."""
+    errors: dict[TargetRule, float] = {}
+    for candidate in (rule, *(r for r in TargetRule if r is not rule)):
+        counts = [_count(row, main_input, candidate) for row in rows]
+        if sum(counts) <= 0 or min(counts) < 0:
+            continue
+        parts = [(n, mean_of(row, candidate)) for n, row in zip(counts, rows, strict=True) if n]
+        expected = sum(n * loss for n, loss in parts) / sum(counts)
+        errors[candidate] = _differ(mean_of(inputs, candidate), expected)
+        if errors[candidate] <= tolerance:
+            return candidate, errors[candidate]
+    if not errors:
+        return rule, 0.0
+    # Nothing fits. Another rule has to be clearly better to win over what the labels say.
+    best = min(errors, key=lambda r: errors[r])
+    if rule in errors and errors[best] > 0.1 * errors[rule]:
+        best = rule
+    return best, errors[best]
+
+
+def _measure_padding(
+    rows: list[dict[str, Any]],
+    mean_of: Callable[[Mapping[str, Any]], float],
+    *,
+    widen: Callable[[Mapping[str, Any], int], Mapping[str, Any]],
+    max_width: int | None,
+    enough: float,
+) -> float:
+    """Measure by how much padding changes the loss of a row; stop once it is `enough`.
+
+    Several rows at several widths: pooling models (Funnel, CANINE) let padding in between some
+    widths and not between others. One that cannot take a row as narrow as this one counts as
+    changed, which costs speed and never exactness.
+    """
+    worst = 0.0
+    for row in rows:
+        main = row.get("input_ids")
+        if not isinstance(main, Tensor) or not isinstance(row.get("attention_mask"), Tensor):
+            return 0.0
+        bare = trim_padding(row)
+        width = bare["input_ids"].shape[-1]
+        # A column beyond the learned positions breaks a GPU's whole process, so there is a margin:
+        # RoBERTa's positions begin at 2.
+        room = math.inf if max_width is None else max_width - 8
+        padded = [widen(bare, width + extra) for extra in (1, 3) if width + extra <= room]
+        if main.shape[-1] > width:
+            padded.insert(0, row)
+        try:
+            natural = mean_of(bare) if padded else 0.0
+            for part in padded:
+                worst = max(worst, _differ(mean_of(part), natural))
+                if not worst <= enough:
+                    return worst
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return math.inf
+    return worst
+
+
+def _differ(a: float, b: float) -> float:
+    """Relative difference; two NaNs are alike, one NaN is not."""
+    if math.isnan(a) and math.isnan(b):
+        return 0.0
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return 0.0 if a == b else math.inf
+    return abs(a - b) / max(abs(a), abs(b), 1e-12)

@@ -1,0 +1,134 @@
+"""The `data` section of a recipe: sources, formats, lengths, mixing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from hf_gradacc.recipe_report import nearest
+
+__all__ = [
+    "FORMAT_COLUMNS",
+    "DataSection",
+    "Format",
+    "Section",
+    "SourceSection",
+]
+
+Format = Literal[
+    "chat",
+    "prompt_completion",
+    "instruction",
+    "question_answer",
+    "text",
+    "classification",
+    "seq2seq",
+]
+
+FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+    "classification": ("text", "label"),
+    "seq2seq": ("source", "target"),
+}
+"""The columns a format cannot do without."""
+
+OPTIONAL_COLUMNS = ("input",)
+"""Columns a format may use: the context of an instruction."""
+
+
+class Section(BaseModel):
+    """Strict: no unknown key, no value of another type quietly converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def _known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
+    """Only columns of some format can be mapped; a base may bring those of another one."""
+    known = [*OPTIONAL_COLUMNS, *(name for names in FORMAT_COLUMNS.values() for name in names)]
+    for name in columns or {}:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f"did you mean {guess}?" if guess else f"known: {', '.join(sorted(set(known)))}"
+            raise ValueError(f"{name} is a column of no format; {hint}")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
+
+
+class SourceSection(Section):
+    """One set of rows."""
+
+    path: str
+    """Hub name, or a local file, folder or pattern: json, jsonl, csv, parquet, arrow, text."""
+    name: str | None = None
+    """Configuration of a hub set."""
+    split: str = "train"
+    """Split of a hub set; slices such as `train[:1%]` work."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in a mix, relative to the other sources."""
+    format: Format | None = None
+    """In place of `data.format`."""
+    columns: Columns | None = None
+    """In place of `data.columns`."""
+
+
+def _sources(value: Any) -> Any:
+    """`path` and `[path, {path: ..., weight: ...}]` are both ways to write a list of sources."""
+    if value is None:
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[SourceSection], BeforeValidator(_sources)]
+
+
+class DataSection(Section):
+    """Which rows, and how they become tokens and targets."""
+
+    train: Sources = Field(min_length=1)
+    """One source or a list of them: a path, or a path with its own settings."""
+    eval: Sources = []
+    """Held-out rows, written as `train` is."""
+    holdout: int | float | None = Field(default=None, gt=0)
+    """Without `eval`: how many rows (5 or more), or which share, to hold out of `train`."""
+    format: Format = "chat"
+    """How a row is read."""
+    columns: Columns = {}
+    """Column names of the format to those of the data, such as `question: problem`."""
+    system: str | None = None
+    """A system turn put before rows that have none."""
+    source_prefix: str = ""
+    """Text put before every source of `seq2seq`, such as `summarize: `."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest row in tokens; for `text`, the length of a block."""
+    max_target_length: int | None = Field(default=None, ge=1)
+    """Longest target of `seq2seq`; null means `max_length`."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a longer row; the report says to how many."""
+    mix: Literal["first_exhausted", "all_exhausted"] = "all_exhausted"
+    """Whether a mix ends with its first exhausted source, or repeats it until the last is."""
+    streaming: bool = False
+    """Read while training instead of preparing everything first."""
+    num_proc: int | None = Field(default=None, ge=1)
+    """Processes that prepare the rows; null means one."""
+    seed: int = 0
+    """Decides which rows are held out, and the order of a mix."""
+
+    @model_validator(mode="after")
+    def _one_eval(self) -> DataSection:
+        if self.eval and self.holdout is not None:
+            raise ValueError("give either `eval` or `holdout`, not both")
+        if isinstance(self.holdout, float) and not self.holdout < 1:
+            raise ValueError("`holdout` is a share below 1.0, or a whole number of rows")
+        if self.streaming and self.holdout is not None:
+            raise ValueError("a stream cannot hold rows out; give `eval`")
+        return self

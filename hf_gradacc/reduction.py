@@ -1,0 +1,88 @@
+"""What ranks tell each other: one vector of counts per update, and the gradients, once.
+
+Under DDP gradients are accumulated locally and summed here after the last micro-batch, instead of
+by DDP's own hooks during it. Ranks may then run different numbers of micro-batches, or none, and
+a failure inside a backward leaves no rank waiting in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["all_reduce_gradients", "keep_ranks_apart", "sum_over_ranks"]
+
+_BUCKET_BYTES = 64 * 2**20
+
+
+def sum_over_ranks(vector: Tensor, *, device: torch.device) -> Tensor:
+    """Sum a small vector over all ranks and give it back on the host. One collective."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return vector
+    on_device = vector.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def keep_ranks_apart(model: nn.Module) -> None:
+    """Let no forward of DDP wait for other ranks.
+
+    DDP sends rank 0's buffers around in its first forward, and again in every forward whose
+    backward it reduces. A rank without a micro-batch in that update runs no forward, and the
+    others would wait for it forever. All ranks got rank 0's buffers when DDP was made.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.forward_sync_buffers = False
+
+
+def all_reduce_gradients(parameters: Iterable[Parameter]) -> None:
+    """Sum the gradients of all trainable parameters over ranks, in place.
+
+    A parameter without a gradient on this rank counts as zero, and one without a gradient on any
+    rank keeps None, as on one process: an optimizer would decay its weight otherwise.
+
+    Args:
+        parameters: The same parameters in the same order on every rank.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        return
+    has_grad = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32)
+    has_grad = sum_over_ranks(has_grad, device=trainable[0].device)
+    used = [p for p, count in zip(trainable, has_grad.tolist(), strict=True) if count]
+    for p in used:
+        if p.grad is None:
+            # Not the weight's dtype: low-precision weights may sum in float32, see `precision`.
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+    for bucket in _bucket(used):
+        grads = [p.grad for p in bucket if p.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        for grad, summed in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def _bucket(parameters: list[Parameter]) -> Iterable[list[Parameter]]:
+    """Group neighbours of one dtype, so that few large messages are sent instead of many small."""
+    bucket: list[Parameter] = []
+    size = 0
+    for p in parameters:
+        assert p.grad is not None
+        grad_bytes = p.grad.numel() * p.grad.element_size()
+        other_kind = bucket and (
+            bucket[0].grad is not None
+            and (bucket[0].grad.dtype, bucket[0].device) != (p.grad.dtype, p.device)
+        )
+        if bucket and (other_kind or size + grad_bytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += grad_bytes
+    if bucket:
+        yield bucket

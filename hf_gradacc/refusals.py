@@ -1,0 +1,107 @@
+"""Losses that are no mean over rows, known by name.
+
+The probe compares rows together with rows alone and would find most of these. Not all: before its
+first update a DPO model equals its reference, and then all pairs have the same loss, however it is
+made. So what cannot be exact is refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_gradacc.errors import DataError, LossError
+
+__all__ = ["refuse_by_name"]
+
+_GENERATING = {
+    "DistillationTrainer",
+    "GKDTrainer",
+    "GOLDTrainer",
+    "GRPOTrainer",
+    "OnlineDPOTrainer",
+    "PPOTrainer",
+    "RLOOTrainer",
+    "SDFTTrainer",
+}
+_RUNNING_MEAN = {"BCOTrainer"}
+_DPO_LOSSES = {
+    "aot": "sorts the pairs of a micro-batch against each other",
+    "aot_unpaired": "sorts the answers of a micro-batch against each other",
+    "sft": "is a mean over tokens, while the update is weighted by pairs",
+}
+# Of sentence-transformers: each row has a loss of its own, and their mean is taken.
+_ROW_BY_ROW = {
+    "BinaryCrossEntropyLoss",
+    "ContrastiveLoss",
+    "CosineSimilarityLoss",
+    "CrossEntropyLoss",
+    "DistillKLDivLoss",
+    "MarginMSELoss",
+    "MSELoss",
+    "SoftmaxLoss",
+    "TripletLoss",
+}
+
+
+def refuse_by_name(trainer: Any) -> None:
+    """Refuse a trainer whose update is not the sum of its micro-batches.
+
+    Raises:
+        LossError: Naming the trainer, the loss, why no cut is exact, and a way out.
+        DataError: Several datasets in one dictionary.
+    """
+    names = {cls.__name__ for cls in type(trainer).__mro__}
+    for name in sorted(names & _GENERATING):
+        raise LossError(
+            f"{name} generates what it trains on, and compares answers of a group with each "
+            f"other: its updates are not rows of a dataset that may be cut anywhere.\n"
+            f"  Use {name} without GradAccMixin."
+        )
+    for name in sorted(names & _RUNNING_MEAN):
+        raise LossError(
+            f"{name} shifts each loss by a running mean over the micro-batches before: how an "
+            f"update is cut shows in its gradient.\n  Use {name} without GradAccMixin."
+        )
+    if "KTOTrainer" in names and getattr(trainer, "calculate_KL", True):
+        raise LossError(
+            f"KTOTrainer with loss_type = {getattr(trainer, 'loss_type', 'kto')!r} compares each "
+            f"row with the mean KL of the micro-batch it is in, so its loss is no mean over rows "
+            f"and no cut of an update is exact.\n"
+            f"  Set loss_type = 'apo_zero_unpaired', or use KTOTrainer without GradAccMixin."
+        )
+    if "DPOTrainer" in names:
+        for loss in getattr(trainer, "loss_types", ()):
+            if loss in _DPO_LOSSES:
+                raise LossError(
+                    f"DPOTrainer with loss_type = {loss!r} {_DPO_LOSSES[loss]}: no cut of an "
+                    f"update is exact.\n"
+                    f"  Set another loss_type, such as 'sigmoid', or use DPOTrainer without "
+                    f"GradAccMixin."
+                )
+    if isinstance(getattr(trainer, "train_dataset", None), Mapping):
+        raise DataError(
+            f"train_dataset is a dictionary of the datasets {sorted(trainer.train_dataset)}: an "
+            f"update is drawn from one. Join them with datasets.concatenate_datasets."
+        )
+    for loss in _embedding_losses(trainer):
+        name = type(loss).__name__
+        if type(loss).__module__.startswith("sentence_transformers") and name not in _ROW_BY_ROW:
+            raise LossError(
+                f"{name} is not known to be a mean over rows. Most losses of sentence-transformers "
+                f"compare each row with the others of its micro-batch (in-batch negatives, "
+                f"rankings): a smaller micro-batch is another loss and no cut is exact.\n"
+                f"  Use a loss of single rows ({', '.join(sorted(_ROW_BY_ROW))}), or a Cached... "
+                f"loss, which does its own cutting, without GradAccMixin."
+            )
+
+
+def _embedding_losses(trainer: Any) -> Iterable[Any]:
+    """Give the losses of a sentence-transformers trainer: one, or one for each dataset."""
+    loss = getattr(trainer, "loss", None)
+    losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
+    # A sum over embeddings cut to several sizes: what counts is the loss inside.
+    losses = [getattr(x, "loss", x) if type(x).__name__ == "MatryoshkaLoss" else x for x in losses]
+    return [x for x in losses if isinstance(x, nn.Module)]

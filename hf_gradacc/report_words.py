@@ -1,0 +1,93 @@
+"""Numbers and settings in words, for reports and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["describe_settings", "duration", "quantity"]
+
+
+def quantity(value: float | None) -> str:
+    """Write a number so that it is read at a glance.
+
+    >>> quantity(1_234_567), quantity(0.00005), quantity(2.71828), quantity(64)
+    ('1.23M', '5e-05', '2.718', '64')
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people.
+
+    >>> duration(103.4), duration(7_400)
+    ('1 min 43 s', '2 h 3 min')
+    """
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def describe_settings(
+    settings: Mapping[str, Any], *, micro_batches: float | None = None
+) -> Iterator[str]:
+    """Say in sentences what was trained, how, and on what.
+
+    Args:
+        settings: The content of `gradacc_run.json`.
+        micro_batches: Mean micro-batches per update, where the log told.
+    """
+    batch, model = settings.get("batch", {}), settings.get("model", {})
+    args, hardware = settings.get("training_arguments", {}), settings.get("hardware", {})
+    if model:
+        total, trained = model["num_parameters"], model["num_trainable_parameters"]
+        name = model.get("name_or_path") or model["class"]
+        share = "all of them" if total == trained else f"{quantity(trained)} of them"
+        yield (
+            f"{name} has {quantity(total)} parameters in {', '.join(model['dtypes'])}; "
+            f"{share} were trained."
+        )
+    if batch.get("tokens_per_update"):
+        yield f"An update held at least {batch['tokens_per_update']:,} target tokens."
+    elif batch.get("effective_batch_size"):
+        asked = batch.get("requested", {})
+        how = (
+            ""
+            if asked.get("effective_batch_size")
+            else f" ({asked.get('per_device_train_batch_size')} per device × "
+            f"{asked.get('gradient_accumulation_steps')} accumulation steps × "
+            f"{batch.get('world_size', 1)} ranks)"
+        )
+        yield f"An update held {batch['effective_batch_size']:,} sequences{how}."
+    if micro_batches is not None:
+        budget = batch.get("max_tokens_per_micro_batch")
+        limit = f", at most {budget:,} tokens each" if isinstance(budget, int) else ""
+        yield f"It was cut into {quantity(micro_batches)} micro-batches on average{limit}."
+    if args:
+        yield (
+            f"Optimizer {args.get('optim')}, learning rate {quantity(args.get('learning_rate'))} "
+            f"({args.get('lr_scheduler_type')}), weight decay {args.get('weight_decay')}, "
+            f"gradients clipped at {args.get('max_grad_norm')}, seed {args.get('seed')}."
+        )
+    if hardware:
+        device = hardware.get("device_name") or hardware.get("device", "cpu")
+        ranks = hardware.get("world_size", 1)
+        yield f"It ran on {ranks} × {device}, {hardware.get('platform', '')}."
+    if settings.get("resumed_at"):
+        steps = ", ".join(map(str, settings["resumed_at"]))
+        yield f"It was resumed after update {steps}."
+    if settings.get("versions"):
+        listed = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+        yield f"Versions: {listed}."

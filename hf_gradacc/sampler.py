@@ -1,0 +1,205 @@
+"""Membership: which sequences make up update *u*, and which of them this rank trains.
+
+Integers only. Membership depends on the seed, the epoch and the effective batch, never on the
+number of ranks, on loader workers or on how much memory there is: that is what lets a run move
+to other hardware and keep its loss curve.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from hf_gradacc.errors import ConfigError, DataError
+from hf_gradacc.planner import deal_by_cost
+
+__all__ = ["Share", "UpdateSampler", "bound_updates_by_tokens"]
+
+
+class Share(list[int]):
+    """The dataset indices that one rank trains in one update, and which update that is."""
+
+    def __init__(self, indices: Sequence[int], *, epoch: int, update: int) -> None:
+        super().__init__(indices)
+        self.epoch = epoch
+        self.update = update
+
+    def __reduce__(self) -> tuple[Callable[..., Share], tuple[list[int], int, int]]:
+        # `list` subclasses lose keyword arguments when pickled to a loader worker.
+        return _rebuild_share, (list(self), self.epoch, self.update)
+
+
+def _rebuild_share(indices: list[int], epoch: int, update: int) -> Share:
+    return Share(indices, epoch=epoch, update=update)
+
+
+class UpdateSampler:
+    """Batch sampler whose batches are updates.
+
+    Hand it to ``DataLoader(batch_sampler=...)`` together with an `UpdateCollator`, and one item of
+    the loader is one update.
+
+    Args:
+        num_sequences: Rows of the dataset, or of `order` where that is given.
+        effective_batch_size: Sequences in an update, over all ranks.
+        target_counts: Target tokens of each row; with `tokens_per_update` instead of
+            `effective_batch_size`, sequences are drawn in seeded order until an update holds at
+            least that many target tokens.
+        tokens_per_update: See `target_counts`.
+        seed: Seed of the shuffling. Each epoch shuffles anew.
+        shuffle: False keeps the dataset's order.
+        order: Called with the epoch, gives the order of indices itself (a user's own sampler).
+            It must give the same order on every rank.
+        incomplete_update: What to do with an epoch's last update if it is short.
+        rank: This rank.
+        world_size: Number of ranks.
+        costs: Cost of each row, to balance ranks by; without it rows are dealt in turn.
+
+    Raises:
+        ConfigError: If not exactly one of the two sizes is given, or one is below 1.
+        DataError: If there is no sequence, or "drop" leaves no update.
+
+    >>> sampler = UpdateSampler(5, effective_batch_size=2, shuffle=False)
+    >>> list(sampler)
+    [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        *,
+        effective_batch_size: int | None = None,
+        target_counts: Sequence[int] | None = None,
+        tokens_per_update: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        order: Callable[[int], Sequence[int]] | None = None,
+        incomplete_update: Literal["keep", "drop"] = "keep",
+        rank: int = 0,
+        world_size: int = 1,
+        costs: Sequence[float] | np.ndarray | None = None,
+    ) -> None:
+        if (effective_batch_size is None) == (tokens_per_update is None):
+            raise ConfigError(
+                f"effective_batch_size = {effective_batch_size} and tokens_per_update = "
+                f"{tokens_per_update}: give exactly one of them."
+            )
+        size = effective_batch_size if tokens_per_update is None else tokens_per_update
+        if size is not None and size < 1:
+            raise ConfigError(f"an update of size {size} is empty: use at least 1.")
+        if num_sequences < 1:
+            raise DataError("the training dataset is empty: it has 0 rows.")
+        if tokens_per_update is not None and target_counts is None:
+            raise ConfigError("tokens_per_update needs target_counts, the targets of each row.")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank = {rank} is not one of the {world_size} ranks.")
+        self.num_sequences = num_sequences
+        self.effective_batch_size = effective_batch_size
+        self.tokens_per_update = tokens_per_update
+        self.seed = seed
+        self.shuffle = shuffle
+        self.incomplete_update = incomplete_update
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._order = order
+        self._target_counts = None if target_counts is None else np.asarray(target_counts)
+        self._costs = None if costs is None else np.asarray(costs, dtype=np.float64)
+        if len(self) == 0:
+            raise DataError(
+                f"incomplete_update = 'drop' leaves no update: the dataset has {num_sequences} "
+                f"rows and one update wants {size}. Use 'keep', more rows or a smaller update."
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; the DataLoader's owner calls it."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Give the epoch's order of dataset indices, the same on every rank."""
+        if self._order is not None:
+            return np.asarray(self._order(epoch), dtype=np.int64)
+        if not self.shuffle:
+            return np.arange(self.num_sequences)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+
+    def bounds(self, order: np.ndarray) -> np.ndarray:
+        """Give the positions in `order` at which updates begin, and the end of the last one."""
+        drop = self.incomplete_update == "drop"
+        if self.tokens_per_update is not None:
+            assert self._target_counts is not None
+            return bound_updates_by_tokens(
+                self._target_counts[order], self.tokens_per_update, drop_incomplete=drop
+            )
+        assert self.effective_batch_size is not None
+        bounds = np.arange(0, len(order) + 1, self.effective_batch_size)
+        if not drop and bounds[-1] != len(order):
+            bounds = np.append(bounds, len(order))
+        return bounds
+
+    def num_updates(self, epoch: int) -> int:
+        """Count an epoch's updates. With `tokens_per_update` epochs differ a little."""
+        if self.tokens_per_update is None:
+            full, rest = divmod(self.num_sequences, self.effective_batch_size or 1)
+            return full + int(rest > 0 and self.incomplete_update == "keep")
+        return len(self.bounds(self.order(epoch))) - 1
+
+    def membership(self, epoch: int) -> list[list[int]]:
+        """Give the sequences of every update of an epoch, over all ranks."""
+        order = self.order(epoch)
+        bounds = self.bounds(order)
+        return [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+
+    def deal(self, members: Sequence[int], rank: int) -> list[int]:
+        """Give one rank its part of an update's sequences."""
+        if self.world_size == 1:
+            return list(members)
+        if self._costs is None:
+            return list(members[rank :: self.world_size])
+        costs = self._costs[np.asarray(members, dtype=np.int64)].tolist()
+        return [members[i] for i in sorted(deal_by_cost(costs, self.world_size)[rank])]
+
+    def __len__(self) -> int:
+        return self.num_updates(self.epoch)
+
+    def __iter__(self) -> Iterator[Share]:
+        epoch = self.epoch
+        order = self.order(epoch)
+        bounds = self.bounds(order)
+        for update, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            members = order[start:stop].tolist()
+            yield Share(self.deal(members, self.rank), epoch=epoch, update=update)
+
+
+def bound_updates_by_tokens(
+    target_counts: np.ndarray, tokens_per_update: int, *, drop_incomplete: bool = False
+) -> np.ndarray:
+    """Cut a sequence of target counts where each piece first reaches `tokens_per_update`.
+
+    Args:
+        target_counts: Integer array ``[sequences]``, in the order they are drawn.
+        tokens_per_update: Target tokens an update must reach.
+        drop_incomplete: Leave out a last piece that does not reach it.
+
+    Returns:
+        Positions ``[updates + 1]``: update *u* holds positions ``bounds[u]`` to
+        ``bounds[u + 1] - 1``.
+
+    >>> bound_updates_by_tokens(np.array([4, 4, 4, 9, 1]), 8).tolist()
+    [0, 2, 4, 5]
+    """
+    cumulated = np.cumsum(target_counts)
+    bounds, reached = [0], 0
+    while bounds[-1] < len(target_counts):
+        # First position at which this update's own count has reached the goal.
+        stop = int(np.searchsorted(cumulated, reached + tokens_per_update)) + 1
+        if stop > len(target_counts):
+            if not drop_incomplete:
+                bounds.append(len(target_counts))
+            break
+        bounds.append(stop)
+        reached = int(cumulated[stop - 1])
+    return np.asarray(bounds)

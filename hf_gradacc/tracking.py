@@ -1,0 +1,190 @@
+"""Where a run's numbers go: W&B through its own callback, and the run's own files.
+
+`install_tracking(trainer)` sets both up; `record_event(trainer, ...)` reports what happened
+beside the numbers (a recovery, a skipped update). Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import WandbCallback
+from transformers.utils import logging
+
+from hf_gradacc.report import build_report
+from hf_gradacc.tracking_facts import describe_run
+from hf_gradacc.tracking_file import RunFile, kind_of
+from hf_gradacc.tracking_state import VERDICT, recall, remember
+from hf_gradacc.tracking_terminal import PlanAndSummary, UpdateProgress
+from hf_gradacc.tracking_wandb import GradAccWandbCallback
+from hf_gradacc.tracking_wandb_start import ensure_wandb_mode
+
+__all__ = [
+    "GradAccWandbCallback",
+    "TrackingCallback",
+    "attach_report",
+    "ensure_wandb_mode",
+    "install_tracking",
+    "record_event",
+]
+
+logger = logging.get_logger(__name__)
+
+
+class TrackingCallback(TrainerCallback):
+    """Write `gradacc_log.jsonl` and `gradacc_run.json` into the output directory.
+
+    Each log row goes there as reporters see it, with "kind", "step" (updates done) and "time"
+    (seconds since 1970); each event as a row of kind "event".
+    """
+
+    def __init__(self) -> None:
+        self._file: RunFile | None = None
+        self._events: Counter[str] = Counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the files, or cut them back to the checkpoint that training goes on from."""
+        if not state.is_world_process_zero:
+            return
+        kept = recall(state)
+        self._events = Counter(kept.get("events", {}))
+        self._file = RunFile(Path(args.output_dir))
+        self._file.start(step=state.global_step, history=state.log_history)
+        resumed_at = kept.get("resumed_at", [])
+        if state.global_step:
+            resumed_at = [*resumed_at, state.global_step]
+        remember(state, resumed_at=resumed_at)
+        facts = describe_run(
+            args,
+            state=state,
+            model=kwargs.get("model"),
+            train_dataloader=kwargs.get("train_dataloader"),
+        )
+        self._file.update_run(
+            {
+                "run_name": args.run_name or Path(args.output_dir).name,
+                **facts,
+                "training_arguments": args.to_dict(),
+                "wandb_run_id": recall(state).get("wandb_run_id"),
+                "resumed_at": resumed_at,
+                "finished": False,
+            }
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the row just logged."""
+        # Not `logs`: PrinterCallback, which came before, took total_flos out of it.
+        if self._file is not None and state.is_world_process_zero and state.log_history:
+            row = state.log_history[-1]
+            self._append({"kind": kind_of(row), **row})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that the run reached its end."""
+        if self._file is not None and state.is_world_process_zero:
+            done = state.global_step >= state.max_steps
+            self._file.update_run({"finished": done, "updates_done": state.global_step})
+
+    def event(self, state: Any, *, name: str, text: str, data: dict[str, Any]) -> int:
+        """Append an event and give how many of its name this run has had."""
+        self._events[name] += 1
+        remember(state, events=dict(self._events))
+        if name == VERDICT:
+            remember(state, verdict=text)
+        # It belongs to the update in progress: a resume from before that update cuts it away.
+        step = state.global_step + 1
+        self._append({"kind": "event", "event": name, "step": step, "text": text, **data})
+        return self._events[name]
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.append({**row, "time": round(time.time(), 3)})
+        except OSError as error:  # a full disk must not end training over a line of log
+            logger.warning(f"{self._file.log_path} cannot be written ({error}); it ends here.")
+            self._file = None
+
+
+def install_tracking(trainer: Any) -> None:
+    """Put our W&B callback and progress bar in the stock ones' places, and add the rest.
+
+    The rest is the writer of the run's files, and the plan and summary on the terminal. Call it
+    once, after `Trainer.__init__`; a second call does nothing. Without wandb in `report_to` it is
+    left alone.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    for position, callback in enumerate(callbacks):
+        if type(callback) is WandbCallback:  # a user's subclass stays what it is
+            callbacks[position] = GradAccWandbCallback()
+        elif type(callback) is ProgressCallback:
+            callbacks[position] = UpdateProgress(callback.max_str_len)
+    for kind in (TrackingCallback, PlanAndSummary):
+        if not any(isinstance(callback, kind) for callback in callbacks):
+            trainer.add_callback(kind())
+
+
+def record_event(
+    trainer: Any, name: str, *, text: str, title: str | None = None, alert: bool = True, **data: Any
+) -> None:
+    """Report something that happened: to the run's file and, as an alert, to W&B.
+
+    Call it on every rank; rank 0 writes. It never raises over a tracker's troubles.
+
+    Args:
+        trainer: The trainer.
+        name: What kind of event, a short identifier: "out_of_memory", "skipped_update".
+        text: One sentence for people.
+        title: The alert's title; W&B sends at most one a minute under the same title.
+        alert: False for what is worth a line but no message.
+        **data: Figures, kept in the file beside the text.
+    """
+    if not trainer.state.is_world_process_zero:
+        return
+    callbacks = trainer.callback_handler.callbacks
+    count = 0
+    for callback in callbacks:
+        if isinstance(callback, TrackingCallback):
+            count = callback.event(trainer.state, name=name, text=text, data=data)
+    if not alert:
+        return
+    for callback in callbacks:
+        if isinstance(callback, GradAccWandbCallback):
+            callback.alert(
+                title=title or name.replace("_", " ").capitalize(),
+                text=f"Update {trainer.state.global_step + 1}: {text}",
+                level="WARN",
+                count_key=f"events/{name}",
+                count=max(count, 1),
+            )
+
+
+def attach_report(trainer: Any) -> Path | None:
+    """Write the run's report into its output directory, and upload it to W&B as an artifact.
+
+    Call it after `train()`, on every rank; rank 0 writes. With matplotlib installed a picture
+    comes along.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The page's path; None on other ranks.
+
+    Raises:
+        DataError: If nothing was logged yet.
+    """
+    if not trainer.state.is_world_process_zero:
+        return None
+    folder = Path(trainer.args.output_dir)
+    page, picture = folder / "report.html", folder / "report.png"
+    has_plots = importlib.util.find_spec("matplotlib") is not None
+    build_report([folder], html=page, png=picture if has_plots else None)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, GradAccWandbCallback):
+            callback.log_files([page, picture] if has_plots else [page])
+    return page

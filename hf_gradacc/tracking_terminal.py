@@ -1,0 +1,216 @@
+"""What a run says on the terminal: its plan before, one line per log row, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_gradacc.report_words import duration, quantity
+from hf_gradacc.tracking_facts import describe_run
+from hf_gradacc.tracking_file import RUN_NAME, RunFile, kind_of
+from hf_gradacc.tracking_state import VERDICT, recall
+
+__all__ = ["PlanAndSummary", "UpdateProgress", "describe_evaluation", "describe_row"]
+
+
+class PlanAndSummary(TrainerCallback):
+    """Print the plan when training begins, and a summary when it ends. Rank 0 only.
+
+    Plain text, aligned by spaces: it reads the same in a terminal, a log file and a notebook.
+    `log_level="error"` in the training arguments silences it.
+    """
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the plan."""
+        self._started, self._first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero and _may_speak(args):
+            facts = describe_run(
+                args,
+                state=state,
+                model=kwargs.get("model"),
+                train_dataloader=kwargs.get("train_dataloader"),
+            )
+            print(_table(_title(args), _plan(args, state, facts, kwargs.get("train_dataloader"))))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print what was trained, where it lies, and what to run next."""
+        if state.is_world_process_zero and _may_speak(args):
+            seconds = time.monotonic() - self._started
+            head = _result(state, seconds=seconds, first_step=self._first_step)
+            print(_table(head, _next_steps(args, state)))
+
+
+class UpdateProgress(ProgressCallback):
+    """The stock progress bar, with loss and speed in it, and log rows a person can read."""
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write training and evaluation rows as one line each; the summary tells the totals."""
+        kind = kind_of(logs) if logs else "other"
+        if not state.is_world_process_zero or self.training_bar is None or kind == "end":
+            return
+        if logs is None or kind == "other":
+            super().on_log(args, state, control, logs=logs, **kwargs)
+        elif kind == "eval":
+            self.training_bar.write(describe_evaluation(logs, step=state.global_step))
+        else:
+            speed = logs.get("target_tokens_per_second")
+            text = f"loss {_number(logs['loss'])}"
+            text += f", {quantity(speed)} tokens/s" if speed else ""
+            self.training_bar.set_postfix_str(text, refresh=False)
+            self.training_bar.write(describe_row(logs, step=state.global_step))
+
+
+def describe_evaluation(logs: Mapping[str, Any], *, step: int) -> str:
+    """Write an evaluation row as one line, without the stock figures of its speed.
+
+    >>> describe_evaluation({"eval_loss": 2.6528, "eval_perplexity": 14.195, "epoch": 0.5,
+    ...     "eval_runtime": 4.8, "eval_steps_per_second": 3.1}, step=15)
+    'held out after update 15: loss 2.653, perplexity 14.2'
+    """
+    told = [
+        f"{key.removeprefix('eval_').replace('_', ' ')} {_number(value)}"
+        for key, value in logs.items()
+        if key.startswith("eval_")
+        and isinstance(value, (int, float))
+        and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+    ]
+    return f"held out after update {step}: {', '.join(told)}"
+
+
+def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
+    """Write a training row as one line.
+
+    >>> describe_row({"loss": 4.2129, "learning_rate": 1e-3, "tokens_per_update": 2310.5,
+    ...     "effective_batch_size": 32.0, "micro_batches_per_update": 3.0,
+    ...     "padding_fraction": 0.051, "target_tokens_per_second": 3290.0}, step=20)
+    'update 20: loss 4.213 | 2,310 target tokens, 32 sequences, 3 micro-batches, 5.1% padding |
+    learning rate 0.001 | 3,290 tokens/s'
+    """
+    parts = [f"update {step}: loss {_number(logs['loss'])}"]
+    batch = [
+        f"{quantity(float(logs[key]))} {word}"
+        for key, word in (
+            ("tokens_per_update", "target tokens"),
+            ("effective_batch_size", "sequences"),
+            ("micro_batches_per_update", "micro-batches"),
+        )
+        if key in logs
+    ]
+    if "padding_fraction" in logs:
+        batch.append(f"{logs['padding_fraction']:.1%} padding")
+    if batch:
+        parts.append(", ".join(batch))
+    if "learning_rate" in logs:
+        parts.append(f"learning rate {_number(logs['learning_rate'])}")
+    if "gradient_noise_scale" in logs:
+        parts.append(f"noise scale {quantity(logs['gradient_noise_scale'])}")
+    if "target_tokens_per_second" in logs:
+        parts.append(f"{quantity(logs['target_tokens_per_second'])} tokens/s")
+    return " | ".join(parts)
+
+
+def _may_speak(args: Any) -> bool:
+    return args.log_level not in ("error", "critical")
+
+
+def _number(value: float) -> str:
+    return f"{float(value):.4g}"
+
+
+def _table(head: str, rows: Iterator[tuple[str, str]]) -> str:
+    listed = list(rows)
+    width = max((len(name) for name, _ in listed), default=0)
+    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in listed)])
+
+
+def _title(args: Any) -> str:
+    return f"Plan of {args.run_name or Path(args.output_dir).name}"
+
+
+def _plan(
+    args: Any, state: Any, facts: dict[str, Any], train_dataloader: Any
+) -> Iterator[tuple[str, str]]:
+    model, batch = facts.get("model"), facts["batch"]
+    if model:
+        total, trained = model["num_parameters"], model["num_trainable_parameters"]
+        share = "all trained" if total == trained else f"{quantity(trained)} trained"
+        name = model["name_or_path"] or model["class"]
+        yield "model", f"{name}, {quantity(total)} parameters, {share}, {'/'.join(model['dtypes'])}"
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    if hasattr(dataset, "__getitems__"):  # a stream's items are updates, and it may have no length
+        yield "data", f"{len(dataset):,} rows"
+    ranks = batch["world_size"]
+    size = (
+        f"at least {batch['tokens_per_update']:,} target tokens"
+        if "tokens_per_update" in batch
+        else f"{batch['effective_batch_size']:,} sequences"
+    )
+    yield "update", size if ranks == 1 else f"{size}, over {ranks} ranks"
+    limits = [
+        f"at most {batch[key]:,} {word}"
+        for key, word in (
+            ("max_tokens_per_micro_batch", "tokens with padding"),
+            ("max_sequences_per_micro_batch", "sequences"),
+        )
+        if isinstance(batch.get(key), int)
+    ]
+    if limits:
+        yield "micro-batch", " and ".join(limits)
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    yield "learning rate", f"{quantity(args.learning_rate)} at its peak, {schedule} schedule"
+    left = state.max_steps - state.global_step
+    done = f", {state.global_step:,} done before" if state.global_step else ""
+    yield "training", f"{left:,} updates ({state.num_train_epochs:g} epochs at most){done}"
+    hardware = facts["hardware"]
+    yield "hardware", f"{ranks} × {hardware.get('device_name', hardware['device'])}"
+    yield "files", str(args.output_dir)
+
+
+def _result(state: Any, *, seconds: float, first_step: int) -> str:
+    losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
+    held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+    seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
+    text = f"Trained {state.global_step - first_step:,} updates in {duration(seconds)}"
+    if seen:
+        text += f", {quantity(seen[-1])} target tokens seen"
+    if losses:
+        text += f"; loss {_number(losses[0])} -> {_number(losses[-1])}"
+    if held_out:
+        text += f", held out {_number(held_out[-1])}"
+    if state.global_step < state.max_steps:
+        text += f". Stopped before update {state.max_steps:,}"
+    return text + "."
+
+
+def _next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
+    known = recall(state)
+    if "verdict" in known:
+        yield "batch size", known["verdict"]
+    for name, count in known.get("events", {}).items():
+        if name != VERDICT:
+            yield name.replace("_", " "), f"{count} times; see the report"
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if checkpoint:
+        yield "checkpoint", checkpoint
+    else:
+        yield "model", f"in memory; trainer.save_model() writes it to {args.output_dir}"
+    if (RunFile(Path(args.output_dir)).directory / RUN_NAME).exists():
+        yield "report", f"hf-gradacc report {args.output_dir}"
+    if known.get("wandb_sync") and "wandb" in args.report_to:
+        yield "W&B", f"wandb sync {' '.join(known['wandb_sync'])}"

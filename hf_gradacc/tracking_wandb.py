@@ -1,0 +1,155 @@
+"""Weights & Biases: never a prompt, never a failed run, one run over all resumes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.integrations import WandbCallback
+from transformers.utils import logging
+
+from hf_gradacc.tracking_facts import describe_run
+from hf_gradacc.tracking_preview import PREVIEW_COLUMNS, preview_rows, row_lengths
+from hf_gradacc.tracking_state import remember
+from hf_gradacc.tracking_wandb_start import start_run
+
+__all__ = ["GradAccWandbCallback"]
+
+logger = logging.get_logger(__name__)
+
+
+def _never_fail(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn an exception of W&B into one line; training and the run's own file go on."""
+
+    @functools.wraps(method)
+    def guarded(self: GradAccWandbCallback, *args: Any, **kwargs: Any) -> Any:
+        if self.gave_up:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:  # whatever a tracker throws, the run is worth more
+            self.give_up(f"{type(error).__name__} in {method.__name__}: {error}")
+            return None
+
+    return guarded
+
+
+class GradAccWandbCallback(WandbCallback):
+    """The stock callback with an offline default, resumes that continue a run, and the plan.
+
+    It takes the stock callback's place, so `isinstance(callback, WandbCallback)` and
+    `trainer.remove_callback(WandbCallback)` mean what they meant.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gave_up = False
+        self._last_tokens_seen: float | None = None
+
+    def give_up(self, why: str) -> None:
+        """Send nothing more to W&B, and say so once."""
+        if not self.gave_up:  # a method called by the one that fails has said it already
+            logger.warning(
+                f"W&B: {why.splitlines()[0]}. Training goes on without it; every number is in "
+                "the run's gradacc_log.jsonl."
+            )
+        self.gave_up = True
+
+    @_never_fail
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        """Begin the W&B run, or take up the one that the checkpoint names."""
+        if not state.is_world_process_zero:
+            self._initialized = True
+            return
+        if self._wandb.run is None:
+            start_run(args, state)
+        super().setup(args, state, model, **kwargs)
+        run = self._wandb.run
+        remember(state, wandb_run_id=run.id, wandb_step=run.step)
+        facts = describe_run(
+            args, state=state, model=model, train_dataloader=kwargs.get("train_dataloader")
+        )
+        run.config.update({"hf_gradacc": facts}, allow_val_change=True)
+        # Every row carries both, so each plot can be drawn over updates or over target tokens.
+        run.define_metric("train/target_tokens_seen")
+        if state.global_step == 0:
+            try:
+                self._log_preview(run, **kwargs)
+            except Exception as error:  # a dataset's own; not worth the run's numbers
+                logger.warning(f"W&B: no preview of the rows ({type(error).__name__}: {error}).")
+
+    def _log_preview(self, run: Any, **kwargs: Any) -> None:
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        table = preview_rows(dataset, tokenizer=kwargs.get("processing_class"))
+        lengths = row_lengths(dataset)
+        preview: dict[str, Any] = {}
+        if table:
+            preview["data/rows"] = self._wandb.Table(columns=PREVIEW_COLUMNS, data=table)
+        if lengths:
+            preview["data/input_tokens"] = self._wandb.Histogram(lengths)
+        if preview:
+            run.log({**preview, "train/global_step": 0})
+
+    @_never_fail
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Begin or continue the run."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        # An evaluation before training has begun the run already, under a state now replaced.
+        if state.is_world_process_zero and self._wandb.run is not None:
+            remember(state, wandb_run_id=self._wandb.run.id)
+
+    @_never_fail
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Send a row, evaluation rows with the target tokens seen so far."""
+        row = dict(logs or {})
+        self._last_tokens_seen = row.get("target_tokens_seen", self._last_tokens_seen)
+        if self._last_tokens_seen is not None and "train_runtime" not in row:
+            row.setdefault("target_tokens_seen", self._last_tokens_seen)
+        super().on_log(args, state, control, model=model, logs=row, **kwargs)
+        if state.is_world_process_zero:
+            remember(state, wandb_step=self._wandb.run.step)
+
+    @_never_fail
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Upload the model, where WANDB_LOG_MODEL asks for it."""
+        super().on_train_end(args, state, control, **kwargs)
+
+    @_never_fail
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Upload the checkpoint, where WANDB_LOG_MODEL asks for it."""
+        super().on_save(args, state, control, **kwargs)
+
+    @_never_fail
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        """Send the metrics of a prediction."""
+        super().on_predict(args, state, control, metrics, **kwargs)
+
+    @_never_fail
+    def alert(self, *, title: str, text: str, level: str, count_key: str, count: int) -> None:
+        """Send an alert, at most one a minute under one title, and keep a count in the summary."""
+        run = self._wandb.run
+        if run is not None:
+            run.alert(title=title, text=text, level=level, wait_duration=60)
+            run.summary[count_key] = count
+
+    @_never_fail
+    def log_files(self, paths: list[Path]) -> None:
+        """Upload a report and its picture as one artifact of type "report"."""
+        run = self._wandb.run
+        if run is not None:
+            artifact = self._wandb.Artifact(name=f"report-{run.id}", type="report")
+            for path in paths:
+                artifact.add_file(str(path))
+            run.log_artifact(artifact)

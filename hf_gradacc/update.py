@@ -1,0 +1,200 @@
+"""An update as an object: its micro-batches, and what it consumed as a row of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradacc.targets import TargetCounts, TargetRule
+
+__all__ = ["MicroBatch", "StatsWindow", "Update", "UpdateStats"]
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """One forward and backward on one rank.
+
+    Attributes:
+        inputs: What the model's forward takes, on the CPU until its turn.
+        targets: Targets under each rule.
+        num_sequences: Rows.
+        num_input_tokens: Tokens fed in that are not padding.
+        num_padding_tokens: Tokens computed and thrown away.
+        rows: Dataset indices of the rows, empty for streams.
+        lengths: What the planner took each row to cost, empty where somebody else planned.
+        places: Each row's place in this rank's share, likewise; with it and `lengths` the share
+            can be planned again.
+        weightless: Run for its collectives alone, where ranks have to run in step; adds nothing.
+        copies: Rows of the inputs that each sequence became; 2 for pairs, see `slice_rows`.
+    """
+
+    inputs: Any
+    targets: TargetCounts
+    num_sequences: int
+    num_input_tokens: int
+    num_padding_tokens: int
+    rows: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    weightless: bool = False
+    copies: int = 1
+
+    def pin_memory(self) -> MicroBatch:
+        """Let the DataLoader pin the tensors, as it does for plain dicts."""
+        from torch.utils.data._utils.pin_memory import pin_memory
+
+        self.inputs = pin_memory(self.inputs)  # type: ignore[no-untyped-call]
+        return self
+
+
+@dataclass(eq=False)
+class Update:
+    """One rank's share of one optimizer step. The DataLoader yields these, one per step.
+
+    Attributes:
+        micro_batches: The plan, collated; empty on a rank that has no sequence in this update.
+        epoch: Epoch the update belongs to.
+        index: Which update of the epoch.
+        num_left_out: Sequences left out because nothing in them is a target.
+        position: Where a stream stands after this update, see `UpdateStream.start_at`.
+        max_tokens: The token budget it was planned with, if any.
+    """
+
+    micro_batches: list[MicroBatch]
+    epoch: int = 0
+    index: int = 0
+    num_left_out: int = 0
+    position: dict[str, Any] | None = None
+    max_tokens: int | None = None
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def with_targets(self, rule: TargetRule) -> Update:
+        """Leave out micro-batches in which `rule` finds no target: their mean would be NaN."""
+        kept = [mb for mb in self if mb.targets.under(rule) > 0]
+        left_out = sum(mb.num_sequences for mb in self if mb.targets.under(rule) == 0)
+        return Update(kept, self.epoch, self.index, self.num_left_out + left_out)
+
+    def stats(self, rule: TargetRule) -> UpdateStats:
+        """Add up what this rank's share holds."""
+        return UpdateStats(
+            num_targets=sum(mb.targets.under(rule) for mb in self),
+            num_sequences=sum(mb.num_sequences for mb in self),
+            num_input_tokens=sum(mb.num_input_tokens for mb in self),
+            num_padding_tokens=sum(mb.num_padding_tokens for mb in self),
+            num_micro_batches=len(self),
+            num_left_out=self.num_left_out,
+        )
+
+    def pin_memory(self) -> Update:
+        """Let the DataLoader pin every micro-batch."""
+        for micro_batch in self.micro_batches:
+            micro_batch.pin_memory()
+        return self
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What an update consumed, over the ranks it was summed over.
+
+    Attributes:
+        num_targets: Positions whose prediction entered the loss.
+        num_sequences: Sequences with at least one target.
+        num_input_tokens: Tokens fed in, without padding.
+        num_padding_tokens: Tokens computed and thrown away.
+        num_micro_batches: Forward and backward passes.
+        num_left_out: Sequences without a target.
+        step_seconds: Wall time from asking for the data to the end of the optimizer step.
+    """
+
+    num_targets: int = 0
+    num_sequences: int = 0
+    num_input_tokens: int = 0
+    num_padding_tokens: int = 0
+    num_micro_batches: int = 0
+    num_left_out: int = 0
+    step_seconds: float = 0.0
+
+    def __add__(self, other: UpdateStats) -> UpdateStats:
+        return UpdateStats(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def counts(self) -> Tensor:
+        """Give the integer fields as one int64 vector, summed over ranks in one collective."""
+        return torch.tensor(
+            [getattr(self, f.name) for f in fields(self) if f.name != "step_seconds"],
+            dtype=torch.int64,
+        )
+
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> UpdateStats:
+        """Undo `counts`."""
+        names = [f.name for f in fields(cls) if f.name != "step_seconds"]
+        return cls(**dict(zip(names, map(int, counts.tolist()), strict=True)))
+
+
+@dataclass
+class StatsWindow:
+    """The updates since the last log row, and the run's totals.
+
+    Sums are taken before any division, so a window over unequal updates is right.
+    """
+
+    total: UpdateStats = field(default_factory=UpdateStats)
+    num_updates: int = 0
+    num_skipped: int = 0
+    target_tokens_seen: int = 0
+    skipped_updates: int = 0
+    sequences_left_out: int = 0
+
+    def add(self, stats: UpdateStats) -> None:
+        """Take in one finished update, summed over ranks."""
+        self.total = self.total + stats
+        self.num_updates += 1
+        self.target_tokens_seen += stats.num_targets
+        self.sequences_left_out += stats.num_left_out
+        if stats.num_targets == 0:
+            self.num_skipped += 1
+            self.skipped_updates += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Give the log row of this window; the README states key, unit and formula of each."""
+        sums, n = self.total, max(self.num_updates, 1)
+        computed = sums.num_input_tokens + sums.num_padding_tokens
+        row: dict[str, float] = {
+            "effective_batch_size": sums.num_sequences / n,
+            "tokens_per_update": sums.num_targets / n,
+            "input_tokens_per_update": sums.num_input_tokens / n,
+            "padding_fraction": sums.num_padding_tokens / computed if computed else 0.0,
+            "micro_batches_per_update": sums.num_micro_batches / n,
+            "target_tokens_seen": self.target_tokens_seen,
+            "step_seconds": sums.step_seconds / n,
+        }
+        if sums.step_seconds > 0:
+            row["target_tokens_per_second"] = sums.num_targets / sums.step_seconds
+        if self.skipped_updates:
+            row["skipped_updates"] = self.skipped_updates
+        if self.sequences_left_out:
+            row["sequences_without_target"] = self.sequences_left_out
+        return row
+
+    def start_next(self) -> None:
+        """Begin the next window; totals of the run stay."""
+        self.total, self.num_updates, self.num_skipped = UpdateStats(), 0, 0
+
+    def state(self) -> dict[str, int]:
+        """Give what has to survive in a checkpoint."""
+        return {
+            "target_tokens_seen": self.target_tokens_seen,
+            "skipped_updates": self.skipped_updates,
+            "sequences_left_out": self.sequences_left_out,
+        }
