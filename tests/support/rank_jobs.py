@@ -1,0 +1,170 @@
+"""What the tests of many ranks run on each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import peft
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.utils.data import IterableDataset
+
+from hf_gradacc.collator import UpdateCollator
+
+from .reference import float64_everywhere
+from .tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+CLOCK_KEYS = {"target_tokens_per_second", "step_seconds"}
+
+
+class Stream(IterableDataset[Any]):
+    """Rows in their order, and nothing else: no length, no index."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+def make_rows(scenario: dict[str, Any]) -> Any:
+    """The dataset of a scenario: how many rows, which of them without a target, in what form."""
+    rows = ragged_rows(scenario["num_rows"], seed=3)
+    for index in scenario.get("without_target", ()):
+        rows[index]["labels"] = [-100] * len(rows[index]["labels"])
+    form = scenario.get("form", "list")
+    if form == "dataset":
+        return datasets.Dataset.from_list(rows)
+    if form == "stream":
+        return Stream(rows)
+    if form == "iterable":
+        return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+    return rows
+
+
+class Membership(UpdateCollator):
+    """Notes which rows it was given."""
+
+    seen: list[tuple[int, int, tuple[int, ...]]]
+
+    def __call__(self, share: Any) -> Any:
+        self.seen.append((share.epoch, share.update, tuple(share.indices)))
+        return super().__call__(share)
+
+
+class WholeGradients(Recorder):
+    """Gathers sharded gradients; every rank calls it, so every rank takes part."""
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_pre_optimizer_step(*args, model=model, **kwargs)
+        self.gradients[-1] = {name: whole(g) for name, g in self.gradients[-1].items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all shards of it put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+def allow_sharding_on_cpu() -> None:
+    """Let accelerate shard on a CPU: it goes by the kind of machine, torch can do it anywhere."""
+    make_state = AcceleratorState.__init__
+
+    def make_state_of_gpus(self: Any, *args: Any, **kwargs: Any) -> None:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        make_state(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = make_state_of_gpus
+
+
+def train_scenarios(
+    scenarios: dict[str, dict[str, Any]], *, sharded: bool = False
+) -> dict[str, Any]:
+    """Train every scenario in one process group; each starts from the same weights."""
+    if sharded:
+        allow_sharding_on_cpu()
+        scenarios = {
+            name: {**scenario, "options": {**scenario["options"], **FSDP2}}
+            for name, scenario in scenarios.items()
+        }
+    return {name: train(scenario) for name, scenario in scenarios.items()}
+
+
+def train(scenario: dict[str, Any]) -> dict[str, Any]:
+    """Train one scenario in float64 and give back everything the ranks must agree on."""
+    recorder = WholeGradients()
+    exactly = contextlib.nullcontext() if "dtype" in scenario else float64_everywhere()
+    with tempfile.TemporaryDirectory() as out, exactly:
+        model = make_model(scenario)
+        trainer = make_trainer(
+            out,
+            make_rows(scenario),
+            model=model,
+            callbacks=[recorder],
+            eval_dataset=make_rows({**scenario, "num_rows": 7, "without_target": ()}),
+            **scenario["options"],
+        )
+        seen = _note_membership(trainer)
+        trainer.train()
+        evaluated = trainer.evaluate()
+    return {
+        "gradients": [gradient for gradient in recorder.gradients if gradient],
+        "seen": seen,
+        "weights": {
+            name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()
+        },
+        "logs": [
+            {k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in log_rows(trainer)
+        ],
+        "train_loss": trainer.state.log_history[-2].get("train_loss"),
+        "eval_loss": evaluated["eval_loss"],
+        "steps": trainer.state.global_step,
+        "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
+    }
+
+
+def make_model(scenario: dict[str, Any]) -> Any:
+    """The tiny Llama, in another dtype or with an adapter if the scenario says so."""
+    model = tiny_llama(dtype=getattr(torch, scenario.get("dtype", "float64")))
+    if not scenario.get("lora"):
+        return model
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        autocast_adapter_dtype=False,
+    )
+    return adapted.to(torch.float64)
+
+
+def _note_membership(trainer: Any) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Let the collator of the trainer's loader note the rows of every share."""
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
+    get_loader = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        loader = get_loader()
+        loader.collate_fn.__class__ = Membership
+        loader.collate_fn.seen = seen
+        return loader
+
+    trainer.get_train_dataloader = get_train_dataloader
+    return seen
+
+
+__all__ = ["FSDP2", "make_rows", "pad", "train", "train_scenarios"]

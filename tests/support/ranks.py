@@ -1,0 +1,166 @@
+"""Run a function on several ranks: real processes, a real gloo process group.
+
+A fork server imports torch and transformers once; each rank is forked from it in a moment. Nothing
+is mocked: ranks find each other through the variables torchrun sets, and accelerate makes the
+process group.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run_and_kill", "run_ranks"]
+
+_TESTS = Path(__file__).resolve().parents[1]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["support.resume_jobs"])
+
+
+def _start_server() -> None:
+    """Start the fork server where it can import our jobs: it does not take over ``sys.path``."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_TESTS), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def run_ranks(
+    job: Callable[..., Any], world_size: int, *, timeout: float = 400, **kwargs: Any
+) -> list[Any]:
+    """Call ``job(**kwargs)`` on every rank and give back what each returned.
+
+    Args:
+        job: A function that can be imported, such as one of ``support.rank_jobs``.
+        world_size: How many processes.
+        timeout: Seconds after which all ranks are killed: a hang is a failure, not a wait.
+        **kwargs: Picklable arguments of the job.
+    """
+    _start_server()
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        processes = [
+            # No daemons: those may not have loader workers.
+            _context.Process(target=_be_rank, args=(job, kwargs, rank, world_size, port, folder))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        try:
+            while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
+                if any(p.exitcode not in (None, 0) for p in processes):
+                    time.sleep(1)  # the others may still say what is wrong with them
+                    break
+                time.sleep(0.02)
+        finally:
+            hung = [rank for rank, p in enumerate(processes) if p.exitcode is None]
+            for process in processes:
+                process.kill()
+                process.join()
+        codes = [p.exitcode for p in processes]
+        if any(codes):
+            texts = [_read(Path(folder, f"{rank}.txt")) for rank in range(world_size)]
+            told = "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(texts))
+            raise AssertionError(f"ranks ended with {codes}, still running: {hung}\n{told}")
+        return [
+            pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(world_size)
+        ]
+
+
+def _be_rank(
+    job: Callable[..., Any], kwargs: Any, rank: int, world_size: int, port: int, folder: str
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    if world_size == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    with Path(folder, f"{rank}.txt").open("w", buffering=1) as text:
+        os.dup2(text.fileno(), 1)
+        os.dup2(text.fileno(), 2)
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        try:
+            result = job(**kwargs)
+            Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _read(path: Path) -> str:
+    return path.read_text()[-9000:] if path.exists() else ""
+
+
+def run_and_kill(
+    job: Callable[..., Any],
+    *,
+    begun: Path,
+    delay: float | None,
+    timeout: float = 400,
+    **kwargs: Any,
+) -> int:
+    """Run a job in a process of its own and send it SIGKILL some time after it has begun.
+
+    Args:
+        job: As for `run_ranks`.
+        begun: File the job makes when its training begins.
+        delay: Seconds from then on; None lets it run to its end.
+        timeout: Seconds after which it counts as hung.
+        **kwargs: Arguments of the job.
+
+    Returns:
+        The exit code, -9 if it was killed.
+    """
+    _start_server()
+    begun.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        process = _context.Process(target=_be_rank, args=(job, kwargs, 0, 1, 0, folder))
+        process.start()
+        deadline = time.monotonic() + timeout
+        while delay is not None and not begun.exists() and process.exitcode is None:
+            time.sleep(0.005)
+            assert time.monotonic() < deadline, "the job never began"
+        process.join(timeout if delay is None else delay)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            assert delay is not None, f"the job hung:\n{_read(Path(folder, '0.txt'))}"
+        if process.exitcode not in (0, -9):
+            raise AssertionError(_read(Path(folder, "0.txt")))
+        return int(process.exitcode or 0)

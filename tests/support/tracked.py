@@ -1,0 +1,91 @@
+"""A small real run to track, and a machine on which nobody has logged in to W&B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import wandb
+from support.wandb_reader import WandbRun, find_wandb_files, read_wandb_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_gradacc import GradAccArguments, GradAccTrainer, tracking_wandb_start
+
+WANDB_VARIABLES = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "RUN_ID", "RESUME", "PROJECT")
+
+
+def no_wandb_login(tmp_path, monkeypatch):
+    """Give the directory of W&B on a machine where nobody has logged in; body of a fixture."""
+    for name in WANDB_VARIABLES:
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    folder = tmp_path / "tracked"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_DIR", str(folder))
+    monkeypatch.setattr(tracking_wandb_start, "_DECIDED", set())
+    wandb.teardown()
+    yield folder
+    wandb.teardown()
+
+
+def make_rows(num_rows=24):
+    rows = []
+    for index in range(num_rows):
+        length = 4 + 5 * index % 13
+        ids = [(7 * index + 3 * position) % 60 + 1 for position in range(length)]
+        rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    return rows
+
+
+def make_trainer(output_dir, *, report_to="wandb", callbacks=(), **options):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    options = {"max_steps": 4, "effective_batch_size": 6, **options}
+    args = GradAccArguments(
+        output_dir=str(output_dir),
+        report_to=report_to,
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=options.pop("disable_tqdm", True),
+        save_strategy=options.pop("save_strategy", "no"),
+        **options,
+    )
+    return GradAccTrainer(
+        model=LlamaForCausalLM(config),
+        args=args,
+        train_dataset=make_rows(),
+        eval_dataset=make_rows(6),
+        data_collator=pad,
+        callbacks=list(callbacks),
+    )
+
+
+def pad(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100}
+    batch = {
+        key: torch.tensor([[*row[key], *[value] * (width - len(row[key]))] for row in rows])
+        for key, value in fill.items()
+    }
+    return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
+
+
+def run_to_end(trainer, **kwargs) -> None:
+    trainer.train(**kwargs)
+    if wandb.run is not None:
+        wandb.finish()
+        wandb.teardown()  # as at the end of a process; only then is all of the file on disk
+
+
+def only_run(folder: Path) -> WandbRun:
+    (path,) = find_wandb_files(folder)
+    return read_wandb_file(path)

@@ -1,0 +1,290 @@
+"""The command line: what it prints, the files it leaves, its exit codes; never a traceback."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_gradacc import cli, cli_recipes
+from hf_gradacc.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; gives exit code, output and errors."""
+
+    def run_command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-gradacc", *map(str, arguments)])
+        before = dict(os.environ)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_command
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe that trains in a second: twenty rows, one of them long."""
+    lengths = [*range(1, 20), 90]
+    rows = [{"question": f"{i}?", "answer": "7" * length} for i, length in enumerate(lengths)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    values = {
+        "model": {"config": {"model_type": "llama", **sizes}},
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "data": {"train": "rows.jsonl", "format": "question_answer", "holdout": 4},
+        "train": {
+            "max_steps": 2,
+            "effective_batch_size": 6,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "disable_tqdm": True,
+        },
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_train_leaves_a_model_a_tokenizer_and_the_recipe(run, recipe, tmp_path):
+    import transformers
+
+    code, out, _ = run("train", recipe, "train.learning_rate=0.01")
+    assert code == 0, out
+    folder = tmp_path / "runs" / "mine"
+    assert "saved: runs/mine" in out
+    assert "held-out loss" in out
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder)
+    assert load_recipe(folder / "recipe.yaml").train["learning_rate"] == 0.01
+
+
+def test_a_saved_recipe_repeats_its_run(run, recipe, tmp_path):
+    from safetensors.torch import load_file
+
+    run("train", recipe)
+    first = load_file(tmp_path / "runs/mine/model.safetensors")
+    run("train", tmp_path / "runs/mine/recipe.yaml", "output.dir=again")
+    second = load_file(tmp_path / "again/model.safetensors")
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_a_run_resumes_where_its_last_checkpoint_is(run, recipe, tmp_path):
+    run("train", recipe)
+    code, _, _ = run("train", recipe, "train.max_steps=3", "--resume")
+    assert code == 0
+    state = json.loads((tmp_path / "runs/mine/checkpoint-3/trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "grad_norm" in row][-1:] in ([], [3])
+    assert state["global_step"] == 3
+
+
+def test_an_adapter_is_merged_on_save_where_the_recipe_says_so(run, recipe, tmp_path):
+    import transformers
+
+    code, _, err = run("train", recipe, "peft=lora", "peft.merge_on_save=true")
+    assert code == 0, err
+    assert not (tmp_path / "runs/mine/adapter_config.json").exists()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/mine")
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "prompt_tuning"])
+def test_every_peft_method_trains(run, recipe, tmp_path, method):
+    code, _, err = run("train", recipe, f"peft={method}", "train.save_strategy=no")
+    assert code == 0, err
+    assert (tmp_path / "runs/mine/adapter_model.safetensors").is_file()
+
+
+def test_added_tokens_grow_the_embeddings_of_a_named_model(run, recipe, tmp_path):
+    import transformers
+
+    run("train", recipe)
+    small = transformers.AutoModelForCausalLM.from_pretrained("runs/mine")
+    code, _, err = run(
+        "train",
+        recipe,
+        "model.config=null",
+        "model.name=runs/mine",
+        "tokenizer.train=null",
+        "tokenizer.add_tokens=[<new>,<newer>]",
+        "output.dir=grown",
+    )
+    assert code == 0, err
+    grown = transformers.AutoModelForCausalLM.from_pretrained("grown")
+    before = small.get_input_embeddings().num_embeddings
+    assert grown.get_input_embeddings().num_embeddings == before + 2
+
+
+def test_plan_shows_updates_and_what_to_change_without_loading_weights(
+    run, recipe, tmp_path, monkeypatch
+):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("hf_gradacc.modeling.load_model", refuse)
+    code, out, err = run("plan", recipe, "train.bf16=true", "--png", "plan.png")
+    assert code == 0, err
+    for word in ("updates", "effective_batch_size", "tokens_per_update", "padding", "together"):
+        assert word in out
+    assert "train.max_tokens_per_micro_batch" in out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("plan", recipe, "--world-size", "2")
+    assert "2 ranks" in out
+
+
+def test_plan_counts_by_hand(run, recipe):
+    from rich.console import Console
+
+    from hf_gradacc.cli_plan import show_plan
+
+    plan = show_plan(load_recipe(recipe), console=Console(quiet=True))
+    assert plan.num_sequences == 16
+    assert (plan.updates_per_epoch, plan.num_updates, plan.last_update) == (3, 2, 4)
+    assert plan.targets_per_update.mean * 3 == plan.targets.sum()
+    stock, by_size, _, packed = plan.ways
+    assert stock.padding_fraction >= by_size.padding_fraction >= packed.padding_fraction == 0
+    assert by_size.chosen
+    assert by_size.micro_batches.most == 1.0, "6 sequences fit the default of 8"
+
+
+def test_verify_passes_on_a_sound_model(run, recipe):
+    code, out, err = run("verify", recipe, "--rows", "6")
+    assert code == 0, err
+    assert "PASS" in out
+    assert "stock" in out
+    assert "preflight" in out
+
+
+def test_verify_fails_with_exit_code_one(run, recipe, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    @functools.wraps(forward)  # the Trainer looks at its parameters
+    def sum_of_losses(self, *args, labels=None, **kwargs):
+        output = forward(self, *args, labels=labels, **kwargs)
+        if labels is not None:
+            output["loss"] = output["loss"] * (labels[:, 1:] != -100).sum()
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", sum_of_losses)
+    code, out, err = run("verify", recipe, "--rows", "6", "--no-preflight")
+    assert code == 1, err
+    assert "FAIL" in out
+
+
+def test_recipes_are_listed_shown_and_copied(run, tmp_path):
+    code, out, _ = run("recipes", "list")
+    assert code == 0
+    assert len(cli_recipes.recipe_names()) == sum(
+        "/" in line or "quick" in line for line in out.splitlines()
+    )
+    code, out, _ = run("recipes", "show", "qwen3/4b_lora_chat")
+    assert out == (ROOT / "recipes/qwen3/4b_lora_chat.yaml").read_text()
+    code, out, _ = run("recipes", "copy", "qwen3/4b_lora_chat", "mine/lora.yaml")
+    assert code == 0
+    copied = load_recipe(tmp_path / "mine/lora.yaml")
+    assert copied.model == load_recipe(ROOT / "recipes/qwen3/4b_lora_chat.yaml").model
+    code, _, err = run("recipes", "copy", "qwen3/4b_lora_chat", "mine/lora.yaml")
+    assert (code, "--force" in err) == (2, True)
+
+
+def test_a_copied_recipe_still_finds_its_data(run, tmp_path):
+    run("recipes", "copy", "quickstart", "deep/er/mine.yaml")
+    assert Path(load_recipe(tmp_path / "deep/er/mine.yaml").data.train[0].path).is_file()
+
+
+def test_the_schema_is_json(run, tmp_path):
+    out = run("schema")[1]
+    assert json.loads(out)["properties"]["train"]
+    run("schema", "s.json")
+    assert json.loads((tmp_path / "s.json").read_text()) == json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nothing.yaml"], "neither a file nor a recipe"),
+        (["train", "quickstrat"], "did you mean quickstart"),
+        (["train", "mine.yaml", "train.max_stepz=3"], "train.max_steps"),
+        (["train", "mine.yaml", "data.columns={question: q}"], "no column 'q'"),
+        (["train", "mine.yaml", "model.config.model_type=lama"], "model.config"),
+        (["train", "mine.yaml", "model.config.hiden_size=8"], "did you mean hidden_size"),
+        (["train", "mine.yaml", "model.config=null", "model.name=no/model"], "model.name"),
+        (["train", "mine.yaml", "tokenizer.train=null"], "tokenizer.train.vocab_size"),
+        (["train", "mine.yaml", "peft=lora", "peft.target_modules=[nope]"], "peft.target_modules"),
+        (["train", "mine.yaml", "peft=lora", "peft.options={bogus: 1}"], "peft.options"),
+        (["train", "mine.yaml", "model.attn_implementation=bogus"], "attn_implementation"),
+        (["train", "mine.yaml", "train.tokens_per_update=9"], "effective_batch_size"),
+        (["train", "mine.yaml", "data.holdout=20"], "data.holdout"),
+        (["train", "mine.yaml", "--resume", "output.dir=empty"], "output_dir = empty"),
+        (["plan", "mine.yaml", "--png", "plan.nope"], "--png"),
+        (["report", "nowhere"], "nowhere"),
+        (["schema", "no/folder/s.json"], "no/folder"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_a_message_and_exit_code_two(run, recipe, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2
+    (said,) = re.findall(r"^error: .*(?:\n.*)*", err, re.MULTILINE)
+    assert message in said
+    assert "Traceback" not in err
+
+
+def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed here")
+    run("train", recipe)
+    named = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null"]
+    code, _, err = run("train", recipe, "peft=qlora", *named)
+    assert code == 2
+    assert "pip install bitsandbytes" in err
+
+
+def test_it_works_as_a_module_and_without_a_terminal(tmp_path):
+    command = [sys.executable, "-m", "hf_gradacc", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    for name in ("train", "plan", "verify", "report", "schema", "recipes"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "verify", "report", "schema"])
+def test_every_command_shows_an_example(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert "hf-gradacc" in out.split("Usage")[1].partition("\n")[2]

@@ -1,0 +1,103 @@
+"""What differs between engines: sharded weights, adapters, low precision, refusals."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from support.rank_jobs import FSDP2, allow_sharding_on_cpu, train_scenarios
+from support.ranks import run_ranks
+from support.reference import relative_error
+from support.resume_jobs import train_and_report
+
+from hf_gradacc.collator import make_micro_batch
+from hf_gradacc.engines import even_out
+from hf_gradacc.targets import TargetRule
+from hf_gradacc.update import Update
+
+UNEVEN = {"effective_batch_size": 4, "per_device_train_batch_size": 1}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "LoRA": {"num_rows": 9, "lora": True, "options": UNEVEN},
+    # Over three ranks the last update has two rows: two sum in float32, the third has none.
+    "bf16": {"num_rows": 5, "dtype": "bfloat16", "options": {**UNEVEN, "effective_batch_size": 3}},
+    "compiled": {
+        "num_rows": 5,
+        "options": {
+            "effective_batch_size": 4,
+            "torch_compile": True,
+            "torch_compile_backend": "eager",
+        },
+    },
+}
+
+
+@functools.cache
+def runs(world_size: int, *, sharded: bool = False) -> list[dict[str, Any]]:
+    chosen = {name: s for name, s in SCENARIOS.items() if name == "LoRA" or not sharded}
+    return run_ranks(train_scenarios, world_size, timeout=400, scenarios=chosen, sharded=sharded)
+
+
+@pytest.mark.parametrize(
+    ("name", "sharded"), [("LoRA", False), ("LoRA", True), ("compiled", False)]
+)
+def test_engines_give_the_gradients_of_one_process(name, sharded):
+    one = runs(1)[0][name]
+    for rank in runs(2, sharded=sharded):
+        assert len(rank[name]["gradients"]) == len(one["gradients"]) > 1
+        for actual, expected in zip(rank[name]["gradients"], one["gradients"], strict=True):
+            assert relative_error(actual, expected) < 1e-10
+
+
+def test_a_rank_without_rows_sums_bf16_gradients_in_float32_too():
+    one = runs(1)[0]["bf16"]
+    for rank in run_ranks(train_scenarios, 3, scenarios={"bf16": SCENARIOS["bf16"]}):
+        for actual, expected in zip(rank["bf16"]["gradients"], one["gradients"], strict=True):
+            assert relative_error(actual, expected) < 2**-8
+
+
+def test_sharded_runs_resume_to_the_same_bits(tmp_path):
+    job = {"num_train_epochs": 1}
+    straight = run_ranks(_train_sharded, 2, out=str(tmp_path / "straight"), **job)
+    run_ranks(_train_sharded, 2, out=str(tmp_path / "out"), stop=4, **job)
+    resumed = run_ranks(_train_sharded, 2, out=str(tmp_path / "out"), resume=True, **job)
+    for name, weight in straight[0]["weights"].items():
+        assert torch.equal(resumed[0]["weights"][name], weight)
+
+
+def _train_sharded(**job: Any) -> dict[str, Any]:
+    allow_sharding_on_cpu()
+    # Whole state dicts cannot be gathered on a CPU (torch frees what it has "offloaded").
+    config = {**FSDP2["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    return train_and_report(**job, fsdp=True, fsdp_config=config)
+
+
+def test_a_share_is_brought_to_the_number_of_passes_of_the_others():
+    ids = torch.arange(12).view(4, 3)
+    update = Update([make_micro_batch({"input_ids": ids, "labels": ids})])
+
+    def halve(micro_batch: Any) -> Any:
+        half = micro_batch.num_sequences // 2
+        return [
+            make_micro_batch({key: value[rows] for key, value in micro_batch.inputs.items()})
+            for rows in (slice(None, half), slice(half, None))
+        ]
+
+    options: dict[str, Any] = {"halve": halve, "rule": TargetRule.NEXT_TOKEN, "spare": None}
+    three = even_out(update, 3, **options)
+    assert sorted(mb.num_sequences for mb in three) == [1, 1, 2]
+    six = even_out(update, 6, **options)
+    assert [mb.weightless for mb in six] == [True, True, False, False, False, False]
+    assert (
+        sorted(row for mb in six if not mb.weightless for row in mb.inputs["input_ids"].tolist())
+        == ids.tolist()
+    )
+
+
+def test_a_share_without_rows_runs_a_spare_row_that_has_a_target():
+    labels = torch.tensor([[-100, -100], [5, 6]])
+    spare = {"input_ids": labels.abs(), "labels": labels}
+    update = even_out(Update([]), 2, halve=list, rule=TargetRule.NEXT_TOKEN, spare=spare)
+    assert [mb.weightless for mb in update] == [True, True]
+    assert update.micro_batches[0].inputs["labels"].tolist() == [[5, 6]]

@@ -1,0 +1,94 @@
+"""Evaluation: the loss per target token, whatever the evaluation batch size."""
+
+import math
+
+import pytest
+import torch
+from support.reference import float64_everywhere
+from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
+
+ROWS = ragged_rows(13, seed=12)
+
+
+def evaluate(tmp_path, rows=ROWS, **options):
+    trainer = make_trainer(tmp_path, None, eval_dataset=rows, **options)
+    with float64_everywhere():
+        return trainer.evaluate()
+
+
+def true_loss(rows=ROWS, **options):
+    model = tiny_llama().eval()
+    with float64_everywhere(), torch.no_grad():
+        return float(model(**pad(rows)).loss)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 13])
+def test_eval_loss_does_not_depend_on_the_eval_batch_size(tmp_path, size):
+    metrics = evaluate(tmp_path, per_device_eval_batch_size=size)
+    assert metrics["eval_loss"] == pytest.approx(true_loss(), rel=1e-12)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(true_loss()), rel=1e-12)
+
+
+def test_the_stock_loss_does_depend_on_it(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    losses = {
+        evaluate(
+            tmp_path,
+            per_device_eval_batch_size=size,
+            trainer_class=Trainer,
+            arguments_class=TrainingArguments,
+        )["eval_loss"]
+        for size in (1, 5)
+    }
+    assert len(losses) == 2
+    assert max(abs(loss / true_loss() - 1) for loss in losses) > 1e-4
+
+
+def test_rows_without_a_target_change_nothing(tmp_path):
+    bare = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS[:3]]
+    metrics = evaluate(tmp_path, [bare[0], *ROWS, *bare[1:]], per_device_eval_batch_size=1)
+    assert metrics["eval_loss"] == pytest.approx(true_loss(), rel=1e-12)
+
+
+def test_several_evaluation_sets_keep_their_own_loss(tmp_path):
+    metrics = evaluate(tmp_path, {"a": ROWS[:5], "b": ROWS[5:]}, per_device_eval_batch_size=2)
+    assert metrics["eval_a_loss"] == pytest.approx(true_loss(ROWS[:5]), rel=1e-12)
+    assert metrics["eval_b_loss"] == pytest.approx(true_loss(ROWS[5:]), rel=1e-12)
+
+
+def test_label_smoothing_enters_the_evaluation_loss_as_in_stock(tmp_path):
+    model = tiny_llama().eval()
+    with float64_everywhere(), torch.no_grad():
+        batch = pad(ROWS)
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(
+            logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.3
+        )
+    metrics = evaluate(tmp_path, per_device_eval_batch_size=3, label_smoothing_factor=0.3)
+    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_compute_metrics_still_gets_every_prediction(tmp_path):
+    def count(prediction):
+        return {"rows": len(prediction.predictions), "labels": prediction.label_ids.shape[0]}
+
+    metrics = evaluate(
+        tmp_path, per_device_eval_batch_size=4, trainer_options={"compute_metrics": count}
+    )
+    assert (metrics["eval_rows"], metrics["eval_labels"]) == (13, 13)
+    assert metrics["eval_loss"] == pytest.approx(true_loss(), rel=1e-12)
+
+
+def test_predict_reports_the_same_loss_under_its_own_name(tmp_path):
+    trainer = make_trainer(tmp_path, None, per_device_eval_batch_size=4)
+    with float64_everywhere():
+        output = trainer.predict(ROWS)
+    assert output.metrics["test_loss"] == pytest.approx(true_loss(), rel=1e-12)
+
+
+def test_a_loss_that_is_not_a_number_is_shown_and_not_filtered(tmp_path):
+    trainer = make_trainer(tmp_path, None, eval_dataset=ROWS, per_device_eval_batch_size=4)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[ROWS[0]["labels"][-1]] = float("nan")
+    assert math.isnan(trainer.evaluate()["eval_loss"])

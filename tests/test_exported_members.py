@@ -1,0 +1,45 @@
+"""The door of the package: what is exported can be imported, once, and is documented."""
+
+import importlib
+import inspect
+import pkgutil
+
+import hf_gradacc
+
+
+def test_all_is_sorted_and_everything_in_it_exists():
+    assert hf_gradacc.__all__ == sorted(hf_gradacc.__all__)
+    assert len(set(hf_gradacc.__all__)) == len(hf_gradacc.__all__)
+    for name in hf_gradacc.__all__:
+        assert inspect.getdoc(getattr(hf_gradacc, name)), name
+
+
+def test_nothing_public_is_imported_at_the_door_without_being_exported():
+    public = {
+        name
+        for name, value in vars(hf_gradacc).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(hf_gradacc.__all__)
+
+
+def test_every_module_says_what_it_exports_and_stays_a_room_one_can_see_across():
+    for module in pkgutil.walk_packages(hf_gradacc.__path__, "hf_gradacc."):
+        if module.name.endswith("__main__"):
+            continue
+        loaded = importlib.import_module(module.name)
+        assert loaded.__doc__, module.name
+        assert len(inspect.getsource(loaded).splitlines()) <= 300, module.name
+
+
+def test_every_package_of_the_checkout_is_in_the_wheel():
+    import tomllib
+    from pathlib import Path
+
+    root = Path(hf_gradacc.__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(init.parent.relative_to(root).parts)
+        for init in (root / "hf_gradacc").rglob("__init__.py")
+    }
+    assert found | {"hf_gradacc._recipes"} == set(listed)

@@ -1,0 +1,171 @@
+"""Many ranks: the gradients, membership and logs of one process, over real gloo groups."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from support.rank_jobs import make_rows, pad, train_scenarios
+from support.ranks import run_ranks
+from support.reference import float64_everywhere, reference_gradient, relative_error
+from support.tiny import tiny_llama
+
+WORLDS = ("1", "2", "3", "4", "2, FSDP2")
+SEQUENTIAL = {"train_sampling_strategy": "sequential"}
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "an epoch that ends mid-update": {
+        "num_rows": 11,
+        "options": {
+            "effective_batch_size": 4,
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 2,
+        },
+    },
+    "a last update of one row": {
+        "num_rows": 9,
+        "form": "dataset",
+        "options": {"effective_batch_size": 4, "per_device_train_batch_size": 1},
+    },
+    "updates smaller than the world from the first on": {
+        "num_rows": 5,
+        "options": {"effective_batch_size": 2},
+    },
+    "rows, shares and an update without a target": {
+        "num_rows": 12,
+        "without_target": (0, 1, 2, 4, 6, 7),
+        "options": {"effective_batch_size": 2, **SEQUENTIAL},
+    },
+    "a token budget": {
+        "num_rows": 11,
+        "options": {"effective_batch_size": 8, "max_tokens_per_micro_batch": 20},
+    },
+    "updates drawn by tokens": {
+        "num_rows": 11,
+        "form": "dataset",
+        "options": {"tokens_per_update": 25, "max_tokens_per_micro_batch": 24},
+    },
+    "a stream without a length": {
+        "num_rows": 11,
+        "form": "stream",
+        "options": {"effective_batch_size": 4, "max_steps": 5},
+    },
+    "a stream of shards drawn by tokens": {
+        "num_rows": 11,
+        "form": "iterable",
+        "options": {"tokens_per_update": 25, "max_steps": 5},
+    },
+    "label smoothing": {
+        "num_rows": 6,
+        "options": {"effective_batch_size": 6, "label_smoothing_factor": 0.1},
+    },
+    "buckets that are views and a search for unused parameters": {
+        "num_rows": 6,
+        "options": {"effective_batch_size": 3, "ddp_find_unused_parameters": True},
+    },
+}
+
+
+@functools.cache
+def runs(world: str) -> list[dict[str, Any]]:
+    """What every rank of a world reports, all scenarios in one process group."""
+    return run_ranks(
+        train_scenarios,
+        int(world[0]),
+        timeout=400,
+        scenarios=SCENARIOS,
+        sharded=world.endswith("FSDP2"),
+    )
+
+
+def updates_of(world: str, name: str) -> list[tuple[int, int, list[int]]]:
+    """Epoch, index and rows of every update that was trained, over all ranks."""
+    updates: dict[tuple[int, int], list[int]] = {}
+    for rank in runs(world):
+        for epoch, index, rows in rank[name]["seen"]:
+            updates.setdefault((epoch, index), []).extend(rows)
+    return [(*key, sorted(rows)) for key, rows in sorted(updates.items())]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_any_number_of_ranks_takes_the_steps_of_the_whole_batch(world, name):
+    scenario = SCENARIOS[name]
+    smoothing = scenario["options"].get("label_smoothing_factor", 0.0)
+    results = [rank[name] for rank in runs(world)]
+    rows = list(make_rows(scenario))
+    with float64_everywhere():
+        model = tiny_llama()
+        trained = 0
+        for _, _, members in updates_of(world, name):
+            batch = [rows[i] for i in members if _has_target(rows[i])]
+            if not batch or trained == len(results[0]["gradients"]):
+                continue
+            expected = reference_gradient(model, batch, pad, loss_of=_loss(smoothing))
+            for result in results:
+                assert relative_error(result["gradients"][trained], expected) < 1e-10
+            with torch.no_grad():
+                for parameter_name, parameter in model.named_parameters():
+                    parameter -= 0.1 * expected[parameter_name]
+            trained += 1
+    assert trained == len(results[0]["gradients"]) > 0
+    for result in results:
+        for parameter_name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                result["weights"][parameter_name], parameter.data, rtol=0, atol=1e-10
+            )
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_membership_and_logs_do_not_depend_on_the_number_of_ranks(world, name):
+    one, many = runs("1")[0][name], runs(world)[0][name]
+    assert updates_of(world, name) == updates_of("1", name)
+    assert many["steps"] == one["steps"]
+    assert many["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-12)
+    # Its divisor is this call's steps alone; the float32 sums of the stock loop round differently.
+    assert many["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6)
+    assert len(many["logs"]) == len(one["logs"])
+    for ours, theirs in zip(many["logs"], one["logs"], strict=True):
+        # How an update is cut depends on how many ranks share it; nothing else may.
+        free = {"micro_batches_per_update", "padding_fraction"}
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - free:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-9, nan_ok=True), key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_row_is_trained_twice_in_an_epoch_and_none_is_forgotten(world):
+    name = "an epoch that ends mid-update"
+    for epoch in (0, 1):
+        rows = [i for e, _, members in updates_of(world, name) if e == epoch for i in members]
+        assert sorted(rows) == list(range(11))
+
+
+def test_weights_are_sharded_where_the_test_says_so():
+    name = next(iter(SCENARIOS))
+    assert [runs(world)[0][name]["sharded"] for world in WORLDS] == [False] * 4 + [True]
+
+
+def test_epochs_are_shuffled_anew():
+    updates = updates_of("2", "an epoch that ends mid-update")
+    assert [m for e, _, m in updates if e == 0] != [m for e, _, m in updates if e == 1]
+
+
+def _has_target(row: dict[str, Any]) -> bool:
+    return any(label != -100 for label in row["labels"][1:])
+
+
+def _loss(smoothing: float) -> Any:
+    """The model's loss or, smoothed, torch's own ``label_smoothing`` over the same targets."""
+
+    def loss_of(model: Any, batch: Any) -> torch.Tensor:
+        outputs = model(**batch)
+        logits, labels = outputs.logits[:, :-1], batch["labels"][:, 1:]
+        return torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), label_smoothing=smoothing
+        )
+
+    return loss_of

@@ -1,0 +1,158 @@
+"""SIGTERM and SIGINT end training after a whole, saved update; loader deaths are told clearly."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from support.reference import float64_everywhere
+from support.signalled import train_and_be_told_to_stop
+from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
+from transformers import TrainerCallback
+
+from hf_gradacc import DataError
+
+ROWS = ragged_rows(24, seed=5)
+
+
+class Tell(TrainerCallback):
+    """Sends this process a signal in the middle of an update."""
+
+    def __init__(self, number, *, step, times=1):
+        self.number, self.step, self.times = number, step, times
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+            self.step = None
+
+
+def make(tmp_path, *callbacks, **options):
+    settings = {"effective_batch_size": 6, "per_device_train_batch_size": 2, "seed": 3}
+    model = tiny_llama()
+    return model, make_trainer(
+        tmp_path, ROWS, model=model, callbacks=callbacks, **settings | options
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
+    with float64_everywhere():
+        recorder = Recorder()
+        _, trainer = make(tmp_path, Tell(number, step=1), recorder, save_strategy=strategy)
+        with pytest.raises(SystemExit) as caught:
+            trainer.train()
+        assert caught.value.code == code
+        assert trainer.state.global_step == 2
+        assert recorder.events.count("save") == 1
+        assert recorder.events[-1] == "train_end"  # trackers have closed their files
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+        assert (
+            signal.getsignal(number)
+            == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}[number]
+        )
+        # Going on from there ends where a run ends that nobody stopped.
+        resumed, trainer = make(tmp_path, save_strategy="no")
+        trainer.train(resume_from_checkpoint=True)
+        whole, trainer = make(tmp_path, save_strategy="no")
+        trainer.train()
+    for (name, weight), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_handler_of_the_users_own_stays_in_charge(tmp_path):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        _, trainer = make(tmp_path, Tell(signal.SIGTERM, step=1))
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+    assert trainer.state.global_step == 4
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path):
+    _, trainer = make(tmp_path)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 4
+
+
+def test_all_ranks_stop_after_the_same_update_whoever_was_told(tmp_path):
+    first, second = run_ranks(train_and_be_told_to_stop, 2, out=str(tmp_path), told_rank=1, step=1)
+    assert first == second == {"code": 143, "steps": 2, "saved": ["checkpoint-2"]}
+
+
+def test_loader_workers_that_get_the_signal_too_do_not_end_the_update(tmp_path):
+    class TellAll(Tell):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                self.step = None
+                children = multiprocessing.active_children()
+                # From outside, as a scheduler does: from its parent a worker takes it calmly.
+                everybody = [os.getpid(), *(child.pid for child in children)]
+                subprocess.run(["kill", "-TERM", *map(str, everybody)], check=True)
+                time.sleep(0.5)  # not join(), which would take torch's notice of the death away
+
+    _, trainer = make(tmp_path, TellAll(signal.SIGTERM, step=1), dataloader_num_workers=1)
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+class Fragile(list):
+    """Rows of which one kills the process that reads it."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_loader_worker_that_dies_is_a_clear_error(tmp_path):
+    rows = Fragile(ROWS)
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        data_collator=pad,
+        effective_batch_size=6,
+        per_device_train_batch_size=2,
+        dataloader_num_workers=1,
+        train_sampling_strategy="sequential",
+    )
+    trainer._collate_probe = lambda rows: pad(ROWS[:3])
+    with pytest.raises(
+        DataError, match=r"(?s)loader worker died at update \d+.*dataloader_num_workers"
+    ):
+        _without_reading(trainer, rows)
+
+
+def _without_reading(trainer, rows):
+    """Train, where the main process must not read the row that kills."""
+    import hf_gradacc.trainer_data as data
+
+    choose = data.choose_probe_rows
+    data.choose_probe_rows = lambda *args, **kwargs: ROWS[:3]
+    try:
+        trainer.train()
+    finally:
+        data.choose_probe_rows = choose

@@ -1,0 +1,275 @@
+"""Real runs in W&B, read back from disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from support.tracked import make_rows, make_trainer, no_wandb_login, only_run, run_to_end
+from support.wandb_reader import find_wandb_files, read_wandb_file
+from transformers import Trainer, TrainerCallback
+
+from hf_gradacc import tracking_wandb
+from hf_gradacc.tracking import attach_report, install_tracking, record_event
+from hf_gradacc.tracking_file import LOG_NAME, read_log
+from hf_gradacc.tracking_wandb import GradAccWandbCallback
+
+
+@pytest.fixture
+def wandb_dir(tmp_path, monkeypatch):
+    yield from no_wandb_login(tmp_path, monkeypatch)
+
+
+# --- a fresh run ---------------------------------------------------------------------------
+
+
+def test_without_a_key_the_run_is_offline_and_one_line_says_how_to_sync(wandb_dir, tmp_path, capfd):
+    run_to_end(make_trainer(tmp_path / "out"))
+    printed = capfd.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if line.startswith("W&B:")]
+    (line,) = lines
+    (path,) = find_wandb_files(wandb_dir)
+    assert line.endswith(f"to upload: wandb sync {path.parent}")
+    assert "wandb:" not in printed.out + printed.err
+
+
+def test_every_logged_number_reaches_wandb_under_train(wandb_dir, tmp_path):
+    trainer = make_trainer(tmp_path / "out", eval_strategy="steps", eval_steps=2)
+    run_to_end(trainer)
+    run = only_run(wandb_dir)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 4
+    seen = run.rows_with("train/loss")
+    assert [row["train/global_step"] for row in seen] == [1, 2, 3, 4]
+    for ours, theirs in zip(logged, seen, strict=True):
+        for key, value in ours.items():
+            if key != "step":
+                assert theirs[f"train/{key}"] == pytest.approx(value, rel=1e-12), key
+        for key in (
+            "effective_batch_size",
+            "tokens_per_update",
+            "input_tokens_per_update",
+            "padding_fraction",
+            "micro_batches_per_update",
+            "learning_rate",
+            "target_tokens_seen",
+            "target_tokens_per_second",
+            "step_seconds",
+        ):
+            assert f"train/{key}" in theirs
+    assert run.summary["train/loss"] == pytest.approx(logged[-1]["loss"])
+    assert run.summary["train_loss"] > 0
+
+
+def test_evaluations_can_be_drawn_over_target_tokens(wandb_dir, tmp_path):
+    trainer = make_trainer(tmp_path / "out", eval_strategy="steps", eval_steps=2)
+    run_to_end(trainer)
+    run = only_run(wandb_dir)
+    tokens_at = {
+        row["step"]: row["target_tokens_seen"]
+        for row in trainer.state.log_history
+        if "target_tokens_seen" in row and "loss" in row
+    }
+    evaluated = run.rows_with("eval/loss")
+    assert len(evaluated) == 2
+    for row in evaluated:
+        assert row["train/target_tokens_seen"] == tokens_at[row["train/global_step"]]
+    assert run.metrics["train/target_tokens_seen"] == ""  # an axis, so it has none itself
+    assert run.metrics["*"] == "train/global_step"
+
+
+def test_config_tells_the_batch_as_requested_and_as_it_came_out(wandb_dir, tmp_path):
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    run_to_end(make_trainer(tmp_path / "out", effective_batch_size=None, **options))
+    config = only_run(wandb_dir).config
+    assert config["gradient_accumulation_steps"] == 4  # what was asked for, not an internal 1
+    facts = config["hf_gradacc"]
+    assert facts["batch"]["requested"]["per_device_train_batch_size"] == 3
+    assert facts["batch"]["effective_batch_size"] == 12
+    assert facts["batch"]["world_size"] == 1
+    assert facts["batch"]["max_sequences_per_micro_batch"] == 3
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in str(facts)
+    assert facts["hardware"]["device"] == "cpu"
+    assert facts["model"]["num_trainable_parameters"] > 0
+    assert facts["updates"] == 4
+
+
+def test_rows_are_previewed_with_their_targets_marked(wandb_dir, tmp_path):
+    run_to_end(make_trainer(tmp_path / "out"))
+    run = only_run(wandb_dir)
+    (table,) = run.rows_with("data/rows/path")
+    (path,) = find_wandb_files(wandb_dir)
+    shown = json.loads((path.parent / "files" / table["data/rows/path"]).read_text())
+    first = make_rows()[0]["input_ids"]
+    prompt, answer = " ".join(map(str, first[:2])), " ".join(map(str, first[2:]))
+    assert shown["data"][0] == [0, f"{prompt} ⟦{answer}⟧", len(first), len(first) - 2]
+    (lengths,) = run.rows_with("data/input_tokens/values")
+    assert sum(lengths["data/input_tokens/values"]) == 24
+
+
+def test_a_preview_that_fails_costs_only_itself(wandb_dir, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("this row lies on a disk that is gone")
+
+    monkeypatch.setattr(tracking_wandb, "preview_rows", fail)
+    run_to_end(make_trainer(tmp_path / "out", max_steps=2))
+    run = only_run(wandb_dir)
+    assert len(run.rows_with("train/loss")) == 2
+    assert not run.rows_with("data/rows/path")
+
+
+def test_the_report_is_an_artifact_on_request(wandb_dir, tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    trainer.train()
+    page = attach_report(trainer)
+    name = f"report-{wandb.run.id}"
+    wandb.finish()
+    wandb.teardown()
+    assert name in only_run(wandb_dir).artifacts
+    assert "<h3>Loss" in page.read_text("utf-8")
+
+
+# --- resuming ------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_same_wandb_run(wandb_dir, tmp_path, capsys):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run_to_end(make_trainer(tmp_path / "out", **saving))
+    trainer = make_trainer(tmp_path / "out", **saving)
+    run_to_end(trainer, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    paths = find_wandb_files(wandb_dir)
+    first, second = map(read_wandb_file, paths)
+    assert second.run_id == first.run_id
+    assert [row["train/global_step"] for row in first.rows_with("train/loss")] == [1, 2, 3, 4]
+    assert [row["train/global_step"] for row in second.rows_with("train/loss")] == [3, 4]
+    assert not second.rows_with("data/rows/path"), "the preview is logged once"
+    steps = [row["_step"] for row in first.history + second.history]
+    assert steps == sorted(set(steps)), "or an upload would drop the rows of the second part"
+    folders = f"{paths[0].parent} {paths[1].parent}"
+    assert capsys.readouterr().out.rstrip().endswith(f"wandb sync {folders}")
+
+
+def test_two_runs_that_have_nothing_to_do_with_each_other_have_two_ids(wandb_dir, tmp_path):
+    run_to_end(make_trainer(tmp_path / "one", max_steps=1))
+    run_to_end(make_trainer(tmp_path / "two", max_steps=1))
+    first, second = (read_wandb_file(path) for path in find_wandb_files(wandb_dir))
+    assert first.run_id != second.run_id
+
+
+# --- what goes wrong -----------------------------------------------------------------------
+
+
+class Trouble(TrainerCallback):
+    """Reports two recoveries inside update 2 and 3."""
+
+    trainer: Trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in (1, 2):
+            text = "out of memory; cut again at half the budget"
+            record_event(self.trainer, "out_of_memory", text=text, max_tokens=512)
+
+
+def test_a_recovery_is_an_alert_and_a_line_of_the_file(wandb_dir, tmp_path):
+    trouble = Trouble()
+    trainer = make_trainer(tmp_path / "out", callbacks=[trouble])
+    trouble.trainer = trainer
+    run_to_end(trainer)
+    run = only_run(wandb_dir)
+    assert run.alerts[0] == {
+        "title": "Out of memory",
+        "text": "Update 2: out of memory; cut again at half the budget",
+        "level": "WARN",
+    }
+    assert run.summary["events/out_of_memory"] == 2
+    events = [row for row in read_log(tmp_path / "out" / LOG_NAME) if row["kind"] == "event"]
+    assert [event["step"] for event in events] == [2, 3]
+    assert events[0]["max_tokens"] == 512
+
+
+def test_wandb_breaking_midway_costs_one_line_and_no_update(
+    wandb_dir, tmp_path, monkeypatch, caplog
+):
+    trainer = make_trainer(tmp_path / "out", callbacks=[BreakWandb(monkeypatch)])
+    tracking_wandb.logger.propagate = True
+    with caplog.at_level("WARNING"):
+        run_to_end(trainer)
+    complaints = [r for r in caplog.messages if r.startswith("W&B:")]
+    (line,) = complaints
+    assert "CommError" in line
+    assert "the server said no" in line
+    assert trainer.state.global_step == 4
+    rows = [row for row in read_log(tmp_path / "out" / LOG_NAME) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+class BreakWandb(TrainerCallback):
+    """From update 3 on, W&B raises at every row."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        def refuse(*args, **kwargs):
+            raise wandb.errors.CommError("the server said no")
+
+        if state.global_step == 2:
+            self.monkeypatch.setattr(wandb, "log", refuse)
+
+
+# --- two ranks -----------------------------------------------------------------------------
+
+RANK_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
+from support.tracked import make_trainer
+from hf_gradacc.tracking import record_event
+trainer = make_trainer(sys.argv[2], ddp_backend="gloo", max_steps=3)
+trainer.train()
+record_event(trainer, "out_of_memory", text=f"said by rank {trainer.args.process_index}")
+"""
+
+
+def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_dir, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANK_SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launch += ["--master-port", str(free.getsockname()[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launch, str(script), str(Path(__file__).parent), str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = only_run(wandb_dir)
+    seen = run.rows_with("train/loss")
+    assert [row["train/global_step"] for row in seen] == [1, 2, 3]
+    assert [row["train/effective_batch_size"] for row in seen] == [6.0, 6.0, 6.0]
+    assert run.config["hf_gradacc"]["batch"]["world_size"] == 2
+    assert [alert["text"] for alert in run.alerts] == ["Update 4: said by rank 0"]
+    rows = read_log(tmp_path / "out" / LOG_NAME)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
+    assert done.stdout.count("Plan of") == 1
+    assert done.stdout.count("W&B: recording offline") == 1
+
+
+def test_installing_twice_changes_nothing(tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    install_tracking(trainer)
+    before = list(trainer.callback_handler.callbacks)
+    install_tracking(trainer)
+    assert trainer.callback_handler.callbacks == before
+    assert sum(isinstance(callback, GradAccWandbCallback) for callback in before) == 1

@@ -1,0 +1,119 @@
+"""A budget that tunes itself ends near the fastest one, soon, and leaves the gradient alone."""
+
+import random
+
+import pytest
+from support.reference import float64_everywhere, reference_gradient, relative_error
+from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
+
+from hf_gradacc import GradAccArguments
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.tuning import BudgetTuner
+
+
+def tune(seconds_per_token, *, num_tokens=9000, longest=300, lag=0, fits=None):
+    """Run a tuner against a made-up machine; `lag` updates are planned ahead by loader workers."""
+    tuner, planned = BudgetTuner(), []
+    while not tuner.settled:
+        planned.append(tuner.budget)
+        budget = planned[max(0, len(planned) - 1 - lag)]
+        if fits is not None and budget > fits:
+            tuner.forbid(budget)
+            continue
+        seconds = seconds_per_token(budget) * num_tokens
+        tuner.note(budget, seconds=seconds, num_tokens=num_tokens, longest=longest)
+        assert tuner.num_updates <= 20
+    return tuner
+
+
+def like_a_cpu(budget):
+    """Small micro-batches cost calls, large ones fall out of the cache."""
+    return 1 + 150 / budget + budget / 8000
+
+
+def like_a_gpu(budget):
+    return 1 + 900 / budget
+
+
+@pytest.mark.parametrize("machine", [like_a_cpu, like_a_gpu])
+@pytest.mark.parametrize("lag", [0, 2])
+def test_it_ends_within_five_per_cent_of_the_best(machine, lag):
+    budgets = [2**k for k in range(9, 15)]
+    tuner = tune(machine, lag=lag)
+    assert machine(tuner.budget) <= 1.05 * min(map(machine, budgets))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_ten_per_cent_costs_little(seed):
+    draw = random.Random(seed)
+    tuner = tune(lambda budget: like_a_cpu(budget) * (1 + 0.1 * draw.random()))
+    assert like_a_cpu(tuner.budget) <= 1.1 * min(like_a_cpu(2**k) for k in range(9, 15))
+
+
+def test_it_stays_below_what_does_not_fit():
+    tuner = tune(like_a_gpu, fits=3000)
+    assert tuner.budget == 2048
+    tuner.forbid(2048)  # later, when a longer sequence comes along
+    assert tuner.budget < 2048
+
+
+def test_it_says_what_it_tried():
+    line = tune(like_a_cpu).describe()
+    assert "max_tokens_per_micro_batch = 1024 after" in line
+    assert "2048: 1." in line
+
+
+ROWS = ragged_rows(24, seed=7)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tuning_never_changes_a_gradient(tmp_path, workers):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        callbacks=[recorder],
+        learning_rate=0.0,
+        effective_batch_size=12,
+        max_tokens_per_micro_batch="auto",
+        num_train_epochs=12,
+        dataloader_num_workers=workers,
+    )
+    model = tiny_llama().train()
+    with float64_everywhere():
+        trainer.train()
+        assert trainer._tuner.settled
+        sampler = trainer.get_train_dataloader().batch_sampler
+        for epoch in (0, 11):
+            for gradient, members in zip(
+                recorder.gradients[2 * epoch :], sampler.membership(epoch), strict=False
+            ):
+                expected = reference_gradient(model, [ROWS[i] for i in members], pad)
+                assert relative_error(gradient, expected) <= 1e-10
+
+
+def test_updates_are_planned_with_what_was_chosen(tmp_path):
+    seen = []
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        effective_batch_size=12,
+        max_tokens_per_micro_batch="auto",
+        num_train_epochs=12,
+        learning_rate=0.0,
+    )
+    stock = trainer.training_step
+    trainer.training_step = lambda model, update, n=None: (
+        seen.append(update.max_tokens) or stock(model, update, n)
+    )
+    trainer.train()
+    assert seen[0] == BudgetTuner.budget
+    assert seen[-1] == trainer._tuner.budget
+    assert len(set(seen)) > 1
+
+
+def test_a_budget_is_a_number_or_auto(tmp_path):
+    arguments = GradAccArguments(output_dir=str(tmp_path), max_tokens_per_micro_batch="1024")
+    assert arguments.max_tokens_per_micro_batch == 1024
+    with pytest.raises(ConfigError, match=r"max_tokens_per_micro_batch = 'most': use a whole"):
+        GradAccArguments(output_dir=str(tmp_path), max_tokens_per_micro_batch="most")
