@@ -1,0 +1,299 @@
+"""How far the accumulated gradient is from the gradient of the whole batch: theirs and ours.
+
+    python benchmarks/exactness.py              ten well-known models, as in the README
+    python benchmarks/exactness.py --all        every text architecture of Transformers
+    python benchmarks/exactness.py --only bert  every head of one architecture
+
+Tiny random models in float64 without dropout, built from their configurations (no hub). One update
+of eleven rows of very unequal length, cut into four micro-batches of 3, 3, 3 and 2 by both
+trainers, against one forward and backward over the eleven rows padded together.
+
+    error   |g - g_whole| / |g_whole| over all parameters
+    scale   the multiple of g_whole that lies in g; 1 is right, 4 is the number of micro-batches
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import io
+import json
+import logging
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import router_share  # noqa: E402
+from support import reference, zoo, zoo_runs  # noqa: E402
+
+EXACT = 1e-10
+SECONDS_PER_CASE = 90
+
+WELL_KNOWN = (
+    ("Llama", zoo.Case("llama", "causal")),
+    ("GPT-2", zoo.Case("gpt2", "causal")),
+    ("Mixtral, router loss on", zoo.Case("mixtral", "causal", router_loss=True)),
+    ("Qwen3-MoE, router loss on", zoo.Case("qwen3_moe", "causal", router_loss=True)),
+    ("T5", zoo.Case("t5", "seq2seq")),
+    ("BART", zoo.Case("bart", "seq2seq")),
+    ("BERT, masked LM", zoo.Case("bert", "mlm")),
+    ("RoBERTa, sequence classification", zoo.Case("roberta", "single")),
+    ("ModernBERT, token classification", zoo.Case("modernbert", "tok")),
+    ("DeBERTa-v2, question answering", zoo.Case("deberta-v2", "qa")),
+)
+
+
+@dataclasses.dataclass
+class Result:
+    """One case's figures; an error is None where that trainer did not finish.
+
+    Attributes:
+        verdict: ``exact``, ``router`` (exact but for the router loss's nonlinearity), ``warned``,
+            ``refused``, ``WRONG``, or ``not run`` where the model itself fails.
+        share_error: Error against the share-weighted sum over the micro-batches that ours ran.
+    """
+
+    case: zoo.Case
+    verdict: str
+    ours: float | None = None
+    share_error: float | None = None
+    stock: float | None = None
+    stock_scale: float | None = None
+    note: str = ""
+
+
+def measure(case: zoo.Case) -> Result:
+    """Run one case through both trainers and the reference."""
+    try:
+        with reference.float64_everywhere():
+            model, rows = case.build(), case.rows()
+            collator = case.collator(model)
+            expected = reference.reference_gradient(model, rows, collator)
+        finite = bool(expected) and all(g.isfinite().all() for g in expected.values())
+    except Exception as error:
+        return Result(case, "not run", note=_say(error))
+    if not finite:
+        return Result(case, "not run", note="the whole batch's gradient is not finite")
+    result = Result(case, "WRONG")
+    result.stock, result.stock_scale, result.note = _measure_stock(case, expected)
+    try:
+        with reference.float64_everywhere():
+            run = zoo_runs.train_ours(case.build(), rows, collator)
+            result.ours = reference.relative_error(run.gradient, expected)
+            if result.ours > EXACT:
+                result.share_error = _share_error(case, run)
+    except Exception as error:
+        result.verdict, result.note = "refused", _say(error)
+        return result
+    if result.ours <= EXACT:
+        result.verdict = "exact"
+    elif (
+        case.router_loss
+        and result.share_error is not None
+        and result.share_error <= EXACT
+        and not any("expert_capacity" in warning for warning in run.warnings)
+    ):
+        result.verdict = "router"
+    elif run.warnings:
+        result.verdict, result.note = "warned", " ".join(run.warnings)
+    return result
+
+
+def _measure_stock(
+    case: zoo.Case, expected: reference.Gradient
+) -> tuple[float | None, float | None, str]:
+    try:
+        with reference.float64_everywhere():
+            model = case.build()
+            run = zoo_runs.train_stock(model, case.rows(), case.collator(model))
+    except Exception as error:
+        return None, None, "stock: " + _say(error)
+    error = reference.relative_error(run.gradient, expected)
+    return error, reference.scale(run.gradient, expected), ""
+
+
+def _share_error(case: zoo.Case, run: zoo_runs.Run) -> float:
+    """Against ``sum_i (n_i / N) * loss_i`` over the very micro-batches that ours ran."""
+    errors = []
+    for shifts in (True, False):
+        counts = [
+            zoo_runs.count_micro_batch(case.head, batch, shifts=shifts)
+            for batch in run.micro_batches
+        ]
+        expected = reference.share_weighted_gradient(case.build(), run.micro_batches, counts)
+        errors.append(reference.relative_error(run.gradient, expected))
+    return min(errors)
+
+
+def ten_models() -> str:
+    """The table of the README."""
+    lines = [
+        "| model | stock `Trainer`: error | scale | `GradAccTrainer`: error |",
+        "|---|---|---|---|",
+    ]
+    for name, case in WELL_KNOWN:
+        result = measure(case)
+        mark = " ¹" if result.verdict == "router" else ""
+        lines.append(
+            f"| {name} | {_number(result.stock)} | {_number(result.stock_scale, '.2f')} | "
+            f"{_number(result.ours)}{mark} |"
+        )
+        if mark:
+            print(f"{name}: {result.share_error:.1e} against the share-weighted sum")
+    return "\n".join(lines)
+
+
+def sweep(cases: list[zoo.Case], log: Path | None) -> str:
+    """Run every case; counts by head, then each case that is not simply exact.
+
+    Args:
+        cases: What to run.
+        log: A file of JSON lines; cases it holds already are not run again.
+    """
+    results = _read_log(log)
+    done = {result.case for result in results}
+    started = time.monotonic()
+    for i, case in enumerate(case for case in cases if case not in done):
+        with _time_limit(SECONDS_PER_CASE), contextlib.redirect_stdout(io.StringIO()):
+            result = _measure_or_give_up(case)
+        results.append(result)
+        if log:
+            with log.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        if result.verdict not in ("exact", "router"):
+            print(
+                f"{case}: {result.verdict} {_number(result.ours)} {result.note}"[:400], flush=True
+            )
+        if i % 50 == 49:
+            took = time.monotonic() - started
+            print(f"... {len(results)} of {len(cases)}, {took:.0f} s", file=sys.stderr, flush=True)
+    return report(results)
+
+
+def report(results: list[Result]) -> str:
+    """Markdown of a sweep."""
+    groups: dict[str, list[Result]] = collections.defaultdict(list)
+    for result in results:
+        groups[result.case.head + (", router loss on" if result.case.router_loss else "")].append(
+            result
+        )
+    lines = [
+        "| head | ran | stock exact | ours exact | up to router nonlinearity | warned or refused "
+        "| neither |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, group in [*groups.items(), ("all", results)]:
+        ran = [r for r in group if r.verdict != "not run"]
+        count = collections.Counter(r.verdict for r in ran)
+        stock = sum(r.stock is not None and r.stock <= EXACT for r in ran)
+        lines.append(
+            f"| {name} | {len(ran)} | {stock} | {count['exact']} | {count['router']} | "
+            f"{count['warned'] + count['refused']} | {count['WRONG']} |"
+        )
+    router = sorted(r.ours for r in results if r.verdict == "router" and r.ours is not None)
+    if router:
+        middle = router[len(router) // 2]
+        lines += [
+            "",
+            f"Router nonlinearity left in {len(router)} cases: {router[0]:.1e} to {router[-1]:.1e} "
+            f"of the gradient, median {middle:.1e}; against the share-weighted sum of the same "
+            f"micro-batches all of them are within {EXACT:.0e}.",
+        ]
+    for verdict, title in (
+        ("WRONG", "Neither exact nor warned"),
+        ("warned", "Warned"),
+        ("refused", "Refused"),
+        ("not run", "Not run: the tiny model itself fails"),
+    ):
+        some = [r for r in results if r.verdict == verdict]
+        if some:
+            lines += ["", f"{title} ({len(some)}):", ""]
+            lines += [f"- {r.case}: {_number(r.ours)} {r.note}".rstrip()[:300] for r in some]
+    return "\n".join(lines)
+
+
+def _read_log(log: Path | None) -> list[Result]:
+    if log is None or not log.exists():
+        return []
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [Result(**{**row, "case": zoo.Case(**row["case"])}) for row in rows]
+
+
+def _measure_or_give_up(case: zoo.Case) -> Result:
+    try:
+        return measure(case)
+    except TimeoutError:
+        return Result(case, "not run", note=f"longer than {SECONDS_PER_CASE} s")
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    def give_up(*_: Any) -> None:
+        raise TimeoutError(f"longer than {seconds} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def _number(value: float | None, form: str = ".1e") -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="every text architecture")
+    parser.add_argument("--only", help="every head of one architecture")
+    parser.add_argument("--log", type=Path, help="go on where this file of results ends")
+    parser.add_argument("--no-file", action="store_true", help="print, write no result file")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("hf_gradacc").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    if chosen.all or chosen.only:
+        name = "exactness-all"
+        body = sweep(
+            [c for c in zoo.all_cases() if chosen.only in (None, c.model_type)], chosen.log
+        )
+    else:
+        name = "exactness"
+        with contextlib.redirect_stdout(sys.stderr):
+            body = f"{ten_models()}\n\n{router_share.NOTE}\n\n{router_share.study()}"
+    text = (
+        f"transformers {transformers.__version__}, torch {torch.__version__}, float64, one update "
+        f"of {zoo_runs.EFFECTIVE_BATCH_SIZE} ragged rows in {zoo_runs.MICRO_BATCHES} micro-batches."
+        f"\n\n{body}\n"
+    )
+    print(text)
+    if not chosen.no_file and not chosen.only:
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        path = ROOT / "benchmarks" / "results" / f"{name.replace('-', '_')}_cpu_{today}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"# Exactness, CPU, {today}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Kill a training run at random moments and see whether it ends with the same bits.
+
+    python benchmarks/kills.py --kills 20
+
+Trains a tiny Llama with dropout and AdamW, saving every other update, sends SIGKILL again and
+again, resumes with ``resume_from_checkpoint="auto"``, and compares weights and log rows with a run
+nobody killed. Prints when each kill struck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.ranks import run_and_kill
+from support.resume_jobs import train_and_report, train_until_killed
+
+from hf_gradacc.checkpoints import STAGING_NAME, find_whole_checkpoint, list_checkpoints
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=25, help="6 updates each")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"num_train_epochs": options.epochs, "save_total_limit": 2}
+        straight = train_and_report(f"{folder}/straight", dropout=0.2, **job)
+        out, result = Path(folder, "killed"), Path(folder, "result")
+        kills = while_saving = 0
+        while not result.exists():
+            code = run_and_kill(
+                train_until_killed,
+                begun=Path(folder, "begun"),
+                delay=draw.uniform(0.0, 1.0) if kills < options.kills else None,
+                out=str(out),
+                result=str(result),
+                started=f"{folder}/begun",
+                **job,
+            )
+            if code == -9:
+                kills += 1
+                saving = any((out / STAGING_NAME).glob("checkpoint-*"))
+                while_saving += saving
+                newest, damaged = find_whole_checkpoint(out)
+                moment = "while saving" if saving else "between saves"
+                place = newest.name if newest else "the beginning"
+                print(f"kill {kills:2}: {moment}; goes on from {place}, {len(damaged)} damaged")
+        resumed = pickle.loads(result.read_bytes())
+        same = all(torch.equal(w, resumed["weights"][n]) for n, w in straight["weights"].items())
+        print(f"{kills} kills, {while_saving} of them while saving, {straight['step']} updates")
+        same_logs = resumed["logs"] == straight["logs"]
+        print(f"weights bit-identical: {same}; log rows identical: {same_logs}")
+        print(f"checkpoints left: {[path.name for path in list_checkpoints(out)]}")
+    sys.exit(0 if same and same_logs else 1)
+
+
+if __name__ == "__main__":
+    main()

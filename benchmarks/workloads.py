@@ -1,0 +1,163 @@
+"""What the benchmarks train: rows of four kinds, and Llama shapes with random weights.
+
+Nothing is downloaded. GSM8K is read from disk where it lies, else the recipes' word problems take
+its place; the other kinds are random tokens whose lengths are drawn from a seeded distribution.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+Row = dict[str, list[int]]
+
+REPO = Path(__file__).resolve().parent.parent
+GSM8K = (REPO.parent / "shared/data/gsm8k/train.jsonl", Path("data/gsm8k/train.jsonl"))
+WORD_PROBLEMS = REPO / "recipes/data/word_problems.jsonl"
+PAD, END = 0, 1
+
+# name: (hidden, intermediate, layers, heads, vocabulary, tied)
+SHAPES = {
+    "llama-9m": (256, 688, 6, 4, 16_384, True),  # 8.9M parameters
+    "llama-25m": (512, 1376, 6, 8, 16_384, True),  # 27M, 19M of them in the layers
+    "qwen3-0.6b": (1024, 3072, 28, 16, 151_936, True),
+}
+
+
+def make_model(shape: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A Llama of the shape with random weights; `changes` go into its config."""
+    hidden, intermediate, layers, heads, vocab, tied = SHAPES[shape]
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 8192,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "use_cache": False,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+def make_rows(kind: str, count: int, *, vocab_size: int = 16_384, seed: int = 0) -> list[Row]:
+    """`count` rows of one kind: gsm8k, heavy-tail, lognormal or equal."""
+    rng = np.random.default_rng([seed, len(kind)])
+    if kind == "gsm8k":
+        rows = _text_rows(vocab_size)
+        return [rows[i] for i in rng.choice(len(rows), size=count, replace=False)]
+    if kind == "heavy-tail":
+        # Instruction data: most answers short, a few per cent very long (Pareto, index 1.3).
+        lengths = np.clip(40 * (1 + rng.pareto(1.3, count)), 20, 2048).astype(int)
+    elif kind == "lognormal":
+        # As in transformers#47340: median 180 tokens, sigma 0.9.
+        lengths = np.clip(rng.lognormal(np.log(180), 0.9, count), 16, 2048).astype(int)
+    elif kind == "equal":
+        lengths = np.full(count, 200)
+    else:
+        raise SystemExit(f"no such kind of rows: {kind}")
+    return [_random_row(rng, int(n), vocab_size) for n in lengths]
+
+
+def dense_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
+    """As many rows of one length, with the same input tokens and the same share of targets."""
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    targets = sum(label != -100 for row in rows for label in row["labels"][1:])
+    length = round(tokens / len(rows))
+    rng = np.random.default_rng(seed)
+    high = max(max(row["input_ids"]) for row in rows)
+    wanted = round(targets / len(rows))
+    return [_random_row(rng, length, high + 1, num_targets=wanted) for _ in rows]
+
+
+def make_collator(tokenizer: Any) -> DataCollatorForSeq2Seq:
+    return DataCollatorForSeq2Seq(tokenizer, padding=True)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that only pads; the rows are tokens already."""
+    bare = Tokenizer(models.WordLevel({"<pad>": PAD, "<end>": END}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare,
+        pad_token="<pad>",
+        eos_token="<end>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def describe(rows: list[Row]) -> str:
+    lengths = sorted(len(row["input_ids"]) for row in rows)
+    targets = sum(label != -100 for row in rows for label in row["labels"][1:])
+    return (
+        f"{len(rows)} rows, {min(lengths)} to {max(lengths)} tokens, median "
+        f"{lengths[len(lengths) // 2]}, mean {np.mean(lengths):.0f}; "
+        f"{targets / sum(lengths):.0%} of the tokens are targets"
+    )
+
+
+def _random_row(
+    rng: np.random.Generator, length: int, vocab_size: int, *, num_targets: int | None = None
+) -> Row:
+    ids = rng.integers(2, vocab_size, length).tolist()
+    prompt = length // 2 if num_targets is None else length - num_targets
+    return _row(ids, prompt)
+
+
+def _row(ids: list[int], prompt: int) -> Row:
+    labels = [-100] * prompt + ids[prompt:]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+_TEXT_ROWS: dict[int, list[Row]] = {}
+
+
+def _text_rows(vocab_size: int) -> list[Row]:
+    """Question as prompt, answer as target, under a byte-level BPE trained on the rows."""
+    if vocab_size not in _TEXT_ROWS:
+        found = [path for path in GSM8K if path.exists()]
+        if found:
+            lines = [json.loads(line) for line in found[0].read_text().splitlines()]
+            pairs = [(line["question"] + "\n", line["answer"]) for line in lines]
+        else:
+            lines = [json.loads(line) for line in WORD_PROBLEMS.read_text().splitlines()]
+            pairs = [_prompt_and_answer(line) for line in lines]
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=min(vocab_size, 16_384), special_tokens=["<pad>", "<end>"]
+        )
+        bpe.train_from_iterator((text for pair in pairs for text in pair), trainer)
+        rows = []
+        for prompt, answer in pairs:
+            head, tail = bpe.encode(prompt).ids, bpe.encode(answer).ids
+            rows.append(_row([*head, *tail, END], len(head)))
+        _TEXT_ROWS[vocab_size] = rows
+    return _TEXT_ROWS[vocab_size]
+
+
+def _prompt_and_answer(line: dict[str, Any]) -> tuple[str, str]:
+    if "messages" in line:
+        texts = [message["content"] for message in line["messages"]]
+        return "\n".join(texts[:-1]), texts[-1]
+    keys = list(line)
+    return str(line[keys[0]]), str(line[keys[-1]])
+
+
+def text_source() -> str:
+    return "GSM8K (train)" if any(path.exists() for path in GSM8K) else "the shipped word problems"
