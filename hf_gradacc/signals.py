@@ -26,6 +26,10 @@ _DEFAULTS: dict[signal.Signals, Any] = {
 }
 
 
+def _take_no_notice(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by doing nothing."""
+
+
 class StopSignals(TrainerCallback):
     """Turns a signal into a checkpoint and a clean exit.
 
@@ -71,10 +75,13 @@ class StopSignals(TrainerCallback):
             signal.raise_signal(number)
             return
         self.received = number
-        if self._on_child is None and hasattr(signal, "SIGCHLD"):
+        on_child = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if self._on_child is None and callable(on_child):
             # A scheduler signals the loader's workers, too. Torch would raise over their deaths in
-            # the middle of the update, which has all its data already.
-            self._on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # the middle of the update, which has all its data already. Not SIG_DFL: Python would
+            # complain of a death it has noticed and not yet handled ("ignored due to race").
+            self._on_child = on_child
+            signal.signal(signal.SIGCHLD, _take_no_notice)
         name = signal.Signals(number).name
         # Written by hand: logging may be holding a lock right where the signal came in.
         os.write(2, f"\n{name}: finishing the update, then saving; again to end now.\n".encode())

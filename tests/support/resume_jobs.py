@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,25 @@ def train_and_report(
 # ---- runs that die ---------------------------------------------------------------------------
 
 
-def train_until_killed(out: str, result: str, started: str, **options: Any) -> None:
-    """Train from the newest checkpoint there is, and write the result if nobody kills us."""
+def train_until_killed(
+    out: str, result: str, started: str, pause: float = 0.0, **options: Any
+) -> None:
+    """Train from the newest checkpoint there is, and write the result if nobody kills us.
+
+    Args:
+        out: Folder of the checkpoints.
+        result: File for the pickled report.
+        started: File made when training begins.
+        pause: Seconds to wait after each update, so that a fast machine is not done too soon.
+        **options: Of the training.
+    """
 
     class Started(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             Path(started).touch()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(pause)
 
     report = train_and_report(out, resume="auto", callbacks=[Started()], dropout=0.2, **options)
     aside = Path(result + ".part")
