@@ -25,6 +25,7 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_gradacc.arguments import GradAccArguments, GradAccOptions
@@ -56,7 +57,7 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
     ``_prepare_for_training``                 asks the model how its loss counts
     ``get_batch_samples``                     hands out one update
     ``train``                                 SIGTERM and SIGINT end it after a whole update
-    ``training_step``                         the weight rule
+    ``training_step``                         the weight rule; the time after is the optimizer's
     ``_clip_grad_norm``, ``_get_grad_norm``   nothing non-finite goes on to the optimizer
     ``compute_loss``                          label smoothing that keeps the model's own loss
     ``_get_num_items_in_batch``               an evaluation batch's loss is a mean over its own
@@ -68,6 +69,7 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
     """
 
     _costs: CostMeter | None = None
+    _step_started = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -115,9 +117,29 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
             self.state.num_input_tokens_seen += stats.num_input_tokens + padding
         return None
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
+        """Open the books of an update: they begin with the wait for its data."""
+        started = time.perf_counter()
+        self._clock.enter("data")
+        updates, count = super().get_batch_samples(*args, **kwargs)
+        if updates:
+            self._step_started = started
+            self._clock.enter("forward_backward")
+        else:  # an iterator that is asked past its end starts no update
+            self._clock.drop()
+        return updates, count
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run an update up to its gradient; the time that follows is the optimizer's."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._step_started:
+            self._clock.enter("optimizer")
+        return loss
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Close the books of the update that has just ended, then log, evaluate, save."""
         if self._step_started:
+            self._clock.stop()
             seconds = time.perf_counter() - self._step_started
             self.ledger.window.add(dataclasses.replace(self._global_stats, step_seconds=seconds))
             self._step_started = 0.0  # at the end of an epoch the stock loop calls this once more
@@ -133,6 +155,7 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
                 # The stock mean took skipped updates for updates with a loss of 0.
                 logs["loss"] *= window.num_updates / trained if trained else math.nan
             logs.update(window.metrics())
+            logs.update(self._clock.take())
             self._costs = self._costs or CostMeter(self.args, self.model)
             logs.update(
                 self._costs.metrics(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -45,7 +44,6 @@ class UpdateLoading(ExactResume):
     _probe_inputs: Any = None
     _probe_rows: ProbeRows | None = None
     _requested: dict[str, Any] | None = None
-    _step_started = 0.0
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -208,10 +206,7 @@ class UpdateLoading(ExactResume):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
     ) -> tuple[list[Any], None]:
         """Hand out the next update. Its items are counted in `training_step`, once."""
-        started = time.perf_counter()
         updates = list(itertools.islice(epoch_iterator, 1))
-        if updates:  # an iterator that is asked past its end starts no update
-            self._step_started = started
         if not updates and self.ledger.epoch == self.ledger.update == 0:
             size = self._effective_batch_size
             what = f"{size} sequences" if size else f"{self.args.tokens_per_update} target tokens"

@@ -105,7 +105,8 @@ class GuardedUpdates(CheckedNumbers):
         while True:
             outcome, loss = self._attempt(model, update, num_targets)
             if self.args.world_size > 1:
-                outcome = outcome.agree(device=self.args.device, loss=loss)
+                with self._meeting_ranks():
+                    outcome = outcome.agree(device=self.args.device, loss=loss)
             if not outcome.failed:
                 break
             self._rollback.restore()

@@ -68,7 +68,8 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
             return torch.zeros((), device=self.args.device)
         loss = self._run_update(model, update, self._global_stats.num_targets)
         if self._engine.sums:
-            all_reduce_gradients(model.parameters())
+            with self._meeting_ranks():
+                all_reduce_gradients(model.parameters())
         return loss * (self.args.world_size // self._engine.factor)
 
     def _weigh(self, update: Update) -> Update:

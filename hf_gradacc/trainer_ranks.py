@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import nested_gather
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.engines import Engine, agree_on_inputs, count_over_ranks, even_out
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.phases import PhaseClock
 from hf_gradacc.probe import LossFacts
 from hf_gradacc.recut import can_slice, cut_again
 from hf_gradacc.reduction import keep_ranks_apart
@@ -32,9 +33,11 @@ class RankedUpdates(Trainer):
     _reduces_now = True
     _tr_loss: Tensor
     _engine = Engine()
+    _clock: PhaseClock
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._clock = PhaseClock(self.args.device)
         for problem in self._find_unknown_engines():
             raise ConfigError(problem)
 
@@ -66,6 +69,7 @@ class RankedUpdates(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """See what the ranks are driven by, once the model is wrapped."""
         self._engine = Engine.of(self)
+        self._clock = PhaseClock(self.args.device)  # the last run may have ended in mid-update
         model, loader = super()._prepare_for_training(*args, **kwargs)
         keep_ranks_apart(model)
         return model, loader
@@ -79,9 +83,10 @@ class RankedUpdates(Trainer):
         """Count an update over all ranks; where ranks run in step, give each as many passes."""
         assert self._facts is not None
         rule, engine = self._facts.rule, self._engine
-        total, planned = count_over_ranks(
-            update.stats(rule), engine=engine, device=self.args.device
-        )
+        with self._meeting_ranks():
+            total, planned = count_over_ranks(
+                update.stats(rule), engine=engine, device=self.args.device
+            )
         if not planned or total.num_targets == 0:
             return update, total
         if min(planned) == 0 and self._probe_inputs is None:  # a stream nobody could look into
@@ -95,6 +100,11 @@ class RankedUpdates(Trainer):
             copies=1 if self._collator is None else self._collator.copies,
         )
         return update, dataclasses.replace(total, num_micro_batches=max(planned) * len(planned))
+
+    def _meeting_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Count as reduction what waits for other ranks, where there are any."""
+        alone = self.args.world_size == 1
+        return contextlib.nullcontext() if alone else self._clock.within("reduction")
 
     def _halve(self, micro_batch: MicroBatch) -> list[MicroBatch]:
         """Cut a micro-batch in two, both trimmed as the collator would have made them."""

@@ -11,9 +11,10 @@ from support.tracked import make_trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradacc.errors import DataError
+from hf_gradacc.phases import PHASE_KEYS
 from hf_gradacc.tracking_file import LOG_NAME, RUN_NAME, RunFile, read_log, read_run
 
-TIMED = {"time", "step_seconds", "target_tokens_per_second"}
+TIMED = {"time", "step_seconds", "target_tokens_per_second", *PHASE_KEYS.values()}
 
 
 class KillInUpdate(TrainerCallback):

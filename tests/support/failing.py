@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradacc import GradAccTrainer
+from hf_gradacc.phases import PHASE_KEYS
 
 from .reference import float64_everywhere
 from .tiny import VOCABULARY, log_rows, make_trainer, ragged_rows, tiny_llama
 
-CLOCK_KEYS = {"target_tokens_per_second", "step_seconds"}
+CLOCK_KEYS = {"target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
 
 
 class _Passing(torch.autograd.Function):

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import IterableDataset
 
 from hf_gradacc.collator import UpdateCollator
+from hf_gradacc.phases import PHASE_KEYS
 
 from .reference import float64_everywhere
 from .tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
@@ -24,7 +25,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
-CLOCK_KEYS = {"target_tokens_per_second", "step_seconds"}
+CLOCK_KEYS = {"target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
 
 
 class Stream(IterableDataset[Any]):
