@@ -110,6 +110,14 @@ class GradAccOptions:
         },
     )
 
+    wandb_per_rank: bool = field(
+        default=False,
+        metadata={
+            "help": "Give every rank a W&B run of its own figures, in one group with rank 0's run. "
+            "Default: rank 0 alone reports, for all ranks."
+        },
+    )
+
     allow_changed_data: bool = field(
         default=False,
         metadata={
@@ -201,6 +209,8 @@ def _find_problems(args: Any) -> Any:
             yield f"{name} = {getattr(args, name)!r}: use True, False, or leave it out."
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
+    if not isinstance(args.wandb_per_rank, bool):
+        yield f"wandb_per_rank = {args.wandb_per_rank!r}: use True or False."
     yield from _find_transaction_problems(args)
     accelerator = getattr(args, "accelerator_config", None)
     for name in ("split_batches", "dispatch_batches"):

@@ -46,6 +46,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    verify_first: Annotated[
+        bool, typer.Option("--verify", help="Run `verify` before, and train only if it passes.")
+    ] = False,
 ) -> None:
     """Train as a recipe says; save model, tokenizer and the completed recipe.
 
@@ -63,6 +66,13 @@ def train(
     from hf_gradacc.recipe_run import train_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    if verify_first:
+        from hf_gradacc.cli_verify import verify_recipe
+
+        report = verify_recipe(loaded)
+        print(report)
+        if not report.passed:
+            raise typer.Exit(1)
     result = train_recipe(loaded, resume=resume)
     if result.trainer.is_world_process_zero():
         if "eval_loss" in result.metrics:

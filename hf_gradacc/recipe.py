@@ -63,8 +63,8 @@ def recipe_arguments(recipe: Recipe, **changes: Any) -> Any:
     Raises:
         RecipeError: If the options contradict each other.
     """
-    options = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
-    options |= {"project": recipe.wandb.project}
+    options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
+    options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes

@@ -127,6 +127,8 @@ class WandbSection(Section):
     """Tags."""
     notes: str | None = None
     """A longer description."""
+    per_rank: bool = False
+    """Also a run for every rank, with its own figures, in one group."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """null means online with an API key, and offline without."""
 

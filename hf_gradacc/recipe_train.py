@@ -17,6 +17,7 @@ RESERVED = {
     "output_dir": "set output.dir",
     "run_name": "set wandb.name",
     "project": "set wandb.project",
+    "wandb_per_rank": "set wandb.per_rank",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a recipe holds no secret",
     "local_rank": "leave it to the launcher",
 }

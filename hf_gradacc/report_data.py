@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.errors import DataError
-from hf_gradacc.report_words import describe_settings, duration, quantity
+from hf_gradacc.phases import PHASE_KEYS
+from hf_gradacc.report_words import (
+    PHASE_WORDS,
+    describe_settings,
+    describe_time,
+    duration,
+    quantity,
+)
 from hf_gradacc.tracking_file import kind_of, read_run
 from hf_gradacc.tracking_state import VERDICT
 
@@ -31,13 +38,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. The first line of a panel is the one that compared runs show."""
+    """One plot. The first line of a panel is the one that compared runs show.
+
+    The lines of a stacked one are parts of a whole; compared runs do not show it.
+    """
 
     title: str
     unit: str
     lines: tuple[Line, ...]
     log_scale: bool = False
     from_zero: bool = False
+    stacked: bool = False
 
 
 PANELS = (
@@ -67,6 +78,13 @@ PANELS = (
         "target tokens per second",
         (Line("target_tokens_per_second", "throughput"),),
         from_zero=True,
+    ),
+    Panel(
+        "Where time goes",
+        "seconds per update",
+        tuple(Line(PHASE_KEYS[phase], words) for phase, words in PHASE_WORDS.items()),
+        from_zero=True,
+        stacked=True,
     ),
     Panel("Gradient norm", "", (Line("grad_norm", "gradient norm"),), from_zero=True),
     Panel(
@@ -149,6 +167,23 @@ class ReportRun:
         said = [row for row in self.of_kind("event") if row.get("event") == VERDICT]
         return (str(said[-1].get("word", "")), str(said[-1]["text"])) if said else None
 
+    def stack(self, keys: Sequence[str]) -> list[list[tuple[float, float]]]:
+        """Give the edges between the parts of a whole, from the ground to the top."""
+        rows = [
+            row for row in self.of_kind("train") if all(row.get(key) is not None for key in keys)
+        ]
+        edges = [[(self.x_of(int(row["step"])), 0.0) for row in rows]]
+        for key in keys:
+            edges.append(
+                [(x, y + float(row[key])) for (x, y), row in zip(edges[-1], rows, strict=True)]
+            )
+        return edges
+
+    def phases(self) -> dict[str, float]:
+        """Give the mean seconds per update of each phase, {} where they were not logged."""
+        means = {phase: self.mean(key) for phase, key in PHASE_KEYS.items()}
+        return {phase: mean for phase, mean in means.items() if mean is not None}
+
     def band(self, keys: tuple[str, str]) -> list[tuple[float, float, float]]:
         """Give a band's ends along the axis; an end not logged is infinite or zero."""
         low, high = keys
@@ -194,6 +229,10 @@ class ReportRun:
         padding = self.mean("padding_fraction")
         if padding is not None:
             tiles.append(("padding", f"{padding:.1%}", "of computed tokens"))
+        phases = self.phases()
+        if total := math.fsum(phases.values()):
+            waiting = f"{phases.get('data', 0.0) / total:.1%}"
+            tiles.append(("waiting for data", waiting, "of an update's time"))
         if runtime is not None:
             tiles.append(("training time", duration(runtime), "since the last start"))
         return tiles
@@ -205,9 +244,11 @@ class ReportRun:
 
     def in_words(self) -> list[str]:
         """Say in sentences what was trained, how, and on what."""
-        return list(
-            describe_settings(self.settings, micro_batches=self.mean("micro_batches_per_update"))
-        )
+        micro_batches = self.mean("micro_batches_per_update")
+        return [
+            *describe_settings(self.settings, micro_batches=micro_batches),
+            *describe_time(self.phases()),
+        ]
 
 
 def load_runs(directories: Sequence[Path]) -> list[ReportRun]:

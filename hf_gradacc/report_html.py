@@ -46,7 +46,8 @@ svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg .grid { stroke: var(--line); fill: none; } svg .axis { stroke: var(--soft); fill: none; }
 svg .tick { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-svg .band { opacity: 0.16; } svg .hover { fill: transparent; } svg .hover:hover { fill: var(--soft);
+svg .band { opacity: 0.16; } svg .area { opacity: 0.45; }
+svg .hover { fill: transparent; } svg .hover:hover { fill: var(--soft);
   fill-opacity: 0.35; }
 svg .event path { stroke: var(--event); stroke-dasharray: 2 3; }
 svg .event circle { fill: var(--event); }
@@ -83,6 +84,8 @@ def render_page(runs: Sequence[ReportRun]) -> str:
 
 def panel_series(panel: Panel, runs: Sequence[ReportRun]) -> list[Series]:
     """Give a panel's lines: all of them for one run, the first (and evaluations) for several."""
+    if panel.stacked:
+        return _stack(panel, runs[0]) if len(runs) == 1 else []
     series, has_subject = [], False
     for number, run in enumerate(runs):
         for place, line in enumerate(panel.lines):
@@ -101,6 +104,18 @@ def panel_series(panel: Panel, runs: Sequence[ReportRun]) -> list[Series]:
             dots = line.kind == "eval" or len(points) == 1
             series.append(Series(label, colour, points, line.dashed, dots, band))
     return series if has_subject else []
+
+
+def _stack(panel: Panel, run: ReportRun) -> list[Series]:
+    """One area above the other; those that are empty everywhere are left out."""
+    lines = [line for line in panel.lines if any(y for _, y in run.points(line.key))]
+    floor, *edges = run.stack([line.key for line in lines])
+    series = []
+    for number, (line, edge) in enumerate(zip(lines, edges, strict=True)):
+        if edge:
+            series.append(Series(line.label, COLOURS[number], edge, floor=floor))
+        floor = edge
+    return series
 
 
 def _head(runs: Sequence[ReportRun], title: str) -> str:

@@ -46,6 +46,9 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
             axes.plot(
                 xs, ys, "--" if s.dashed else "-", marker="o" if s.dots else None, ms=4, **look
             )
+            if s.floor:
+                bottom = [y for _, y in s.floor]
+                axes.fill_between(xs, bottom, ys, color=s.colour, alpha=0.45, linewidth=0)
             if s.band:
                 most = 4 * max(ys)  # an end at infinity must not stretch the axis
                 x, low, high = zip(*[(x, a, min(b, most)) for x, a, b in s.band], strict=True)

@@ -21,7 +21,11 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its points, and optionally a band ``(x, low, high)`` around it."""
+    """One line: its points, and optionally a band ``(x, low, high)`` around it.
+
+    With a `floor`, as many points long, it is the upper edge of an area, and its value is the
+    height above the floor.
+    """
 
     label: str
     colour: str
@@ -29,6 +33,7 @@ class Series:
     dashed: bool = False
     dots: bool = False
     band: Sequence[tuple[float, float, float]] = field(default_factory=tuple)
+    floor: Points = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,10 @@ def draw_chart(
         events: Places on the horizontal axis to mark, each with its text.
         alt: What a screen reader says.
     """
-    shown = [replace(s, points=thin_out(_usable(s.points, log_scale))) for s in series]
+    shown = [
+        replace(s, points=thin_out(_usable(s.points, log_scale)), floor=thin_out(s.floor))
+        for s in series
+    ]
     xs = [x for s in shown for x, _ in s.points]
     ys = [y for s in shown for _, y in s.points]
     low = 0.0 if from_zero and min(ys) >= 0 else min(ys)
@@ -181,13 +189,18 @@ def _draw_series(frame: Frame, s: Series) -> list[str]:
         outline = "L".join([*upper, *lower])
         parts.append(f'<path class="band" fill="{s.colour}" d="M{outline}Z"/>')
     places = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in s.points]
+    if s.floor:
+        below = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in reversed(s.floor)]
+        outline = "L".join([*places, *below])
+        parts.append(f'<path class="area" fill="{s.colour}" d="M{outline}Z"/>')
     dash = ' stroke-dasharray="6 4"' if s.dashed else ""
     parts.append(f'<path class="line" stroke="{s.colour}"{dash} d="M{"L".join(places)}"/>')
     step = max(1, len(s.points) // MOST_HOVERS)
     for index in range(len(s.points) - 1, -1, -step):
         x, y = s.points[index]
         look = f'class="dot" r="3.5" fill="{s.colour}"' if s.dots else 'class="hover" r="7"'
-        note = escape(f"{s.label}: {quantity(y)} at {quantity(x)}")
+        value = y - s.floor[index][1] if s.floor else y
+        note = escape(f"{s.label}: {quantity(value)} at {quantity(x)}")
         place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}"'
         parts.append(f"<circle {look} {place}><title>{note}</title></circle>")
     return parts

@@ -6,7 +6,17 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["describe_settings", "duration", "quantity"]
+from hf_gradacc.phases import Phase
+from hf_gradacc.tracking_parity import describe_parity
+
+__all__ = ["PHASE_WORDS", "describe_settings", "describe_time", "duration", "quantity"]
+
+PHASE_WORDS: dict[Phase, str] = {
+    "data": "waiting for data",
+    "forward_backward": "forward and backward",
+    "reduction": "reduction over ranks",
+    "optimizer": "optimizer",
+}
 
 
 def quantity(value: float | None) -> str:
@@ -85,9 +95,34 @@ def describe_settings(
         device = hardware.get("device_name") or hardware.get("device", "cpu")
         ranks = hardware.get("world_size", 1)
         yield f"It ran on {ranks} × {device}, {hardware.get('platform', '')}."
+    if settings.get("parity"):
+        yield (
+            f"The check of its gradient against that of the whole batch "
+            f"{describe_parity(settings['parity'])}."
+        )
     if settings.get("resumed_at"):
         steps = ", ".join(map(str, settings["resumed_at"]))
         yield f"It was resumed after update {steps}."
     if settings.get("versions"):
         listed = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
         yield f"Versions: {listed}."
+
+
+def describe_time(phases: Mapping[Any, float]) -> Iterator[str]:
+    """Say where the time of an update went, largest share first.
+
+    Args:
+        phases: Seconds per update of each phase; nothing is said if there is none.
+
+    >>> list(describe_time({"data": 0.1, "forward_backward": 0.8, "optimizer": 0.1}))
+    ['Where time goes: an update took 1 s, 80.0% of it forward and backward, 10.0% waiting for data,
+    10.0% optimizer.']
+    """
+    total = math.fsum(phases.values())
+    if total <= 0:
+        return
+    shares = sorted(phases.items(), key=lambda item: -item[1])
+    told = [f"{seconds / total:.1%} {PHASE_WORDS[phase]}" for phase, seconds in shares if seconds]
+    first, *rest = told
+    head = first.replace("% ", "% of it ", 1)
+    yield f"Where time goes: an update took {quantity(total)} s, {', '.join([head, *rest])}."

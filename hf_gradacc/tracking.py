@@ -22,6 +22,7 @@ from hf_gradacc.tracking_file import RunFile, kind_of
 from hf_gradacc.tracking_state import VERDICT, recall, remember
 from hf_gradacc.tracking_terminal import PlanAndSummary, UpdateProgress
 from hf_gradacc.tracking_wandb import GradAccWandbCallback
+from hf_gradacc.tracking_wandb_ranks import RankRuns, find_rank_runs
 from hf_gradacc.tracking_wandb_start import ensure_wandb_mode
 
 __all__ = [
@@ -123,6 +124,11 @@ def install_tracking(trainer: Any) -> None:
             callbacks[position] = GradAccWandbCallback()
         elif type(callback) is ProgressCallback:
             callbacks[position] = UpdateProgress(callback.max_str_len)
+    if getattr(trainer.args, "wandb_per_rank", False) and find_rank_runs(trainer) is None:
+        if any(isinstance(callback, WandbCallback) for callback in callbacks):
+            trainer.add_callback(RankRuns())  # after W&B's own, whose run it looks up
+        else:
+            logger.warning("wandb_per_rank = True does nothing: report_to leaves wandb out.")
     for kind in (TrackingCallback, PlanAndSummary):
         if not any(isinstance(callback, kind) for callback in callbacks):
             trainer.add_callback(kind())

@@ -1,4 +1,4 @@
-"""What a run is, in a dictionary: batch, plan, versions, hardware, model. For W&B and our files."""
+"""What a run is, in a dictionary: batch, plan, versions, hardware, model, parity check."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from importlib import metadata
 from typing import Any
 
 import torch
+
+from hf_gradacc.tracking_parity import count_parameters, read_parity
 
 __all__ = ["describe_batch", "describe_hardware", "describe_model", "describe_run", "versions"]
 
@@ -45,6 +47,7 @@ def describe_run(
         "batch": describe_batch(args, train_dataloader),
         "versions": versions(),
         "hardware": describe_hardware(args),
+        "parity": read_parity(args.output_dir, model=model),
     }
     if state is not None:
         facts["updates"] = state.max_steps
@@ -115,14 +118,14 @@ def describe_model(model: Any) -> dict[str, Any]:
     """Name the model and count its parameters."""
     while hasattr(model, "module"):
         model = model.module
-    parameters = list(model.parameters())
+    total, trained = count_parameters(model)
     config = getattr(model, "config", None)
     name = config.get("name_or_path") if isinstance(config, Mapping) else None
     name = name or getattr(config, "_name_or_path", None) or None
     return {
         "class": type(model).__name__,
         "name_or_path": name,
-        "num_parameters": sum(p.numel() for p in parameters),
-        "num_trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        "num_parameters": total,
+        "num_trainable_parameters": trained,
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
     }

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from hf_gradacc.errors import DataError
 
-__all__ = ["LOG_NAME", "RUN_NAME", "RunFile", "kind_of", "read_log", "read_run"]
+__all__ = ["LOG_NAME", "RUN_NAME", "RunFile", "kind_of", "read_log", "read_run", "to_json"]
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +86,7 @@ class RunFile:
     def update_run(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `gradacc_run.json`."""
         known = json.loads(self.run_path.read_text("utf-8")) if self.run_path.exists() else {}
-        merged = {**known, **_to_json(facts)}
+        merged = {**known, **to_json(facts)}
         self._replace(self.run_path, json.dumps(merged, indent=2, default=str) + "\n")
 
     def _replace(self, path: Path, text: str) -> None:
@@ -153,15 +153,15 @@ def _global_step(state: Mapping[str, Any]) -> int:
 
 
 def _to_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_to_json(row), default=str, allow_nan=False) + "\n"
+    return json.dumps(to_json(row), default=str, allow_nan=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """JSON knows no NaN, and other tools choke on Python's; it becomes the string "nan"."""
     if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
         value = value.item()  # a scalar of numpy or torch
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_gradacc.report_words import duration, quantity
 from hf_gradacc.tracking_facts import describe_run
 from hf_gradacc.tracking_file import RUN_NAME, RunFile, kind_of
+from hf_gradacc.tracking_parity import describe_parity
 from hf_gradacc.tracking_state import VERDICT, recall
 
 __all__ = ["PlanAndSummary", "UpdateProgress", "describe_evaluation", "describe_row"]
@@ -179,6 +180,8 @@ def _plan(
     yield "training", f"{left:,} updates ({state.num_train_epochs:g} epochs at most){done}"
     hardware = facts["hardware"]
     yield "hardware", f"{ranks} × {hardware.get('device_name', hardware['device'])}"
+    if facts["parity"]:
+        yield "parity check", describe_parity(facts["parity"])
     yield "files", str(args.output_dir)
 
 

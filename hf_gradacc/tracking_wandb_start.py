@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 import socket
 import urllib.request
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from hf_gradacc.tracking_file import LOG_NAME
 from hf_gradacc.tracking_state import recall, remember
 
-__all__ = ["ensure_wandb_mode", "has_wandb_credentials", "start_run"]
+__all__ = ["ensure_wandb_mode", "has_wandb_credentials", "start_rank_run", "start_run"]
 
 _DECIDED: set[str] = set()
 """Holds "offline" once this module, not the user, took W&B offline: only then is a word due."""
@@ -90,14 +91,12 @@ def start_run(args: Any, state: Any) -> None:
     resumes = "wandb_run_id" in kept and state.trial_name is None and not os.getenv("WANDB_RUN_ID")
     if resumes:
         options |= {"id": kept["wandb_run_id"], "resume": "allow"}
-    timeouts = {
-        name: seconds
-        for name, seconds in (
-            ("init_timeout", INIT_TIMEOUT_SECONDS),
-            ("finish_timeout", FINISH_TIMEOUT_SECONDS),
-        )
-        if f"WANDB_{name.upper()}" not in os.environ and name in wandb.Settings.model_fields
-    }
+    if getattr(args, "wandb_per_rank", False) and "group" not in options:
+        # The id makes the group this run's own, whatever else bears its name.
+        options.setdefault("id", os.getenv("WANDB_RUN_ID") or secrets.token_hex(4))
+        name = args.run_name or Path(args.output_dir).name
+        options["group"] = os.getenv("WANDB_RUN_GROUP") or f"{name}-{options['id']}"
+    timeouts = _timeouts()
     try:
         if mode == "online":
             _try_to_connect(wandb.setup().settings.base_url)
@@ -123,6 +122,47 @@ def start_run(args: Any, state: Any) -> None:
             {"train/global_step": state.global_step},
             step=kept.get("wandb_step", 0) + _count_log_lines(args) + 1,
         )
+
+
+def start_rank_run(args: Any, *, run_id: str, name: str, group: str, config: dict[str, Any]) -> Any:
+    """Begin the run of another rank than the first, or take it up again.
+
+    Args:
+        args: The `TrainingArguments`.
+        run_id: Of rank 0's run; it gives this one its id, so a resume finds it again.
+        name: Of the whole run.
+        group: That all its ranks share.
+        config: What to file with this rank's run.
+    """
+    import wandb
+
+    mode = ensure_wandb_mode(args)
+    run = wandb.init(
+        project=os.getenv("WANDB_PROJECT", "huggingface"),
+        id=f"{run_id}-rank{args.process_index}",
+        name=f"{name}-rank{args.process_index}",
+        group=group,
+        job_type="rank",
+        resume="allow",
+        config=config,
+        settings=wandb.Settings(**_timeouts()),
+    )
+    if mode == "offline" and _DECIDED:
+        print(f"W&B: rank {args.process_index} likewise; to upload: wandb sync {_folder(run)}")
+    return run
+
+
+def _timeouts() -> dict[str, Any]:
+    import wandb
+
+    return {
+        name: seconds
+        for name, seconds in (
+            ("init_timeout", INIT_TIMEOUT_SECONDS),
+            ("finish_timeout", FINISH_TIMEOUT_SECONDS),
+        )
+        if f"WANDB_{name.upper()}" not in os.environ and name in wandb.Settings.model_fields
+    }
 
 
 def _try_to_connect(url: str) -> None:

@@ -33,10 +33,11 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.ledger import Ledger
 from hf_gradacc.mfu import CostMeter
 from hf_gradacc.tracking import install_tracking
+from hf_gradacc.tracking_wandb_ranks import find_rank_runs
 from hf_gradacc.trainer_data import UpdateLoading
 from hf_gradacc.trainer_metrics import AveragedMetrics
 from hf_gradacc.trainer_tuning import TunedBudget
-from hf_gradacc.update import Update
+from hf_gradacc.update import StatsWindow, Update, UpdateStats
 
 __all__ = ["GradAccMixin", "GradAccTrainer"]
 
@@ -83,6 +84,8 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
         self.ledger = Ledger()
         self.add_callback(self.ledger)
         install_tracking(self)
+        self._rank_runs = find_rank_runs(self)
+        self._own_window = StatsWindow()
 
     def _refuse_inexact_engines(self) -> None:
         if self.args.n_gpu > 1:
@@ -142,9 +145,19 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
             self._clock.stop()
             seconds = time.perf_counter() - self._step_started
             self.ledger.window.add(dataclasses.replace(self._global_stats, step_seconds=seconds))
+            if self._rank_runs is not None:
+                self._own_window.add(dataclasses.replace(self._own_stats, step_seconds=seconds))
             self._step_started = 0.0  # at the end of an epoch the stock loop calls this once more
         with self._as_requested():
             super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @property
+    def _own_stats(self) -> UpdateStats:
+        """What this rank ran of the update that has just ended."""
+        if self._facts is None or self._global_stats.num_targets == 0:
+            return UpdateStats()
+        own = Update([mb for mb in self._update if not mb.weightless]).stats(self._facts.rule)
+        return dataclasses.replace(own, num_micro_batches=len(self._update))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Put what the updates consumed beside the stock numbers of a training row."""
@@ -155,16 +168,21 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
                 # The stock mean took skipped updates for updates with a loss of 0.
                 logs["loss"] *= window.num_updates / trained if trained else math.nan
             logs.update(window.metrics())
-            logs.update(self._clock.take())
+            own = self._clock.take()
             self._costs = self._costs or CostMeter(self.args, self.model)
-            logs.update(
-                self._costs.metrics(
-                    num_input_tokens=window.total.num_input_tokens,
-                    num_sequences=window.total.num_sequences,
-                    seconds=window.total.step_seconds,
-                )
+            costs = self._costs.metrics(
+                num_input_tokens=window.total.num_input_tokens,
+                num_sequences=window.total.num_sequences,
+                seconds=window.total.step_seconds,
             )
+            logs.update(own)
+            logs.update(costs)
             window.start_next()
+            if self._rank_runs is not None:
+                own |= {key: costs[key] for key in costs if key == "peak_memory_bytes"}
+                own |= self._own_window.metrics()
+                self._own_window = StatsWindow(target_tokens_seen=int(own["target_tokens_seen"]))
+                self._rank_runs.send(own, step=self.state.global_step)
         super().log(logs, *args, **kwargs)
 
 

@@ -56,6 +56,10 @@ def write_run(directory, *, updates=40, scale=1.0, events=True):
             "target_tokens_seen": 1800 * step,
             "target_tokens_per_second": 3000.0,
             "grad_norm": 1.0,
+            "data_seconds": 0.06,
+            "forward_backward_seconds": 0.42,
+            "reduction_seconds": 0.0,
+            "optimizer_seconds": 0.12,
         }
         if step > 10:
             row |= {"gradient_noise_scale": 900.0 * step, "gradient_noise_scale_low": 500.0 * step}
@@ -87,7 +91,7 @@ def test_a_page_about_one_run_needs_nothing_but_itself(tmp_path):
 def test_every_plot_is_well_formed_and_stays_in_its_frame(tmp_path):
     build_report([write_run(tmp_path / "mine")], html=tmp_path / "page.html")
     plots = re.findall(r"<svg.*?</svg>", read(tmp_path / "page.html"), flags=re.DOTALL)
-    assert len(plots) == 7
+    assert len(plots) == 8
     for plot in plots:
         root = ElementTree.fromstring(plot)
         width, height = map(float, root.attrib["viewBox"].split()[2:])
@@ -113,7 +117,7 @@ def test_events_are_listed_and_marked_and_their_text_is_only_text(tmp_path):
     build_report([write_run(tmp_path / "mine")], html=tmp_path / "page.html")
     page = read(tmp_path / "page.html")
     assert "no room on rank 0 &lt;script&gt;" in page
-    assert page.count('class="event"') == 7  # once in every plot
+    assert page.count('class="event"') == 8  # once in every plot
     assert "The batch was too small" in page
     assert "noise_scale_verdict" not in page
 
@@ -243,3 +247,23 @@ def test_quantities_are_read_at_a_glance():
         "∞",
         "–",
     ]
+
+
+def test_the_phases_of_an_update_are_stacked_and_said_in_words(tmp_path):
+    (run,) = build_report([write_run(tmp_path / "mine")], html=tmp_path / "page.html")
+    page = read(tmp_path / "page.html")
+    said = "an update took 0.6 s, 70.0% of it forward and backward, 20.0% optimizer, 10.0% waiting"
+    assert said in page
+    edges = run.stack(["data_seconds", "forward_backward_seconds", "optimizer_seconds"])
+    assert [edge[-1][1] for edge in edges] == pytest.approx([0.0, 0.06, 0.48, 0.6])
+    chart = re.search(r"<h3>Where time goes.*?</svg>", page, re.DOTALL)[0]
+    assert chart.count('class="area"') == 3, "what took no time at all is left out"
+    assert "forward and backward: 0.42 at" in chart, "its own height, not that of the pile"
+
+
+def test_runs_that_are_compared_show_no_pile_but_a_share(tmp_path):
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two")]
+    build_report(runs, html=tmp_path / "page.html")
+    page = read(tmp_path / "page.html")
+    assert "<h3>Where time goes" not in page
+    assert "<th>waiting for data</th><td>10.0%</td><td>10.0%</td>" in page

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import wandb
-from support.tracked import make_rows, make_trainer, no_wandb_login, only_run, run_to_end
+from support.tracked import (
+    make_rows,
+    make_trainer,
+    no_wandb_login,
+    only_run,
+    run_on_two_ranks,
+    run_to_end,
+)
 from support.wandb_reader import find_wandb_files, read_wandb_file
 from transformers import Trainer, TrainerCallback
 
@@ -227,33 +229,16 @@ class BreakWandb(TrainerCallback):
 # --- two ranks -----------------------------------------------------------------------------
 
 RANK_SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from support.tracked import make_trainer
 from hf_gradacc.tracking import record_event
-trainer = make_trainer(sys.argv[2], ddp_backend="gloo", max_steps=3)
+trainer = make_trainer(sys.argv[1], ddp_backend="gloo", max_steps=3)
 trainer.train()
 record_event(trainer, "out_of_memory", text=f"said by rank {trainer.args.process_index}")
 """
 
 
 def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_dir, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANK_SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch += ["--master-port", str(free.getsockname()[1])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(Path(__file__).parent), str(tmp_path / "out")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
     run = only_run(wandb_dir)
     seen = run.rows_with("train/loss")
     assert [row["train/global_step"] for row in seen] == [1, 2, 3]

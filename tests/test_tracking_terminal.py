@@ -41,4 +41,4 @@ def test_the_progress_bar_writes_rows_a_person_can_read(tmp_path, capsys):
     assert re.search(rf"held out after update 2: loss {number}, perplexity {number}$", rows[2])
     assert rows[3].startswith("Trained 2 updates")
     assert "{'" not in printed.out, "no dictionary"
-    assert re.search(rf"loss {number}, [\d,.]+ tokens/s", printed.err), "in the bar itself"
+    assert re.search(rf"loss {number}, [\d,.]+k? tokens/s", printed.err), "in the bar itself"

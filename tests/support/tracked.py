@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -84,6 +89,29 @@ def run_to_end(trainer, **kwargs) -> None:
     if wandb.run is not None:
         wandb.finish()
         wandb.teardown()  # as at the end of a process; only then is all of the file on disk
+
+
+def run_on_two_ranks(code, *arguments) -> subprocess.CompletedProcess:
+    """Run Python on two real gloo ranks; `support` can be imported there."""
+    tests = Path(__file__).resolve().parents[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launch += ["--master-port", str(free.getsockname()[1])]
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "ranks.py"
+        script.write_text(
+            f"import sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n{code}"
+        )
+        done = subprocess.run(
+            [*launch, str(script), *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def only_run(folder: Path) -> WandbRun:
