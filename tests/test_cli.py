@@ -13,6 +13,8 @@ import yaml
 
 from hf_gradacc import cli, cli_recipes
 from hf_gradacc.recipe import load_recipe
+from hf_gradacc.tracking_file import read_run
+from hf_gradacc.tracking_parity import read_parity
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,9 +173,10 @@ def test_plan_counts_by_hand(run, recipe):
     assert by_size.micro_batches.most == 1.0, "6 sequences fit the default of 8"
 
 
-def test_verify_passes_on_a_sound_model(run, recipe):
+def test_verify_passes_on_a_sound_model(run, recipe, tmp_path):
     code, out, err = run("verify", recipe, "--rows", "6")
     assert code == 0, err
+    assert read_parity(tmp_path / "runs" / "mine")["passed"] is True
     assert "PASS" in out
     assert "stock" in out
     assert "preflight" in out
@@ -195,6 +198,18 @@ def test_verify_fails_with_exit_code_one(run, recipe, monkeypatch):
     code, out, err = run("verify", recipe, "--rows", "6", "--no-preflight")
     assert code == 1, err
     assert "FAIL" in out
+    code, out, err = run("train", recipe, "--verify")
+    assert code == 1, err
+    assert "Plan of" not in out, "nothing was trained"
+
+
+def test_training_that_was_verified_says_so_in_its_own_file(run, recipe, tmp_path):
+    code, out, err = run("train", recipe, "--verify")
+    assert code == 0, err
+    settings, _ = read_run(tmp_path / "runs" / "mine")
+    assert settings["parity"]["passed"] is True
+    assert settings["parity"]["matches_run"] is True
+    assert out.index("PASS") < out.index("Plan of")
 
 
 def test_recipes_are_listed_shown_and_copied(run, tmp_path):
