@@ -244,11 +244,13 @@ class ReportRun:
 
     def in_words(self) -> list[str]:
         """Say in sentences what was trained, how, and on what."""
-        micro_batches = self.mean("micro_batches_per_update")
-        return [
-            *describe_settings(self.settings, micro_batches=micro_batches),
-            *describe_time(self.phases()),
-        ]
+        return list(
+            describe_settings(self.settings, micro_batches=self.mean("micro_batches_per_update"))
+        )
+
+    def time_in_words(self) -> list[str]:
+        """Say where the time of an update went, nothing if it was not logged."""
+        return list(describe_time(self.phases()))
 
 
 def load_runs(directories: Sequence[Path]) -> list[ReportRun]:

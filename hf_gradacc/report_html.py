@@ -41,12 +41,14 @@ p, li { max-width: 76ch; } .soft { color: var(--soft); } small { color: var(--so
 .legend i { display: inline-block; width: 18px; height: 0; border-top: 2.5px solid;
   margin: 0 6px 4px 0; vertical-align: middle; }
 .legend i.dashed { border-top-style: dashed; }
+.legend i.area { border-top-width: 10px; opacity: 0.6; margin-bottom: 2px; }
 .verdict { border-left: 4px solid #2a6fdb; }
 svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg .grid { stroke: var(--line); fill: none; } svg .axis { stroke: var(--soft); fill: none; }
 svg .tick { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-svg .band { opacity: 0.16; } svg .area { opacity: 0.45; }
+svg .band { opacity: 0.16; } svg .area { opacity: 0.6; }
+svg .edge { fill: none; stroke-width: 1; }
 svg .hover { fill: transparent; } svg .hover:hover { fill: var(--soft);
   fill-opacity: 0.35; }
 svg .event path { stroke: var(--event); stroke-dasharray: 2 3; }
@@ -131,8 +133,12 @@ def _tiles(run: ReportRun) -> str:
         f'<div class="card tile"><span>{name}</span><b>{value}</b><small>{note}</small></div>'
         for name, value, note in run.tiles()
     )
-    words = " ".join(html.escape(sentence) for sentence in run.in_words())
-    return f'<div class="tiles">{tiles}</div><p>{words}</p>'
+    return f'<div class="tiles">{tiles}</div>{_words(run)}'
+
+
+def _words(run: ReportRun) -> str:
+    paragraphs = [run.in_words(), run.time_in_words()]
+    return "".join(f"<p>{' '.join(map(html.escape, said))}</p>" for said in paragraphs if said)
 
 
 def _verdict(run: ReportRun) -> str:
@@ -182,7 +188,7 @@ def _panels(runs: Sequence[ReportRun]) -> str:
             alt=f"{panel.title} over {runs[0].axis}",
         )
         keys = "".join(
-            f'<span><i class="{"dashed" if s.dashed else ""}" style="border-color:{s.colour}"></i>'
+            f'<span><i class="{_look(s)}" style="border-color:{s.colour}"></i>'
             f"{html.escape(s.label)}</span>"
             for s in series
         )
@@ -190,6 +196,10 @@ def _panels(runs: Sequence[ReportRun]) -> str:
         unit = f" <small>{panel.unit}</small>" if panel.unit else ""
         cards.append(f'<div class="card"><h3>{panel.title}{unit}</h3>{legend}{chart}</div>')
     return f'<h2>Over {runs[0].axis}</h2><div class="panels">{"".join(cards)}</div>'
+
+
+def _look(series: Series) -> str:
+    return "area" if series.floor else "dashed" if series.dashed else ""
 
 
 def _events(runs: Sequence[ReportRun]) -> str:
@@ -214,7 +224,7 @@ def _settings(run: ReportRun, *, alone: bool) -> str:
         return ""
     words = ""
     if not alone:
-        words = f"{_verdict(run)}<p>{' '.join(map(html.escape, run.in_words()))}</p>"
+        words = f"{_verdict(run)}{_words(run)}"
     listed = "\n".join(f"{key} = {value}" for key, value in sorted(args.items()))
     heading = "Settings" if alone else html.escape(run.name)
     return (

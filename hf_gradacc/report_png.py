@@ -43,12 +43,15 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
         for s in lines:
             xs, ys = zip(*s.points, strict=True)
             look: dict[str, Any] = {"color": s.colour, "linewidth": 1.7, "label": s.label}
+            if s.floor:
+                bottom = [y for _, y in s.floor]
+                axes.fill_between(
+                    xs, bottom, ys, color=s.colour, alpha=0.6, linewidth=0, label=s.label
+                )
+                continue
             axes.plot(
                 xs, ys, "--" if s.dashed else "-", marker="o" if s.dots else None, ms=4, **look
             )
-            if s.floor:
-                bottom = [y for _, y in s.floor]
-                axes.fill_between(xs, bottom, ys, color=s.colour, alpha=0.45, linewidth=0)
             if s.band:
                 most = 4 * max(ys)  # an end at infinity must not stretch the axis
                 x, low, high = zip(*[(x, a, min(b, most)) for x, a, b in s.band], strict=True)
@@ -70,6 +73,9 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(GREY)
-        if len(lines) > 1:
+        if panel.stacked:  # a legend upon areas could not be read
+            axes.set_ylim(top=1.25 * axes.get_ylim()[1])
+            axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=len(lines))
+        elif len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=90)

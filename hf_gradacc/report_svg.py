@@ -194,7 +194,8 @@ def _draw_series(frame: Frame, s: Series) -> list[str]:
         outline = "L".join([*places, *below])
         parts.append(f'<path class="area" fill="{s.colour}" d="M{outline}Z"/>')
     dash = ' stroke-dasharray="6 4"' if s.dashed else ""
-    parts.append(f'<path class="line" stroke="{s.colour}"{dash} d="M{"L".join(places)}"/>')
+    kind = "edge" if s.floor else "line"
+    parts.append(f'<path class="{kind}" stroke="{s.colour}"{dash} d="M{"L".join(places)}"/>')
     step = max(1, len(s.points) // MOST_HOVERS)
     for index in range(len(s.points) - 1, -1, -step):
         x, y = s.points[index]

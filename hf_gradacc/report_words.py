@@ -125,4 +125,4 @@ def describe_time(phases: Mapping[Any, float]) -> Iterator[str]:
     told = [f"{seconds / total:.1%} {PHASE_WORDS[phase]}" for phase, seconds in shares if seconds]
     first, *rest = told
     head = first.replace("% ", "% of it ", 1)
-    yield f"Where time goes: an update took {quantity(total)} s, {', '.join([head, *rest])}."
+    yield f"Where time goes: an update took {total:.3g} s, {', '.join([head, *rest])}."

@@ -257,7 +257,7 @@ def test_the_phases_of_an_update_are_stacked_and_said_in_words(tmp_path):
     edges = run.stack(["data_seconds", "forward_backward_seconds", "optimizer_seconds"])
     assert [edge[-1][1] for edge in edges] == pytest.approx([0.0, 0.06, 0.48, 0.6])
     chart = re.search(r"<h3>Where time goes.*?</svg>", page, re.DOTALL)[0]
-    assert chart.count('class="area"') == 3, "what took no time at all is left out"
+    assert chart.count('path class="area"') == 3, "what took no time at all is left out"
     assert "forward and backward: 0.42 at" in chart, "its own height, not that of the pile"
 
 
