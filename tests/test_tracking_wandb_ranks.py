@@ -16,12 +16,16 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.phases import PHASE_KEYS
 
 RANK_SCRIPT = """
+import wandb
 from support.tracked import make_trainer
-trainer = make_trainer(
-    sys.argv[1], ddp_backend="gloo", max_steps=3, run_name="both", wandb_per_rank=True,
-    per_device_train_batch_size=1,
-)
-trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+for checkpoint in (None, sys.argv[1] + "/checkpoint-2"):
+    trainer = make_trainer(
+        sys.argv[1], ddp_backend="gloo", max_steps=3, run_name="both", wandb_per_rank=True,
+        per_device_train_batch_size=1, save_strategy="steps", save_steps=2,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if wandb.run is not None:
+        wandb.finish()
 """
 
 
@@ -32,10 +36,10 @@ def wandb_dir(tmp_path, monkeypatch):
 
 def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path):
     done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
-    runs = {run.run_id: run for run in map(read_wandb_file, find_wandb_files(wandb_dir))}
-    assert len(runs) == 2
-    first = next(run for run in runs.values() if run.rows_with("train/loss"))
-    second = runs[f"{first.run_id}-rank1"]
+    runs = [read_wandb_file(path) for path in find_wandb_files(wandb_dir)]
+    first, resumed_first = (run for run in runs if run.rows_with("train/loss"))
+    second, resumed_second = (run for run in runs if "rank" in run.config)
+    assert second.run_id == f"{first.run_id}-rank1"
     assert first.group == second.group == f"both-{first.run_id}"
     assert second.config["rank"] == 1
     assert not second.rows_with("train/loss"), "what both did is told once, by rank 0"
@@ -51,7 +55,13 @@ def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path
             phases = [row[f"rank/{key}"] for key in PHASE_KEYS.values()]
             assert min(phases) > 0, "two ranks do reduce"
             assert sum(phases) <= row["rank/step_seconds"]
-    assert done.stdout.count("to upload: wandb sync") == 2
+    assert done.stdout.count("to upload: wandb sync") == 4
+    for before, after in ((first, resumed_first), (second, resumed_second)):
+        assert (after.run_id, after.group) == (before.run_id, before.group), "one run over resumes"
+        steps = [[row["_step"] for row in run.history] for run in (before, after)]
+        at = [row["train/global_step"] for row in after.rows_with("rank/step_seconds")]
+        assert at == [3]
+        assert steps[1][-1] >= steps[0][-1], "or an upload would drop the resumed rows"
 
 
 def test_on_one_process_the_run_gets_its_group_and_its_own_figures(wandb_dir, tmp_path):
