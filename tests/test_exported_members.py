@@ -2,7 +2,10 @@
 
 import importlib
 import inspect
+import pickle
 import pkgutil
+import subprocess
+import sys
 
 import hf_gradacc
 
@@ -15,6 +18,9 @@ def test_all_is_sorted_and_everything_in_it_exists():
 
 
 def test_nothing_public_is_imported_at_the_door_without_being_exported():
+    for name in hf_gradacc.__all__:
+        getattr(hf_gradacc, name)
+    assert set(hf_gradacc.__all__) <= set(dir(hf_gradacc))
     public = {
         name
         for name, value in vars(hf_gradacc).items()
@@ -43,3 +49,25 @@ def test_every_package_of_the_checkout_is_in_the_wheel():
         for init in (root / "hf_gradacc").rglob("__init__.py")
     }
     assert found | {"hf_gradacc._recipes"} == set(listed)
+
+
+def test_neither_the_door_nor_help_loads_what_takes_seconds():
+    check = (
+        "import sys, hf_gradacc; from hf_gradacc import cli; sys.argv = ['x', '--help']\n"
+        "assert 'GradAccTrainer' in dir(hf_gradacc) and 'errors' not in hf_gradacc.__all__\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_an_exported_name_is_the_one_of_its_module_and_can_be_pickled():
+    from hf_gradacc.trainer import GradAccTrainer
+
+    assert hf_gradacc.GradAccTrainer is GradAccTrainer
+    assert pickle.loads(pickle.dumps(hf_gradacc.GradAccTrainer)) is GradAccTrainer
+    assert not hasattr(hf_gradacc, "GradAccTrainr")
