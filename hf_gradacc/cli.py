@@ -64,6 +64,7 @@ def train(
     """
     from hf_gradacc.recipe import load_recipe
     from hf_gradacc.recipe_run import train_recipe
+    from hf_gradacc.recipe_sections import HEADS
 
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
     if verify_first:
@@ -78,6 +79,8 @@ def train(
         if "eval_loss" in result.metrics:
             print(f"held-out loss {result.metrics['eval_loss']:.4f}")
         print(f"saved: {result.folder}")
+        kind = "transformers.AutoModel" if loaded.peft.saves_whole_model else "peft.AutoPeftModel"
+        print(f'load it: {kind}{HEADS[loaded.model.task]}.from_pretrained("{result.folder}")')
 
 
 @app.command()

@@ -28,6 +28,7 @@ _ON_ANY_MACHINE: dict[str, Any] = {
     "fsdp": None,
     "fsdp_config": None,
     "deepspeed": None,
+    "use_liger_kernel": False,
     "report_to": "none",
 }
 BAR = 40

@@ -4,26 +4,28 @@
     arguments = recipe_arguments(recipe)
 
 Reading is in `recipe_source`, the keys in `recipe_sections` and `recipe_train`, checking in
-`recipe_check`, wording in `recipe_report`. Everything wrong with a file is found in one go and
-said in one error.
+`recipe_check`, `recipe_paths` and `recipe_values`, wording in `recipe_report`. Everything wrong
+with a file is found in one go and said in one error.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_gradacc.recipe_check import check_section
-from hf_gradacc.recipe_report import Key, Origin, Problem, RecipeError, dotted
+from hf_gradacc.recipe_paths import resolve_paths
+from hf_gradacc.recipe_report import Origin, Problem, RecipeError
 from hf_gradacc.recipe_sections import Recipe
-from hf_gradacc.recipe_source import RecipeSource, read_recipe
+from hf_gradacc.recipe_source import read_recipe
 from hf_gradacc.recipe_train import arguments_class, train_section
+from hf_gradacc.recipe_values import check_values
 
 __all__ = ["Recipe", "RecipeError", "configure_wandb", "load_recipe", "recipe_arguments"]
-
-LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text")
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -45,13 +47,19 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     section = values.get("train")
     if isinstance(section, dict):
         problems += check_section(train_section(), section, ("train",), source)
+    parts = [re.split(r"[.\[]", problem.key) for problem in problems]
+    faulty = {part[1] for part in parts if part[0] == "train" and len(part) > 1}
+    paths, missing = resolve_paths(source)
+    problems += missing + check_values(source, faulty=faulty)
     if problems:
         raise RecipeError(problems)
     recipe = Recipe.model_validate(values)
     recipe.train = train_section().model_validate(recipe.train).model_dump(exclude_unset=True)
-    problems += _find_paths(recipe, source)
-    if problems:
-        raise RecipeError(problems)
+    for key, place in paths.items():
+        if key[0] == "data":
+            getattr(recipe.data, str(key[1]))[key[2]].path = place
+        else:
+            getattr(recipe, str(key[0])).name = place
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     return recipe
@@ -61,7 +69,8 @@ def recipe_arguments(recipe: Recipe, **changes: Any) -> Any:
     """The GradAccArguments of a recipe.
 
     Raises:
-        RecipeError: If the options contradict each other.
+        RecipeError: If the options cannot hold on this machine, such as bf16 without support,
+            or Liger kernels without their package or a GPU.
     """
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
@@ -69,11 +78,19 @@ def recipe_arguments(recipe: Recipe, **changes: Any) -> Any:
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
     try:
-        return arguments_class()(**options)
+        arguments = arguments_class()(**options)
     except (ValueError, TypeError, ImportError) as error:
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    missing = [
+        name for name in ("liger_kernel", "triton") if importlib.util.find_spec(name) is None
+    ]
+    if arguments.use_liger_kernel and (missing or arguments.device.type == "cpu"):
+        why = f"needs {' and '.join(missing)}, not installed here" if missing else "needs a GPU"
+        fix = "`pip install liger-kernel` on a machine with a GPU, or set it to false"
+        raise RecipeError([Problem("train.use_liger_kernel", why, fix, Origin("recipe"), True)])
+    return arguments
 
 
 def configure_wandb(recipe: Recipe) -> None:
@@ -93,41 +110,3 @@ def configure_wandb(recipe: Recipe) -> None:
     for name, value in wishes.items():
         if value:
             os.environ.setdefault(name, value)
-
-
-def _find_paths(recipe: Recipe, source: RecipeSource) -> list[Problem]:
-    """Make local paths absolute, and report those that lead nowhere."""
-    problems: list[Problem] = []
-    for part in ("train", "eval"):
-        sources = getattr(recipe.data, part)
-        for index, one in enumerate(sources):
-            folder = source.folder(("data", part, index))
-            found = (folder / Path(one.path).expanduser()).resolve()
-            pattern = any(letter in one.path for letter in "*?[")
-            exists = (
-                any(folder.glob(one.path)) if pattern and one.path[0] != "/" else found.exists()
-            )
-            key: Key = ("data", part, index) if len(sources) > 1 else ("data", part)
-            if exists:
-                one.path = str(found)
-            elif _looks_local(one.path) and not pattern:
-                fix = f"{found} does not exist"
-                problems.append(
-                    Problem(dotted(key), "no such file", fix, source.origin(key), one.path)
-                )
-    for name in ("model", "tokenizer"):
-        section = getattr(recipe, name)
-        if section.name is not None:
-            folder = source.folder((name, "name"))
-            found = (folder / Path(section.name).expanduser()).resolve()
-            if found.is_dir():
-                section.name = str(found)
-            elif _looks_local(section.name):
-                fix = f"{found} does not exist"
-                where = source.origin((name, "name"))
-                problems.append(Problem(f"{name}.name", "no such folder", fix, where, section.name))
-    return problems
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.endswith(LOCAL_SUFFIXES)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from hf_gradacc.recipe_sections import Recipe
 from hf_gradacc.recipe_source import SECRET_KEY
 from hf_gradacc.recipe_train import train_section
+from hf_gradacc.tracking_state import remember
 
 __all__ = ["RecipeCallback", "export_schema", "resolved_recipe", "save_recipe"]
 
@@ -56,6 +57,7 @@ class RecipeCallback(TrainerCallback):
         """Write it on the first rank only."""
         if not state.is_world_process_zero:
             return
+        remember(state, saves_model=True)  # whoever runs a recipe saves the model at its end
         save_recipe(self.recipe, args.output_dir)
         if "wandb" in (args.report_to or []):
             import wandb

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hf_gradacc.recipe_data import DataSection, Section
 
 __all__ = [
+    "HEADS",
     "ModelSection",
     "OutputSection",
     "PeftSection",
@@ -23,6 +24,13 @@ __all__ = [
 ]
 
 Task = Literal["causal_lm", "seq2seq", "classification"]
+
+HEADS: dict[Task, str] = {
+    "causal_lm": "ForCausalLM",
+    "seq2seq": "ForSeq2SeqLM",
+    "classification": "ForSequenceClassification",
+}
+"""How the Auto classes of transformers and peft that load a task's model end."""
 
 
 class ModelSection(Section):
@@ -99,6 +107,11 @@ class PeftSection(Section):
     """Save the whole model with the update merged in, rather than the adapter."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further fields of peft's own config class."""
+
+    @property
+    def saves_whole_model(self) -> bool:
+        """Whether a run leaves a model that transformers loads alone, not an adapter to one."""
+        return self.method == "none" or self.merge_on_save
 
     @model_validator(mode="after")
     def _mergeable(self) -> PeftSection:

@@ -211,7 +211,9 @@ def _next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if checkpoint:
         yield "checkpoint", checkpoint
-    else:
+    if known.get("saves_model"):
+        yield "model", f"{args.output_dir}, saved once this run has ended"
+    elif not checkpoint:
         yield "model", f"in memory; trainer.save_model() writes it to {args.output_dir}"
     if (RunFile(Path(args.output_dir)).directory / RUN_NAME).exists():
         yield "report", f"hf-gradacc report {args.output_dir}"

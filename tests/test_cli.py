@@ -80,6 +80,10 @@ def test_train_leaves_a_model_a_tokenizer_and_the_recipe(run, recipe, tmp_path):
     assert code == 0, out
     folder = tmp_path / "runs" / "mine"
     assert "saved: runs/mine" in out
+    assert "saved once this run has ended" in out
+    assert "in memory" not in out
+    assert "hf-gradacc report runs/mine" in out
+    assert 'load it: transformers.AutoModelForCausalLM.from_pretrained("runs/mine")' in out
     assert "held-out loss" in out
     transformers.AutoModelForCausalLM.from_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(folder)
@@ -255,6 +259,9 @@ def test_the_schema_is_json(run, tmp_path):
         (["train", "mine.yaml", "peft=lora", "peft.options={bogus: 1}"], "peft.options"),
         (["train", "mine.yaml", "model.attn_implementation=bogus"], "attn_implementation"),
         (["train", "mine.yaml", "train.tokens_per_update=9"], "effective_batch_size"),
+        (["train", "mine.yaml", "train.max_steps=-5"], "train.max_steps = -5"),
+        (["verify", "mine.yaml", "data.train=no.jsonl"], "data.train = 'no.jsonl': no such file"),
+        (["plan", "mine.yaml", "train.optim=adm"], "train.optim"),
         (["train", "mine.yaml", "data.holdout=20"], "data.holdout"),
         (["train", "mine.yaml", "--resume", "output.dir=empty"], "output_dir = empty"),
         (["plan", "mine.yaml", "--png", "plan.nope"], "--png"),
@@ -269,6 +276,26 @@ def test_a_mistake_is_a_message_and_exit_code_two(run, recipe, arguments, messag
     (said,) = re.findall(r"^error: .*(?:\n.*)*", err, re.MULTILINE)
     assert message in said
     assert "Traceback" not in err
+
+
+def test_a_compiled_model_learns_the_same_weights(run, recipe, tmp_path):
+    from safetensors.torch import load_file
+    from torch.testing import assert_close
+
+    run("train", recipe, "train.save_strategy=no")
+    compiled = ["train.torch_compile=true", "train.torch_compile_backend=eager"]
+    code, _, err = run("train", recipe, "train.save_strategy=no", "output.dir=fast", *compiled)
+    assert code == 0, err
+    assert_close(load_file("fast/model.safetensors"), load_file("runs/mine/model.safetensors"))
+
+
+def test_liger_kernels_without_their_package_are_one_error(run, recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setattr("hf_gradacc.recipe.importlib.util.find_spec", lambda name: None)
+    code, _, err = run("train", recipe, "train.use_liger_kernel=true")
+    assert code == 2
+    assert "train.use_liger_kernel = True: needs liger_kernel" in err
+    assert "pip install liger-kernel" in err
 
 
 def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, tmp_path):

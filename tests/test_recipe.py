@@ -10,7 +10,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe import RecipeError, configure_wandb, load_recipe, recipe_arguments
 from hf_gradacc.recipe_save import export_schema, resolved_recipe, save_recipe
 
@@ -219,11 +218,64 @@ def test_keys_that_contradict_each_other_are_reported(write, tmp_path, monkeypat
 
 
 def test_training_options_that_contradict_each_other_are_reported(write):
-    recipe = load_recipe(
-        write(GOOD), overrides=["train.effective_batch_size=8", "train.tokens_per_update=9"]
-    )
-    with pytest.raises(ConfigError, match="effective_batch_size"):
-        recipe_arguments(recipe, use_cpu=True)
+    found = problems(write(GOOD), "train.effective_batch_size=8", "train.tokens_per_update=9")
+    (problem,) = found
+    assert (problem.key, problem.value) == ("train.effective_batch_size", 8)
+    assert "tokens_per_update = 9 both say how large an update is" in problem.why
+
+
+def test_missing_files_and_refused_values_stand_in_the_report_of_the_schema(write):
+    file = write("""\
+        model:
+          name: ./nowhere
+          dtyp: float32
+        data:
+          train:
+            - rows.jsonl
+            - path: gone.jsonl
+            - parts/*.csv
+          format: question_answer
+        train:
+          max_steps: -5
+          learning_rate: -1.0
+          lr_scheduler_type: cosin
+          optim: adamw_torchh
+          logging_steps: 0
+          warmup_steps: -3
+          layout: dense
+          noise_scale_every: 0
+          bf16: true
+          deepspeed: zero9.json
+        """)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    found = [(p.origin.line, p.key, p.value) for p in caught.value.problems]
+    assert found == [
+        (2, "model.name", "./nowhere"),
+        (3, "model.dtyp", "float32"),
+        (7, "data.train[1].path", "gone.jsonl"),
+        (8, "data.train[2]", "parts/*.csv"),
+        (11, "train.max_steps", -5),
+        (12, "train.learning_rate", -1.0),
+        (13, "train.lr_scheduler_type", "cosin"),
+        (14, "train.optim", "adamw_torchh"),
+        (15, "train.logging_steps", 0),
+        (16, "train.warmup_steps", -3),
+        (17, "train.layout", "dense"),
+        (18, "train.noise_scale_every", 0),
+        (20, "train.deepspeed", "zero9.json"),
+    ]
+    assert all(problem.fix for problem in caught.value.problems)
+
+
+def test_checking_a_recipe_starts_no_device(write, monkeypatch):
+    from transformers import TrainingArguments
+
+    def refuse(_self):
+        raise AssertionError("a device was asked for")
+
+    monkeypatch.setattr(TrainingArguments, "device", property(refuse))
+    load_recipe(write(GOOD))
 
 
 def test_a_saved_recipe_loads_to_the_same_recipe(write, tmp_path):
@@ -297,7 +349,14 @@ FULL = {
         "max_length": 64,
     },
     "peft": {"method": "lora", "r": 4},
-    "train": {"learning_rate": 0.001, "max_steps": 2, "lr_scheduler_type": "cosine"},
+    "train": {
+        "learning_rate": 0.001,
+        "max_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "effective_batch_size": 4,
+        "logging_steps": 1,
+    },
     "wandb": {"tags": ["a"]},
     "output": {"dir": "out"},
 }
