@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once. Exit 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -191,8 +192,25 @@ def main() -> None:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        text = _explain_files(error)
+        if text is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _explain_files(error: Exception) -> str | None:
+    """What a file or a disk is at fault for; None for a fault of ours."""
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
+    # safetensors, arrow and torch wrap the system's words in exceptions of their own.
+    reason = next((words for words in full if words in str(error)), None)
+    if reason is not None:
+        where = getattr(error, "filename", None)
+        return (
+            f"{f'{where}: ' if where else ''}{reason}: free some space, set output.dir to another "
+            "disk, or keep fewer checkpoints (train.save_total_limit); then go on with --resume."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None

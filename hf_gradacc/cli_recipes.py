@@ -76,7 +76,7 @@ def show_recipe(recipe: Annotated[str, typer.Argument(help="Name or file.")]) ->
 
     Example: `hf-gradacc recipes show qwen3/4b_lora_chat`
     """
-    text = find_recipe(recipe).read_text(encoding="utf-8")
+    text = _read(find_recipe(recipe))
     console = Console()
     if console.is_terminal:
         console.print(Syntax(text, "yaml", background_color="default"))
@@ -103,11 +103,20 @@ def copy_recipe(
             f"target = {str(place)!r} is there already: use another name, or --force."
         )
     place.parent.mkdir(parents=True, exist_ok=True)
-    text = source.read_text(encoding="utf-8")
+    text = _read(source)
     if "\nbase:" in f"\n{text}":
         text = flatten_recipe(source)
     place.write_text(_move_paths(text, source.parent, place.parent), encoding="utf-8")
     print(f"copied: {place}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"RECIPE = {str(path)!r} is not text: save it as UTF-8; byte {error.start} is not."
+        ) from None
 
 
 def _move_paths(text: str, old: Path, new: Path) -> str:

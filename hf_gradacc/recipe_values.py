@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hf_gradacc.recipe_report import Problem
+from hf_gradacc.recipe_report import Problem, nearest
 from hf_gradacc.recipe_source import RecipeSource
 from hf_gradacc.recipe_train import arguments_class, train_section
 
@@ -59,7 +59,8 @@ def check_values(source: RecipeSource, *, faulty: set[str]) -> list[Problem]:
     except ValidationError:  # a problem whose key is not told apart; it is reported already
         return []
     values = {name: value for name, value in given.items() if value is not None}
-    problems = [
+    reporters = values.pop("report_to", "none")  # names are looked up when a trainer is made
+    problems = _unknown_reporters(reporters, source) + [
         Problem(f"train.{name}", why, fix, source.origin(("train", name)), values.pop(name))
         for name, why, fix in _out_of_range(values)
     ]
@@ -74,6 +75,20 @@ def check_values(source: RecipeSource, *, faulty: set[str]) -> list[Problem]:
         for name in blamed:
             del values[name]
     return problems
+
+
+def _unknown_reporters(value: Any, source: RecipeSource) -> list[Problem]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = ["all", "none", *INTEGRATION_TO_CALLBACK]
+    found: list[Problem] = []
+    for name in value if isinstance(value, list) else [value]:
+        if name not in known:
+            guess = nearest(str(name), known)
+            fix = f"did you mean {guess}?" if guess else f"use one of {', '.join(known)}"
+            where = source.origin(("train", "report_to"))
+            found.append(Problem("train.report_to", "no such reporter", fix, where, name))
+    return found
 
 
 def _out_of_range(values: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -259,6 +259,9 @@ def test_the_schema_is_json(run, tmp_path):
         (["train", "mine.yaml", "peft=lora", "peft.options={bogus: 1}"], "peft.options"),
         (["train", "mine.yaml", "model.attn_implementation=bogus"], "attn_implementation"),
         (["train", "mine.yaml", "train.tokens_per_update=9"], "effective_batch_size"),
+        (["train", "mine.yaml", "train.report_to=wandbb"], "did you mean wandb?"),
+        (["train", "mine.yaml", "data.train=empty"], "holds no data files"),
+        (["recipes", "show", "utf16.yaml"], "save it as UTF-8"),
         (["train", "mine.yaml", "train.max_steps=-5"], "train.max_steps = -5"),
         (["verify", "mine.yaml", "data.train=no.jsonl"], "data.train = 'no.jsonl': no such file"),
         (["plan", "mine.yaml", "train.optim=adm"], "train.optim"),
@@ -270,7 +273,9 @@ def test_the_schema_is_json(run, tmp_path):
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_a_message_and_exit_code_two(run, recipe, arguments, message):
+def test_a_mistake_is_a_message_and_exit_code_two(run, recipe, tmp_path, arguments, message):
+    (tmp_path / "utf16.yaml").write_text("model: {}", encoding="utf-16")
+    (tmp_path / "empty").mkdir()
     code, _, err = run(*arguments)
     assert code == 2
     (said,) = re.findall(r"^error: .*(?:\n.*)*", err, re.MULTILINE)
@@ -296,6 +301,28 @@ def test_liger_kernels_without_their_package_are_one_error(run, recipe, monkeypa
     assert code == 2
     assert "train.use_liger_kernel = True: needs liger_kernel" in err
     assert "pip install liger-kernel" in err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "free some space"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "free some space"),
+        (PermissionError(13, "Permission denied", "out"), 2, "out: Permission denied"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_full_disk_a_closed_folder_or_ctrl_c_is_a_message(
+    run, recipe, monkeypatch, failure, code, message
+):
+    def fail(*_args, **_kwargs):
+        raise failure
+
+    monkeypatch.setattr("hf_gradacc.recipe_run.prepare_data", fail)
+    found, _, err = run("train", recipe)
+    assert found == code
+    assert message in err
 
 
 def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, tmp_path):

@@ -43,6 +43,10 @@ def load_source(source: SourceSection, *, streaming: bool = False) -> Any:
     import datasets
 
     files = local_files(source.path)
+    if not files and Path(source.path).is_dir() and Path(source.path).is_absolute():
+        raise DataError(
+            f"{source.path} holds no data files: name a folder with {', '.join(_LOADERS)} files."
+        )
     try:
         if files and Path(source.path).is_dir() and (Path(source.path) / "state.json").is_file():
             loaded = datasets.load_from_disk(source.path)

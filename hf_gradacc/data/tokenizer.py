@@ -102,7 +102,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
 
     bpe.train_from_iterator(counted(), trainer=trainer)
     if count == 0:
-        raise DataError("tokenizer.train found no text in data.train: is the source empty?")
+        raise DataError(
+            "tokenizer.train found no text in data.train: is the source empty? If not, its columns "
+            "are not those of data.format: map them with data.columns."
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
