@@ -60,6 +60,14 @@ class GradAccOptions:
             "gradient. Default: where a check of the model at the start of training passes."
         },
     )
+    chunked_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take the loss from hidden states, some rows at a time, and never hold all "
+            "logits of a micro-batch; needs target_only_logits. Never changes the gradient. "
+            "Default: where a check of the model at the start of training passes."
+        },
+    )
     drop_attention_mask: bool | None = field(
         default=None,
         metadata={
@@ -204,9 +212,14 @@ def _find_problems(args: Any) -> Any:
             "incomplete_update = 'keep' contradicts dataloader_drop_last = True: "
             "leave one of them out."
         )
-    for name in ("target_only_logits", "drop_attention_mask"):
+    for name in ("target_only_logits", "chunked_loss", "drop_attention_mask"):
         if getattr(args, name) not in (None, True, False):
             yield f"{name} = {getattr(args, name)!r}: use True, False, or leave it out."
+    if args.chunked_loss and args.target_only_logits is False:
+        yield (
+            "chunked_loss = True needs target_only_logits: it is only given rows with a target. "
+            "Leave target_only_logits out, or chunked_loss."
+        )
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
     if not isinstance(args.wandb_per_rank, bool):

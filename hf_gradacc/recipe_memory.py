@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hf_gradacc.chunked_loss import rows_per_chunk
 from hf_gradacc.modeling import apply_peft, empty_model
 from hf_gradacc.recipe_sections import Recipe
 
@@ -33,7 +34,8 @@ class MemoryEstimate:
         gradients: Bytes of gradients, float32 sums for half-precision weights included.
         optimizer: Bytes of optimizer state.
         activations: Bytes kept for the backward of the largest micro-batch.
-        logits: Bytes of its logits and their gradient.
+        logits: Bytes of its logits and their gradient; of a chunk of them where the loss is
+            taken in chunks.
         shards: Ranks that weights, gradients and optimizer state are spread over.
     """
 
@@ -98,6 +100,10 @@ def estimate_memory(
     per_token = config.hidden_size * compute * (1 if recomputed else 17)
     one_layer = 17 * config.hidden_size * compute if recomputed else 0
     classes = config.vocab_size if recipe.model.task != "classification" else 0
+    at_once = largest
+    if recipe.model.task == "causal_lm" and arguments.chunked_loss is not False:
+        device_type = arguments.device.type
+        at_once = min(largest, rows_per_chunk(classes, device_type=device_type))
     sharded = bool(recipe.train.get("fsdp") or recipe.train.get("deepspeed"))
     return MemoryEstimate(
         num_parameters=total,
@@ -107,6 +113,6 @@ def estimate_memory(
         optimizer=trainable * states * (1 if eight_bit else trained_bytes),
         activations=largest * (per_token * layers + one_layer),
         # The logits in the model's type, and in float32 for the loss with their gradient.
-        logits=largest * classes * (compute + 4 + 4),
+        logits=at_once * classes * (compute + 4 + 4),
         shards=world_size if sharded else 1,
     )

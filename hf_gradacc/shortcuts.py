@@ -1,8 +1,9 @@
 """Find out which cheaper ways to the same loss a model allows, by trying them on it.
 
-Three shortcuts, each used only where a check on the actual model passes:
+Four shortcuts, each used only where a check on the actual model passes:
 
 * **target-only logits**: the LM head sees only positions whose prediction enters the loss;
+* **chunked loss**: of these, only some logits are there at once;
 * **no mask**: right-padded rows of a causal model need none;
 * **packed**: the rows of a micro-batch as one row without padding.
 
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_gradacc.batching import count_rows, slice_rows
+from hf_gradacc.chunked_loss import why_not_chunked, without_logits
 from hf_gradacc.layouts import is_right_padded, keep_targets, pack_rows, without_mask
 from hf_gradacc.target_logits import kept_rows, seen_rows
 from hf_gradacc.targets import IGNORE_INDEX
@@ -40,6 +43,7 @@ class Shortcuts:
 
     Attributes:
         target_only_logits: Only target positions go through the LM head.
+        chunked_loss: Their loss is taken a chunk of logits at a time.
         drop_mask: Right-padded micro-batches are given no mask.
         packed: Micro-batches are one row.
         varlen: Packed rows name their boundaries, for flash attention.
@@ -47,6 +51,7 @@ class Shortcuts:
     """
 
     target_only_logits: bool = False
+    chunked_loss: bool = False
     drop_mask: bool = False
     packed: bool = False
     varlen: bool = False
@@ -78,6 +83,7 @@ class Trial:
         inputs: Collated rows, on the CPU; at least two, with targets.
         loss_of: Gives the loss of inputs; the second argument is what to pass as their count.
         head: The model's output embeddings.
+        owner: The model whose forward calls the head and the loss.
         dtype: What the model computes in.
         wants_own_count: The loss has to be told its own count.
     """
@@ -85,6 +91,7 @@ class Trial:
     inputs: Mapping[str, Any]
     loss_of: Callable[[Mapping[str, Any], int | None], float]
     head: nn.Module
+    owner: PreTrainedModel | None = None
     dtype: torch.dtype = torch.float32
     wants_own_count: bool = False
 
@@ -105,6 +112,21 @@ class Trial:
         expected, actual = self._run(alone)[0], self._run(*keep_targets(alone))[0]
         if self._differs(actual, expected):
             return f"its loss does not go by shift_labels: {actual:.7g} instead of {expected:.7g}"
+        return ""
+
+    def try_chunked_loss(self) -> str:
+        """Compare the loss taken from hidden states with the one over logits. Empty if they agree.
+
+        What reaches the loss is compared with what the head was given on every call, so a model
+        that does something to its logits in between fails here whatever its loss says.
+        """
+        if why := why_not_chunked(self.owner, self.head):
+            return why
+        expected = self._run(*keep_targets(self.inputs))[0]
+        with without_logits(self.owner, self.head):
+            actual = self._run(*keep_targets(self.inputs))[0]
+        if self._differs(actual, expected):
+            return f"its loss over chunks is {actual:.7g} instead of {expected:.7g}"
         return ""
 
     def try_without_mask(self) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from hf_gradacc.chunked_loss import find_owner, without_logits
 from hf_gradacc.collator import UpdateCollator
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.probe import LossFacts
@@ -32,6 +33,7 @@ class FastSteps(Trainer):
     _collator: UpdateCollator | None = None
     _shortcuts: Shortcuts | None = None
     _head: nn.Module | None = None
+    _owner: PreTrainedModel | None = None
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -45,7 +47,11 @@ class FastSteps(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         shaped, positions = self._shortcuts.shape(inputs)
         shaped = {key: self._start_copy(value) for key, value in shaped.items()}
-        with kept_rows(self._head, self._start_copy(positions)):
+        chunked = self._shortcuts.chunked_loss and positions is not None
+        with (
+            kept_rows(self._head, self._start_copy(positions)),
+            without_logits(self._owner if chunked else None, self._head),
+        ):
             return super().training_step(model, shaped, num_items_in_batch)
 
     def _start_copy(self, value: Any) -> Any:
@@ -72,19 +78,23 @@ class FastSteps(Trainer):
         refused: dict[str, str] = dict.fromkeys(wanted, self._why_none(inputs, facts))
         taken: dict[str, bool] = {}
         head = find_head(bare)
+        owner = find_owner(bare, head)
         varlen = str(_attention(bare)).startswith("flash")
         if head is None and not any(refused.values()):
             refused = dict.fromkeys(wanted, f"{type(bare).__name__} names no output embeddings")
         if head is not None and not any(refused.values()):
             dtype = self._dtype_computed_in(bare)
-            trial = Trial(inputs, loss_of, head, dtype, facts.wants_own_count)
+            trial = Trial(inputs, loss_of, head, owner, dtype, facts.wants_own_count)
             tries: dict[str, Callable[[], str]] = {
                 "target_only_logits": trial.try_target_only_logits,
+                "chunked_loss": trial.try_chunked_loss,
                 "drop_attention_mask": trial.try_without_mask,
                 "layout": lambda: trial.try_packed(varlen=varlen),
             }
             for name, asked in wanted.items():
-                refused[name] = self._why_not(name, bare, facts)
+                refused[name] = self._why_not(name, bare)
+                if name == "chunked_loss" and not taken["target_only_logits"]:
+                    refused[name] = refused["target_only_logits"] or "target_only_logits is off"
                 if asked is not False and not refused[name]:
                     refused[name] = _attempt(tries[name])
                 taken[name] = asked is not False and not refused[name]
@@ -97,9 +107,10 @@ class FastSteps(Trainer):
                     f"{name} = {value} would not give the same gradient: {refused[name]}.\n"
                     f"  Set {name} = {way_out}."
                 )
-        self._head = head
+        self._head, self._owner = head, owner
         self._shortcuts = Shortcuts(
             target_only_logits=taken.get("target_only_logits", False),
+            chunked_loss=taken.get("chunked_loss", False),
             drop_mask=taken.get("drop_attention_mask", False),
             packed=taken.get("layout", False),
             varlen=varlen,
@@ -125,6 +136,7 @@ class FastSteps(Trainer):
             packs = False
         return {
             "target_only_logits": self.args.target_only_logits,
+            "chunked_loss": self.args.chunked_loss,
             "drop_attention_mask": self.args.drop_attention_mask,
             "layout": packs,
         }
@@ -139,7 +151,7 @@ class FastSteps(Trainer):
             return "there are no two rows of {input_ids, labels} to try it on"
         return ""
 
-    def _why_not(self, name: str, bare: nn.Module, facts: LossFacts) -> str:
+    def _why_not(self, name: str, bare: nn.Module) -> str:
         """Say why one shortcut may not be tried, empty if it may."""
         if name == "target_only_logits":
             if self.compute_loss_func is not None:
@@ -147,6 +159,13 @@ class FastSteps(Trainer):
             if self._has_foreign_loss() and not self.args.target_only_logits:
                 return "a subclass overrides compute_loss, which may want all logits"
             if self.args.torch_compile and not self.args.target_only_logits:
+                return "torch.compile would compile anew for each number of targets"
+        if name == "chunked_loss":
+            if self.compute_loss_func is not None or self._has_foreign_loss():
+                return "a loss of one's own is computed from logits"
+            if self.label_smoother is not None:
+                return "label smoothing is computed from logits"
+            if self.args.torch_compile:
                 return "torch.compile would compile anew for each number of targets"
         if name == "drop_attention_mask":
             if self._has_foreign_loss() and not self.args.drop_attention_mask:
