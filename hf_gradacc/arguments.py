@@ -45,6 +45,14 @@ class GradAccOptions:
             "per_device_train_batch_size sequences."
         },
     )
+    remember_tuned_budget: bool = field(
+        default=False,
+        metadata={
+            "help": "Write the budget that 'auto' settles on to token_budgets.json in the Hugging "
+            "Face cache, and start with it in later runs of the same model, device and range of "
+            "lengths instead of tuning anew."
+        },
+    )
     incomplete_update: Literal["keep", "drop"] | None = field(
         default=None,
         metadata={
@@ -222,8 +230,14 @@ def _find_problems(args: Any) -> Any:
         )
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
-    if not isinstance(args.wandb_per_rank, bool):
-        yield f"wandb_per_rank = {args.wandb_per_rank!r}: use True or False."
+    for name in ("wandb_per_rank", "remember_tuned_budget"):
+        if not isinstance(getattr(args, name), bool):
+            yield f"{name} = {getattr(args, name)!r}: use True or False."
+    if args.remember_tuned_budget is True and args.max_tokens_per_micro_batch != "auto":
+        yield (
+            f"remember_tuned_budget = True, but max_tokens_per_micro_batch = "
+            f"{args.max_tokens_per_micro_batch!r} tunes nothing: set it to 'auto'."
+        )
     yield from _find_transaction_problems(args)
     accelerator = getattr(args, "accelerator_config", None)
     for name in ("split_batches", "dispatch_batches"):

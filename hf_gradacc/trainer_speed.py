@@ -176,6 +176,23 @@ class FastSteps(Trainer):
                 return "the router loss counts tokens by the mask"
         return ""
 
+    def _describe_speed(self, bare: nn.Module) -> str:
+        """Name what the time of a micro-batch depends on, besides the model and the device."""
+        taken = self._shortcuts or Shortcuts()
+        words = {
+            "target-only": taken.target_only_logits,
+            "chunked": taken.chunked_loss,
+            "no mask": taken.drop_mask,
+            "packed": taken.packed,
+            "checkpointing": self.args.gradient_checkpointing,
+            "compiled": self.args.torch_compile,
+            "bf16": self.args.bf16,
+            "fp16": self.args.fp16,
+        }
+        return ", ".join(
+            [_attention(bare) or "no attention", *(w for w, on in words.items() if on)]
+        )
+
     def _has_foreign_loss(self) -> bool:
         """Say whether ``compute_loss`` is anybody's but the stock Trainer's and ours."""
         for cls in type(self).__mro__:

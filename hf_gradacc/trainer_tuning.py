@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_gradacc.budget_memory import describe_setting, recall_budget, remember_budget
 from hf_gradacc.tracking import record_event
 from hf_gradacc.trainer_guard import GuardedUpdates
 from hf_gradacc.tuning import BudgetTuner
@@ -23,6 +24,7 @@ class TunedBudget(GuardedUpdates):
     """Overrides that time the first updates, for a budget that tunes itself."""
 
     _tuner: BudgetTuner | None = None
+    _setting = ""
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Begin anew with each run: the machine may be another one."""
@@ -47,19 +49,37 @@ class TunedBudget(GuardedUpdates):
         if self.budget.cap != cap and inputs.max_tokens is not None:
             tuner.forbid(inputs.max_tokens)  # it ran out of memory, and then again, cut finer
         else:
+            longest = max((max(mb.lengths, default=0) for mb in inputs), default=0)
             tuner.note(
                 inputs.max_tokens,
                 seconds=time.perf_counter() - started,
                 num_tokens=sum(micro_batch.num_input_tokens for micro_batch in inputs),
-                longest=max((max(mb.lengths, default=0) for mb in inputs), default=0),
+                longest=longest,
             )
+            if self.args.remember_tuned_budget and tuner.num_updates == 1:
+                self._recall(model, tuner, longest=longest)
         if self._collator is not None:
             self._collator.max_tokens = tuner.budget
         self._announce(tuner)
         return loss
 
+    def _recall(self, model: nn.Module, tuner: BudgetTuner, *, longest: int) -> None:
+        """Start with what an earlier run of the same kind settled on."""
+        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._setting = describe_setting(
+            bare,
+            device=self.args.device,
+            longest=longest,
+            world_size=self.args.world_size,
+            extra=self._describe_speed(bare),
+        )
+        if (budget := recall_budget(self._setting)) is not None:
+            tuner.adopt(budget)
+
     def _announce(self, tuner: BudgetTuner) -> None:
         if tuner.settled:
+            if self._setting and tuner.tried and self.is_world_process_zero():
+                remember_budget(self._setting, tuner.budget)
             logger.info(tuner.describe())
             record_event(self, "budget_tuned", text=tuner.describe() + ".", alert=False)
 

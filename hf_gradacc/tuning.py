@@ -81,6 +81,10 @@ class BudgetTuner:
         if self.num_updates >= _ENOUGH_UPDATES and self.tried:
             self._settle()
 
+    def adopt(self, budget: int) -> None:
+        """Settle on a budget that an earlier run found."""
+        self.budget, self.settled = budget, True
+
     def forbid(self, budget: int) -> None:
         """Hear that a budget does not fit into memory: stay below it."""
         self._limit = budget - 1 if self._limit is None else min(self._limit, budget - 1)
@@ -93,7 +97,9 @@ class BudgetTuner:
 
     def describe(self) -> str:
         """Say what was tried and what came out, in one line."""
-        best = min((statistics.median(times) for times in self.tried.values()), default=0.0)
+        if not self.tried:
+            return f"max_tokens_per_micro_batch = {self.budget}, as an earlier run tuned it"
+        best = min(statistics.median(times) for times in self.tried.values())
         tried = ", ".join(
             f"{budget}: {statistics.median(times) / best:.2f}"
             for budget, times in sorted(self.tried.items())

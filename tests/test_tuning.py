@@ -1,12 +1,13 @@
 """A budget that tunes itself ends near the fastest one, soon, and leaves the gradient alone."""
 
+import json
 import random
 
 import pytest
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 
-from hf_gradacc import GradAccArguments
+from hf_gradacc import GradAccArguments, budget_memory
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.tuning import BudgetTuner
 
@@ -117,3 +118,69 @@ def test_a_budget_is_a_number_or_auto(tmp_path):
     assert arguments.max_tokens_per_micro_batch == 1024
     with pytest.raises(ConfigError, match=r"max_tokens_per_micro_batch = 'most': use a whole"):
         GradAccArguments(output_dir=str(tmp_path), max_tokens_per_micro_batch="most")
+
+
+# ---- remembered --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget_memory.constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hf_gradacc" / "token_budgets.json"
+
+
+def tune_for_real(tmp_path, rows=ROWS, **options):
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        **{
+            "effective_batch_size": 12,
+            "max_tokens_per_micro_batch": "auto",
+            "remember_tuned_budget": True,
+            "num_train_epochs": 12,
+            **options,
+        },
+    )
+    trainer.train()
+    return trainer._tuner
+
+
+def test_a_budget_is_tuned_once_per_model_device_and_range_of_lengths(tmp_path, cache):
+    first = tune_for_real(tmp_path)
+    assert first.num_updates > 1
+    again = tune_for_real(tmp_path)
+    assert (again.budget, again.num_updates, again.settled) == (first.budget, 1, True)
+    assert "as an earlier run tuned it" in again.describe()
+    for other in (
+        {"rows": ragged_rows(24, seed=7, longest=40)},
+        {"model": tiny_llama(num_hidden_layers=1)},
+        {"target_only_logits": False},
+    ):
+        assert tune_for_real(tmp_path, **other).num_updates > 1
+    assert len(json.loads(cache.read_text())) == 4
+
+
+def test_nothing_is_remembered_unless_asked(tmp_path, cache):
+    tune_for_real(tmp_path, remember_tuned_budget=False)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": "b"}', "\ud800"])
+def test_a_file_that_says_nothing_is_tuned_over(tmp_path, cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert tune_for_real(tmp_path).num_updates > 1
+    assert tune_for_real(tmp_path).num_updates == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, cache, caplog):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file where the folder should be")
+    assert tune_for_real(tmp_path).settled
+
+
+def test_remembering_without_tuning_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="tunes nothing: set it to 'auto'"):
+        GradAccArguments(
+            output_dir=str(tmp_path), remember_tuned_budget=True, max_tokens_per_micro_batch=512
+        )
