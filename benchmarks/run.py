@@ -36,7 +36,13 @@ def commands(*, quick: bool) -> list[list[str]]:
                 ["speed.py", *rounds, "--shape", "llama-25m", "--no-trl", *out("speed-llama-25m")]
             )
     smaller = ["--largest", "100000", "--micro-batches", "64"] if quick else []
-    return [*speed, ["memory.py", *out("memory")], ["scaling.py", *smaller, *out("scaling")]]
+    tuning = [] if quick else [["tuning.py", *out("tuning")]]
+    return [
+        *speed,
+        *tuning,
+        ["memory.py", *out("memory")],
+        ["scaling.py", *smaller, *out("scaling")],
+    ]
 
 
 def main() -> None:

@@ -143,10 +143,12 @@ def trl(size: int, **options: Any) -> Maker:
             **common(
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=BATCH // size,
-                max_length=None,
-                completion_only_loss=True,
-                gradient_checkpointing=False,
-                **options,
+                **{
+                    "max_length": None,
+                    "completion_only_loss": True,
+                    "gradient_checkpointing": False,
+                    **options,
+                },
             )
         )
         dataset = datasets.Dataset.from_list(
@@ -173,6 +175,9 @@ def variants(*, sizes: list[int], budgets: list[int], with_trl: bool) -> dict[st
             found[f"stock {strategy} {size}x{BATCH // size}"] = stock(strategy, size)
     if with_trl:
         found["TRL SFTTrainer 8x8"] = trl(8)
+        found["TRL padding-free 8x8"] = trl(8, padding_free=True)
+        # All rows of the update in bins of that length, one bin a micro-batch.
+        found[f"TRL packing {best}"] = trl(1, packing=True, max_length=best)
     plain = {"target_only_logits": False, "drop_attention_mask": False, "layout": "padded"}
     found[f"budget {best} alone"] = ours(best, **plain)
     found[f"budget {best}, target-only logits"] = ours(best, **(plain | TARGETS))
@@ -289,7 +294,7 @@ def summarize(result: dict[str, Any]) -> tuple[list[list[str]], str]:
     for name, times in seconds.items():
         fact = facts[name]
         ratio = statistics.median(a / b for a, b in zip(times, seconds[fastest], strict=True))
-        packed = "packed" in name or "padding-free" in name
+        packed = "pack" in name or "padding-free" in name
         padding = 0.0 if packed else 1 - fact["used"] / max(fact["computed"], 1)
         error = fact.get("gradient_error")
         lines.append(
