@@ -76,7 +76,8 @@ class UpdateCollator:
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
         copies: Collated rows that each dataset row becomes; 2 for pairs, see `slice_rows`.
         overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
-            padding where there is a token budget.
+            padding where there is a token budget, or many ranks.
+        num_ranks: Ranks that share an update.
         noise_scale_every: Every so many updates of an epoch, cut in the drawn order instead of by
             length: a noise estimate needs micro-batches that are random samples of the update.
     """
@@ -101,6 +102,7 @@ class UpdateCollator:
         self.pad_alike = False
         self.packed = False
         self.overhead_tokens = 64
+        self.num_ranks = 1
         self.copies = 1
         self.noise_scale_every: int | None = None
 
@@ -115,6 +117,11 @@ class UpdateCollator:
             self._budget.fill_(value)
         else:
             self._budget = value
+
+    @property
+    def tunes_budget(self) -> bool:
+        """Whether the budget changes while training."""
+        return isinstance(self._budget, Tensor)
 
     def share_budget(self) -> None:
         """Put the budget where the loader's workers see it change."""
@@ -195,6 +202,8 @@ class UpdateCollator:
             )
         if self.pad_alike and max_tokens is not None:
             lengths = [max(lengths, default=0)] * len(lengths)
+        # On one rank whoever counts sequences is given the number of micro-batches they asked for.
+        weighs = max_tokens is not None or (self.num_ranks > 1 and not self.pad_alike)
         max_sequences = self.max_sequences
         if at_random:
             max_sequences = min(max_sequences or len(lengths), max(1, -(-len(lengths) // 4)))
@@ -203,8 +212,7 @@ class UpdateCollator:
             max_tokens=max_tokens,
             max_sequences=max_sequences,
             keep_order=at_random or not any(lengths),
-            # Whoever counts sequences instead of tokens is given the number they asked for.
-            overhead_tokens=None if max_tokens is None else self.overhead_tokens,
+            overhead_tokens=self.overhead_tokens if weighs else None,
         )
 
     def _collate(self, rows: list[Any], plan: list[list[int]]) -> list[tuple[list[int], Any]]:

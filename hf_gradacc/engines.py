@@ -95,7 +95,8 @@ def even_out(
         copies: Collated rows of each sequence, see `slice_rows`.
 
     Returns:
-        The same rows in as many micro-batches; those added for the count alone are `weightless`.
+        The same rows in as many micro-batches, the costliest first as on every other rank; those
+        added for the count alone are `weightless`.
     """
     done = list(update)
     candidates = [mb for mb in done if mb.num_sequences > 1]
@@ -108,6 +109,7 @@ def even_out(
         place = done.index(largest)
         done[place : place + 1] = halves
         candidates += [half for half in halves if half.num_sequences > 1]
+    done.sort(key=lambda mb: -(mb.num_input_tokens + mb.num_padding_tokens))
     if len(done) < num_micro_batches:
         source = done[-1].inputs if done else spare
         assert isinstance(source, Mapping)

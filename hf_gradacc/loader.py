@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hf_gradacc.planner import deal_by_cost
-from hf_gradacc.sampler import Share, UpdateSampler
+from hf_gradacc.sampler import Deal, Share, UpdateSampler
 
 __all__ = ["IndexedRows", "Rows", "UpdateLoader", "UpdateStream"]
 
@@ -71,7 +70,8 @@ class UpdateStream(IterableDataset[Rows]):
     Args:
         dataset: Any iterable over rows.
         take: Called with the rows of the update so far; True once it is complete.
-        cost_of: Cost of a row, to balance ranks by.
+        length_of: Tokens of a row, to balance ranks by.
+        deal: See `UpdateSampler`.
         keep_incomplete: Whether the rows left at the end make an update.
         rank: This rank.
         world_size: Number of ranks.
@@ -82,14 +82,16 @@ class UpdateStream(IterableDataset[Rows]):
         dataset: Iterable[Any],
         *,
         take: Callable[[list[Any]], bool],
-        cost_of: Callable[[Any], float],
+        length_of: Callable[[Any], int],
+        deal: Deal,
         keep_incomplete: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.dataset = dataset
         self.take = take
-        self.cost_of = cost_of
+        self.length_of = length_of
+        self.deal = deal
         self.keep_incomplete = keep_incomplete
         self.rank = rank
         self.world_size = world_size
@@ -127,8 +129,8 @@ class UpdateStream(IterableDataset[Rows]):
     def _share(self, members: list[Any], first: int, update: int) -> Rows:
         mine: Sequence[int] = range(len(members))
         if self.world_size > 1:
-            costs = [self.cost_of(row) for row in members]
-            mine = sorted(deal_by_cost(costs, self.world_size)[self.rank])
+            lengths = [self.length_of(row) for row in members]
+            mine = sorted(self.deal(lengths, self.world_size, update)[self.rank])
         return Rows(
             (members[i] for i in mine),
             indices=[first + i for i in mine],

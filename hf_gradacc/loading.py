@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from hf_gradacc.collator import UpdateCollator, make_micro_batch, measure_length
+from hf_gradacc.dealing import deal_by_cost, deal_rows
 from hf_gradacc.errors import DataError
 from hf_gradacc.loader import UpdateLoader, UpdateStream, make_generator, take_until
 from hf_gradacc.sampler import UpdateSampler
 from hf_gradacc.targets import count_row_targets, may_have_target
 from hf_gradacc.update import Update
 
-__all__ = ["GroupedBatches", "build_loader", "choose_probe_rows", "is_stream"]
+__all__ = ["GroupedBatches", "build_loader", "choose_probe_rows", "deal_update", "is_stream"]
 
 
 def is_stream(dataset: Any) -> bool:
@@ -39,6 +40,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     hidden_size: int | None = None,
+    in_step: bool = False,
     **options: Any,
 ) -> UpdateLoader:
     """Build the DataLoader whose items are updates.
@@ -55,6 +57,7 @@ def build_loader(
         rank: This rank.
         world_size: Ranks that share an update.
         hidden_size: Width of the model, which says how much attention weighs in a row's cost.
+        in_step: Ranks wait for each other in every micro-batch.
         **options: Passed on to ``torch.utils.data.DataLoader``.
 
     Raises:
@@ -66,13 +69,18 @@ def build_loader(
         targets = count_row_targets(row, shifted=shifted) if isinstance(row, Mapping) else None
         return measure_length(row, main_input=collator.main_input) if targets is None else targets
 
-    def cost(row: Any) -> float:
-        length = measure_length(
-            row, main_input=collator.main_input, add_labels=collator.encoder_decoder
-        )
-        # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
-        return length * (1 + length / (6 * hidden_size)) if hidden_size else length
+    def length_of(row: Any) -> int:
+        # What has no target is left out before planning.
+        return collator.measure([row])[0] if may_have_target(row, rule=collator.rule) else 0
 
+    collator.num_ranks = world_size
+    deal = partial(
+        deal_update,
+        collator,
+        # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
+        attention_length=6 * hidden_size if hidden_size else None,
+        in_step=in_step,
+    )
     options["generator"] = make_generator(seed)
     if is_stream(dataset):
         take = take_until(
@@ -83,7 +91,8 @@ def build_loader(
         stream = UpdateStream(
             dataset,
             take=take,
-            cost_of=cost,
+            length_of=length_of,
+            deal=deal,
             keep_incomplete=incomplete_update == "keep",
             rank=rank,
             world_size=world_size,
@@ -100,7 +109,8 @@ def build_loader(
         incomplete_update=incomplete_update,
         rank=rank,
         world_size=world_size,
-        costs=_known_costs(dataset, cost) if world_size > 1 else None,
+        lengths=_known_lengths(dataset, length_of) if world_size > 1 else None,
+        deal=deal,
     )
     return UpdateLoader.over_dataset(
         dataset, sampler=update_sampler, collate_fn=collator, **options
@@ -117,11 +127,54 @@ def _rows(dataset: Any) -> Iterator[Any]:
     return (dataset[i] for i in range(len(dataset)))
 
 
-def _known_costs(dataset: Any, cost: Callable[[Any], float]) -> np.ndarray | None:
+def _known_lengths(dataset: Any, length_of: Callable[[Any], int]) -> np.ndarray | None:
     """Measure rows where reading them all is cheap: columns in memory and plain lists."""
     if isinstance(dataset, (datasets.Dataset, list)):
-        return np.fromiter((cost(row) for row in _rows(dataset)), dtype=np.float64)
+        return np.fromiter((length_of(row) for row in _rows(dataset)), dtype=np.int64)
     return None
+
+
+def deal_update(
+    collator: UpdateCollator,
+    lengths: Sequence[int],
+    num_ranks: int,
+    update: int,
+    *,
+    attention_length: int | None = None,
+    in_step: bool = False,
+) -> list[list[int]]:
+    """Deal an update to ranks by what its rows cost in the layout they will have.
+
+    It goes by settings and rows alone, never by a budget that tunes itself or shrank: those may
+    differ between ranks, which would then no longer deal alike.
+
+    Args:
+        collator: Plans the shares later.
+        lengths: Tokens of each row.
+        num_ranks: Ranks that share the update.
+        update: Which update of the epoch.
+        attention_length: See `deal_rows`.
+        in_step: See `deal_rows`.
+    """
+    if collator.pad_alike or not any(lengths):
+        return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
+    if collator.packed or collator.cuts_at_random(update):
+        # No padding; or a cut that is to be random, in which no rank may have the long rows only.
+        attends = attention_length or 0
+        costs = [length * (attends + length if attends else 1) for length in lengths]
+        return deal_by_cost(costs, num_ranks)
+    max_tokens = collator.max_tokens
+    if collator.tunes_budget:
+        max_tokens = max(1024, 4 * max(lengths, default=0))
+    return deal_rows(
+        lengths,
+        num_ranks,
+        max_tokens=max_tokens,
+        max_sequences=collator.max_sequences,
+        overhead_tokens=collator.overhead_tokens,
+        attention_length=attention_length,
+        in_step=in_step,
+    )
 
 
 def choose_probe_rows(dataset: Any, collator: UpdateCollator, *, count: int = 3) -> list[Any]:

@@ -14,7 +14,7 @@ from hf_gradacc.errors import ConfigError
 
 __all__ = [
     "count_padding",
-    "deal_by_cost",
+    "cut_sorted",
     "plan_micro_batches",
     "plan_packed_micro_batches",
 ]
@@ -72,7 +72,7 @@ def plan_micro_batches(
     cuts = (
         _cut_in_order(widths, max_tokens, cap)
         if keep_order
-        else _cut(widths, max_tokens, cap, overhead_tokens)
+        else cut_sorted(widths, max_tokens, cap, overhead_tokens)
     )
     return [order[start:stop] for start, stop in cuts]
 
@@ -96,10 +96,20 @@ def _cut_in_order(widths: list[int], max_tokens: int | None, cap: int) -> list[t
     return cuts
 
 
-def _cut(
-    widths: list[int], max_tokens: int | None, cap: int, overhead_tokens: int | None
+def cut_sorted(
+    widths: Sequence[int], max_tokens: int | None, cap: int, overhead_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """Cut a run sorted from long to short: fewest tokens, `overhead_tokens` of each piece added."""
+    """Cut a run sorted from long to short: fewest tokens, `overhead_tokens` of each piece added.
+
+    Args:
+        widths: Tokens of each sequence, the longest first; at least one.
+        max_tokens: As for `plan_micro_batches`.
+        cap: Most sequences in a piece.
+        overhead_tokens: As for `plan_micro_batches`.
+
+    Returns:
+        Where each piece starts and stops.
+    """
     n = len(widths)
     # The first sequence of a piece is its longest, so the piece may hold `rows[start]` sequences.
     width = np.asarray(widths, dtype=np.int64)
@@ -186,30 +196,3 @@ def count_padding(lengths: Sequence[int], plan: Sequence[Sequence[int]]) -> int:
     """
     computed = sum(len(piece) * max(lengths[i] for i in piece) for piece in plan if piece)
     return computed - sum(lengths[i] for piece in plan for i in piece)
-
-
-def deal_by_cost(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Deal sequences to ranks so that every rank has about the same cost.
-
-    Longest processing time first (Graham 1969): the costliest sequence goes to the rank with the
-    least so far. The heaviest rank stays within 4/3 of the best deal there is. Deterministic, so
-    each rank computes its own share without asking the others.
-
-    Args:
-        costs: Cost of each sequence, in any unit.
-        num_ranks: How many ranks share the update.
-
-    Returns:
-        One list of indices per rank; every index in exactly one of them. A rank's list is empty
-        only if there are fewer sequences than ranks.
-
-    >>> deal_by_cost([8, 1, 1, 6], 2)
-    [[0], [3, 1, 2]]
-    """
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0.0] * num_ranks
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], len(shares[r]), r))
-        shares[rank].append(i)
-        loads[rank] += costs[i]
-    return shares

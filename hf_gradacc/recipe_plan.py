@@ -126,7 +126,7 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         incomplete_update="drop" if drop else "keep",
         world_size=world_size,
-        costs=lengths,
+        lengths=lengths,
     )
     members = sampler.membership(0)
     per_epoch = len(members)
@@ -134,10 +134,7 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
     num_updates = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs * per_epoch)
     budget = arguments.max_tokens_per_micro_batch
     cut = members[:MOST_UPDATES_CUT]
-    shares = [
-        [lengths[sampler.deal(update, rank)].tolist() for rank in range(world_size)]
-        for update in cut
-    ]
+    shares = [[lengths[share].tolist() for share in sampler.deal(update)] for update in cut]
     return RecipePlan(
         num_sequences=len(lengths),
         is_sample=is_sample,

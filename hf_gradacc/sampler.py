@@ -13,10 +13,13 @@ from typing import Literal
 
 import numpy as np
 
+from hf_gradacc.dealing import deal_by_cost
 from hf_gradacc.errors import ConfigError, DataError
-from hf_gradacc.planner import deal_by_cost
 
-__all__ = ["Share", "UpdateSampler", "bound_updates_by_tokens"]
+__all__ = ["Deal", "Share", "UpdateSampler", "bound_updates_by_tokens"]
+
+Deal = Callable[[Sequence[int], int, int], list[list[int]]]
+"""Lengths of an update's rows, number of ranks, which update: to indices for each rank."""
 
 
 class Share(list[int]):
@@ -56,7 +59,9 @@ class UpdateSampler:
         incomplete_update: What to do with an epoch's last update if it is short.
         rank: This rank.
         world_size: Number of ranks.
-        costs: Cost of each row, to balance ranks by; without it rows are dealt in turn.
+        lengths: Tokens of each row, to balance ranks by; without it rows are dealt in turn.
+        deal: Called with the lengths of an update's rows, the number of ranks and which update of
+            the epoch it is; gives each rank its part, as `deal_rows` does. Default: by length.
 
     Raises:
         ConfigError: If not exactly one of the two sizes is given, or one is below 1.
@@ -80,7 +85,8 @@ class UpdateSampler:
         incomplete_update: Literal["keep", "drop"] = "keep",
         rank: int = 0,
         world_size: int = 1,
-        costs: Sequence[float] | np.ndarray | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        deal: Deal | None = None,
     ) -> None:
         if (effective_batch_size is None) == (tokens_per_update is None):
             raise ConfigError(
@@ -107,7 +113,8 @@ class UpdateSampler:
         self.epoch = 0
         self._order = order
         self._target_counts = None if target_counts is None else np.asarray(target_counts)
-        self._costs = None if costs is None else np.asarray(costs, dtype=np.float64)
+        self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
+        self._deal = deal or _deal_by_length
         if len(self) == 0:
             raise DataError(
                 f"incomplete_update = 'drop' leaves no update: the dataset has {num_sequences} "
@@ -153,14 +160,15 @@ class UpdateSampler:
         bounds = self.bounds(order)
         return [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
-    def deal(self, members: Sequence[int], rank: int) -> list[int]:
-        """Give one rank its part of an update's sequences."""
+    def deal(self, members: Sequence[int], *, update: int = 0) -> list[list[int]]:
+        """Give each rank its part of an update's sequences, in the order they were drawn."""
         if self.world_size == 1:
-            return list(members)
-        if self._costs is None:
-            return list(members[rank :: self.world_size])
-        costs = self._costs[np.asarray(members, dtype=np.int64)].tolist()
-        return [members[i] for i in sorted(deal_by_cost(costs, self.world_size)[rank])]
+            return [list(members)]
+        if self._lengths is None:
+            return [list(members[rank :: self.world_size]) for rank in range(self.world_size)]
+        lengths = self._lengths[np.asarray(members, dtype=np.int64)].tolist()
+        shares = self._deal(lengths, self.world_size, update)
+        return [[members[i] for i in sorted(share)] for share in shares]
 
     def __len__(self) -> int:
         return self.num_updates(self.epoch)
@@ -171,7 +179,12 @@ class UpdateSampler:
         bounds = self.bounds(order)
         for update, (start, stop) in enumerate(itertools.pairwise(bounds)):
             members = order[start:stop].tolist()
-            yield Share(self.deal(members, self.rank), epoch=epoch, update=update)
+            share = self.deal(members, update=update)[self.rank]
+            yield Share(share, epoch=epoch, update=update)
+
+
+def _deal_by_length(lengths: Sequence[int], num_ranks: int, update: int) -> list[list[int]]:
+    return deal_by_cost(lengths, num_ranks)
 
 
 def bound_updates_by_tokens(

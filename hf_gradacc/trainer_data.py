@@ -83,6 +83,7 @@ class UpdateLoading(ExactResume):
             rank=args.process_index,
             world_size=args.world_size,
             hidden_size=getattr(config, "hidden_size", None),
+            in_step=self.is_fsdp_enabled,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hf_gradacc import ConfigError, plan_micro_batches
 from hf_gradacc.planner import (
     count_padding,
-    deal_by_cost,
     plan_packed_micro_batches,
 )
 
@@ -84,21 +83,6 @@ def test_sorting_removes_most_of_the_padding():
 def test_a_limit_below_one_is_refused_by_name(limit):
     with pytest.raises(ConfigError, match=f"{limit} = 0 leaves no room"):
         plan_micro_batches([3], **{limit: 0})
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 6))
-def test_dealing_gives_each_sequence_to_one_rank_and_keeps_ranks_in_balance(costs, num_ranks):
-    shares = deal_by_cost(costs, num_ranks)
-    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
-    loads = [sum(costs[i] for i in share) for share in shares]
-    # Graham 1969: within 4/3 - 1/(3m) of the best deal, which is at least the mean and the maximum.
-    least = max(max(costs, default=0), -(-sum(costs) // num_ranks))
-    # A bound on the optimum from the costs alone: two of the m + 1 largest share a rank.
-    largest = sorted(costs, reverse=True)[: num_ranks + 1]
-    if len(largest) > num_ranks:
-        least = max(least, largest[-1] + largest[-2])
-    assert max(loads, default=0) <= (4 / 3) * least + max(costs, default=0) / 3
-    assert sum(1 for share in shares if not share) == max(0, num_ranks - len(costs))
 
 
 @given(lengths_of_rows, limits, st.integers(0, 40))

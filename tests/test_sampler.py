@@ -25,7 +25,7 @@ def test_every_sequence_is_in_exactly_one_update_of_an_epoch(n, size, seed, epoc
 
 @given(sizes, st.integers(1, 20), st.integers(1, 5), st.booleans())
 def test_ranks_share_out_the_same_updates_whatever_their_number(n, size, world_size, costly):
-    costs = np.arange(n) % 7 + 1.0 if costly else None
+    lengths = np.arange(n) % 7 + 1 if costly else None
     whole = UpdateSampler(n, effective_batch_size=size, seed=3).membership(0)
     ranks = [
         list(
@@ -35,7 +35,7 @@ def test_ranks_share_out_the_same_updates_whatever_their_number(n, size, world_s
                 seed=3,
                 rank=r,
                 world_size=world_size,
-                costs=costs,
+                lengths=lengths,
             )
         )
         for r in range(world_size)
