@@ -3,19 +3,26 @@
     python benchmarks/ranks.py                   # spread and collectives
     python benchmarks/ranks.py --time            # also seconds per update on 1 and 2 processes
 
-Spread: rows of one kind, updates of 64 and 256, dealt to 2, 4 and 8 ranks three ways. A rank's
-cost is that of the micro-batches it runs, padding included, ``n·w·(1 + w / 6h)`` for n rows padded
-to w tokens at width h = 1024. Idle is the share of time a rank waits for the slowest,
-``1 - mean / max``; tokens is what is computed, over stock's random order.
+Spread: rows of one kind, updates of 64 and 256, dealt to 2, 4 and 8 ranks. A micro-batch of n rows
+padded to w tokens costs ``n·w·(1 + w / 6h)`` and an overhead of 64 tokens (what the planner takes
+for a CPU; 1,024 for a GPU), at width h = 1024. An update takes as long as its slowest rank; where
+ranks run in step (FSDP2), as long as the slowest of each pass. Both are given over those of
+``batch_rebalance``. Idle is the share of time a rank waits for the slowest, ``1 - mean / max``.
+
+- *8 rows*: the default limit. batch_rebalance knows none and puts up to 89 rows into one.
+- *budget*: 8 times the 75th percentile of lengths.
+- *GPU*: the overhead of a GPU; the budget is batch_rebalance's own largest micro-batch, which is
+  larger than ours on most rows.
 
 Collectives: what gloo carried in one update of a 9-million-parameter Llama on two processes,
-counted by torch's profiler.
+counted by torch's profiler. Times: runs of stock and ours take turns, and each pair of neighbours
+gives one ratio.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import sys
 import tempfile
 import time
@@ -34,30 +41,43 @@ from support.ranks import run_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from hf_gradacc import GradAccArguments, GradAccTrainer, plan_micro_batches
-from hf_gradacc.planner import deal_by_cost
+from hf_gradacc import GradAccArguments, GradAccTrainer, UpdateCollator
+from hf_gradacc.loading import deal_update
 
 HIDDEN = 1024
 MICRO_BATCH = 8
+OVERHEAD_ON_CPU, OVERHEAD_ON_GPU = 64, 1024  # tokens, see `UpdateCollator.overhead_tokens`
 
 Share = list[list[int]]  # the micro-batches of one rank, as lengths
 
 
-def row_cost(length: float) -> float:
-    return length * (1 + length / (6 * HIDDEN))
+def cost_of(piece: Sequence[int], overhead: int) -> float:
+    width = max(piece)
+    return len(piece) * width * (1 + width / (6 * HIDDEN)) + overhead
 
 
-def share_cost(share: Share) -> float:
-    return sum(len(piece) * row_cost(max(piece)) for piece in share)
+def slowest(shares: list[Share], overhead: int) -> float:
+    return max(sum(cost_of(piece, overhead) for piece in share) for share in shares)
 
 
-def cut(lengths: Sequence[int], size: int = MICRO_BATCH) -> Share:
-    return [list(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+def slowest_in_step(shares: list[Share], overhead: int) -> float:
+    costs = [sorted((cost_of(p, overhead) for p in share), reverse=True) for share in shares]
+    return sum(map(max, itertools.zip_longest(*costs, fillvalue=0)))
+
+
+def idle(shares: list[Share], overhead: int) -> float:
+    costs = [sum(cost_of(piece, overhead) for piece in share) for share in shares]
+    return float(1 - np.mean(costs) / max(costs))
+
+
+def largest(shares: list[Share]) -> int:
+    return max(len(piece) * max(piece) for share in shares for piece in share)
 
 
 def deal_random(lengths: list[int], ranks: int) -> list[Share]:
     """Stock: a random order, micro-batches of 8, handed to ranks in turn."""
-    return [cut(lengths)[rank::ranks] for rank in range(ranks)]
+    pieces = [lengths[i : i + MICRO_BATCH] for i in range(0, len(lengths), MICRO_BATCH)]
+    return [pieces[rank::ranks] for rank in range(ranks)]
 
 
 def deal_rebalanced(lengths: list[int], ranks: int) -> list[Share]:
@@ -76,47 +96,72 @@ def deal_rebalanced(lengths: list[int], ranks: int) -> list[Share]:
     return shares
 
 
-def deal_ours(lengths: list[int], ranks: int, *, budget: int | None = None) -> list[Share]:
-    """Whole rows by cost, then each rank plans its own micro-batches."""
+def deal_ours(
+    lengths: list[int],
+    ranks: int,
+    *,
+    budget: int | None = None,
+    overhead: int = OVERHEAD_ON_CPU,
+    in_step: bool = False,
+) -> list[Share]:
+    """What the trainer does: the loader's deal, then each rank's collator plans its share."""
+    collator = UpdateCollator(
+        list, max_tokens=budget, max_sequences=None if budget else MICRO_BATCH
+    )
+    collator.overhead_tokens, collator.num_ranks = overhead, ranks
+    dealt = deal_update(collator, lengths, ranks, 0, attention_length=6 * HIDDEN, in_step=in_step)
     shares = []
-    for members in deal_by_cost([row_cost(n) for n in lengths], ranks):
+    for members in dealt:
         own = [lengths[i] for i in members]
-        limits = {"max_tokens": budget} if budget else {"max_sequences": MICRO_BATCH}
-        shares.append([[own[i] for i in piece] for piece in plan_micro_batches(own, **limits)])
+        shares.append([[own[i] for i in piece] for piece in collator.cut(own)])
     return shares
 
 
 def print_spread() -> None:
-    print("| rows | update | ranks | way | idle | tokens |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| rows | update | ranks | idle: stock, random | batch_rebalance | ours, 8 rows | "
+        "ours, budget | slowest rank over batch_rebalance's: stock, random | ours, 8 rows | "
+        "ours, budget | ours, GPU | ours, GPU, in step | us a row |"
+    )
+    print("|---" * 13 + "|")
     for kind in ("gsm8k", "lognormal", "heavy-tail"):
         rows = workloads.make_rows(kind, 5120)
         lengths = np.array([len(row["input_ids"]) for row in rows])
         budget = int(MICRO_BATCH * np.quantile(lengths, 0.75))
-        ways = {
-            "stock, random": deal_random,
-            "stock, batch_rebalance": deal_rebalanced,
-            "ours, 8 rows": deal_ours,
-            "ours, budget": functools.partial(deal_ours, budget=budget),
-        }
         for size in (64, 256):
             order = np.random.default_rng(0).permutation(len(lengths))
             updates = [lengths[order[i : i + size]].tolist() for i in range(0, len(order), size)]
             for ranks in (2, 4, 8):
-                base = None
-                for name, deal in ways.items():
-                    idle, computed = [], 0
-                    for update in updates:
-                        shares = deal(update, ranks)
-                        assert sorted(n for s in shares for p in s for n in p) == sorted(update)
-                        costs = [share_cost(share) for share in shares]
-                        idle.append(1 - np.mean(costs) / max(costs))
-                        computed += sum(len(p) * max(p) for share in shares for p in share)
-                    base = base or computed
-                    print(
-                        f"| {kind} | {size} | {ranks} | {name} | {np.mean(idle):.1%} "
-                        f"| {computed / base:.2f} |"
-                    )
+                print_row(kind, updates, ranks, budget)
+
+
+def print_row(kind: str, updates: list[list[int]], ranks: int, budget: int) -> None:
+    """Sum one row of the table over its updates."""
+    cpu, gpu = OVERHEAD_ON_CPU, OVERHEAD_ON_GPU
+    idles, ours, theirs = np.zeros(4), np.zeros(5), np.zeros(5)
+    seconds = 0.0
+    for update in updates:
+        random, peer = deal_random(update, ranks), deal_rebalanced(update, ranks)
+        same_memory = {"budget": max(largest(peer), max(update)), "overhead": gpu}
+        started = time.process_time()
+        by_rows = deal_ours(update, ranks)
+        seconds += time.process_time() - started
+        by_tokens = deal_ours(update, ranks, budget=budget)
+        on_gpu = deal_ours(update, ranks, **same_memory)
+        in_step = deal_ours(update, ranks, **same_memory, in_step=True)
+        for shares in (random, peer, by_rows, by_tokens, on_gpu, in_step):
+            assert sorted(n for s in shares for p in s for n in p) == sorted(update)
+        idles += [idle(shares, cpu) for shares in (random, peer, by_rows, by_tokens)]
+        ours += [
+            *(slowest(shares, cpu) for shares in (random, by_rows, by_tokens)),
+            slowest(on_gpu, gpu),
+            slowest_in_step(in_step, gpu),
+        ]
+        theirs += [*[slowest(peer, cpu)] * 3, slowest(peer, gpu), slowest_in_step(peer, gpu)]
+    cells = [f"{value / len(updates):.1%}" for value in idles]
+    cells += [f"{value:.3f}" for value in ours / theirs]
+    per_row = 1e6 * seconds / sum(map(len, updates))
+    print(f"| {kind} | {len(updates[0])} | {ranks} | {' | '.join(cells)} | {per_row:.0f} |")
 
 
 # ---- real processes --------------------------------------------------------------------------
@@ -187,22 +232,37 @@ def print_collectives() -> None:
         )
 
 
-def print_times() -> None:
-    print("\n| seconds per update of 32 rows | 1 process | 2 processes |\n|---|---|---|")
-    for ours in (False, True):
-        job = {"ours": ours, "steps": 8, "profiled": False}
-        seconds = [
-            np.median(run_ranks(train, n, timeout=500, ranks=n, **job)[0][1]) for n in (1, 2)
-        ]
-        name = "ours" if ours else "stock"
-        print(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} |")
+def print_times(rounds: int) -> None:
+    """Time stock and ours in turns: a neighbour of the machine then slows both of a pair."""
+    seconds: dict[tuple[bool, int], list[float]] = {}
+    for _ in range(rounds):
+        for ranks in (1, 2):
+            for ours in (False, True):
+                job = {"ours": ours, "steps": 8, "profiled": False, "ranks": ranks}
+                _, own = run_ranks(train, ranks, timeout=500, **job)[0]
+                seconds.setdefault((ours, ranks), []).append(float(np.median(own)))
+    print(
+        f"\n| seconds per update of 32 rows, median of {rounds} | 1 process | 2 processes | "
+        f"speed-up, median of pairs |\n|---|---|---|---|"
+    )
+    for ours, name in ((False, "stock"), (True, "ours")):
+        one, two = np.array(seconds[ours, 1]), np.array(seconds[ours, 2])
+        print(
+            f"| {name} | {np.median(one):.2f} | {np.median(two):.2f} | {np.median(one / two):.2f} |"
+        )
+    ratios = [np.array(seconds[False, n]) / np.array(seconds[True, n]) for n in (1, 2)]
+    cells = [f"{np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})" for r in ratios]
+    print(f"| stock over ours, pairs | {cells[0]} | {cells[1]} | |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--only-time", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs that are timed")
     options = parser.parse_args()
-    print_spread()
-    print_collectives()
-    if options.time:
-        print_times()
+    if not options.only_time:
+        print_spread()
+        print_collectives()
+    if options.time or options.only_time:
+        print_times(options.rounds)

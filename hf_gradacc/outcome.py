@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,21 +41,33 @@ class Outcome:
         """Whether any rank has to do the update again, or cannot."""
         return bool(self.out_of_memory or self.broken)
 
-    def agree(self, *, device: torch.device, loss: Tensor | None = None) -> Outcome:
+    def agree(
+        self,
+        *,
+        device: torch.device,
+        loss: Tensor | None = None,
+        has_grad: Sequence[bool] = (),
+    ) -> tuple[Outcome, list[bool]]:
         """Tell all ranks, in one collective that every rank reaches whatever happened to it.
 
         Args:
             device: Where collectives run.
             loss: This rank's loss. Whether it is finite goes along without a wait of its own.
+            has_grad: Which parameters have a gradient here, in an order that is the same on all
+                ranks. Goes along too: it would be a collective of its own, right after.
+
+        Returns:
+            The worst of all outcomes, and which parameters have a gradient on any rank.
         """
         values = [getattr(self, field.name) for field in fields(self)]
         largest = torch.iinfo(torch.int64).max
         # The smallest cap is the largest of its negatives, and no opinion the least of all.
         values[2] = -self.cap if self.cap else -largest
-        vector = torch.tensor(values, dtype=torch.int64).to(device)
+        n = len(values)
+        vector = torch.tensor([*values, *map(int, has_grad)], dtype=torch.int64).to(device)
         if loss is not None:
-            vector[-1] = (~torch.isfinite(loss)).to(torch.int64)
+            vector[n - 1] = (~torch.isfinite(loss)).to(torch.int64)
         dist.all_reduce(vector, op=dist.ReduceOp.MAX)
         worst = vector.tolist()
         worst[2] = -worst[2] if worst[2] > -largest else 0
-        return Outcome(*worst)
+        return Outcome(*worst[:n]), list(map(bool, worst[n:]))

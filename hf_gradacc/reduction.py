@@ -7,7 +7,7 @@ a failure inside a backward leaves no rank waiting in a collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["all_reduce_gradients", "keep_ranks_apart", "sum_over_ranks"]
+__all__ = ["all_reduce_gradients", "keep_ranks_apart", "sum_over_ranks", "trainable"]
 
 _BUCKET_BYTES = 64 * 2**20
 
@@ -27,6 +27,11 @@ def sum_over_ranks(vector: Tensor, *, device: torch.device) -> Tensor:
     on_device = vector.to(device)
     dist.all_reduce(on_device)
     return on_device.cpu()
+
+
+def trainable(model: nn.Module) -> list[Parameter]:
+    """List the parameters that are trained, in the order that every rank has them in."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def keep_ranks_apart(model: nn.Module) -> None:
@@ -41,21 +46,19 @@ def keep_ranks_apart(model: nn.Module) -> None:
             module.forward_sync_buffers = False
 
 
-def all_reduce_gradients(parameters: Iterable[Parameter]) -> None:
-    """Sum the gradients of all trainable parameters over ranks, in place.
+def all_reduce_gradients(
+    parameters: Sequence[Parameter], *, has_grad_anywhere: Sequence[bool]
+) -> None:
+    """Sum the gradients of parameters over ranks, in place.
 
     A parameter without a gradient on this rank counts as zero, and one without a gradient on any
     rank keeps None, as on one process: an optimizer would decay its weight otherwise.
 
     Args:
         parameters: The same parameters in the same order on every rank.
+        has_grad_anywhere: Which of them have a gradient on any rank; see `Outcome.agree`.
     """
-    trainable = [p for p in parameters if p.requires_grad]
-    if not trainable:
-        return
-    has_grad = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32)
-    has_grad = sum_over_ranks(has_grad, device=trainable[0].device)
-    used = [p for p, count in zip(trainable, has_grad.tolist(), strict=True) if count]
+    used = [p for p, has in zip(parameters, has_grad_anywhere, strict=True) if has]
     for p in used:
         if p.grad is None:
             # Not the weight's dtype: low-precision weights may sum in float32, see `precision`.

@@ -11,6 +11,7 @@ from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
 from hf_gradacc.oom import MemoryBudget, free_memory, is_out_of_memory, single_row_error
 from hf_gradacc.outcome import Outcome
 from hf_gradacc.recut import can_slice, cut_to_cap, row_lengths
+from hf_gradacc.reduction import trainable
 from hf_gradacc.rollback import Rollback
 from hf_gradacc.signals import StopSignals
 from hf_gradacc.tracking import record_event
@@ -105,8 +106,11 @@ class GuardedUpdates(CheckedNumbers):
         while True:
             outcome, loss = self._attempt(model, update, num_targets)
             if self.args.world_size > 1:
+                has_grad = [p.grad is not None for p in trainable(model)]
                 with self._meeting_ranks():
-                    outcome = outcome.agree(device=self.args.device, loss=loss)
+                    outcome, self._has_grad_anywhere = outcome.agree(
+                        device=self.args.device, loss=loss, has_grad=has_grad
+                    )
             if not outcome.failed:
                 break
             self._rollback.restore()

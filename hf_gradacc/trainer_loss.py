@@ -20,7 +20,7 @@ from hf_gradacc.eval_mode import held_in_eval_mode
 from hf_gradacc.evaluation import EvalLoss, perplexity
 from hf_gradacc.probe import LossFacts, find_capacity, probe_loss
 from hf_gradacc.probe_rows import ProbeRows, copies_in, find_padding_targets
-from hf_gradacc.reduction import all_reduce_gradients
+from hf_gradacc.reduction import all_reduce_gradients, trainable
 from hf_gradacc.smoothing import smoothing_correction
 from hf_gradacc.targets import TargetRule, choose_rows_to_ask, has_target
 from hf_gradacc.trainer_evaluation import SplitEvaluation
@@ -43,6 +43,7 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
     _eval_loss: EvalLoss | None = None
     _eval_copies = 1
     _global_stats = UpdateStats()
+    _has_grad_anywhere: list[bool]
 
     # ---- the weight rule -----------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
         loss = self._run_update(model, update, self._global_stats.num_targets)
         if self._engine.sums:
             with self._meeting_ranks():
-                all_reduce_gradients(model.parameters())
+                all_reduce_gradients(trainable(model), has_grad_anywhere=self._has_grad_anywhere)
         return loss * (self.args.world_size // self._engine.factor)
 
     def _weigh(self, update: Update) -> Update:
