@@ -1,4 +1,4 @@
-"""Hold a model in eval mode for a while, and leave it as it was."""
+"""Hold a model in eval mode for a while, and know what does not show there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,29 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["held_in_eval_mode"]
+__all__ = ["find_mixing", "held_in_eval_mode"]
+
+
+def find_mixing(model: nn.Module) -> list[str]:
+    """Say so where rows of a micro-batch influence each other, but only while training."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            found.append(
+                f"{name} ({type(module).__name__}) normalizes by the rows of a micro-batch, so "
+                f"rows influence each other: no cut gives exactly the whole update."
+            )
+            break
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "moe_eval_capacity_token_fraction", None) is not None:
+        found.append(
+            f"each expert takes {config.expert_capacity} tokens of a micro-batch "
+            f"(expert_capacity) and drops the rest, so rows influence each other: no cut gives "
+            f"exactly the whole update."
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from hf_gradacc.batching import count_rows, find_main_input, pad_columns, slice_
 from hf_gradacc.errors import LossError
 from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets
 
-__all__ = ["LossFacts", "find_capacity", "probe_loss"]
+__all__ = ["LossFacts", "probe_loss"]
 
 # How far two evaluations of the same loss may differ through rounding alone, relative. Most losses
 # of transformers are computed in float32 even if the model is float64.
@@ -131,16 +131,6 @@ def probe_loss(
         padding_error=padding_error,
         warnings=tuple(warnings),
     )
-
-
-def find_capacity(config: Any) -> list[str]:
-    """Say so of models whose training differs from the evaluation mode they are asked in."""
-    if getattr(config, "moe_eval_capacity_token_fraction", None) is None:
-        return []
-    return [
-        f"each expert takes {config.expert_capacity} tokens of a micro-batch (expert_capacity) and "
-        "drops the rest, so rows influence each other: no cut gives exactly the whole update."
-    ]
 
 
 def _count(part: Mapping[str, Any], main_input: str, rule: TargetRule) -> int:

@@ -13,9 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["all_reduce_gradients", "keep_ranks_apart", "sum_over_ranks", "trainable"]
+from hf_gradacc.errors import ConfigError
+
+__all__ = [
+    "all_reduce_gradients",
+    "keep_ranks_apart",
+    "share_running_statistics",
+    "sum_over_ranks",
+    "trainable",
+]
 
 _BUCKET_BYTES = 64 * 2**20
 
@@ -40,10 +49,37 @@ def keep_ranks_apart(model: nn.Module) -> None:
     DDP sends rank 0's buffers around in its first forward, and again in every forward whose
     backward it reduces. A rank without a micro-batch in that update runs no forward, and the
     others would wait for it forever. All ranks got rank 0's buffers when DDP was made.
+
+    Raises:
+        ConfigError: If DDP was told to do something in its reduction, which never runs.
     """
     for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            module.forward_sync_buffers = False
+        if not isinstance(module, DistributedDataParallel):
+            continue
+        if module.static_graph:
+            raise ConfigError(
+                "ddp_static_graph = True prepares a reduction that is never run here: gradients "
+                "are summed once per update, outside of DDP. Leave it out; nothing is lost."
+            )
+        if module._comm_hooks:
+            names = ", ".join(hook.__name__ for hook, _ in module._comm_hooks)
+            raise ConfigError(
+                f"the DDP communication hook {names} would never be called here: gradients are "
+                f"summed once per update, outside of DDP, in the precision they were added up "
+                f"in. Leave the hook out (accelerate: comm_hook = 'no')."
+            )
+        module.forward_sync_buffers = False
+
+
+def share_running_statistics(model: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0, as DDP would in each forward.
+
+    They are of no use while training. Evaluation needs them, and saves those of rank 0.
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)
 
 
 def all_reduce_gradients(

@@ -16,9 +16,9 @@ from transformers.utils import logging
 from hf_gradacc.batching import count_rows, pad_columns, slice_rows
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.engines import agree_on_inputs
-from hf_gradacc.eval_mode import held_in_eval_mode
+from hf_gradacc.eval_mode import find_mixing, held_in_eval_mode
 from hf_gradacc.evaluation import EvalLoss, perplexity
-from hf_gradacc.probe import LossFacts, find_capacity, probe_loss
+from hf_gradacc.probe import LossFacts, probe_loss
 from hf_gradacc.probe_rows import ProbeRows, copies_in, find_padding_targets
 from hf_gradacc.reduction import all_reduce_gradients, trainable
 from hf_gradacc.smoothing import smoothing_correction
@@ -176,7 +176,7 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
         facts = dataclasses.replace(
             facts,
             pads_alike=facts.pads_alike or bool(padding),
-            warnings=(*facts.warnings, *padding, *find_capacity(config)),
+            warnings=(*facts.warnings, *padding, *find_mixing(bare)),
         )
         for warning in facts.warnings:
             logger.warning_once(f"{type(bare).__name__}: {warning}")

@@ -18,7 +18,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.phases import PhaseClock
 from hf_gradacc.probe import LossFacts
 from hf_gradacc.recut import can_slice, cut_again
-from hf_gradacc.reduction import keep_ranks_apart
+from hf_gradacc.reduction import keep_ranks_apart, share_running_statistics
 from hf_gradacc.update import MicroBatch, Update, UpdateStats
 
 __all__ = ["RankedUpdates"]
@@ -78,6 +78,12 @@ class RankedUpdates(Trainer):
         """Take losses not yet logged from all ranks; stock adds rank 0's own to the mean."""
         self._tr_loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean()
         return super()._finalize_training(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with the same running statistics on all ranks."""
+        if self.args.world_size > 1:
+            share_running_statistics(self.model)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _count_update(self, update: Update) -> tuple[Update, UpdateStats]:
         """Count an update over all ranks; where ranks run in step, give each as many passes."""

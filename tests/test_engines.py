@@ -17,11 +17,21 @@ from hf_gradacc.engines import even_out
 from hf_gradacc.targets import TargetRule
 from hf_gradacc.update import Update
 
+SHARDED = ("LoRA", "checkpointed")
 UNEVEN = {"effective_batch_size": 4, "per_device_train_batch_size": 1}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "LoRA": {"num_rows": 9, "lora": True, "options": UNEVEN},
     # Over three ranks the last update has two rows: two sum in float32, the third has none.
     "bf16": {"num_rows": 5, "dtype": "bfloat16", "options": {**UNEVEN, "effective_batch_size": 3}},
+    # Recomputed in float32, since nothing of the tests' float64 reaches there; alike on both.
+    "checkpointed": {
+        "num_rows": 6,
+        "options": {
+            **UNEVEN,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+    },
     "compiled": {
         "num_rows": 5,
         "options": {
@@ -35,12 +45,19 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def runs(world_size: int, *, sharded: bool = False) -> list[dict[str, Any]]:
-    chosen = {name: s for name, s in SCENARIOS.items() if name == "LoRA" or not sharded}
+    chosen = {name: s for name, s in SCENARIOS.items() if name in SHARDED or not sharded}
     return run_ranks(train_scenarios, world_size, timeout=400, scenarios=chosen, sharded=sharded)
 
 
 @pytest.mark.parametrize(
-    ("name", "sharded"), [("LoRA", False), ("LoRA", True), ("compiled", False)]
+    ("name", "sharded"),
+    [
+        ("LoRA", False),
+        ("LoRA", True),
+        ("checkpointed", False),
+        ("checkpointed", True),
+        ("compiled", False),
+    ],
 )
 def test_engines_give_the_gradients_of_one_process(name, sharded):
     one = runs(1)[0][name]

@@ -7,7 +7,8 @@ from support.tiny import pad, ragged_rows, tiny_llama
 from torch import nn
 
 from hf_gradacc import LossError
-from hf_gradacc.probe import find_capacity, probe_loss
+from hf_gradacc.eval_mode import find_mixing
+from hf_gradacc.probe import probe_loss
 from hf_gradacc.targets import TargetRule, choose_rows_to_ask
 
 ROWS = [row for row in ragged_rows(30, seed=21) if sum(x != -100 for x in row["labels"]) > 2][:3]
@@ -156,10 +157,18 @@ def test_an_encoder_decoder_is_not_asked_whether_it_shifts():
 def test_experts_that_drop_tokens_only_in_training_are_named():
     from transformers import NllbMoeConfig, SwitchTransformersConfig
 
-    (line,) = find_capacity(NllbMoeConfig(expert_capacity=32))
+    model = torch.nn.Linear(1, 1)
+    assert not find_mixing(model)
+    model.config = NllbMoeConfig(expert_capacity=32)
+    (line,) = find_mixing(model)
     assert "takes 32 tokens" in line
-    assert not find_capacity(SwitchTransformersConfig())
-    assert not find_capacity(None)
+    model.config = SwitchTransformersConfig()
+    assert not find_mixing(model)
+
+
+def test_batch_normalization_is_named():
+    (line,) = find_mixing(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
+    assert line.startswith("1 (BatchNorm1d) normalizes by the rows of a micro-batch")
 
 
 def test_rows_with_targets_are_chosen_to_ask_with():

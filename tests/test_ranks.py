@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.rank_jobs import make_rows, pad, train_scenarios
+from support.rank_jobs import (
+    ask_for_what_needs_ddp_to_reduce,
+    count_collectives,
+    make_rows,
+    pad,
+    train_scenarios,
+    train_with_batch_normalization,
+)
 from support.ranks import run_ranks
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import tiny_llama
@@ -152,6 +159,26 @@ def test_weights_are_sharded_where_the_test_says_so():
 def test_epochs_are_shuffled_anew():
     updates = updates_of("2", "an epoch that ends mid-update")
     assert [m for e, _, m in updates if e == 0] != [m for e, _, m in updates if e == 1]
+
+
+def test_an_update_makes_three_collectives_however_it_is_cut():
+    """Counts, outcome and gradients: one each for 8 micro-batches. Stock's DDP makes four."""
+    for rank in run_ranks(count_collectives, 2, num_rows=24):
+        assert rank == {"gloo:all_reduce": 3}
+
+
+def test_what_ddp_would_do_while_reducing_is_refused_and_not_left_out_in_silence():
+    for rank in run_ranks(ask_for_what_needs_ddp_to_reduce, 2):
+        assert rank["static graph"].startswith("ConfigError: ddp_static_graph = True prepares")
+        assert "hook fp16_compress_hook would never be called" in rank["hook"]
+
+
+def test_all_ranks_evaluate_with_the_running_statistics_of_the_first():
+    first, second = run_ranks(train_with_batch_normalization, 2)
+    assert not torch.equal(first["apart"], second["apart"])
+    assert torch.equal(first["together"], first["apart"])
+    assert torch.equal(second["together"], first["apart"])
+    assert first["loss"] == pytest.approx(first["alone"], rel=1e-12)
 
 
 def _has_target(row: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from hf_gradacc.collator import UpdateCollator
 from hf_gradacc.phases import PHASE_KEYS
@@ -138,6 +139,89 @@ def train(scenario: dict[str, Any]) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
     }
+
+
+def ask_for_what_needs_ddp_to_reduce() -> dict[str, str]:
+    """Try what DDP's own reduction would have to do; give what each is answered."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.nn.parallel import DistributedDataParallel
+
+    def hooked(trainer: Any) -> None:
+        prepare = trainer.accelerator.prepare_model
+
+        def prepare_and_hook(*args: Any, **kwargs: Any) -> Any:
+            model = prepare(*args, **kwargs)
+            assert isinstance(model, DistributedDataParallel)
+            model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+            return model
+
+        trainer.accelerator.prepare_model = prepare_and_hook
+
+    answers = {}
+    for name, options, change in (
+        ("static graph", {"ddp_static_graph": True}, lambda trainer: None),
+        ("hook", {}, hooked),
+    ):
+        with tempfile.TemporaryDirectory() as out:
+            trainer = make_trainer(out, ragged_rows(4), effective_batch_size=2, **options)
+            change(trainer)
+            try:
+                trainer.train()
+                answers[name] = "trained"
+            except Exception as error:
+                answers[name] = f"{type(error).__name__}: {error}"
+    return answers
+
+
+def train_with_batch_normalization() -> dict[str, Any]:
+    """Train a model whose running statistics each rank has its own of, then evaluate."""
+    with tempfile.TemporaryDirectory() as out, float64_everywhere():
+        model = tiny_llama()
+        norm = torch.nn.BatchNorm1d(16).double()
+        model.model.batch_norm = norm
+        model.model.norm.register_forward_hook(
+            lambda module, args, output: norm(output.transpose(1, 2)).transpose(1, 2)
+        )
+        options = {"effective_batch_size": 4, "per_device_train_batch_size": 1}
+        rows = ragged_rows(7, seed=3)
+        trainer = make_trainer(out, rows, model=model, eval_dataset=rows, **options)
+        trainer.train()
+        apart = norm.running_mean.clone()
+        loss = trainer.evaluate()["eval_loss"]
+        # Of all rows at once, by what this rank's model says with its statistics.
+        alone = model.eval()(**pad(rows)).loss.item()
+    return {"apart": apart, "together": norm.running_mean.clone(), "loss": loss, "alone": alone}
+
+
+def count_collectives(num_rows: int) -> dict[str, int]:
+    """Count what gloo carries in the second update of a run, by torch's profiler."""
+
+    class Counted(TrainerCallback):
+        def __init__(self) -> None:
+            cpu = torch.profiler.ProfilerActivity.CPU
+            self.profiler, self.counts = torch.profiler.profile(activities=[cpu]), {}
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.profiler.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                self.profiler.stop()
+                events = self.profiler.key_averages()
+                self.counts = {e.key: e.count for e in events if e.key.startswith("gloo:")}
+
+    counted = Counted()
+    with tempfile.TemporaryDirectory() as out:
+        make_trainer(
+            out,
+            ragged_rows(num_rows, seed=3),
+            callbacks=[counted],
+            effective_batch_size=8,
+            per_device_train_batch_size=1,
+            logging_strategy="no",
+        ).train()
+    return counted.counts
 
 
 def make_model(scenario: dict[str, Any]) -> Any:
