@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.rank_jobs import FSDP2, allow_sharding_on_cpu, train_scenarios
+from support.rank_jobs import (
+    FSDP2,
+    allow_sharding_on_cpu,
+    ask_for_model_parallelism,
+    train_scenarios,
+)
 from support.ranks import run_ranks
 from support.reference import relative_error
 from support.resume_jobs import train_and_report
+from support.tiny import make_trainer, ragged_rows
 
 from hf_gradacc.collator import make_micro_batch
 from hf_gradacc.engines import even_out
@@ -32,6 +38,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
         },
     },
+    "hybrid": {"num_rows": 9, "options": UNEVEN, "hybrid": True},
     "compiled": {
         "num_rows": 5,
         "options": {
@@ -65,6 +72,40 @@ def test_engines_give_the_gradients_of_one_process(name, sharded):
         assert len(rank[name]["gradients"]) == len(one["gradients"]) > 1
         for actual, expected in zip(rank[name]["gradients"], one["gradients"], strict=True):
             assert relative_error(actual, expected) < 1e-10
+
+
+def test_sharding_over_pairs_of_ranks_that_are_replicated_is_exact_too():
+    one = runs(1)[0]["hybrid"]
+    for rank in run_ranks(
+        train_scenarios, 4, scenarios={"hybrid": SCENARIOS["hybrid"]}, sharded=True
+    ):
+        assert rank["hybrid"]["sharded"]
+        for actual, expected in zip(rank["hybrid"]["gradients"], one["gradients"], strict=True):
+            assert relative_error(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_ranks_that_share_a_row_are_refused_with_the_reason(kind):
+    for rank in model_parallelism():
+        assert rank[kind].startswith(f"ConfigError: {kind}_size = 2: tensor, context and sequence")
+        assert "Use DDP" in rank[kind]
+
+
+@functools.cache
+def model_parallelism() -> list[dict[str, str]]:
+    return run_ranks(ask_for_model_parallelism, 2)
+
+
+def test_engines_nobody_has_compared_are_refused_with_the_way_out(tmp_path):
+    """Fully set up they want a GPU; the trainer goes by these attributes of its own."""
+    trainer = make_trainer(tmp_path, ragged_rows(3))
+    assert not list(trainer._find_unknown_engines())
+    trainer.is_fsdp_enabled = True
+    trainer.args.torch_compile = True
+    old, compiled = trainer._find_unknown_engines()
+    assert old.startswith("FSDP1 is deprecated")
+    assert old.endswith('set fsdp_config = {"version": 2}.')
+    assert compiled.startswith("torch_compile = True with FSDP")
 
 
 def test_a_rank_without_rows_sums_bf16_gradients_in_float32_too():

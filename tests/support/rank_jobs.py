@@ -12,7 +12,7 @@ import peft
 import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
@@ -95,6 +95,33 @@ def allow_sharding_on_cpu() -> None:
     AcceleratorState.__init__ = make_state_of_gpus
 
 
+def _mesh(scenario: dict[str, Any]) -> dict[str, Any]:
+    """Shard over pairs of ranks and replicate the pairs, if the scenario says so."""
+    if not scenario.get("hybrid"):
+        return {}
+    return {"parallelism_config": ParallelismConfig(dp_shard_size=2, dp_replicate_size=2)}
+
+
+def ask_for_model_parallelism() -> dict[str, str]:
+    """Ask for each way to share a row between ranks; give what each is answered."""
+    allow_sharding_on_cpu()
+    asked: dict[str, dict[str, Any]] = {
+        "tp": {"parallelism_config": ParallelismConfig(tp_size=2)},
+        "sp": {"parallelism_config": ParallelismConfig(sp_size=2)},
+        "cp": {"parallelism_config": ParallelismConfig(cp_size=2), **FSDP2},
+    }
+    answers = {}
+    for name, options in asked.items():
+        AcceleratorState._reset_state()
+        with tempfile.TemporaryDirectory() as out:
+            try:
+                make_trainer(out, ragged_rows(4), effective_batch_size=2, **options)
+                answers[name] = "accepted"
+            except Exception as error:
+                answers[name] = f"{type(error).__name__}: {error}"
+    return answers
+
+
 def train_scenarios(
     scenarios: dict[str, dict[str, Any]], *, sharded: bool = False
 ) -> dict[str, Any]:
@@ -102,7 +129,7 @@ def train_scenarios(
     if sharded:
         allow_sharding_on_cpu()
         scenarios = {
-            name: {**scenario, "options": {**scenario["options"], **FSDP2}}
+            name: {**scenario, "options": {**scenario["options"], **FSDP2, **_mesh(scenario)}}
             for name, scenario in scenarios.items()
         }
     return {name: train(scenario) for name, scenario in scenarios.items()}
