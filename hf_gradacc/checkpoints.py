@@ -128,18 +128,27 @@ def find_damage(folder: str | Path) -> str | None:
     if not manifest.is_file():
         return _find_damage_without_manifest(folder)
     try:
-        files = json.loads(manifest.read_bytes())["files"]
-    except (ValueError, KeyError, OSError) as error:
+        files = {
+            str(name): (int(facts["bytes"]), str(facts["xxh3_128"]))
+            for name, facts in json.loads(manifest.read_bytes())["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{MANIFEST_NAME} cannot be read ({type(error).__name__})"
-    for name, facts in files.items():
+    if not files:
+        return f"{MANIFEST_NAME} lists no file"
+    for name, (written, _) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != facts["bytes"]:
-            return f"{name} has {size:,} bytes where {facts['bytes']:,} were written"
-    for name, facts in files.items():
-        if _hash(folder / name) != facts["xxh3_128"]:
+        if size != written:
+            return f"{name} has {size:,} bytes where {written:,} were written"
+    for name, (_, digest) in files.items():
+        try:
+            found = _hash(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({type(error).__name__})"
+        if found != digest:
             return f"{name} holds other bytes than were written"
     return None
 

@@ -19,7 +19,7 @@ import xxhash
 
 from hf_gradacc.loading import is_stream
 
-__all__ = ["fingerprint"]
+__all__ = ["count_rows_of", "fingerprint"]
 
 _BLOCK = 1000
 _MOST_BLOCKS = 100
@@ -59,6 +59,14 @@ def fingerprint(dataset: Any) -> str | None:
     else:
         return None
     return digest.hexdigest()
+
+
+def count_rows_of(dataset: Any) -> int | None:
+    """Count the rows of a dataset, None if it does not know itself."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 def _blocks(num_rows: int) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hf_gradacc.reading import as_only_reader, read, state_of
 from hf_gradacc.sampler import Deal, Share, UpdateSampler
 
 __all__ = ["IndexedRows", "Rows", "UpdateLoader", "UpdateStream"]
@@ -136,7 +136,7 @@ class UpdateStream(IterableDataset[Rows]):
             indices=[first + i for i in mine],
             epoch=self.epoch,
             update=update,
-            position={"rows": first + len(members), "state": _state_of(self.dataset)},
+            position={"rows": first + len(members), "state": state_of(self.dataset)},
         )
 
     def _skip(self, updates: int, position: dict[str, Any]) -> Iterator[Any]:
@@ -158,46 +158,19 @@ class UpdateStream(IterableDataset[Rows]):
             for update in range(skipped):
                 yield Rows((), indices=(), epoch=self.epoch, update=update)
             first, update = position.get("rows", 0), skipped
-            rows = self._skip(skipped, position)
+            with as_only_reader():
+                rows = self._skip(skipped, position)
         else:
-            rows = iter(self.dataset)
+            with as_only_reader():
+                rows = iter(self.dataset)
         members: list[Any] = []
-        for row in rows:
+        for row in read(rows):
             members.append(row)
             if self.take(members):
                 yield self._share(members, first, update)
                 first, update, members = first + len(members), update + 1, []
         if members and self.keep_incomplete:
             yield self._share(members, first, update)
-
-
-def _state_of(dataset: Any) -> dict[str, Any] | None:
-    """Give where a ``datasets.IterableDataset`` stands, None if going back there is not exact."""
-    if not _can_seek(dataset):
-        return None
-    try:
-        state: dict[str, Any] = json.loads(json.dumps(dataset.state_dict()))
-    except (TypeError, ValueError):
-        return None
-    return state
-
-
-def _can_seek(dataset: Any) -> bool:
-    """Say whether a stream gives the same rows after seeking as without.
-
-    A shuffle buffer does not: it is refilled with other rows, so such a stream is read again.
-    """
-    parts = [getattr(dataset, "_ex_iterable", None)]
-    if parts[0] is None or not hasattr(dataset, "load_state_dict"):
-        return False
-    while parts:
-        part = parts.pop()
-        if "BufferShuffled" in type(part).__name__:
-            return False
-        for value in vars(part).values():
-            nested = value if isinstance(value, list) else [value]
-            parts += [v for v in nested if hasattr(v, "_init_state_dict")]
-    return True
 
 
 class UpdateLoader(DataLoader[Any]):

@@ -47,6 +47,7 @@ class TrackingCallback(TrainerCallback):
     def __init__(self) -> None:
         self._file: RunFile | None = None
         self._events: Counter[str] = Counter()
+        self._written: set[tuple[str, int]] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the files, or cut them back to the checkpoint that training goes on from."""
@@ -55,6 +56,12 @@ class TrackingCallback(TrainerCallback):
         kept = recall(state)
         self._events = Counter(kept.get("events", {}))
         self._file = RunFile(Path(args.output_dir))
+        self._written = set()
+        finished = 0 < state.max_steps <= state.global_step
+        if finished and (rows := self._file.read_or_set_aside()) is not None:
+            # Started again, it has nothing to do: its files tell of the start that did the work.
+            self._written = {(row["kind"], row.get("step", 0)) for row in rows}
+            return
         self._file.start(step=state.global_step, history=state.log_history)
         resumed_at = kept.get("resumed_at", [])
         if state.global_step:
@@ -82,7 +89,9 @@ class TrackingCallback(TrainerCallback):
         # Not `logs`: PrinterCallback, which came before, took total_flos out of it.
         if self._file is not None and state.is_world_process_zero and state.log_history:
             row = state.log_history[-1]
-            self._append({"kind": kind_of(row), **row})
+            kind = kind_of(row)
+            if (kind, row.get("step", 0)) not in self._written:
+                self._append({"kind": kind, **row})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that the run reached its end."""

@@ -59,14 +59,14 @@ class RunFile:
                 self.log_path.replace(self.log_path.with_suffix(".previous.jsonl"))
             self.log_path.touch()
             return
-        rows = self._read_or_set_aside()
+        rows = self.read_or_set_aside()
         if rows is None:
             rows = [{"kind": kind_of(row), **row} for row in history]
         # The closing row of a run that is now going on would not be there without the stop.
         rows = [row for row in rows if row.get("step", 0) <= step and row.get("kind") != "end"]
         self._replace(self.log_path, "".join(_to_line(row) for row in rows))
 
-    def _read_or_set_aside(self) -> list[dict[str, Any]] | None:
+    def read_or_set_aside(self) -> list[dict[str, Any]] | None:
         """Read the log; a damaged one is no reason not to train, so it only steps aside."""
         if not self.log_path.exists():
             return None

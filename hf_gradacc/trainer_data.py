@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from hf_gradacc.collator import UpdateCollator
 from hf_gradacc.errors import DataError
-from hf_gradacc.fingerprint import fingerprint
+from hf_gradacc.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.loader import UpdateLoader
 from hf_gradacc.loading import GroupedBatches, build_loader, choose_probe_rows, is_stream
 from hf_gradacc.probe_rows import ProbeRows
@@ -185,10 +185,21 @@ class UpdateLoading(ExactResume):
             "effective_batch_size": self._effective_batch_size,
             "tokens_per_update": self.args.tokens_per_update,
             "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            "num_sequences": _length(self.train_dataset),
+            "order": self._order,
+            "num_sequences": count_rows_of(self.train_dataset),
             "incomplete_update": "keep" if self.args.keeps_incomplete_update else "drop",
             "fingerprint": fingerprint(self.train_dataset),
         }
+
+    @property
+    def _order(self) -> str:
+        """Name what orders the rows: the stream itself, the dataset, the seed, a user's sampler."""
+        if is_stream(self.train_dataset):
+            return "stream"
+        sampler = self._user_sampler()
+        if sampler is not None:
+            return type(sampler).__name__
+        return "sequential" if self.args.train_sampling_strategy == "sequential" else "shuffled"
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Make updates of a loader that a subclass built its own way."""
@@ -281,13 +292,6 @@ def count_updates(
         return len(counts), max(counts), max_steps
     last = math.ceil((num_train_epochs - len(counts) + 1) * counts[-1])
     return len(counts), max(counts), sum(counts[:-1]) + last
-
-
-def _length(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
 
 
 def _describe(row: Any) -> str:

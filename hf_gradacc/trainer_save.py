@@ -52,6 +52,8 @@ class WholeCheckpoints(Trainer):
         Raises:
             CheckpointError: If the one asked for is damaged, or True was asked and none is whole.
         """
+        if self.args.process_index == 0:  # what a killed run was writing or deleting
+            shutil.rmtree(Path(self.args.output_dir, STAGING_NAME), ignore_errors=True)
         return super().train(self._choose_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
     def _choose_checkpoint(self, asked: str | bool | None) -> str | None:
@@ -173,6 +175,18 @@ class WholeCheckpoints(Trainer):
         with contextlib.suppress(OSError):
             (run_dir / STAGING_NAME).rmdir()
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the newest checkpoint beside the best one.
+
+        With ``save_total_limit = 1`` stock deletes it once training ends, be it by a signal: the
+        run would go on, or a finished one begin again, from wherever the best one was.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     # ---- a disk that fails ---------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -189,6 +203,9 @@ class WholeCheckpoints(Trainer):
         """Tell all ranks whether any of them could not write."""
         error = self._save_error
         own = None if error is None else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # torch says "unexpected pos 64 vs 0" of a full disk
+            free = shutil.disk_usage(self.args.output_dir).free
+            own = own and f"{own.rstrip('.')} ({free:,} bytes are free on that disk)"
         problems: list[Any] = [own]
         if self.args.world_size > 1:
             problems = [None] * self.args.world_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from support.resume_jobs import (
 from support.tiny import ragged_rows
 from transformers import Trainer, TrainingArguments
 
-from hf_gradacc.checkpoints import find_damage, list_checkpoints
+from hf_gradacc.checkpoints import MANIFEST_NAME, find_damage, list_checkpoints
 from hf_gradacc.errors import CheckpointError, ConfigError, DataError
 
 NUM_KILLS = 4
@@ -96,6 +98,54 @@ def test_resumed_in_any_pass_a_run_ends_with_the_same_bits(tmp_path, form, stop)
     assert resumed["logs"] == straight["logs"]
 
 
+@pytest.mark.parametrize("form", ["list", "shards", "shuffle buffer"])
+def test_loader_workers_resume_to_the_bits_of_a_run_without_any(tmp_path, form):
+    options = {"max_steps": 10, "form": form, "dropout": 0.2}
+    straight = train_and_report(str(tmp_path / "straight"), save_strategy="no", **options)
+    # torch warns where a machine has fewer cores.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        train_and_report(str(tmp_path / "out"), stop=8, dataloader_num_workers=3, **options)
+    resumed = train_and_report(
+        str(tmp_path / "out"), resume="auto", dataloader_num_workers=1, **options
+    )
+    assert_same(straight, resumed)
+    assert resumed["logs"] == straight["logs"]
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(tmp_path):
+    job = {"num_train_epochs": 1, "save_steps": 3, "resume": "auto"}
+    first = train_and_report(str(tmp_path), **job)
+    kept = sorted(path.name for path in tmp_path.rglob("*"))
+    log = (tmp_path / "gradacc_log.jsonl").read_bytes()
+    again = train_and_report(str(tmp_path), **job)
+    assert_same(first, again)
+    assert again["logs"] == first["logs"]
+    assert again["collated"] == 1  # what the model is asked with
+    assert sorted(path.name for path in tmp_path.rglob("*")) == kept
+    assert (tmp_path / "gradacc_log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("stop", [8, None])
+def test_the_newest_checkpoint_is_kept_beside_the_best_one(tmp_path, stop):
+    """Stock deletes it when training ends, with a limit of 1: a resume would start far behind."""
+    job = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "learning_rate": 0.05,  # so large that the first checkpoint stays the best
+        "eval_dataset": ragged_rows(7, seed=8),
+        "num_train_epochs": 2,
+    }
+    straight = train_and_report(str(tmp_path / "straight"), **job)
+    train_and_report(str(tmp_path / "out"), stop=stop, **job)
+    assert names(tmp_path / "out") == [f"checkpoint-{stop or 12}", "checkpoint-2"]
+    resumed = train_and_report(str(tmp_path / "out"), resume="auto", **job)
+    assert_same(straight, resumed)  # the best ones, loaded at the end
+    assert resumed["logs"] == straight["logs"]
+    assert names(tmp_path / "out") == ["checkpoint-12", "checkpoint-2"]
+
+
 @pytest.mark.parametrize("form", ["list", "stream", "shards"])
 def test_skipped_updates_are_not_collated_again(tmp_path, form):
     options = {"max_steps": 12, "form": form, "per_device_train_batch_size": 4}
@@ -167,6 +217,12 @@ def test_another_effective_batch_size_is_refused(tmp_path):
         train_and_report(str(tmp_path), resume=True, effective_batch_size=8)
 
 
+def test_another_order_of_the_rows_is_refused(tmp_path):
+    train_and_report(str(tmp_path), stop=4)
+    with pytest.raises(ConfigError, match="order: shuffled then, sequential now"):
+        train_and_report(str(tmp_path), resume=True, train_sampling_strategy="sequential")
+
+
 def test_a_checkpoint_of_the_stock_trainer_can_be_gone_on_from(tmp_path):
     from support.tiny import pad, tiny_llama
 
@@ -201,6 +257,67 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monk
     assert find_damage(tmp_path / "checkpoint-8") is None
 
 
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip_a_bit(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(bytes(damaged))
+
+
+def rewrite(text):
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["with manifest", "without"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", cut_off),
+        ("optimizer.pt", cut_off),
+        ("optimizer.pt", Path.unlink),
+        ("trainer_state.json", cut_off),
+        ("trainer_state.json", Path.unlink),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_any_damage_is_found(tmp_path, name, damage, manifest):
+    train_and_report(str(tmp_path), stop=2)
+    folder = tmp_path / "checkpoint-2"
+    if not manifest:  # as the stock Trainer leaves it
+        (folder / MANIFEST_NAME).unlink()
+    assert find_damage(folder) is None
+    damage(folder / name)
+    found = find_damage(folder)
+    if name == "optimizer.pt" and damage is Path.unlink and not manifest:
+        assert found is None  # nobody wrote down that there was one: save_only_model leaves it out
+    else:
+        assert found.startswith(name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_off, flip_a_bit, rewrite(""), rewrite("[]"), rewrite('{"files": {"a": {}}}')],
+    ids=["cut off", "bit flipped", "empty", "a list", "half a manifest"],
+)
+def test_a_damaged_manifest_is_damage_and_no_crash(tmp_path, damage):
+    train_and_report(str(tmp_path), stop=2)
+    damage(tmp_path / "checkpoint-2" / MANIFEST_NAME)
+    assert find_damage(tmp_path / "checkpoint-2") is not None
+    (tmp_path / "checkpoint-4").mkdir()
+    assert find_damage(tmp_path / "checkpoint-4") == "trainer_state.json is missing"
+
+
+def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path):
+    left = tmp_path / ".saving" / "checkpoint-9"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    train_and_report(str(tmp_path), num_train_epochs=1, save_strategy="no")
+    assert not left.parent.exists()
+
+
 def test_a_damaged_checkpoint_asked_for_by_name_is_refused(tmp_path):
     train_and_report(str(tmp_path), stop=2)
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
@@ -227,4 +344,5 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path, world_size,
         assert result["step"] == 6
     assert results[0]["found"] == ["checkpoint-2", "checkpoint-6"]
     assert find_damage(tmp_path / "checkpoint-2") is None
-    assert "could not be saved" in (tmp_path / "gradacc_log.jsonl").read_text()
+    (said,) = re.findall("could not be saved.*", (tmp_path / "gradacc_log.jsonl").read_text())
+    assert "bytes are free on that disk" in said
