@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:
         LossError,
         MemoryBudgetError,
         NonFiniteError,
+        RankFailedError,
     )
     from hf_gradacc.planner import plan_micro_batches
     from hf_gradacc.sampler import UpdateSampler
@@ -42,6 +43,7 @@ __all__ = [
     "MicroBatch",
     "NonFiniteError",
     "ParityReport",
+    "RankFailedError",
     "Update",
     "UpdateCollator",
     "UpdateSampler",
@@ -61,6 +63,7 @@ _MODULES = {
         "LossError",
         "MemoryBudgetError",
         "NonFiniteError",
+        "RankFailedError",
     ),
     "planner": ("plan_micro_batches",),
     "sampler": ("UpdateSampler",),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_gradacc.batching import count_rows, find_main_input, slice_rows
+from hf_gradacc.errors import DataError
 from hf_gradacc.planner import plan_micro_batches, plan_packed_micro_batches
 from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets, may_have_target
 from hf_gradacc.update import MicroBatch, Update
@@ -146,7 +147,7 @@ class UpdateCollator:
         rows = [row for _, row in kept]
         lengths = self.measure(rows)
         with _seeded(self.seed, epoch, index):
-            inputs = self._collate(rows, self.cut(lengths, at_random=self.cuts_at_random(index)))
+            inputs = self._collate(kept, self.cut(lengths, at_random=self.cuts_at_random(index)))
         micro_batches = [
             make_micro_batch(
                 batch,
@@ -215,12 +216,20 @@ class UpdateCollator:
             overhead_tokens=self.overhead_tokens if weighs else None,
         )
 
-    def _collate(self, rows: list[Any], plan: list[list[int]]) -> list[tuple[list[int], Any]]:
+    def _collate(self, kept: list[tuple[int, Any]], plan: list[list[int]]) -> list[Any]:
+        rows, collated = [row for _, row in kept], []
         if self.pad_alike and rows:
             whole = self.data_collator(rows)
             if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(rows):
                 return [(piece, slice_rows(whole, piece)) for piece in plan]
-        return [(piece, self.data_collator([rows[i] for i in piece])) for piece in plan]
+        for piece in plan:
+            try:
+                collated.append((piece, self.data_collator([rows[i] for i in piece])))
+            except Exception as error:
+                names = ", ".join(str(kept[i][0]) for i in piece)
+                what = f"the data collator failed on rows {names} of the training dataset"
+                raise DataError(f"{what}: {type(error).__name__}: {error}") from error
+        return collated
 
 
 def make_micro_batch(

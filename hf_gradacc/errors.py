@@ -5,8 +5,9 @@
     ├── DataError (ValueError)       a dataset, a row, a stream
     ├── LossError (RuntimeError)     a loss that cannot be accumulated exactly
     ├── CheckpointError (RuntimeError)    a checkpoint that is damaged or not there
-    ├── MemoryBudgetError (RuntimeError)  one sequence alone does not fit
-    └── NonFiniteError (RuntimeError)     a loss or a gradient that is NaN or infinite
+    ├── MemoryBudgetError (RuntimeError)  out of memory, and no finer cut helps
+    ├── NonFiniteError (RuntimeError)     a loss or a gradient that is NaN or infinite
+    └── RankFailedError (RuntimeError)    another rank failed, and this one stops with it
 
 Every message names the field, the value, and the way out.
 """
@@ -21,6 +22,7 @@ __all__ = [
     "LossError",
     "MemoryBudgetError",
     "NonFiniteError",
+    "RankFailedError",
 ]
 
 
@@ -45,8 +47,12 @@ class CheckpointError(GradAccError, RuntimeError):
 
 
 class MemoryBudgetError(GradAccError, RuntimeError):
-    """A single sequence does not fit into the device's memory."""
+    """Memory ran out where no finer cut helps: a single sequence, the optimizer, a collective."""
 
 
 class NonFiniteError(GradAccError, RuntimeError):
     """An update produced a loss or a gradient that is NaN or infinite."""
+
+
+class RankFailedError(GradAccError, RuntimeError):
+    """Another rank failed; its own log says how. This one stops with it."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hf_gradacc.errors import DataError
 from hf_gradacc.reading import as_only_reader, read, state_of
 from hf_gradacc.sampler import Deal, Share, UpdateSampler
 
-__all__ = ["IndexedRows", "Rows", "UpdateLoader", "UpdateStream"]
+__all__ = ["IndexedRows", "Rows", "UpdateLoader", "UpdateStream", "read_row"]
 
 
 class Rows(list[Any]):
@@ -54,11 +55,23 @@ class IndexedRows(Dataset[Any]):
 
     def __getitems__(self, share: Share) -> Rows:
         """Fetch all rows of a share at once where the dataset can do that."""
-        if share and hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(list(share))
-        else:
-            rows = [self.dataset[i] for i in share]
+        try:
+            if share and hasattr(self.dataset, "__getitems__"):
+                rows = self.dataset.__getitems__(list(share))
+            else:
+                rows = [self.dataset[i] for i in share]
+        except Exception:
+            rows = [read_row(self.dataset, i) for i in share]  # to name the one that fails
         return Rows(rows, indices=share, epoch=share.epoch, update=share.update)
+
+
+def read_row(dataset: Any, index: int) -> Any:
+    """Read a row; one that cannot be read is an error that names it."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        what = f"row {index} of the training dataset cannot be read"
+        raise DataError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 class UpdateStream(IterableDataset[Rows]):
@@ -164,7 +177,7 @@ class UpdateStream(IterableDataset[Rows]):
             with as_only_reader():
                 rows = iter(self.dataset)
         members: list[Any] = []
-        for row in read(rows):
+        for row in read(rows, first=first, epoch=self.epoch):
             members.append(row)
             if self.take(members):
                 yield self._share(members, first, update)

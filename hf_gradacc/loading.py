@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from hf_gradacc.collator import UpdateCollator, make_micro_batch, measure_length
 from hf_gradacc.dealing import deal_by_cost, deal_rows
 from hf_gradacc.errors import DataError
-from hf_gradacc.loader import UpdateLoader, UpdateStream, make_generator, take_until
+from hf_gradacc.loader import UpdateLoader, UpdateStream, make_generator, read_row, take_until
 from hf_gradacc.sampler import UpdateSampler
 from hf_gradacc.targets import count_row_targets, may_have_target
 from hf_gradacc.update import Update
@@ -124,7 +124,7 @@ def _order_of(sampler: Any, epoch: int) -> list[int]:
 
 
 def _rows(dataset: Any) -> Iterator[Any]:
-    return (dataset[i] for i in range(len(dataset)))
+    return (read_row(dataset, i) for i in range(len(dataset)))
 
 
 def _known_lengths(dataset: Any, length_of: Callable[[Any], int]) -> np.ndarray | None:

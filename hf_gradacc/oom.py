@@ -13,20 +13,55 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_gradacc.errors import MemoryBudgetError
+from hf_gradacc.phases import Phase
 
-__all__ = ["MemoryBudget", "free_memory", "is_out_of_memory", "single_row_error"]
+__all__ = [
+    "MemoryBudget",
+    "free_memory",
+    "is_out_of_memory",
+    "outside_error",
+    "single_row_error",
+    "words_of",
+]
 
 # What allocators say that do not raise torch.OutOfMemoryError. Each is a RuntimeError of torch's.
 _MESSAGES = (
-    "out of memory",  # CUDA, HIP, XPU, MPS
+    "out of memory",  # CUDA, HIP, XPU, MPS, NPU, MLU, MUSA; "CUDA error: out of memory"
     "can't allocate memory",  # torch's CPU allocator
     "not enough memory",  # the same on Windows
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuBLASLt, cuDNN 8, cuSOLVER, cuSPARSE, hipBLAS
+    "ALLOCATION_FAILED",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "CUFFT_ALLOC_FAILED",
+    "rocblas_status_memory_error",
+    "miopenStatusAllocFailed",
     "hipErrorOutOfMemory",
+    "cudaErrorMemoryAllocation",
+    "UR_RESULT_ERROR_OUT_OF_",  # XPU: ..._DEVICE_MEMORY, ..._HOST_MEMORY, ..._RESOURCES
     "PT_DEVMEM Allocation failed",  # Gaudi
     "RESOURCE_EXHAUSTED",  # XLA
+    "FIND was unable to find an engine",  # cuDNN's convolutions where no workspace fits
 )
+
+_PLACES: dict[Phase | None, tuple[str, str]] = {
+    "data": (
+        "while rows were loaded",
+        "a dataset and a collator that keep off the device",
+    ),
+    "forward_backward": (
+        "beside the micro-batches, in a callback or in the sum over ranks",
+        "a smaller max_tokens_per_micro_batch, which leaves room for what runs there",
+    ),
+    "optimizer": (
+        "in clipping or in the optimizer's step",
+        "a smaller optimizer (optim = 'adamw_8bit' or 'adafactor'), LoRA, FSDP2, or "
+        "accumulate_grads_in_fp32 = False",
+    ),
+    None: (
+        "between updates, in evaluation, a callback or a save",
+        "eval_accumulation_steps = 1 (predictions then wait on the host) or "
+        "prediction_loss_only = True",
+    ),
+}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,13 +108,14 @@ class MemoryBudget(TrainerCallback, ExportableState):
         ceiling: What failed first; a cap that has grown back to that is dropped.
         clean_updates: Updates since the last failure or growth.
         patience: Updates to wait before the next try. Doubles whenever a try fails.
+        on_trial: The cap has grown since the last failure.
     """
 
     cap: int | None = None
     ceiling: int | None = None
     clean_updates: int = 0
     patience: int = 256
-    _on_trial: bool = False
+    on_trial: bool = False
 
     def propose(self, cost: int, *, num_rows: int, asked: int | None) -> int | None:
         """Halve until a micro-batch of this cost is cut; None if it is a single row.
@@ -110,8 +146,8 @@ class MemoryBudget(TrainerCallback, ExportableState):
             asked: The user's own limit on tokens.
             cost: Tokens of the micro-batch that failed.
         """
-        if self._on_trial:
-            self.patience, self._on_trial = self.patience * 2, False
+        if self.on_trial:
+            self.patience, self.on_trial = self.patience * 2, False
         if self.ceiling is None:
             self.ceiling = asked or cost or cap * 2
         self.cap, self.clean_updates = cap, 0
@@ -123,13 +159,13 @@ class MemoryBudget(TrainerCallback, ExportableState):
         self.clean_updates += 1
         if self.clean_updates < self.patience:
             return
-        self.cap, self.clean_updates, self._on_trial = self.cap * 2, 0, True
+        self.cap, self.clean_updates, self.on_trial = self.cap * 2, 0, True
         if self.ceiling is not None and self.cap >= self.ceiling:
             self.cap = self.ceiling = None
 
     def state(self) -> dict[str, Any]:
         """Give what a checkpoint keeps."""
-        kept = ("cap", "ceiling", "clean_updates", "patience")
+        kept = ("cap", "ceiling", "clean_updates", "patience", "on_trial")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in kept}}
 
     def restore(self, saved: dict[str, Any] | None) -> None:
@@ -138,25 +174,68 @@ class MemoryBudget(TrainerCallback, ExportableState):
         attributes = (saved or fresh.state())["attributes"]
         for name, value in attributes.items():
             setattr(self, name, value)
-        self._on_trial = False
+
+
+def words_of(error: BaseException) -> str:
+    """Give the first line of what an allocator said. The error itself keeps activations alive.
+
+    >>> words_of(RuntimeError("CUDA error: out of memory\\nCompile with ..."))
+    'CUDA error: out of memory'
+    """
+    return str(error).strip().partition("\n")[0]
 
 
 def single_row_error(
-    *, length: int, row: int | None, tried: Sequence[str], evaluation: bool = False
+    *,
+    length: int,
+    row: int | None,
+    tried: Sequence[str],
+    said: str = "",
+    evaluation: bool = False,
 ) -> MemoryBudgetError:
-    """Say that one sequence alone does not fit, what was tried, and what would help."""
+    """Say that one sequence alone does not fit, what was tried, and what would help.
+
+    Args:
+        length: Tokens of the sequence, 1 or less if nobody knows.
+        row: Its place in the dataset.
+        tried: What was tried, in order.
+        said: The allocator's own words, where this rank heard them.
+        evaluation: It was in an evaluation.
+    """
     which = "one sequence" if row is None or row < 0 else f"row {row} of the dataset"
     size = f" of {length:,} tokens" if length > 1 else ""
     if evaluation:
-        options = "max_length when tokenizing, or prediction_loss_only = True"
+        options = (
+            "max_length when tokenizing, prediction_loss_only = True, or eval_accumulation_steps "
+            "= 1 (predictions of earlier batches then wait on the host)"
+        )
     else:
         options = (
             "max_length when tokenizing, gradient_checkpointing = True (its activations are then "
             "computed twice instead of kept), layout = 'packed' or target_only_logits = True "
             "(fewer logits), a chunked loss (use_liger_kernel = True), LoRA, or a smaller optimizer"
         )
+    heard = f"\n  The allocator said: {said}" if said else ""
     return MemoryBudgetError(
         f"{which}{size} does not fit into memory, even alone in its micro-batch.\n"
-        f"  Tried: {'; '.join(tried) or 'the row alone'}.\n"
+        f"  Tried: {'; '.join(tried) or 'the row alone'}.{heard}\n"
         f"  Set: {options}."
     )
+
+
+def outside_error(error: BaseException, *, phase: Phase | None, update: int) -> MemoryBudgetError:
+    """Say where memory ran out, if not in a forward or backward: a finer cut is no help there.
+
+    Args:
+        error: What the allocator raised.
+        phase: What the update was at, None between updates.
+        update: Its number, from 1; 0 before the first one has begun.
+    """
+    place, options = _PLACES[phase]
+    if update == 0:
+        place = "before the first update, while the model was asked how its loss counts"
+        options = "a smaller model, or LoRA: not even a few short rows fit, without gradients"
+    step = f" (update {update})" if update else ""
+    halves = "\n  Weights may have been stepped in part." if phase == "optimizer" and update else ""
+    after = f"{halves}\n  Go on from the last checkpoint with:" if update else "\n  Set:"
+    return MemoryBudgetError(f"out of memory {place}{step}: {words_of(error)}{after} {options}.")

@@ -74,6 +74,11 @@ class PhaseClock:
         self._spans: list[tuple[Phase, DeviceEvent, DeviceEvent]] = []
         self._begin_window()
 
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that runs, None between updates."""
+        return None if self._current is None else self._current[0]
+
     def enter(self, phase: Phase) -> None:
         """End the phase that runs and begin another at the same moment."""
         self._change(phase)

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from hf_gradacc.errors import DataError
+
 __all__ = ["as_only_reader", "read", "state_of"]
 
 
-def read(rows: Iterator[Any]) -> Iterator[Any]:
-    """Give a stream's rows, each read as `as_only_reader`."""
-    while True:
+def read(rows: Iterator[Any], *, first: int, epoch: int) -> Iterator[Any]:
+    """Give a stream's rows, each read as `as_only_reader`.
+
+    Args:
+        rows: The stream.
+        first: How many rows of this pass were read before.
+        epoch: The number of this pass.
+
+    Raises:
+        DataError: If the stream fails; says how far it was read.
+    """
+    for done in itertools.count(first):
         with as_only_reader():
             try:
                 row = next(rows)
             except StopIteration:
                 return
+            except Exception as error:
+                what = f"the training stream failed after {done} rows of epoch {epoch}"
+                raise DataError(f"{what}: {type(error).__name__}: {error}") from error
         yield row
 
 

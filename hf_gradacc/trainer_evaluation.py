@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hf_gradacc.batching import count_rows, slice_rows
 from hf_gradacc.collator import make_micro_batch, measure_length
-from hf_gradacc.oom import free_memory, is_out_of_memory, single_row_error
+from hf_gradacc.oom import free_memory, is_out_of_memory, single_row_error, words_of
 from hf_gradacc.probe import LossFacts
 from hf_gradacc.probe_rows import copies_in
 
@@ -56,13 +56,16 @@ class SplitEvaluation(Trainer):
                     num_rows, size = num_rows // copies, size // copies
                 if copies > 1 and not prediction_loss_only:
                     raise  # what such a trainer predicts has no row of its own to go to
+                said = words_of(error)
             results = []
             free_memory()
             if size <= 1:
                 length = max(
                     measure_length({"input_ids": row}) for row in inputs.get("input_ids", [[0]])
                 )
-                raise single_row_error(length=length, row=None, tried=[], evaluation=True)
+                raise single_row_error(
+                    length=length, row=None, tried=[], said=said, evaluation=True
+                )
             self._eval_rows = max(1, size // 2)
             logger.warning(
                 f"evaluation ran out of memory on {size} rows: it goes on with {self._eval_rows} "

@@ -7,8 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
-from hf_gradacc.oom import MemoryBudget, free_memory, is_out_of_memory, single_row_error
+from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError, RankFailedError
+from hf_gradacc.last_words import LastWords
+from hf_gradacc.oom import (
+    MemoryBudget,
+    free_memory,
+    is_out_of_memory,
+    outside_error,
+    single_row_error,
+    words_of,
+)
 from hf_gradacc.outcome import Outcome
 from hf_gradacc.recut import can_slice, cut_to_cap, row_lengths
 from hf_gradacc.reduction import trainable
@@ -28,6 +36,8 @@ class GuardedUpdates(CheckedNumbers):
 
     _running: MicroBatch | None = None
     _error: Exception | None = None
+    _said = ""
+    _runs = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,23 +54,38 @@ class GuardedUpdates(CheckedNumbers):
         finds_batch_size, self.args.auto_find_batch_size = self.args.auto_find_batch_size, False
         self._skipped_in_a_row = 0
         self.stop_signals.install()
+        last_words = LastWords(GuardedUpdates._runs)
+        GuardedUpdates._runs += 1
         try:
             result = super().train(*args, **kwargs)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or isinstance(error, GradAccError):
+        except Exception as error:
+            told = last_words.explain(self._explain_end(error))
+            if told is error:
                 raise
-            self.stop_signals.exit_if_asked()  # it died of the signal that we got as well
-            raise DataError(
-                f"a loader worker died at update {self.state.global_step + 1}: {error}\n"
-                f"  Most often the machine ran out of host memory or of /dev/shm. Set "
-                f"dataloader_num_workers = 0 to see an error of the dataset itself, or a smaller "
-                f"number; then train(resume_from_checkpoint=True) goes on from the last checkpoint."
-            ) from error
+            raise told from error
         finally:
             self.stop_signals.uninstall()
             self.args.auto_find_batch_size = finds_batch_size
         self.stop_signals.exit_if_asked()
         return result
+
+    def _explain_end(self, error: Exception) -> Exception:
+        """Give what to raise for what ended the run, in plain words where it has none."""
+        update = self.state.global_step + 1
+        if isinstance(error, GradAccError):
+            return error
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            self.stop_signals.exit_if_asked()  # it died of the signal that we got as well
+            return DataError(
+                f"a loader worker died at update {update}: {error}\n"
+                f"  Most often the machine ran out of host memory or of /dev/shm. Set "
+                f"dataloader_num_workers = 0 to see an error of the dataset itself, or a smaller "
+                f"number; then train(resume_from_checkpoint=True) goes on from the last checkpoint."
+            )
+        if self.args.recover_from_out_of_memory and is_out_of_memory(error):
+            asking = self._facts is None and self._clock.phase is None
+            return outside_error(error, phase=self._clock.phase, update=0 if asking else update)
+        return error
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """Go on with the budget that fitted before the checkpoint."""
@@ -100,10 +125,12 @@ class GuardedUpdates(CheckedNumbers):
         if self._rollback is None:  # training_step called from outside of train()
             self._rollback = Rollback(model, self.args.device)
         self._rollback.mark()
+        self._said = ""
         self._loss_before = self._tr_loss.clone() if hasattr(self, "_tr_loss") else None
-        self._choose_precision()
         tried: list[str] = []
         while True:
+            # Each time: of one micro-batch that did not fit there are several now, to be summed.
+            self._choose_precision()
             outcome, loss = self._attempt(model, update, num_targets)
             if self.args.world_size > 1:
                 has_grad = [p.grad is not None for p in trainable(model)]
@@ -135,9 +162,9 @@ class GuardedUpdates(CheckedNumbers):
         except Exception as error:
             if not self._can_roll_back and is_out_of_memory(error):
                 raise MemoryBudgetError(
-                    f"out of memory: {error}\n  Under FSDP and DeepSpeed the other ranks are by "
-                    f"now waiting inside a collective, so the update cannot be undone. Start "
-                    f"again from the last checkpoint with a smaller max_tokens_per_micro_batch."
+                    f"out of memory: {words_of(error)}\n  Under FSDP and DeepSpeed the other ranks "
+                    f"are by now waiting inside a collective, so the update cannot be undone. Go "
+                    f"on from the last checkpoint with a smaller max_tokens_per_micro_batch."
                 ) from error
             recovers = self.args.recover_from_out_of_memory and is_out_of_memory(error)
             if not recovers and (self.args.world_size == 1 or not self._can_roll_back):
@@ -145,6 +172,7 @@ class GuardedUpdates(CheckedNumbers):
             if not recovers:
                 self._error = error
                 return Outcome(broken=1), None
+            self._said = words_of(error)
         # Outside of the except block: there the traceback would keep all activations alive.
         return self._describe_failure(), None
 
@@ -172,13 +200,15 @@ class GuardedUpdates(CheckedNumbers):
         """Make the budget smaller, the same on all ranks; or give up on all of them."""
         if outcome.broken:
             error, self._error = self._error, None
-            raise error or GradAccError(
+            raise error or RankFailedError(
                 "another rank failed in this update; its own log says how. This one stops with it."
             )
         if not outcome.cap:
             # Once more with empty caches: what is fragmented may fit after all.
             if tried and tried[-1].endswith("alone"):
-                raise single_row_error(length=outcome.row_length, row=outcome.row, tried=tried)
+                raise single_row_error(
+                    length=outcome.row_length, row=outcome.row, tried=tried, said=self._said
+                )
             tried.append("the row alone")
             return
         asked = self._collator.max_tokens if self._collator is not None else None

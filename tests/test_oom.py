@@ -201,7 +201,7 @@ def test_no_rank_hangs_when_another_cannot_go_on(tmp_path):
     assert first["no row fits"] == second["no row fits"]
     assert first["no row fits"]["error"] == "MemoryBudgetError"
     assert first["some other error"] == {"error": "KeyError", "text": "'oops'"}
-    assert second["some other error"]["error"] == "GradAccError"
+    assert second["some other error"]["error"] == "RankFailedError"
     assert "another rank failed" in second["some other error"]["text"]
 
 
