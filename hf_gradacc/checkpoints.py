@@ -109,7 +109,13 @@ def is_storage_error(error: BaseException) -> bool:
     """
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return True
-    words = ("PytorchStreamWriter", "inline_container", "No space left", "File too large")
+    words = (
+        "PytorchStreamWriter",
+        "inline_container",
+        "iostream",
+        "No space left",
+        "File too large",
+    )
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

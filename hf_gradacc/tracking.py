@@ -48,6 +48,8 @@ class TrackingCallback(TrainerCallback):
         self._file: RunFile | None = None
         self._events: Counter[str] = Counter()
         self._written: set[tuple[str, int]] = set()
+        self._unwritten: list[dict[str, Any]] = []
+        self._has_warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the files, or cut them back to the checkpoint that training goes on from."""
@@ -55,6 +57,7 @@ class TrackingCallback(TrainerCallback):
             return
         kept = recall(state)
         self._events = Counter(kept.get("events", {}))
+        self._unwritten, self._has_warned = [], False
         self._file = RunFile(Path(args.output_dir))
         self._written = set()
         finished = 0 < state.max_steps <= state.global_step
@@ -97,7 +100,16 @@ class TrackingCallback(TrainerCallback):
         """Note that the run reached its end."""
         if self._file is not None and state.is_world_process_zero:
             done = state.global_step >= state.max_steps
-            self._file.update_run({"finished": done, "updates_done": state.global_step})
+            self._write()
+            try:
+                self._file.update_run({"finished": done, "updates_done": state.global_step})
+            except OSError as error:  # the run is over and its model not yet saved
+                logger.warning(f"{self._file.run_path} cannot be written ({error}).")
+            if self._unwritten:
+                logger.warning(
+                    f"{len(self._unwritten)} rows never got into {self._file.log_path}; the next "
+                    f"checkpoint's trainer_state.json holds them, if there is one."
+                )
 
     def event(self, state: Any, *, name: str, text: str, data: dict[str, Any]) -> int:
         """Append an event and give how many of its name this run has had."""
@@ -111,13 +123,24 @@ class TrackingCallback(TrainerCallback):
         return self._events[name]
 
     def _append(self, row: dict[str, Any]) -> None:
+        self._unwritten.append({**row, "time": round(time.time(), 3)})
+        self._write()
+
+    def _write(self) -> None:
+        """Write what is due. A full disk keeps rows waiting, and training does not wait for it."""
         if self._file is None:
             return
         try:
-            self._file.append({**row, "time": round(time.time(), 3)})
-        except OSError as error:  # a full disk must not end training over a line of log
-            logger.warning(f"{self._file.log_path} cannot be written ({error}); it ends here.")
-            self._file = None
+            while self._unwritten:
+                self._file.append(self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    f"{self._file.log_path} cannot be written ({error}). Training goes on, and "
+                    f"rows are kept until it can."
+                )
+            self._has_warned = True
 
 
 def install_tracking(trainer: Any) -> None:

@@ -79,9 +79,21 @@ class RunFile:
             return None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line and hand it to the operating system, so that a kill loses nothing."""
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(_to_line(row))
+        """Add one line and hand it to the operating system, so that a kill loses nothing.
+
+        Raises:
+            OSError: If it cannot be written; the file then ends where it did before.
+        """
+        line = _to_line(row).encode()
+        with self.log_path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = file.write(line)
+                if written < len(line):  # the disk took a part; the rest tells what is wrong
+                    file.write(line[written:])
+            except OSError:
+                file.truncate(before)
+                raise
 
     def update_run(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `gradacc_run.json`."""
@@ -92,8 +104,12 @@ class RunFile:
     def _replace(self, path: Path, text: str) -> None:
         # A rename is atomic, so a kill leaves the old file or the new one, never half of each.
         partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(text, "utf-8")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_gradacc.tracking_facts import describe_run
 from hf_gradacc.tracking_preview import PREVIEW_COLUMNS, preview_rows, row_lengths
 from hf_gradacc.tracking_state import remember
-from hf_gradacc.tracking_wandb_start import start_run
+from hf_gradacc.tracking_wandb_start import start_run, sync_folder, why_silent
 
 __all__ = ["GradAccWandbCallback"]
 
@@ -123,8 +123,14 @@ class GradAccWandbCallback(WandbCallback):
 
     @_never_fail
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Upload the model, where WANDB_LOG_MODEL asks for it."""
+        """Upload the model, where WANDB_LOG_MODEL asks for it; say if the server is gone."""
         super().on_train_end(args, state, control, **kwargs)
+        run = self._wandb.run
+        why = why_silent(run) if state.is_world_process_zero and run is not None else None
+        if why is not None:
+            folder = sync_folder(run)
+            remember(state, wandb_sync=[folder])
+            print(f"W&B: the server does not answer ({why}). {folder} holds what it has not got.")
 
     @_never_fail
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

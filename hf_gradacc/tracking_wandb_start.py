@@ -6,6 +6,7 @@ import netrc
 import os
 import secrets
 import socket
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from urllib.parse import urlsplit
 from hf_gradacc.tracking_file import LOG_NAME
 from hf_gradacc.tracking_state import recall, remember
 
-__all__ = ["ensure_wandb_mode", "has_wandb_credentials", "start_rank_run", "start_run"]
+__all__ = [
+    "ensure_wandb_mode",
+    "has_wandb_credentials",
+    "start_rank_run",
+    "start_run",
+    "sync_folder",
+    "why_silent",
+]
 
 _DECIDED: set[str] = set()
 """Holds "offline" once this module, not the user, took W&B offline: only then is a word due."""
@@ -110,7 +118,7 @@ def start_run(args: Any, state: Any) -> None:
     if mode != "offline":
         remember(state, wandb_sync=[])
         return
-    folders = [*kept.get("wandb_sync", []), _folder(run)] if resumes else [_folder(run)]
+    folders = [*kept.get("wandb_sync", []), sync_folder(run)] if resumes else [sync_folder(run)]
     remember(state, wandb_sync=folders)
     if _DECIDED:
         print(f"W&B: recording offline, since {why}; to upload: wandb sync {' '.join(folders)}")
@@ -148,7 +156,7 @@ def start_rank_run(args: Any, *, run_id: str, name: str, group: str, config: dic
         settings=wandb.Settings(**_timeouts()),
     )
     if mode == "offline" and _DECIDED:
-        print(f"W&B: rank {args.process_index} likewise; to upload: wandb sync {_folder(run)}")
+        print(f"W&B: rank {args.process_index} likewise; to upload: wandb sync {sync_folder(run)}")
     return run
 
 
@@ -174,11 +182,29 @@ def _try_to_connect(url: str) -> None:
     socket.create_connection((place.hostname or "", port), timeout=CONNECT_TIMEOUT_SECONDS).close()
 
 
+def why_silent(run: Any) -> str | None:
+    """Say why the server of an online run does not answer now, None if it does.
+
+    wandb itself takes everything, writes it to its file, and says nothing of what it could not
+    upload by the end.
+    """
+    if run.settings.mode != "online":
+        return None
+    try:
+        with urllib.request.urlopen(run.settings.base_url, timeout=CONNECT_TIMEOUT_SECONDS):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"status {error.code}" if error.code >= 500 else None
+    except OSError as error:
+        return type(error).__name__
+
+
+def sync_folder(run: Any) -> str:
+    """Give the folder that `wandb sync` takes, relative to here if it lies below."""
+    folder = Path(str(run.settings.sync_dir))
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
 def _count_log_lines(args: Any) -> int:
     log_path = Path(args.output_dir) / LOG_NAME
     return len(log_path.read_bytes().splitlines()) if log_path.exists() else 0
-
-
-def _folder(run: Any) -> str:
-    folder = Path(str(run.settings.sync_dir))
-    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)

@@ -217,9 +217,27 @@ class WholeCheckpoints(Trainer):
             dist.barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as stock does; inside a checkpoint a disk error waits for the other ranks."""
-        with self._inside_checkpoint():
+        """Save as stock does; inside a checkpoint a disk error waits for the other ranks.
+
+        Raises:
+            CheckpointError: If the disk fails, with where the weights can still be found.
+        """
+        if self._staging is not None:
+            with self._inside_checkpoint():
+                super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        try:
             super().save_model(output_dir, _internal_call=_internal_call)
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            path, _ = find_whole_checkpoint(self.args.output_dir)
+            kept = "No checkpoint holds its weights" if path is None else f"{path} is whole"
+            raise CheckpointError(
+                f"the model could not be saved in {output_dir or self.args.output_dir}: {error}\n"
+                f"  What lies there may be cut short. {kept}. Free some space and save again, or "
+                f"on another disk: trainer.save_model(FOLDER), output.dir in a recipe."
+            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._inside_checkpoint():
