@@ -2,7 +2,8 @@
 
 Schedulers send SIGTERM some time before they kill a job; people press Ctrl-C. The update in
 progress ends, all ranks agree to stop after it, a checkpoint is written, and the process exits
-with 128 + the signal's number (143, 130). A second signal of the same kind acts at once.
+with 128 + the signal's number (143, 130). An evaluation in progress is broken off; a save is
+finished, and no other update begins. A second signal of the same kind acts at once.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-__all__ = ["StopSignals"]
+__all__ = ["EvaluationStopped", "StopSignals"]
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +28,15 @@ _DEFAULTS: dict[signal.Signals, Any] = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
 }
+
+
+# Ctrl-C reaches every process of a terminal, and torchrun passes on what it got: the same signal
+# twice within moments is one request.
+_ECHO_SECONDS = 1.0
+
+
+class EvaluationStopped(Exception):  # noqa: N818  (nothing is wrong: somebody asked for it)
+    """An evaluation was broken off because a signal came."""
 
 
 def _take_no_notice(number: int, frame: FrameType | None) -> None:
@@ -43,6 +56,7 @@ class StopSignals(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0
         self.agreed = 0
+        self._received_at = 0.0
         self._taken: list[signal.Signals] = []
         self._process = os.getpid()
         self._on_child: Any = None
@@ -70,11 +84,14 @@ class StopSignals(TrainerCallback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a loader worker forked from us: it is ended by us, after the update
+        now = time.monotonic()
         if self.received == number:
+            if now - self._received_at < _ECHO_SECONDS:
+                return
             self.uninstall()
             signal.raise_signal(number)
             return
-        self.received = number
+        self.received, self._received_at = number, now
         on_child = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         if self._on_child is None and callable(on_child):
             # A scheduler signals the loader's workers, too. Torch would raise over their deaths in
@@ -85,6 +102,24 @@ class StopSignals(TrainerCallback):
         name = signal.Signals(number).name
         # Written by hand: logging may be holding a lock right where the signal came in.
         os.write(2, f"\n{name}: finishing the update, then saving; again to end now.\n".encode())
+
+    def agree(self, device: torch.device, *, alone: bool) -> int:
+        """Tell all ranks whether any of them got a signal; one small collective.
+
+        Args:
+            device: Where collectives run.
+            alone: There is one rank.
+
+        Returns:
+            Number of the signal to stop for, the same on all ranks; 0 for none.
+        """
+        if alone:
+            self.agreed = self.agreed or self.received
+        elif not self.agreed:
+            number = torch.tensor(self.received, device=device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            self.agreed = int(number)
+        return self.agreed
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

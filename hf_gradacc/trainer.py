@@ -12,10 +12,10 @@ which is the mean of the whole batch at once, and so is its gradient.
 Only the files ``trainer*.py`` touch the stock Trainer's internals, one theme each, and
 ``tests/test_stock_contract.py`` asserts what they rely on. From the inside out: ``trainer_speed``
 lays a micro-batch out, ``trainer_ranks`` holds gradients back, ``trainer_loss`` weighs,
-``trainer_noise`` listens, ``trainer_numbers`` lets only finite sums through, ``trainer_guard``
-rolls back, ``trainer_tuning`` tries budgets; ``trainer_save``, ``trainer_resume`` and
-``trainer_data`` bring the data and find the place in it; ``trainer_metrics`` keeps other trainers'
-metrics true.
+``trainer_noise`` listens, ``trainer_numbers`` lets only finite sums through, ``trainer_stop`` heeds
+signals, ``trainer_guard`` rolls back, ``trainer_tuning`` tries budgets; ``trainer_save``,
+``trainer_resume`` and ``trainer_data`` bring the data and find the place in it;
+``trainer_metrics`` keeps other trainers' metrics true.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
                                               what the user asked for
     ``_prepare_for_training``                 asks the model how its loss counts
     ``get_batch_samples``                     hands out one update
-    ``train``                                 SIGTERM and SIGINT end it after a whole update
+    ``train``                                 SIGTERM and SIGINT end it after a whole update,
+    ``_evaluate``, ``_determine_best_metric`` or break an evaluation off
     ``training_step``                         the weight rule; the time after is the optimizer's
     ``_clip_grad_norm``, ``_get_grad_norm``   nothing non-finite goes on to the optimizer
     ``compute_loss``                          label smoothing that keeps the model's own loss

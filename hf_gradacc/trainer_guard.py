@@ -21,9 +21,8 @@ from hf_gradacc.outcome import Outcome
 from hf_gradacc.recut import can_slice, cut_to_cap, row_lengths
 from hf_gradacc.reduction import trainable
 from hf_gradacc.rollback import Rollback
-from hf_gradacc.signals import StopSignals
 from hf_gradacc.tracking import record_event
-from hf_gradacc.trainer_numbers import CheckedNumbers
+from hf_gradacc.trainer_stop import StoppableRuns
 from hf_gradacc.update import MicroBatch, Update
 
 logger = logging.get_logger(__name__)
@@ -31,7 +30,7 @@ logger = logging.get_logger(__name__)
 __all__ = ["GuardedUpdates"]
 
 
-class GuardedUpdates(CheckedNumbers):
+class GuardedUpdates(StoppableRuns):
     """Overrides that keep failures inside an update from touching the run."""
 
     _running: MicroBatch | None = None
@@ -42,9 +41,7 @@ class GuardedUpdates(CheckedNumbers):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.budget = MemoryBudget()
-        self.stop_signals = StopSignals()
         self.add_callback(self.budget)
-        self.add_callback(self.stop_signals)
 
     # ---- around the run ------------------------------------------------------------------------
 
@@ -58,6 +55,7 @@ class GuardedUpdates(CheckedNumbers):
         GuardedUpdates._runs += 1
         try:
             result = super().train(*args, **kwargs)
+            self._stop_at_end()
         except Exception as error:
             told = last_words.explain(self._explain_end(error))
             if told is error:

@@ -35,6 +35,7 @@ class WholeCheckpoints(Trainer):
 
     _staging: Path | None = None
     _save_error: Exception | None = None
+    _saved_step = -1
 
     # ---- finding -------------------------------------------------------------------------------
 
@@ -127,6 +128,7 @@ class WholeCheckpoints(Trainer):
         if problem is None and self.args.local_process_index == 0 and staged.is_dir():
             _complete(staged, final)  # a disk of this node's own, without rank 0's files
         if problem is None:
+            self._saved_step = self.state.global_step
             self._rotate(run_dir)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(final))

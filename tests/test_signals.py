@@ -23,13 +23,14 @@ ROWS = ragged_rows(24, seed=5)
 class Tell(TrainerCallback):
     """Sends this process a signal in the middle of an update."""
 
-    def __init__(self, number, *, step, times=1):
-        self.number, self.step, self.times = number, step, times
+    def __init__(self, number, *, step, times=1, pause=0.0):
+        self.number, self.step, self.times, self.pause = number, step, times, pause
 
     def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
+                time.sleep(self.pause)
             self.step = None
 
 
@@ -68,11 +69,96 @@ def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
 
 
 def test_a_second_signal_acts_at_once(tmp_path):
-    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2))
+    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=1.1))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 1
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_the_same_signal_twice_within_moments_is_one_request(tmp_path):
+    """Ctrl-C reaches a rank from the terminal, and again from torchrun, which passes it on."""
+    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=0.1))
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 130
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# ---- between updates ---------------------------------------------------------------------------
+
+
+class TellWhile(TrainerCallback):
+    """Sends this process a signal at an event of the trainer, once."""
+
+    def __init__(self, event, *, number=signal.SIGTERM, after=0):
+        self.number, self.after, self.seen = number, after, 0
+        setattr(self, f"on_{event}", self._tell)
+
+    def _tell(self, args, state, control, **kwargs):
+        self.seen += 1
+        if self.seen == self.after + 1:
+            os.kill(os.getpid(), self.number)
+
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+
+
+def test_an_evaluation_is_broken_off_and_no_other_update_begins(tmp_path):
+    tell = TellWhile("prediction_step", after=3)
+    _, trainer = make(tmp_path, tell, eval_dataset=ROWS, save_strategy="no", **EVALUATING)
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert tell.seen == 4  # of twelve batches
+    assert trainer.state.global_step == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def test_an_evaluation_broken_off_is_nobodys_best(tmp_path):
+    options = {
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_loss",
+        "load_best_model_at_end": True,
+    }
+    tell = TellWhile("prediction_step", after=14)  # the second evaluation
+    _, trainer = make(tmp_path, tell, eval_dataset=ROWS, **EVALUATING | options)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_global_step == 2
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_save_is_finished_and_no_other_update_begins(tmp_path):
+    tell = TellWhile("save")
+    recorder = Recorder()
+    _, trainer = make(tmp_path, tell, recorder, save_strategy="steps", save_steps=2)
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert trainer.state.global_step == 2
+    assert recorder.events.count("save") == 1
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_before_the_first_update_it_still_leaves_a_checkpoint(tmp_path):
+    _, trainer = make(tmp_path, TellWhile("train_begin"), save_strategy="no")
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_after_the_last_update_the_model_is_saved_before_the_exit(tmp_path):
+    _, trainer = make(tmp_path, TellWhile("train_end"), save_strategy="no")
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert trainer.state.global_step == 4
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_a_handler_of_the_users_own_stays_in_charge(tmp_path):
@@ -95,9 +181,14 @@ def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     assert trainer.state.global_step == 4
 
 
-def test_all_ranks_stop_after_the_same_update_whoever_was_told(tmp_path):
-    first, second = run_ranks(train_and_be_told_to_stop, 2, out=str(tmp_path), told_rank=1, step=1)
-    assert first == second == {"code": 143, "steps": 2, "saved": ["checkpoint-2"]}
+def test_all_ranks_stop_at_the_same_place_whoever_was_told(tmp_path):
+    events = {"step_begin": 1, "prediction_step": 3}
+    first, second = run_ranks(
+        train_and_be_told_to_stop, 2, out=str(tmp_path), told_rank=1, events=events
+    )
+    in_update = {"code": 143, "steps": 2, "saved": ["checkpoint-2"], "evaluated": False}
+    in_evaluation = {"code": 143, "steps": 3, "saved": ["checkpoint-3"], "evaluated": False}
+    assert first == second == {"step_begin": in_update, "prediction_step": in_evaluation}
 
 
 def test_loader_workers_that_get_the_signal_too_do_not_end_the_update(tmp_path):

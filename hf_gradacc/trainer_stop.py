@@ -1,0 +1,72 @@
+"""The Trainer's way out on a signal: soon, on all ranks, after whole updates that are saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_gradacc.signals import EvaluationStopped, StopSignals
+from hf_gradacc.trainer_numbers import CheckedNumbers
+
+__all__ = ["StoppableRuns"]
+
+
+class StoppableRuns(CheckedNumbers):
+    """Overrides around what lies between updates. Within one, `trainer_guard` passes signals on."""
+
+    _saved_step = -1
+    _is_evaluating = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop_signals = StopSignals()
+        self.add_callback(self.stop_signals)
+
+    def _asked_to_stop(self) -> bool:
+        """Say whether any rank got a signal. Every rank calls it, at the same place."""
+        alone = self.args.world_size == 1
+        return bool(self.stop_signals.agree(self.args.device, alone=alone))
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **kwargs: Any
+    ) -> None:
+        """Stop right after an evaluation or a save that a signal came in, not an update later."""
+        lasts = self.control.should_evaluate or self.control.should_save
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **kwargs)
+        if lasts and self._asked_to_stop():
+            self.control.should_training_stop = True
+            self._save_where_none_is(model, trial)
+
+    def _save_where_none_is(self, model: nn.Module, trial: Any = None) -> None:
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _stop_at_end(self) -> None:
+        """Save what a signal after the last update would leave unsaved, since the exit follows."""
+        if self._asked_to_stop() and not self.args.load_best_model_at_end:
+            self._save_where_none_is(self.model_wrapped)
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate while training; a signal breaks it off, since there may be seconds left."""
+        self._is_evaluating = True
+        try:
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            return {}
+        finally:
+            self._is_evaluating = False
+        return metrics
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Look for a signal before each batch; ranks have equally many."""
+        if self._is_evaluating and self._asked_to_stop():
+            raise EvaluationStopped
+        return super().prediction_step(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Call no checkpoint the best for an evaluation that was broken off."""
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
