@@ -170,7 +170,9 @@ def _print_memory(memory: MemoryEstimate, plan: RecipePlan, console: Console) ->
     parameters = f"{memory.num_parameters:,} parameters, {share:.1%} of them trained"
     sharded = f", over {memory.shards} ranks" if memory.shards > 1 else ""
     table.add_row("weights", _bytes(memory.weights / memory.shards), parameters + sharded)
-    table.add_row("gradients", _bytes(memory.gradients / memory.shards), "")
+    sums = f"{_bytes(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
+    in_float32 = sums if memory.float32_sums else ""
+    table.add_row("gradients", _bytes(memory.gradients / memory.shards), in_float32)
     table.add_row("optimizer", _bytes(memory.optimizer / memory.shards), "")
     largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
     table.add_row("activations", _bytes(memory.activations), largest)

@@ -36,6 +36,7 @@ class MemoryEstimate:
         activations: Bytes kept for the backward of the largest micro-batch.
         logits: Bytes of its logits and their gradient; of a chunk of them where the loss is
             taken in chunks.
+        float32_sums: Bytes of `gradients` that go beyond the weights' own type.
         shards: Ranks that weights, gradients and optimizer state are spread over.
     """
 
@@ -46,6 +47,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    float32_sums: int = 0
     shards: int = 1
 
     @property
@@ -85,8 +87,10 @@ def estimate_memory(
     if recipe.peft.method == "qlora":  # half a byte and a scale per block; embeddings stay
         weights = int((total - in_embeddings) * 0.53) + in_embeddings * 2
     trained_bytes = 4 if recipe.peft.method != "none" else bytes_each
-    half = trained_bytes < 4
-    gradients = trainable * (trained_bytes + (4 if half else 0))
+    sharded = bool(recipe.train.get("fsdp") or recipe.train.get("deepspeed"))
+    # Gradients of bf16 and fp16 weights are float32 until each is cast for the optimizer.
+    widened = trained_bytes < 4 and arguments.accumulate_grads_in_fp32 is not False
+    float32_sums = trainable * (4 - trained_bytes) if widened and not sharded else 0
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     states = next((n for name, n in _STATES.items() if name in optimizer), 2)
     eight_bit = "8bit" in optimizer
@@ -104,15 +108,15 @@ def estimate_memory(
     if recipe.model.task == "causal_lm" and arguments.chunked_loss is not False:
         device_type = arguments.device.type
         at_once = min(largest, rows_per_chunk(classes, device_type=device_type))
-    sharded = bool(recipe.train.get("fsdp") or recipe.train.get("deepspeed"))
     return MemoryEstimate(
         num_parameters=total,
         num_trainable=trainable,
         weights=weights,
-        gradients=gradients,
+        gradients=trainable * trained_bytes + float32_sums,
         optimizer=trainable * states * (1 if eight_bit else trained_bytes),
         activations=largest * (per_token * layers + one_layer),
         # The logits in the model's type, and in float32 for the loss with their gradient.
         logits=at_once * classes * (compute + 4 + 4),
+        float32_sums=float32_sums,
         shards=world_size if sharded else 1,
     )

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
@@ -20,7 +20,7 @@ from hf_gradacc.report import build_report
 from hf_gradacc.tracking_facts import describe_run
 from hf_gradacc.tracking_file import RunFile, kind_of
 from hf_gradacc.tracking_state import VERDICT, recall, remember
-from hf_gradacc.tracking_terminal import PlanAndSummary, UpdateProgress
+from hf_gradacc.tracking_terminal import PlanAndSummary, RowPrinter, UpdateProgress
 from hf_gradacc.tracking_wandb import GradAccWandbCallback
 from hf_gradacc.tracking_wandb_ranks import RankRuns, find_rank_runs
 from hf_gradacc.tracking_wandb_start import ensure_wandb_mode
@@ -156,6 +156,8 @@ def install_tracking(trainer: Any) -> None:
             callbacks[position] = GradAccWandbCallback()
         elif type(callback) is ProgressCallback:
             callbacks[position] = UpdateProgress(callback.max_str_len)
+        elif type(callback) is PrinterCallback:
+            callbacks[position] = RowPrinter()
     if getattr(trainer.args, "wandb_per_rank", False) and find_rank_runs(trainer) is None:
         if any(isinstance(callback, WandbCallback) for callback in callbacks):
             trainer.add_callback(RankRuns())  # after W&B's own, whose run it looks up

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_gradacc.report_words import duration, quantity
@@ -16,7 +17,26 @@ from hf_gradacc.tracking_file import RUN_NAME, RunFile, kind_of
 from hf_gradacc.tracking_parity import describe_parity
 from hf_gradacc.tracking_state import VERDICT, recall
 
-__all__ = ["PlanAndSummary", "UpdateProgress", "describe_evaluation", "describe_row"]
+__all__ = [
+    "PlanAndSummary",
+    "RowPrinter",
+    "UpdateProgress",
+    "describe_evaluation",
+    "describe_row",
+]
+
+
+def _if_it_can_be_written(method: Callable[..., None]) -> Callable[..., None]:
+    """Leave words unsaid that cannot be written: output may go to a file on a full disk."""
+
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            method(*args, **kwargs)
+        except OSError:
+            return
+
+    return guarded
 
 
 class PlanAndSummary(TrainerCallback):
@@ -30,6 +50,7 @@ class PlanAndSummary(TrainerCallback):
         self._started = 0.0
         self._first_step = 0
 
+    @_if_it_can_be_written
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the plan."""
         self._started, self._first_step = time.monotonic(), state.global_step
@@ -42,6 +63,7 @@ class PlanAndSummary(TrainerCallback):
             )
             print(_table(_title(args), _plan(args, state, facts, kwargs.get("train_dataloader"))))
 
+    @_if_it_can_be_written
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print what was trained, where it lies, and what to run next."""
         if state.is_world_process_zero and _may_speak(args):
@@ -50,9 +72,23 @@ class PlanAndSummary(TrainerCallback):
             print(_table(head, _next_steps(args, state)))
 
 
+class RowPrinter(PrinterCallback):
+    """The stock printer of rows, for output without a progress bar."""
+
+    on_log = _if_it_can_be_written(PrinterCallback.on_log)
+
+
 class UpdateProgress(ProgressCallback):
     """The stock progress bar, with loss and speed in it, and log rows a person can read."""
 
+    on_train_begin = _if_it_can_be_written(ProgressCallback.on_train_begin)
+    on_step_end = _if_it_can_be_written(ProgressCallback.on_step_end)
+    on_prediction_step = _if_it_can_be_written(ProgressCallback.on_prediction_step)
+    on_evaluate = _if_it_can_be_written(ProgressCallback.on_evaluate)
+    on_predict = _if_it_can_be_written(ProgressCallback.on_predict)
+    on_train_end = _if_it_can_be_written(ProgressCallback.on_train_end)
+
+    @_if_it_can_be_written
     def on_log(
         self,
         args: Any,

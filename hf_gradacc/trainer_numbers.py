@@ -148,8 +148,8 @@ class CheckedNumbers(MeasuredNoise):
                     self._update.micro_batches,
                     lambda mb: self._run_micro_batch(model, mb, self._global_stats.num_targets),
                 )
-            except RuntimeError as error:
-                text = f"running it again failed ({error})"
+            except Exception as error:  # the other ranks wait below for what this one found
+                text = f"running it again failed ({type(error).__name__}: {error})"
             self._rollback.restore()
         after.restore()
         if self.args.world_size > 1:

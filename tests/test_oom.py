@@ -1,6 +1,8 @@
 """Out of memory: an update that fails is run again finer, and nothing else of the run changes."""
 
+import contextlib
 import functools
+import json
 import random
 import tempfile
 
@@ -10,6 +12,7 @@ import torch
 from support.failing import (
     Failure,
     beyond,
+    run_out_of_memory_while_sharded,
     same,
     train,
     train_in_little_memory,
@@ -18,9 +21,11 @@ from support.failing import (
 from support.ranks import run_ranks
 from support.reference import float64_everywhere
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
+from transformers import TrainerCallback
 
 from hf_gradacc import MemoryBudgetError
 from hf_gradacc.oom import MemoryBudget, is_out_of_memory
+from hf_gradacc.tracking_file import LOG_NAME, read_log
 
 NUM_MICRO_BATCHES = 3  # of the first update, at 40 tokens each
 
@@ -84,6 +89,74 @@ def test_adapters_recover_like_whole_weights(tmp_path):
     assert failing["raised"] > 0
     assert len(failing["optimizer"]) == 8  # the adapters' weights and nothing else
     assert same(failing, calm)
+
+
+CASES = {
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "bf16 weights, summed in float32": {"model": {"dtype": torch.bfloat16}},
+    "bf16 weights, once in one piece": {
+        "model": {"dtype": torch.bfloat16},
+        "max_tokens_per_micro_batch": 4000,
+    },
+    "packed": {"layout": "packed", "model": {"attn_implementation": "sdpa"}},
+    "smoothed": {"label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at them
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_leaves_no_trace_however_the_model_runs(tmp_path, monkeypatch, case, where):
+    # Recomputation and dynamo do not go together with what makes everything float64.
+    monkeypatch.setattr("support.failing.float64_everywhere", contextlib.nullcontext)
+    options = {**CASES[case]}
+    options["model"] = {"dtype": torch.float32} | options.get("model", {})
+    options["optim"] = "adamw_torch"
+    failing = train(tmp_path / "failing", failure={"when": beyond(40), "where": where}, **options)
+    calm = train(tmp_path / "calm", lower=(0, failing["cap"]), **options)
+    assert failing["raised"] > 0
+    assert same(failing, calm)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"noise_scale_every": 1},
+        {"max_tokens_per_micro_batch": "auto", "num_train_epochs": 6, "noise_scale_every": 3},
+    ],
+    ids=["noise measured", "budget tuned"],
+)
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_update_that_is_measured_or_timed_is_no_exception(tmp_path, where, options):
+    options = {**options, "learning_rate": 1e-3}
+    failing = train(tmp_path / "failing", failure={"when": beyond(40), "where": where}, **options)
+    events = [row for row in read_log(tmp_path / "failing" / LOG_NAME) if "event" in row]
+    step = max(row["step"] for row in events if row["event"] == "out_of_memory")
+    calm = train(tmp_path / "calm", lower=(step - 1, failing["cap"]), **options)
+    assert failing["raised"] > 0
+    assert same(failing, calm)
+    assert ("noise_scale_every" not in options) or len(failing["noise"]) > 0
+    assert failing["noise"] == calm["noise"]
+
+
+def test_a_loss_of_the_users_own_is_inside_too(tmp_path):
+    def loss_within(tokens):
+        def loss(outputs, labels, num_items_in_batch=None):
+            if outputs["logits"].requires_grad and labels.numel() > tokens:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            logits = outputs["logits"][:, :-1].flatten(0, 1)
+            return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+        return {"trainer_options": {"compute_loss_func": loss}}
+
+    failing = train(tmp_path / "failing", **loss_within(40))
+    assert failing["cap"] == 32
+    assert same(failing, train(tmp_path / "calm", max_tokens_per_micro_batch=32, **loss_within(99)))
 
 
 def test_workers_that_still_hand_out_large_micro_batches_are_cut_down(tmp_path):
@@ -205,6 +278,30 @@ def test_no_rank_hangs_when_another_cannot_go_on(tmp_path):
     assert "another rank failed" in second["some other error"]["text"]
 
 
+def test_of_three_ranks_one_may_run_out_where_another_has_nothing_to_do(tmp_path):
+    base = {"effective_batch_size": 14, "max_tokens_per_micro_batch": 60, "optim": "adamw_torch"}
+    rows = ragged_rows(29, seed=5)  # the last update holds one row: two ranks have none
+    scenarios = {
+        "calm": {**base, "rows": rows, "max_tokens_per_micro_batch": 15},
+        "failing": {**base, "rows": rows, "where": "backward", "on_ranks": (2,), "limit": 15},
+    }
+    results = run_ranks(train_ranks, 3, scenarios=scenarios)
+    for result in results:
+        assert "error" not in result["failing"], result["failing"]
+        assert result["failing"]["cap"] == 15
+        assert same(result["failing"], result["calm"])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_inside_a_collective_all_ranks_stop_and_say_which_failed(where):
+    first, second = run_ranks(run_out_of_memory_while_sharded, 2, where=where, timeout=100)
+    assert second[0] == "MemoryBudgetError"
+    assert "cannot be undone" in second[1]
+    assert "smaller max_tokens_per_micro_batch" in second[1]
+    assert first[0] == "RankFailedError"
+    assert first[1].startswith("rank 1 failed with MemoryBudgetError: out of memory")
+
+
 # ---- one row too long --------------------------------------------------------------------------
 
 
@@ -240,8 +337,67 @@ def test_a_row_that_does_not_fit_is_refused_by_name(tmp_path):
             failure={"when": beyond(200)},
             max_tokens_per_micro_batch=512,
         )
-    for part in ("row 17", "250 tokens", "the row alone", "max_length", "gradient_checkpointing"):
+    for part in (
+        "row 17",
+        "250 tokens",
+        "the row alone",
+        "The allocator said: CUDA out of memory. Tried to allocate 2 GiB.",
+        "max_length",
+        "gradient_checkpointing",
+    ):
         assert part in str(caught.value)
+
+
+# ---- where no finer cut helps ------------------------------------------------------------------
+
+
+class At(TrainerCallback):
+    """Runs out of memory at an event of the trainer, once."""
+
+    def __init__(self, event, *, step=1):
+        self.step = step
+        setattr(self, f"on_{event}", self._raise)
+
+    def _raise(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+
+def test_between_micro_batches_it_is_as_in_one(tmp_path):
+    failing = train(tmp_path / "failing", callbacks=[At("substep_end")])
+    assert failing["cap"] is not None
+    assert same(failing, train(tmp_path / "calm", lower=(1, failing["cap"])))
+
+
+@pytest.mark.parametrize(
+    ("event", "place", "way_out"),
+    [
+        ("step_begin", "beside the micro-batches", "max_tokens_per_micro_batch"),
+        ("pre_optimizer_step", "the optimizer's step", "adamw_8bit"),
+        ("optimizer_step", "Weights may have been stepped in part", "LoRA"),
+        ("evaluate", "between updates", "eval_accumulation_steps = 1"),
+    ],
+)
+def test_elsewhere_it_is_an_error_that_says_where_and_what_to_set(tmp_path, event, place, way_out):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": ragged_rows(4)}
+    with pytest.raises(MemoryBudgetError) as caught:
+        train(tmp_path, callbacks=[At(event)], **options)
+    text = str(caught.value)
+    assert place in text
+    assert way_out in text
+    assert "Tried to allocate 2 GiB." in text
+    assert "More." not in text
+    assert "last checkpoint" in text
+
+
+def test_before_the_first_update_it_says_that_not_even_a_few_rows_fit(tmp_path):
+    def fail(model):
+        Failure(model, beyond(0), evaluation=True)
+
+    with pytest.raises(MemoryBudgetError, match="before the first update") as caught:
+        train(tmp_path, prepare=fail)
+    assert "last checkpoint" not in str(caught.value)
 
 
 # ---- what is no recovery -----------------------------------------------------------------------
@@ -311,6 +467,38 @@ def test_the_budget_grows_back_after_many_updates_and_more_slowly_each_time():
     assert budget.cap == 512
 
 
+def test_a_budget_on_trial_is_on_trial_after_a_resume_too():
+    budget = MemoryBudget()
+    budget.shrink_to(256, asked=1024)
+    for _ in range(256):
+        budget.note_success()
+    resumed = MemoryBudget()
+    resumed.restore(json.loads(json.dumps(budget.state())))
+    for one in (budget, resumed):
+        one.shrink_to(256)
+    assert resumed.state() == budget.state()
+    assert resumed.patience == 512
+    resumed.restore(None)  # a run of its own
+    assert resumed.state() == MemoryBudget().state()
+
+
+def test_a_budget_that_has_grown_back_cuts_as_before(tmp_path, monkeypatch):
+    options = {"num_train_epochs": 4, "model": {"attention_dropout": 0.0}}
+    monkeypatch.setattr(MemoryBudget.__init__, "__defaults__", (None, None, 0, 5, False))
+    failing = train(
+        tmp_path / "failing", failure={"when": lambda rows, width, seen: seen == 0}, **options
+    )
+    calm = train(tmp_path / "calm", **options)
+    cut, whole = (
+        [row["micro_batches_per_update"] for row in run["logs"]] for run in (failing, calm)
+    )
+    assert failing["raised"] == 1
+    assert failing["cap"] is None
+    assert all(finer > coarse for finer, coarse in zip(cut[:5], whole[:5], strict=True))  # 16
+    assert all(finer <= coarse for finer, coarse in zip(cut[5:10], cut[:5], strict=True))  # 32
+    assert cut[10:] == whole[10:]  # 64, which was asked for
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -318,12 +506,46 @@ def test_the_budget_grows_back_after_many_updates_and_more_slowly_each_time():
         "CUDA error: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "MPS backend out of memory (MPS allocated: 1 GB)",
-        "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory",
+        "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasLtMatmul",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+        "HIP out of memory. Tried to allocate 256.00 MiB",
+        "HIP error: out of memory",
+        "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling hipblasCreate",
+        "XPU out of memory. Tried to allocate 1.00 GiB",
+        "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "NPU out of memory. Tried to allocate 2.00 GiB",
+        "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes",
+        "Triton Error [CUDA]: out of memory",
     ],
 )
 def test_each_backends_words_for_it_are_known(message):
     assert is_out_of_memory(RuntimeError(message))
     assert not is_out_of_memory(ValueError(message))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x4)"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        MemoryBudgetError("row 3 does not fit: CUDA out of memory."),
+    ],
+    ids=str,
+)
+def test_other_trouble_is_not_taken_for_it(error):
+    assert not is_out_of_memory(error)
+
+
+def test_a_kind_of_its_own_and_pythons_are_known():
+    assert is_out_of_memory(torch.OutOfMemoryError("whatever"))
+    assert is_out_of_memory(MemoryError())
 
 
 def test_a_real_allocator_that_gives_up_is_recovered_from():

@@ -7,7 +7,7 @@ from hf_gradacc.cli_plan import give_advice
 from hf_gradacc.modeling import apply_peft, load_model
 from hf_gradacc.recipe_memory import estimate_memory
 from hf_gradacc.recipe_plan import plan_recipe
-from hf_gradacc.recipe_sections import Recipe
+from hf_gradacc.recipe_sections import PeftSection, Recipe
 
 LENGTHS = [2, 3, 4, 5, 6, 7, 30]
 
@@ -117,3 +117,27 @@ def test_memory_counts_the_weights_that_a_real_model_has(method):
         sharded, tokenizer=Tokenizer(), arguments=arguments(), largest=64, world_size=4
     )
     assert spread.total < memory.total
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "bytes_each"),
+    [
+        ({}, {}, 4),  # summed in float32, each cast as it goes to the optimizer
+        ({"accumulate_grads_in_fp32": False}, {}, 2),
+        ({}, {"train": {"fsdp": True}}, 2),  # the engine reduces in a type of its own
+        ({}, {"peft": PeftSection(method="lora")}, 4),  # peft keeps adapters in float32
+    ],
+    ids=["summed in float32", "asked not to", "sharded", "adapters"],
+)
+def test_memory_counts_float32_sums_of_bfloat16_weights(options, changes, bytes_each):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "dtype": "bfloat16"}
+    model = {"config": {"model_type": "llama", **sizes}, "dtype": "bfloat16"}
+    recipe = Recipe.model_validate({"model": model, "data": {"train": "rows.jsonl"}})
+    recipe = recipe.model_copy(update=changes)
+    memory = estimate_memory(
+        recipe, tokenizer=Tokenizer(), arguments=arguments(**options), largest=64
+    )
+    assert memory.gradients == bytes_each * memory.num_trainable
+    beyond = 2 if bytes_each == 4 and not changes else 0
+    assert memory.float32_sums == beyond * memory.num_trainable

@@ -132,6 +132,7 @@ def train(
         ],
         "raised": injected.raised if injected else 0,
         "cap": trainer.budget.cap,
+        "noise": [] if trainer._noise is None else trainer._noise.meter.state(),
         "random": torch.rand(3),
     }
 
@@ -182,6 +183,28 @@ def train_ranks(scenarios: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 result = {"error": type(caught).__name__, "text": str(caught)}
         results[name] = result
     return results
+
+
+def run_out_of_memory_while_sharded(where: str) -> tuple[str, str]:
+    """Train under FSDP2; one rank runs out of memory inside of a forward or backward.
+
+    Returns:
+        What kind of error ended this rank, and its words.
+    """
+    import os
+    import tempfile
+
+    from .rank_jobs import FSDP2, allow_sharding_on_cpu
+
+    allow_sharding_on_cpu()
+    fails = os.environ["RANK"] == "1"
+    failure = {"when": lambda rows, width, seen: seen == 4, "where": where} if fails else None
+    with tempfile.TemporaryDirectory() as out:
+        try:
+            train(out, failure=failure, **FSDP2)
+        except Exception as caught:
+            return type(caught).__name__, str(caught)
+    return "", ""
 
 
 POISON = 1  # a token that no row holds by itself
@@ -235,6 +258,7 @@ __all__ = [
     "VOCABULARY",
     "Failure",
     "beyond",
+    "run_out_of_memory_while_sharded",
     "same",
     "train",
     "train_in_little_memory",
