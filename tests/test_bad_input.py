@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_gradacc import ConfigError, DataError, GradAccArguments, GradAccTrainer, LossError
@@ -165,3 +166,53 @@ def run(tmp_path, rows, **options):
     trainer = make_trainer(tmp_path, rows, **options)
     trainer.train()
     return trainer
+
+
+class Broken(list):
+    """Rows of which one lies on a bad block."""
+
+    def __getitem__(self, index):
+        if index == 27:
+            raise OSError(5, "Input/output error")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_read_is_named(tmp_path, workers):
+    trainer = make_trainer(
+        tmp_path,
+        Broken(ragged_rows(30)),
+        effective_batch_size=6,
+        dataloader_num_workers=workers,
+    )
+    with pytest.raises(DataError) as caught:
+        trainer.train()
+    assert "row 27 of the training dataset cannot be read" in str(caught.value)
+    assert "OSError: [Errno 5] Input/output error" in str(caught.value)
+
+
+def test_a_stream_that_breaks_says_how_far_it_was_read(tmp_path):
+    class Breaking(IterableDataset):
+        def __iter__(self):
+            yield from ragged_rows(20)
+            raise ConnectionError("the server went away")
+
+    trainer = make_trainer(tmp_path, Breaking(), effective_batch_size=6, max_steps=9)
+    with pytest.raises(DataError, match="failed after 20 rows of epoch 0: ConnectionError: the"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_the_collator_fails_on_are_named(tmp_path, workers):
+    rows = ragged_rows(30)
+    rows[27]["labels"] = [*rows[27]["labels"][:-1], "x"]
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        effective_batch_size=6,
+        per_device_train_batch_size=1,
+        dataloader_num_workers=workers,
+    )
+    with pytest.raises(DataError, match="the data collator failed on rows 27 of the training"):
+        trainer.train()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.failing import train_ranks
+from support.failing import Failure, train_ranks
 from support.ranks import run_ranks
 from support.tiny import log_rows, make_trainer, ragged_rows, tiny_llama
 
@@ -77,6 +77,60 @@ def test_an_error_names_step_micro_batch_rows_and_tensor(tmp_path):
     assert len(rows) == 2
     assert "the loss is NaN" in text
     assert "on_non_finite = 'skip'" in text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_are_named_by_their_place_in_the_dataset_shuffled_and_cut_again(tmp_path, workers):
+    model = tiny_llama()
+    trainer = make_trainer(
+        tmp_path,
+        poisoned(17),
+        model=model,
+        trainer_class=Poison,
+        effective_batch_size=12,
+        per_device_train_batch_size=6,
+        dataloader_num_workers=workers,
+        seed=5,
+    )
+    Failure(model, lambda rows, width, seen: rows > 1)
+    with pytest.raises(NonFiniteError, match=r"\(row 17 of the dataset\) the loss is NaN"):
+        trainer.train()
+    assert trainer.budget.cap is not None
+
+
+def test_infinities_are_told_from_nan(tmp_path):
+    class Infinite(Poison):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = GradAccTrainer.compute_loss(self, model, inputs, *args, **kwargs)
+            bad = model.training and bool((inputs["input_ids"] == POISON).any())
+            return loss * math.inf if bad else loss
+
+    with pytest.raises(NonFiniteError, match=r"the loss is infinite"):
+        run(tmp_path, 14, trainer_class=Infinite)
+
+
+def test_the_count_of_skipped_updates_goes_on_after_a_resume(tmp_path):
+    options = {"on_non_finite": "skip", "save_strategy": "steps", "save_steps": 1}
+    options |= {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    whole, straight = run(tmp_path / "straight", 1, 14, **options)
+    resumed = tiny_llama()
+    run(tmp_path / "stopped", 1, 14, **options)
+    trainer = make_trainer(
+        tmp_path / "stopped",
+        poisoned(1, 14),
+        model=resumed,
+        trainer_class=Poison,
+        train_sampling_strategy="sequential",
+        effective_batch_size=6,
+        per_device_train_batch_size=2,
+        max_grad_norm=1.0,
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    counts = [row.get("skipped_updates") for row in log_rows(trainer)]
+    assert counts == [row.get("skipped_updates") for row in log_rows(straight)]
+    for weight, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(weight, other)
 
 
 def test_the_first_module_that_gives_nan_is_named(tmp_path):

@@ -60,7 +60,7 @@ def assert_same(actual, expected):
             assert float((mine[name] - gradient).abs().max()) <= 1e-12 * scale, name
 
 
-def translate(out, *, mixed, **options):
+def translate(out, *, mixed, in_little_memory=False, **options):
     draw = random.Random(0)
 
     def ids(shortest, longest):
@@ -102,7 +102,23 @@ def translate(out, *, mixed, **options):
             callbacks=[recorder],
         )
         trainer.train()
+        if in_little_memory:
+            model.model.decoder.register_forward_pre_hook(_refuse_more_than_two, with_kwargs=True)
         return recorder.gradients, trainer.evaluate()
+
+
+def _refuse_more_than_two(module, args, kwargs):
+    if not module.training and len(kwargs["input_ids"]) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_generation_that_runs_out_of_memory_goes_on_with_fewer_rows_and_gives_the_same(tmp_path):
+    options = {"mixed": True, "effective_batch_size": 14, "per_device_eval_batch_size": 5}
+    options |= {"generation_max_length": 9}
+    _, calm = translate(tmp_path / "calm", **options)
+    _, tight = translate(tmp_path / "tight", in_little_memory=True, **options)
+    assert tight["eval_loss"] == pytest.approx(calm["eval_loss"], rel=1e-12)
+    assert tight["eval_tokens"] == calm["eval_tokens"]
 
 
 def test_seq2seq_gives_the_gradient_of_the_whole_update_and_still_generates(tmp_path):
