@@ -16,17 +16,25 @@ from hf_gradacc.errors import DataError, LossError
 
 __all__ = ["refuse_by_name"]
 
+# Of TRL 1.16, `trl.experimental` included; every Trainer it ships stands in one of these three.
+_MEANS_OVER_ROWS = {"DPOTrainer", "KTOTrainer", "RewardTrainer", "SFTTrainer", "TPOTrainer"}
 _GENERATING = {
+    "A2POTrainer",
+    "AsyncDistillationTrainer",
+    "AsyncGRPOTrainer",
     "DistillationTrainer",
     "GKDTrainer",
+    "GMPOTrainer",
     "GOLDTrainer",
     "GRPOTrainer",
+    "IWOPDTrainer",
     "OnlineDPOTrainer",
-    "PPOTrainer",
     "RLOOTrainer",
     "SDFTTrainer",
+    "SDPOTrainer",
+    "ServerDistillationTrainer",
 }
-_RUNNING_MEAN = {"BCOTrainer"}
+_TWO_MEANS = {"CPOTrainer", "ORPOTrainer"}
 _DPO_LOSSES = {
     "aot": "sorts the pairs of a micro-batch against each other",
     "aot_unpaired": "sorts the answers of a micro-batch against each other",
@@ -56,14 +64,30 @@ def refuse_by_name(trainer: Any) -> None:
     names = {cls.__name__ for cls in type(trainer).__mro__}
     for name in sorted(names & _GENERATING):
         raise LossError(
-            f"{name} generates what it trains on, and compares answers of a group with each "
-            f"other: its updates are not rows of a dataset that may be cut anywhere.\n"
-            f"  Use {name} without GradAccMixin."
+            f"{name} generates what it trains on, or has it scored elsewhere, and compares answers "
+            f"of a group with each other: its updates are not rows of a dataset that may be cut "
+            f"anywhere.\n  Use {name} without GradAccMixin."
         )
-    for name in sorted(names & _RUNNING_MEAN):
+    for name in sorted(names & _TWO_MEANS):
         raise LossError(
-            f"{name} shifts each loss by a running mean over the micro-batches before: how an "
-            f"update is cut shows in its gradient.\n  Use {name} without GradAccMixin."
+            f"{name} adds a mean over the tokens of the chosen answers to a mean over pairs: no "
+            f"weight makes pieces of both add up. It also gathers its metrics over ranks in every "
+            f"forward, where ranks with other numbers of micro-batches would wait forever.\n"
+            f"  Use DPOTrainer, or {name} without GradAccMixin."
+        )
+    for cls in type(trainer).__mro__:
+        theirs = cls.__module__.startswith("trl.") and cls.__name__.endswith("Trainer")
+        if theirs and cls.__name__ not in {"_BaseTrainer", *_MEANS_OVER_ROWS}:
+            raise LossError(
+                f"{cls.__name__} is a trainer of TRL that is not known here: whether its loss is a "
+                f"mean over rows of a dataset has not been looked at.\n"
+                f"  Use it without GradAccMixin, or one of {', '.join(sorted(_MEANS_OVER_ROWS))}."
+            )
+    if "TPOTrainer" in names and getattr(trainer, "tpo_alpha", 1.0) != 0:
+        raise LossError(
+            f"TPOTrainer with tpo_alpha = {getattr(trainer, 'tpo_alpha', 1.0)} adds a mean over "
+            f"the tokens of the reference answers to a mean over pairs: no weight makes pieces of "
+            f"both add up.\n  Set tpo_alpha = 0.0, or use TPOTrainer without GradAccMixin."
         )
     if "KTOTrainer" in names and getattr(trainer, "calculate_KL", True):
         raise LossError(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import Trainer
 
 pytest.importorskip("trl")
 
+import trl
 from support.ranks import run_ranks
 from support.reference import float64_everywhere
 from support.trl_cases import (
@@ -15,6 +21,7 @@ from support.trl_cases import (
     IN_STOCK_PIECES,
     ROWS_PER_UPDATE,
     WHOLE,
+    chat_rows,
     language_model,
     run,
     run_as_rank,
@@ -25,7 +32,7 @@ from support.trl_cases import (
 from trl import GRPOTrainer, RLOOTrainer
 
 from hf_gradacc.errors import LossError
-from hf_gradacc.refusals import refuse_by_name
+from hf_gradacc.refusals import _MEANS_OVER_ROWS, refuse_by_name
 
 # TRL's fused head gives float32 gradients of its own weights, whatever the model is in.
 TOLERANCE = dict.fromkeys(CASES, 1e-6) | {"reward": 1e-12, "dpo_lora": 1e-12}
@@ -269,11 +276,57 @@ def test_two_ranks_agree_with_one(name, ranks, pieces):
         ("dpo", {"loss_type": ["aot"]}, "sorts the pairs"),
         ("dpo", {"loss_type": ["aot_unpaired"]}, "sorts the answers"),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}, "mean over tokens"),
+        ("tpo", {"tpo_alpha": 0.5}, "TPOTrainer with tpo_alpha = 0.5 adds a mean over the tokens"),
     ],
 )
 def test_losses_that_compare_rows_are_refused_by_name(tmp_path, name, options, reason):
     with pytest.raises(LossError, match=reason):
         CASES[name].make(tmp_path, mixed=True, **options)
+
+
+def trainers_of_trl():
+    """The name of every trainer in TRL's source, `trl.experimental` included."""
+    found = set()
+    for path in Path(trl.__file__).parent.rglob("*.py"):
+        if {"trainer", "experimental"} & set(path.parts[-4:]):
+            found |= set(re.findall(r"^class ([A-Z]\w*Trainer)\(", path.read_text("utf-8"), re.M))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", trainers_of_trl())
+def test_every_trainer_of_trl_is_tested_to_be_exact_or_refused_by_name(name):
+    page = Path(__file__).resolve().parents[1] / "docs" / "subclassing.md"
+    assert f"`{name}`" in page.read_text("utf-8"), "and the page says which"
+    if name in _MEANS_OVER_ROWS:
+        assert name in {f"{case.trainer}Trainer" for case in CASES.values()}
+        return
+    kind = type(name, (Trainer,), {"__module__": "trl.experimental"})
+    with pytest.raises(LossError, match=f"{name} (generates what it trains on|adds a mean over)"):
+        refuse_by_name(kind.__new__(kind))
+
+
+def test_a_trainer_that_a_later_trl_brings_is_refused_until_it_has_been_looked_at():
+    unseen = type("NewTrainer", (Trainer,), {"__module__": "trl.trainer.new_trainer"})
+    own = type("OwnTrainer", (unseen,), {"__module__": "elsewhere"})
+    for kind in (unseen, own):
+        with pytest.raises(LossError, match="NewTrainer is a trainer of TRL that is not known"):
+            refuse_by_name(kind.__new__(kind))
+    refuse_by_name(SimpleNamespace())
+    assert len(trainers_of_trl()) >= 20
+
+
+def test_only_what_the_assistant_says_is_counted_and_trained(pieces):
+    """All tokens: prompt and answer. The assistant's: its words and the end of its turn."""
+    told = [
+        [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        for row in chat_rows()[:ROWS_PER_UPDATE]
+    ]
+    words = sum(len(tokenize(text)) + 1 for turns in told for text in turns)
+    assert pieces("sft_assistant").rows[0]["tokens_per_update"] == words
+    rows = sft_rows()[:ROWS_PER_UPDATE]
+    # The first token of a row has nothing before it; the end of the answer is a target.
+    every = sum(len(tokenize(row["prompt"] + row["completion"])) for row in rows)
+    assert pieces("sft_all_tokens").rows[0]["tokens_per_update"] == every
 
 
 @pytest.mark.parametrize("stock", [GRPOTrainer, RLOOTrainer])

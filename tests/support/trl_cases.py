@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import tempfile
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import trl
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
@@ -20,6 +20,7 @@ from hf_gradacc import GradAccMixin, GradAccOptions
 
 from .bytes_tokenizer import bytes_tokenizer
 from .reference import float64_everywhere
+from .templates import CHATML_TOKENS, TAGGED
 from .tiny import Recorder, tiny_llama
 
 transformers.logging.set_verbosity_error()
@@ -50,6 +51,19 @@ def sft_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
     return [{"prompt": texts(draw, 2, 8), "completion": texts(draw, 1, 24)} for _ in range(count)]
 
 
+def chat_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
+    """Conversations of one to three turns each way; only what the assistant says is trained."""
+    draw = random.Random(9)
+
+    def say(role: str) -> dict[str, str]:
+        return {"role": role, "content": texts(draw, 1, 8)}
+
+    return [
+        {"messages": [say(role) for role in ("user", "assistant") * (1 + i % 3)]}
+        for i in range(count)
+    ]
+
+
 def pair_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
     draw = random.Random(6)
     return [
@@ -60,6 +74,11 @@ def pair_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
         }
         for _ in range(count)
     ]
+
+
+def triple_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
+    draw = random.Random(8)
+    return [{**row, "reference": texts(draw, 1, 20)} for row in pair_rows(count)]
 
 
 def labelled_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
@@ -111,11 +130,14 @@ class Case:
     model: Any = language_model
     needs_reference: bool = False
     options: Any = None
+    home: str = "trl"
+    config: str | None = None
 
     def make(self, out: Any, *, mixed: bool, **options: Any) -> tuple[Any, Recorder]:
         """Make the trainer, with the mixin before it or as TRL ships it."""
-        stock_class = getattr(trl, f"{self.trainer}Trainer")
-        stock_arguments = getattr(trl, f"{self.trainer}Config")
+        home = importlib.import_module(self.home)
+        stock_class = getattr(home, f"{self.trainer}Trainer")
+        stock_arguments = getattr(home, f"{self.config or self.trainer}Config")
 
         @dataclass
         class Arguments(GradAccOptions, stock_arguments):
@@ -152,7 +174,7 @@ class Case:
             args=(Arguments if mixed else stock_arguments)(**settings),
             train_dataset=rows,
             eval_dataset=rows.select(range(5)),
-            processing_class=bytes_tokenizer(),
+            processing_class=bytes_tokenizer(TAGGED, CHATML_TOKENS),
             callbacks=[recorder],
             **more,
         )
@@ -171,6 +193,40 @@ CASES = {
         needs_reference=True,
         options={"loss_type": "apo_zero_unpaired", "beta": 0.5, "desirable_weight": 1.5},
     ),
+}
+
+EVERY_PAIRWISE_LOSS = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
+"""DPO's losses that are a mean over pairs."""
+
+CASES |= {
+    "sft_all_tokens": Case("SFT", sft_rows, options={"completion_only_loss": False}),
+    "sft_assistant": Case("SFT", chat_rows, options={"assistant_only_loss": True}),
+    "dpo_all": Case(
+        "DPO",
+        pair_rows,
+        needs_reference=True,
+        options={
+            "beta": 0.5,
+            "loss_type": EVERY_PAIRWISE_LOSS,
+            "loss_weights": [1.0 + 0.1 * place for place in range(len(EVERY_PAIRWISE_LOSS))],
+            "label_smoothing": 0.1,
+            "learning_rate": 1e-3,
+        },
+    ),
+    "tpo": Case("TPO", triple_rows, options={"tpo_alpha": 0.0}, home="trl.experimental.tpo"),
 }
 
 WHOLE = {"per_device_train_batch_size": ROWS_PER_UPDATE}
