@@ -20,7 +20,7 @@ from hf_gradacc.report import build_report
 from hf_gradacc.tracking_facts import describe_run
 from hf_gradacc.tracking_file import RunFile, kind_of
 from hf_gradacc.tracking_state import VERDICT, recall, remember
-from hf_gradacc.tracking_terminal import PlanAndSummary, RowPrinter, UpdateProgress
+from hf_gradacc.tracking_terminal import RowPrinter, ShowPlan, ShowSummary, UpdateProgress
 from hf_gradacc.tracking_wandb import GradAccWandbCallback
 from hf_gradacc.tracking_wandb_ranks import RankRuns, find_rank_runs
 from hf_gradacc.tracking_wandb_start import ensure_wandb_mode
@@ -158,12 +158,17 @@ def install_tracking(trainer: Any) -> None:
             callbacks[position] = UpdateProgress(callback.max_str_len)
         elif type(callback) is PrinterCallback:
             callbacks[position] = RowPrinter()
+    if not any(isinstance(callback, ShowPlan) for callback in callbacks):
+        trainer.add_callback(ShowPlan())
+        bars = [i for i, c in enumerate(callbacks) if isinstance(c, ProgressCallback)]
+        if bars:  # a bar that is there already would be torn apart by the plan
+            callbacks.insert(bars[0], callbacks.pop())
     if getattr(trainer.args, "wandb_per_rank", False) and find_rank_runs(trainer) is None:
         if any(isinstance(callback, WandbCallback) for callback in callbacks):
             trainer.add_callback(RankRuns())  # after W&B's own, whose run it looks up
         else:
             logger.warning("wandb_per_rank = True does nothing: report_to leaves wandb out.")
-    for kind in (TrackingCallback, PlanAndSummary):
+    for kind in (TrackingCallback, ShowSummary):
         if not any(isinstance(callback, kind) for callback in callbacks):
             trainer.add_callback(kind())
 

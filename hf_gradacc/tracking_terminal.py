@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -18,11 +22,13 @@ from hf_gradacc.tracking_parity import describe_parity
 from hf_gradacc.tracking_state import VERDICT, recall
 
 __all__ = [
-    "PlanAndSummary",
     "RowPrinter",
+    "ShowPlan",
+    "ShowSummary",
     "UpdateProgress",
     "describe_evaluation",
     "describe_row",
+    "fold",
 ]
 
 
@@ -39,21 +45,16 @@ def _if_it_can_be_written(method: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-class PlanAndSummary(TrainerCallback):
-    """Print the plan when training begins, and a summary when it ends. Rank 0 only.
+class ShowPlan(TrainerCallback):
+    """Print the plan when training begins. Rank 0 only; it stands before the progress bar.
 
     Plain text, aligned by spaces: it reads the same in a terminal, a log file and a notebook.
-    `log_level="error"` in the training arguments silences it.
+    `log_level="error"` in the training arguments silences it, and `ShowSummary` too.
     """
-
-    def __init__(self) -> None:
-        self._started = 0.0
-        self._first_step = 0
 
     @_if_it_can_be_written
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the plan."""
-        self._started, self._first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero and _may_speak(args):
             facts = describe_run(
                 args,
@@ -63,9 +64,21 @@ class PlanAndSummary(TrainerCallback):
             )
             print(_table(_title(args), _plan(args, state, facts, kwargs.get("train_dataloader"))))
 
+
+class ShowSummary(TrainerCallback):
+    """Print what was trained, where it lies, and what to run next. Rank 0 only, after the bar."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        self._started, self._first_step = time.monotonic(), state.global_step
+
     @_if_it_can_be_written
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print what was trained, where it lies, and what to run next."""
+        """Print the summary."""
         if state.is_world_process_zero and _may_speak(args):
             seconds = time.monotonic() - self._started
             head = _result(state, seconds=seconds, first_step=self._first_step)
@@ -81,12 +94,23 @@ class RowPrinter(PrinterCallback):
 class UpdateProgress(ProgressCallback):
     """The stock progress bar, with loss and speed in it, and log rows a person can read."""
 
-    on_train_begin = _if_it_can_be_written(ProgressCallback.on_train_begin)
     on_step_end = _if_it_can_be_written(ProgressCallback.on_step_end)
     on_prediction_step = _if_it_can_be_written(ProgressCallback.on_prediction_step)
     on_evaluate = _if_it_can_be_written(ProgressCallback.on_evaluate)
     on_predict = _if_it_can_be_written(ProgressCallback.on_predict)
     on_train_end = _if_it_can_be_written(ProgressCallback.on_train_end)
+
+    @_if_it_can_be_written
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count updates, and after a resume only those to come for the time left."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit=" update",
+                dynamic_ncols=True,
+            )
 
     @_if_it_can_be_written
     def on_log(
@@ -104,13 +128,16 @@ class UpdateProgress(ProgressCallback):
         if logs is None or kind == "other":
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif kind == "eval":
-            self.training_bar.write(describe_evaluation(logs, step=state.global_step))
+            self._write(describe_evaluation(logs, step=state.global_step))
         else:
             speed = logs.get("target_tokens_per_second")
             text = f"loss {_number(logs['loss'])}"
             text += f", {quantity(speed)} tokens/s" if speed else ""
             self.training_bar.set_postfix_str(text, refresh=False)
-            self.training_bar.write(describe_row(logs, step=state.global_step))
+            self._write(describe_row(logs, step=state.global_step))
+
+    def _write(self, row: str) -> None:
+        self.training_bar.write(fold(row, width=_width(), indent=2))
 
 
 def describe_evaluation(logs: Mapping[str, Any], *, step: int) -> str:
@@ -141,11 +168,11 @@ def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
     """
     parts = [f"update {step}: loss {_number(logs['loss'])}"]
     batch = [
-        f"{quantity(float(logs[key]))} {word}"
-        for key, word in (
-            ("tokens_per_update", "target tokens"),
-            ("effective_batch_size", "sequences"),
-            ("micro_batches_per_update", "micro-batches"),
+        f"{quantity(float(logs[key]))} {one if logs[key] == 1 else many}"
+        for key, one, many in (
+            ("tokens_per_update", "target token", "target tokens"),
+            ("effective_batch_size", "sequence", "sequences"),
+            ("micro_batches_per_update", "micro-batch", "micro-batches"),
         )
         if key in logs
     ]
@@ -162,6 +189,31 @@ def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
     return " | ".join(parts)
 
 
+def fold(text: str, *, width: int | None, indent: int) -> str:
+    """Break a text between words where a terminal would break it inside of one.
+
+    Args:
+        text: One line.
+        width: Columns of the terminal; None leaves the line whole, as a file wants it.
+        indent: Spaces before each line but the first.
+
+    >>> print(fold("update 20: loss 4.2 | 32 sequences | 3,290 tokens/s", width=34, indent=2))
+    update 20: loss 4.2 | 32 sequences
+      | 3,290 tokens/s
+    """
+    if width is None or len(text) <= width:
+        return text
+    space = " " * indent
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
+
+
+def _width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def _may_speak(args: Any) -> bool:
     return args.log_level not in ("error", "critical")
 
@@ -171,9 +223,17 @@ def _number(value: float) -> str:
 
 
 def _table(head: str, rows: Iterator[tuple[str, str]]) -> str:
-    listed = list(rows)
+    listed, columns = list(rows), _width()
     width = max((len(name) for name, _ in listed), default=0)
-    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in listed)])
+    lines = [fold(head, width=columns, indent=2)]
+    for name, text in listed:
+        # A command or a path is there to be copied: the terminal may break it, we may not.
+        room = None if name in _TO_COPY else columns
+        lines.append(fold(f"  {name:<{width}}  {text}", width=room, indent=width + 4))
+    return "\n".join(lines)
+
+
+_TO_COPY = ("files", "checkpoint", "model", "report", "W&B")
 
 
 def _title(args: Any) -> str:
@@ -213,7 +273,8 @@ def _plan(
     yield "learning rate", f"{quantity(args.learning_rate)} at its peak, {schedule} schedule"
     left = state.max_steps - state.global_step
     done = f", {state.global_step:,} done before" if state.global_step else ""
-    yield "training", f"{left:,} updates ({state.num_train_epochs:g} epochs at most){done}"
+    epochs = f"{state.num_train_epochs:g} epoch{'s' if state.num_train_epochs != 1 else ''}"
+    yield "training", f"{left:,} updates ({epochs} at most){done}"
     hardware = facts["hardware"]
     yield "hardware", f"{ranks} × {hardware.get('device_name', hardware['device'])}"
     if facts["parity"]:
@@ -243,7 +304,8 @@ def _next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
         yield "batch size", known["verdict"]
     for name, count in known.get("events", {}).items():
         if name != VERDICT:
-            yield name.replace("_", " "), f"{count} times; see the report"
+            times = "once" if count == 1 else f"{count} times"
+            yield name.replace("_", " "), f"{times}; see the report"
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if checkpoint:
         yield "checkpoint", checkpoint

@@ -8,6 +8,7 @@ import pytest
 import torch
 import wandb
 from support.tracked import (
+    Trouble,
     make_rows,
     make_trainer,
     no_wandb_login,
@@ -16,10 +17,10 @@ from support.tracked import (
     run_to_end,
 )
 from support.wandb_reader import find_wandb_files, read_wandb_file
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_gradacc import tracking_wandb
-from hf_gradacc.tracking import attach_report, install_tracking, record_event
+from hf_gradacc.tracking import attach_report, install_tracking
 from hf_gradacc.tracking_file import LOG_NAME, read_log
 from hf_gradacc.tracking_wandb import GradAccWandbCallback
 
@@ -166,17 +167,6 @@ def test_two_runs_that_have_nothing_to_do_with_each_other_have_two_ids(wandb_dir
 
 
 # --- what goes wrong -----------------------------------------------------------------------
-
-
-class Trouble(TrainerCallback):
-    """Reports two recoveries inside update 2 and 3."""
-
-    trainer: Trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step in (1, 2):
-            text = "out of memory; cut again at half the budget"
-            record_event(self.trainer, "out_of_memory", text=text, max_tokens=512)
 
 
 def test_a_recovery_is_an_alert_and_a_line_of_the_file(wandb_dir, tmp_path):

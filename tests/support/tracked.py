@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 import wandb
 from support.wandb_reader import WandbRun, find_wandb_files, read_wandb_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_gradacc import GradAccArguments, GradAccTrainer, tracking_wandb_start
+from hf_gradacc.tracking import record_event
 
 WANDB_VARIABLES = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "RUN_ID", "RESUME", "PROJECT")
 
@@ -82,6 +83,17 @@ def pad(rows):
         for key, value in fill.items()
     }
     return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
+
+
+class Trouble(TrainerCallback):
+    """Reports two recoveries inside update 2 and 3."""
+
+    trainer: Trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in (1, 2):
+            text = "out of memory; cut again at half the budget"
+            record_event(self.trainer, "out_of_memory", text=text, max_tokens=512)
 
 
 def run_to_end(trainer, **kwargs) -> None:
