@@ -120,9 +120,11 @@ class ReportRun:
     rows: list[dict[str, Any]]
     axis: str = TOKENS
     _tokens_at: dict[int, float] = field(default_factory=dict)
+    _by_kind: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for row in self.rows:
+            self._by_kind.setdefault(row["kind"], []).append(row)
             if "target_tokens_seen" in row:
                 self._tokens_at[int(row["step"])] = float(row["target_tokens_seen"])
 
@@ -133,7 +135,7 @@ class ReportRun:
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """Rows of one kind: "train", "eval", "event", "end"."""
-        return [row for row in self.rows if row["kind"] == kind]
+        return self._by_kind.get(kind, [])
 
     def x_of(self, step: int) -> float:
         """Place an update on the report's axis, between logged rows by straight line."""
@@ -158,8 +160,12 @@ class ReportRun:
         ]
 
     def events(self) -> list[tuple[float, dict[str, Any]]]:
-        """Give what happened beside the numbers, each with its place on the axis."""
+        """Give what happened beside the numbers, resumes too, each with its place on the axis."""
         rows = [row for row in self.of_kind("event") if row.get("event") != VERDICT]
+        for step in self.settings.get("resumed_at", []):
+            text = f"the run was resumed from the checkpoint of update {step:,}"
+            rows.append({"event": "resumed", "step": step, "text": text})
+        rows.sort(key=lambda row: int(row["step"]))
         return [(self.x_of(int(row["step"])), row) for row in rows]
 
     def verdict(self) -> tuple[str, str] | None:
@@ -173,6 +179,8 @@ class ReportRun:
             row for row in self.of_kind("train") if all(row.get(key) is not None for key in keys)
         ]
         edges = [[(self.x_of(int(row["step"])), 0.0) for row in rows]]
+        if len(rows) == 1:  # it tells of all updates before it, and a single place has no area
+            rows, edges = [*rows, *rows], [[(0.0, 0.0), *edges[0]]]
         for key in keys:
             edges.append(
                 [(x, y + float(row[key])) for (x, y), row in zip(edges[-1], rows, strict=True)]
@@ -200,7 +208,8 @@ class ReportRun:
 
     def mean(self, key: str) -> float | None:
         """Average a key over the training rows, None if it was never logged."""
-        values = [value for _, value in self.points(key)]
+        logged = [row[key] for row in self.of_kind("train") if row.get(key) is not None]
+        values = [value for value in logged if math.isfinite(value)]
         return math.fsum(values) / len(values) if values else None
 
     def tiles(self) -> list[tuple[str, str, str]]:
@@ -221,7 +230,7 @@ class ReportRun:
             ),
             ("effective batch size", self.mean("effective_batch_size"), "sequences per update"),
             ("tokens per update", self.mean("tokens_per_update"), "target tokens, mean"),
-            ("target tokens seen", self.last("target_tokens_seen"), f"{self.updates:,} updates"),
+            ("target tokens seen", self.last("target_tokens_seen"), _updates(self.updates)),
             ("throughput", self.mean("target_tokens_per_second"), "target tokens per second"),
             ("noise scale", self.last("gradient_noise_scale"), "target tokens"),
         ]
@@ -251,6 +260,10 @@ class ReportRun:
     def time_in_words(self) -> list[str]:
         """Say where the time of an update went, nothing if it was not logged."""
         return list(describe_time(self.phases()))
+
+
+def _updates(count: int) -> str:
+    return f"{count:,} update{'' if count == 1 else 's'}"
 
 
 def load_runs(directories: Sequence[Path]) -> list[ReportRun]:

@@ -8,12 +8,15 @@ from datetime import UTC, datetime
 
 from hf_gradacc.report_data import PANELS, Panel, ReportRun
 from hf_gradacc.report_svg import Series, draw_chart
-from hf_gradacc.report_words import quantity
+from hf_gradacc.tracking_file import LOG_NAME
 
 __all__ = ["COLOURS", "panel_series", "render_page"]
 
 COLOURS = ("#2a6fdb", "#d9622b", "#12877f", "#8a4fc4", "#b5860b", "#c63d6f", "#5b6b7b")
 """Told apart by colour-blind readers, and readable on both grounds."""
+
+MOST_EVENTS = 200
+"""Listed, and marked in each plot; a page about a run that skipped thousands must still open."""
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fbfbfa; --card: #ffffff; --ink: #1d2327;
@@ -30,7 +33,7 @@ h3 { font-size: 15px; margin: 0; }
 p, li { max-width: 76ch; } .soft { color: var(--soft); } small { color: var(--soft); }
 .tiles, .panels { display: grid; gap: 14px; }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); margin: 18px 0; }
-.panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
+.panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 415px), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 14px 16px; }
 .tile b { display: block; font-size: 24px; line-height: 1.25; font-weight: 600;
@@ -43,7 +46,7 @@ p, li { max-width: 76ch; } .soft { color: var(--soft); } small { color: var(--so
 .legend i.dashed { border-top-style: dashed; }
 .legend i.area { border-top-width: 10px; opacity: 0.6; margin-bottom: 2px; }
 .verdict { border-left: 4px solid #2a6fdb; }
-svg { width: 100%; height: auto; display: block; overflow: visible; }
+svg { width: 100%; max-width: 760px; height: auto; display: block; overflow: visible; }
 svg .grid { stroke: var(--line); fill: none; } svg .axis { stroke: var(--soft); fill: none; }
 svg .tick { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
@@ -58,6 +61,7 @@ table { border-collapse: collapse; font-size: 14px; width: 100%; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 td { font-variant-numeric: tabular-nums; } th { font-weight: 600; color: var(--soft); }
+.events td:not(:last-child), .names th:first-child { white-space: nowrap; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--soft); }
 pre { white-space: pre-wrap; font-size: 12.5px; overflow-wrap: anywhere; }
 """
@@ -100,7 +104,7 @@ def panel_series(panel: Panel, runs: Sequence[ReportRun]) -> list[Series]:
             has_subject = has_subject or place == 0 or line.kind == "eval"
             colour = COLOURS[(place if len(runs) == 1 else number) % len(COLOURS)]
             label = line.label if len(runs) == 1 else run.name
-            if len(runs) > 1 and any(other.kind == "eval" for other in panel.lines):
+            if len(runs) > 1 and line.kind == "eval":
                 label += f", {line.label}"
             band = run.band(line.band) if line.band and len(runs) == 1 else ()
             dots = line.kind == "eval" or len(points) == 1
@@ -122,8 +126,10 @@ def _stack(panel: Panel, run: ReportRun) -> list[Series]:
 
 def _head(runs: Sequence[ReportRun], title: str) -> str:
     when = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    states = {bool(run.settings.get("finished")) for run in runs if run.settings}
-    state = "" if states != {False} else " · not finished"
+    open_ends = [run.name for run in runs if run.settings and not run.settings.get("finished")]
+    state = " · not finished" if open_ends else ""
+    if open_ends and len(runs) > 1:
+        state += f": {html.escape(', '.join(open_ends))}"
     places = ", ".join(html.escape(str(run.directory)) for run in runs)
     return f'<h1>{html.escape(title)}</h1><div class="soft">{places} · written {when}{state}</div>'
 
@@ -163,7 +169,8 @@ def _comparison(runs: Sequence[ReportRun]) -> str:
         cells = "".join(f"<td>{html.escape(v[0]) if v else '–'}</td>" for v in verdicts)
         body += f"<tr><th>the batch was</th>{cells}</tr>"
     return (
-        f'<div class="card scroll" style="margin-top:18px"><table><tr><th></th>{head}</tr>{body}'
+        f'<div class="card scroll" style="margin-top:18px"><table class="names">'
+        f"<tr><th></th>{head}</tr>{body}"
         "</table></div>"
     )
 
@@ -184,18 +191,31 @@ def _panels(runs: Sequence[ReportRun]) -> str:
             x_label=runs[0].axis,
             log_scale=panel.log_scale,
             from_zero=panel.from_zero,
-            events=events,
+            events=events[:MOST_EVENTS],
             alt=f"{panel.title} over {runs[0].axis}",
         )
-        keys = "".join(
-            f'<span><i class="{_look(s)}" style="border-color:{s.colour}"></i>'
-            f"{html.escape(s.label)}</span>"
-            for s in series
-        )
-        legend = f'<div class="legend">{keys}</div>' if len(series) > 1 else ""
+        if len(runs) > 1:  # who is who stands once, above all panels
+            dashed = [Series(line.label, "currentColor", (), line.dashed) for line in panel.lines]
+            series = dashed if any(s.dashed for s in series) else []
+        legend = _legend(series) if len(series) > 1 else ""
         unit = f" <small>{panel.unit}</small>" if panel.unit else ""
         cards.append(f'<div class="card"><h3>{panel.title}{unit}</h3>{legend}{chart}</div>')
-    return f'<h2>Over {runs[0].axis}</h2><div class="panels">{"".join(cards)}</div>'
+    names = [
+        Series(run.name, COLOURS[number % len(COLOURS)], ()) for number, run in enumerate(runs)
+    ]
+    return (
+        f"<h2>Over {runs[0].axis}</h2>{_legend(names) if len(runs) > 1 else ''}"
+        f'<div class="panels">{"".join(cards)}</div>'
+    )
+
+
+def _legend(series: Sequence[Series]) -> str:
+    keys = "".join(
+        f'<span><i class="{_look(s)}" style="border-color:{s.colour}"></i>'
+        f"{html.escape(s.label)}</span>"
+        for s in series
+    )
+    return f'<div class="legend">{keys}</div>'
 
 
 def _look(series: Series) -> str:
@@ -206,15 +226,19 @@ def _events(runs: Sequence[ReportRun]) -> str:
     rows = [(run.name, row) for run in runs for _, row in run.events()]
     if not rows:
         return ""
+    several = len(runs) > 1
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{quantity(row['step'])}</td>"
+        f"<tr>{f'<td>{html.escape(name)}</td>' if several else ''}<td>{int(row['step']):,}</td>"
         f"<td>{html.escape(str(row['event']).replace('_', ' '))}</td>"
         f"<td>{html.escape(str(row['text']))}</td></tr>"
-        for name, row in rows
+        for name, row in rows[:MOST_EVENTS]
     )
+    left_out = len(rows) - MOST_EVENTS
+    more = f"<p>{left_out:,} more stand in {LOG_NAME}.</p>" if left_out > 0 else ""
     return (
-        '<h2>Events</h2><div class="card scroll"><table><tr><th>run</th><th>update</th>'
-        f"<th>what</th><th></th></tr>{body}</table></div>"
+        f'<h2>Events</h2><div class="card scroll"><table class="events"><tr>'
+        f"{'<th>run</th>' if several else ''}<th>update</th><th>what</th><th></th></tr>"
+        f"{body}</table>{more}</div>"
     )
 
 

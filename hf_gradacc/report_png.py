@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.report_data import PANELS, ReportRun
-from hf_gradacc.report_html import panel_series
+from hf_gradacc.report_html import COLOURS, panel_series
+from hf_gradacc.report_svg import log_ticks, thin_out
 from hf_gradacc.report_words import quantity
 
 __all__ = ["draw_picture"]
@@ -25,6 +26,7 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         raise ConfigError(
             f"png = {path} needs matplotlib, which is not installed: "
@@ -36,15 +38,15 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(6.2 * columns, 2.9 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    if len(runs) == 1:
+        figure.suptitle(runs[0].name, x=0.01, ha="left", fontsize=15, fontweight="bold")
     for place, (panel, lines) in enumerate(drawn):
         axes = figure.add_subplot(rows, columns, place + 1)
         for s in lines:
-            xs, ys = zip(*s.points, strict=True)
+            xs, ys = zip(*thin_out(s.points), strict=True)
             look: dict[str, Any] = {"color": s.colour, "linewidth": 1.7, "label": s.label}
             if s.floor:
-                bottom = [y for _, y in s.floor]
+                bottom = [y for _, y in thin_out(s.floor)]
                 axes.fill_between(
                     xs, bottom, ys, color=s.colour, alpha=0.6, linewidth=0, label=s.label
                 )
@@ -54,14 +56,21 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
             )
             if s.band:
                 most = 4 * max(ys)  # an end at infinity must not stretch the axis
-                x, low, high = zip(*[(x, a, min(b, most)) for x, a, b in s.band], strict=True)
+                band = [(x, a, min(b, most)) for x, a, b in thin_out(s.band)]
+                x, low, high = zip(*band, strict=True)
                 axes.fill_between(x, low, high, color=s.colour, alpha=0.16, linewidth=0)
         for at in events:
             axes.axvline(at, color=EVENT, linestyle=":", linewidth=1)
         if panel.log_scale:
+            values = [y for s in lines for _, y in s.points if y > 0]
+            ticks = log_ticks(min(values), max(values))
             axes.set_yscale("log")
+            axes.set_yticks(ticks)
+            axes.set_ylim(ticks[0], ticks[-1])
+            axes.minorticks_off()
         elif panel.from_zero:
             axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
         unit = f" ({panel.unit})" if panel.unit else ""
         axes.set_title(panel.title + unit, loc="left", fontsize=11)
         axes.set_xlabel(runs[0].axis, loc="right", fontsize=9, color=GREY)
@@ -76,6 +85,21 @@ def draw_picture(runs: Sequence[ReportRun], path: Path) -> None:
         if panel.stacked:  # a legend upon areas could not be read
             axes.set_ylim(top=1.25 * axes.get_ylim()[1])
             axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=len(lines))
-        elif len(lines) > 1:
+        elif len(runs) == 1 and len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
+    if len(runs) > 1:  # who is who stands once, above all panels
+        names = [
+            Line2D([], [], color=COLOURS[number % len(COLOURS)], label=run.name)
+            for number, run in enumerate(runs)
+        ]
+        names.append(Line2D([], [], color=GREY, linestyle="--", marker="o", ms=4, label="held out"))
+        figure.legend(
+            handles=names,
+            title=f"{len(runs)} runs compared",
+            title_fontproperties={"size": 15, "weight": "bold"},
+            alignment="left",
+            loc="outside upper left",
+            frameon=False,
+            fontsize=9,
+        )
     figure.savefig(path, dpi=90)

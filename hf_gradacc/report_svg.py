@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
+from typing import TypeVar
 
 from hf_gradacc.report_words import quantity
 
@@ -15,8 +16,11 @@ WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 40
 MOST_POINTS = 600
 MOST_HOVERS = 60
+BAND_REACH = 3.0
+"""How far a band may stretch the axis, as a multiple of the line inside it."""
 
 Points = Sequence[tuple[float, float]]
+Point = TypeVar("Point", bound=tuple[float, ...])
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,23 @@ def draw_chart(
         alt: What a screen reader says.
     """
     shown = [
-        replace(s, points=thin_out(_usable(s.points, log_scale)), floor=thin_out(s.floor))
+        replace(
+            s,
+            points=thin_out(_usable(s.points, log_scale)),
+            floor=thin_out(s.floor),
+            band=thin_out(s.band),
+        )
         for s in series
     ]
     xs = [x for s in shown for x, _ in s.points]
     ys = [y for s in shown for _, y in s.points]
-    low = 0.0 if from_zero and min(ys) >= 0 else min(ys)
-    y_ticks = log_ticks(low, max(ys)) if log_scale else ticks_of(low, max(ys))
+    low, high = min(ys), max(ys)
+    ends = [end for s in shown for _, *both in s.band for end in both]
+    low = min([low, *(end for end in ends if low / BAND_REACH <= end < low)])
+    high = max([high, *(end for end in ends if high < end <= high * BAND_REACH)])
+    if from_zero and low >= 0:
+        low, high = 0.0, high or 1.0
+    y_ticks = log_ticks(low, high) if log_scale else ticks_of(low, high)
     frame = Frame(0.0, max(*xs, 1e-9), y_ticks[0], y_ticks[-1], log_scale)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">']
     parts += _draw_axes(frame, ticks_of(frame.x_low, frame.x_high, inside=True), y_ticks, x_label)
@@ -133,16 +147,19 @@ def log_ticks(low: float, high: float) -> list[float]:
     return fine[start : max(end, start + 1) + 1]
 
 
-def thin_out(points: Points, *, most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Average neighbours until at most `most` points are left; the last one stays itself."""
+def thin_out(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
+    """Average neighbours until at most `most` points are left.
+
+    Args:
+        points: Tuples of one length: points ``(x, y)``, or places of a band ``(x, low, high)``.
+        most: See above.
+    """
     if len(points) <= most:
         return list(points)
-    size = math.ceil(len(points) / (most - 1))
+    size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    means = [
-        (math.fsum(x for x, _ in g) / len(g), math.fsum(y for _, y in g) / len(g)) for g in groups
-    ]
-    return [*means[:-1], points[-1]]
+    # Not by `fsum`, which refuses an end of a band that is infinite.
+    return [tuple(sum(column) / len(g) for column in zip(*g, strict=True)) for g in groups]  # type: ignore[misc]
 
 
 def _usable(points: Points, log_scale: bool) -> list[tuple[float, float]]:

@@ -101,8 +101,12 @@ def describe_settings(
             f"{describe_parity(settings['parity'])}."
         )
     if settings.get("resumed_at"):
-        steps = ", ".join(map(str, settings["resumed_at"]))
-        yield f"It was resumed after update {steps}."
+        *steps, last = map(str, settings["resumed_at"])
+        yield (
+            f"It was resumed after updates {', '.join(steps)} and {last}."
+            if steps
+            else f"It was resumed after update {last}."
+        )
     if settings.get("versions"):
         listed = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
         yield f"Versions: {listed}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ from hf_gradacc.report_words import quantity
 from hf_gradacc.tracking_file import RunFile
 
 
-def write_run(directory, *, updates=40, scale=1.0, events=True):
+def write_run(directory, *, updates=40, scale=1.0, events=True, **facts):
     run_file = RunFile(directory)
     run_file.start(step=0)
     run_file.update_run(
@@ -40,8 +41,9 @@ def write_run(directory, *, updates=40, scale=1.0, events=True):
             "training_arguments": {"optim": "adamw_torch", "learning_rate": 3e-3, "seed": 7},
             "hardware": {"device": "cpu", "world_size": 1, "platform": "Linux"},
             "versions": {"torch": "2.13.0"},
-            "resumed_at": [20],
+            "resumed_at": [20] if events else [],
             "finished": True,
+            **facts,
         }
     )
     for step in range(1, updates + 1):
@@ -117,9 +119,56 @@ def test_events_are_listed_and_marked_and_their_text_is_only_text(tmp_path):
     build_report([write_run(tmp_path / "mine")], html=tmp_path / "page.html")
     page = read(tmp_path / "page.html")
     assert "no room on rank 0 &lt;script&gt;" in page
-    assert page.count('class="event"') == 8  # once in every plot
+    assert page.count('class="event"') == 2 * 8  # this one and the resume, in every plot
+    assert "<td>20</td><td>resumed</td>" in page
     assert "The batch was too small" in page
     assert "noise_scale_verdict" not in page
+
+
+def test_a_name_is_only_text_wherever_it_stands(tmp_path):
+    name = '<img src=x onerror="alert(1)"> & co'
+    runs = [write_run(tmp_path / str(n), run_name=f"{name} {n}") for n in range(2)]
+    for directories in (runs[:1], runs):
+        build_report(directories, html=tmp_path / "page.html")
+        page = read(tmp_path / "page.html")
+        assert "<img" not in page
+        assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; &amp; co" in page
+
+
+def test_a_long_and_troubled_run_has_a_page_that_still_opens(tmp_path):
+    directory = write_run(tmp_path / "long", updates=5_000)
+    with RunFile(directory).log_path.open("a") as log:
+        for step in range(1, 3_001):
+            row = {"kind": "event", "step": step, "event": "skipped_update", "text": "not finite"}
+            log.write(json.dumps(row) + "\n")
+        log.write('{"kind": "train", "step": 5001, "lo')  # the run goes on while it is read
+    build_report([directory], html=tmp_path / "page.html")
+    page = read(tmp_path / "page.html")
+    assert len(page) < 1_000_000
+    assert page.count("<td>skipped update</td>") < 200
+    assert "2,802 more stand in gradacc_log.jsonl" in page
+    assert "5,000 updates" in page
+
+
+def test_a_run_that_has_logged_once_shows_each_number(tmp_path):
+    directory = write_run(tmp_path / "one", updates=1, events=False, finished=False)
+    build_report([directory], html=tmp_path / "page.html", png=tmp_path / "page.png")
+    page = read(tmp_path / "page.html")
+    assert "1 update<" in page
+    assert "not finished" in page
+    (pile,) = re.findall(r"Where time goes <small>.*?</svg>", page)
+    areas = re.findall(r'class="area" fill="[^"]*" d="M(.*?)Z"', pile)
+    assert len(areas) == 3
+    for area in areas:
+        xs = {float(place.split()[0]) for place in area.split("L")}
+        assert len(xs) == 2, "from the begin of training to the row: an area, not a line"
+
+
+def test_of_several_runs_the_unfinished_are_named(tmp_path):
+    done = write_run(tmp_path / "done")
+    going = write_run(tmp_path / "going", finished=False)
+    build_report([done, going], html=tmp_path / "page.html")
+    assert "· not finished: going</div>" in read(tmp_path / "page.html")
 
 
 def test_a_run_without_events_has_no_empty_table(tmp_path):
@@ -133,9 +182,12 @@ def test_several_runs_share_their_plots_over_target_tokens(tmp_path):
     page = read(tmp_path / "page.html")
     assert "2 runs compared" in page
     assert "Over target tokens seen" in page
+    legends = re.findall(r'<div class="legend">(.*?)</div>', page)
+    assert len(legends) == 2, "who is who once above all panels, and what is dashed"
+    assert re.findall(r"</i>(.*?)</span>", legends[0]) == ["one", "two"]
+    assert re.findall(r"</i>(.*?)</span>", legends[1]) == ["training", "held out"]
     for name in ("one", "two"):
-        assert f"{name}, training" in page
-        assert f"{name}, held out" in page
+        assert f"{name}, held out: " in page
     assert page.count("<svg") == 7
     assert "<th>the batch was</th><td>too small</td><td>too small</td>" in page
 
@@ -230,12 +282,13 @@ def test_log_ticks_span_the_data():
         assert 2 <= len(ticks) <= 9
 
 
-def test_thinning_keeps_the_mean_and_the_last_point():
-    points = [(float(i), float(i % 7)) for i in range(10_000)]
-    thin = thin_out(points, most=500)
+def test_thinning_keeps_means_and_does_not_end_on_the_noise_of_one_point():
+    points = [(float(i), float(i % 7)) for i in range(9_999)] + [(9_999.0, 1e6)]
+    thin = thin_out([*points[:-1], (9999.0, 3.0)], most=500)
     assert len(thin) <= 500
-    assert thin[-1] == points[-1]
-    assert sum(y for _, y in thin) / len(thin) == pytest.approx(3.0, abs=0.1)
+    assert sum(y for _, y in thin) / len(thin) == pytest.approx(3.0, abs=0.01)
+    assert thin_out(points, most=500)[-1][1] < 1e5 + 7, "one of many, as everywhere"
+    assert thin_out([(1.0, 2.0, math.inf)] * 3, most=2)[0] == (1.0, 2.0, math.inf)
 
 
 def test_quantities_are_read_at_a_glance():
