@@ -109,7 +109,7 @@ def deal_ours(
         list, max_tokens=budget, max_sequences=None if budget else MICRO_BATCH
     )
     collator.overhead_tokens, collator.num_ranks = overhead, ranks
-    dealt = deal_update(collator, lengths, ranks, 0, attention_length=6 * HIDDEN, in_step=in_step)
+    dealt = deal_update(collator, lengths, ranks, attention_length=6 * HIDDEN, in_step=in_step)
     shares = []
     for members in dealt:
         own = [lengths[i] for i in members]

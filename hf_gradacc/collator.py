@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_gradacc.batching import count_rows, find_main_input, slice_rows
+from hf_gradacc.dealing import is_measured
 from hf_gradacc.errors import DataError
 from hf_gradacc.planner import plan_micro_batches, plan_packed_micro_batches
 from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets, may_have_target
@@ -79,8 +80,9 @@ class UpdateCollator:
         overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
             padding where there is a token budget, or many ranks.
         num_ranks: Ranks that share an update.
-        noise_scale_every: Every so many updates of an epoch, cut in the drawn order instead of by
-            length: a noise estimate needs micro-batches that are random samples of the update.
+        noise_scale_every: Every so many updates of an epoch, cut in the order given instead of by
+            length: a noise estimate needs micro-batches that are random samples of the update, and
+            the rows of such an update are dealt in random order.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class UpdateCollator:
 
     def cuts_at_random(self, index: int) -> bool:
         """Say whether this update of an epoch is one whose noise is measured."""
-        return bool(self.noise_scale_every) and index % (self.noise_scale_every or 1) == 0
+        return is_measured(index, every=self.noise_scale_every)
 
     def cut(
         self, lengths: Sequence[int], *, cap: int | None = None, at_random: bool = False
@@ -190,9 +192,9 @@ class UpdateCollator:
         """Cut sequences of given length.
 
         Args:
-            lengths: Tokens of each sequence, in the order they were drawn.
+            lengths: Tokens of each sequence, in the order they were dealt.
             cap: A token limit that memory turned out to set.
-            at_random: Keep that order, which is random, and cut into at least four pieces.
+            at_random: Keep that order, which then is random, and cut into at least four pieces.
         """
         lengths = list(lengths)
         limits = [limit for limit in (self.max_tokens, cap) if limit is not None]

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+
 from hf_gradacc.planner import cut_sorted
 
-__all__ = ["deal_by_cost", "deal_rows"]
+__all__ = ["deal_at_random", "deal_by_cost", "deal_rows", "is_measured"]
 
 _Shares = list[list[int]]
 _Found = TypeVar("_Found")
@@ -236,3 +238,33 @@ def _leave_none_empty(shares: _Shares) -> _Shares:
         if not share:
             share.append(max(shares, key=len).pop())
     return shares
+
+
+def deal_at_random(num_sequences: int, num_ranks: int, *, seed: Sequence[int]) -> list[list[int]]:
+    """Deal sequences to ranks in random order, the same one on every rank.
+
+    For an update whose noise is measured: dealt by cost, what a rank holds is no random sample of
+    the update, and neither are micro-batches cut of it.
+
+    Args:
+        num_sequences: Sequences of the update.
+        num_ranks: How many ranks share it.
+        seed: What the order is a function of, non-negative integers.
+
+    Returns:
+        One list of indices per rank, each in the order to cut it in; every index in exactly one.
+
+    >>> sorted(map(len, deal_at_random(7, 2, seed=(0, 1))))
+    [3, 4]
+    """
+    order: list[int] = np.random.default_rng(list(seed)).permutation(num_sequences).tolist()
+    return [order[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def is_measured(update: int, *, every: int | None) -> bool:
+    """Say whether an update of an epoch is one whose noise is measured.
+
+    >>> [update for update in range(6) if is_measured(update, every=2)]
+    [0, 2, 4]
+    """
+    return bool(every) and update % (every or 1) == 0

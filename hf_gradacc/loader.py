@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hf_gradacc.dealing import deal_at_random, is_measured
 from hf_gradacc.errors import DataError
 from hf_gradacc.reading import as_only_reader, read, state_of
 from hf_gradacc.sampler import Deal, Share, UpdateSampler
@@ -88,6 +89,8 @@ class UpdateStream(IterableDataset[Rows]):
         keep_incomplete: Whether the rows left at the end make an update.
         rank: This rank.
         world_size: Number of ranks.
+        seed: Of the order in which a measured update is dealt.
+        noise_scale_every: As in `UpdateSampler`.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class UpdateStream(IterableDataset[Rows]):
         keep_incomplete: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        seed: int = 0,
+        noise_scale_every: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.take = take
@@ -108,6 +113,8 @@ class UpdateStream(IterableDataset[Rows]):
         self.keep_incomplete = keep_incomplete
         self.rank = rank
         self.world_size = world_size
+        self.seed = seed
+        self.noise_scale_every = noise_scale_every
         self.epoch = 0
         self._start: tuple[int, int, dict[str, Any]] | None = None
 
@@ -141,9 +148,12 @@ class UpdateStream(IterableDataset[Rows]):
 
     def _share(self, members: list[Any], first: int, update: int) -> Rows:
         mine: Sequence[int] = range(len(members))
-        if self.world_size > 1:
+        if is_measured(update, every=self.noise_scale_every):
+            seed = (self.seed, self.epoch, update)
+            mine = deal_at_random(len(members), self.world_size, seed=seed)[self.rank]
+        elif self.world_size > 1:
             lengths = [self.length_of(row) for row in members]
-            mine = sorted(self.deal(lengths, self.world_size, update)[self.rank])
+            mine = sorted(self.deal(lengths, self.world_size)[self.rank])
         return Rows(
             (members[i] for i in mine),
             indices=[first + i for i in mine],

@@ -47,7 +47,7 @@ def build_loader(
 
     Args:
         dataset: Map dataset, list, or stream.
-        collator: Makes updates of rows.
+        collator: Makes updates of rows, and knows which of them are measured.
         effective_batch_size: Sequences in an update, over all ranks.
         tokens_per_update: Target tokens an update must reach, instead.
         incomplete_update: What to do with a short last update.
@@ -96,6 +96,8 @@ def build_loader(
             keep_incomplete=incomplete_update == "keep",
             rank=rank,
             world_size=world_size,
+            seed=seed,
+            noise_scale_every=collator.noise_scale_every,
         )
         return UpdateLoader.over_stream(stream, collate_fn=collator, **options)
     update_sampler = UpdateSampler(
@@ -111,6 +113,7 @@ def build_loader(
         world_size=world_size,
         lengths=_known_lengths(dataset, length_of) if world_size > 1 else None,
         deal=deal,
+        noise_scale_every=collator.noise_scale_every,
     )
     return UpdateLoader.over_dataset(
         dataset, sampler=update_sampler, collate_fn=collator, **options
@@ -138,7 +141,6 @@ def deal_update(
     collator: UpdateCollator,
     lengths: Sequence[int],
     num_ranks: int,
-    update: int,
     *,
     attention_length: int | None = None,
     in_step: bool = False,
@@ -152,14 +154,12 @@ def deal_update(
         collator: Plans the shares later.
         lengths: Tokens of each row.
         num_ranks: Ranks that share the update.
-        update: Which update of the epoch.
         attention_length: See `deal_rows`.
         in_step: See `deal_rows`.
     """
     if collator.pad_alike or not any(lengths):
         return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
-    if collator.packed or collator.cuts_at_random(update):
-        # No padding; or a cut that is to be random, in which no rank may have the long rows only.
+    if collator.packed:
         attends = attention_length or 0
         costs = [length * (attends + length if attends else 1) for length in lengths]
         return deal_by_cost(costs, num_ranks)

@@ -10,19 +10,20 @@ the good; far above it, almost none. An update of ``N`` targets needs ``1 + B / 
 fewest possible updates and ``1 + N / B`` times the fewest possible targets to get equally far.
 
 Accumulation gives the mean gradients ``g_i`` of micro-batches with ``n_i`` targets for free, and
-``g = Σ (n_i / N) g_i`` of the update. Since ``E|g_i|² = |G|² + tr Σ / n_i``,
+``g = Σ (n_i / N) g_i`` of the update. Two micro-batches have nothing in common but ``G``, so
+products of different ones have the expectation ``|G|²``, whatever their sizes, and whatever the
+noise of each. All of them together are
 
-    Σ n_i |g_i|²  has the expectation  N |G|² + k tr Σ     over k micro-batches,
-    N |g|²        has the expectation  N |G|² +   tr Σ,
+    Σ_{i≠j} n_i n_j g_i · g_j  =  N² |g|² - Σ n_i² |g_i|²     with  N² - Σ n_i²  pairs of targets,
 
-so that, for any sizes ``n_i``, these two are unbiased:
+and their mean is unbiased, as is what then is left of ``|g|²``, the noise that the update had:
 
-    tr Σ ≈ (Σ n_i |g_i|² - N |g|²) / (k - 1)        |G|² ≈ |g|² - (tr Σ ≈) / N
+    |G|² ≈ (N² |g|² - Σ n_i² |g_i|²) / (N² - Σ n_i²)        tr Σ ≈ N (|g|² - |G|²)
 
 Targets of one sequence resemble each other, and micro-batches hold whole sequences. What is
 measured is thus the noise of targets *as they come in sequences*: that is the noise an update of
-so many targets really has. It needs micro-batches cut at random; sorted by length they differ in
-more than chance.
+so many targets really has, into however many micro-batches it is cut, on however many ranks. It
+needs micro-batches cut at random; sorted by length they differ in more than chance.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ class NoiseMeasurement:
 
     Attributes:
         noise: ``tr Σ`` of one target, in squared gradient units.
-        signal: ``|G|²``, likewise; chance can make it negative.
+        signal: ``|G|²``, likewise; chance can make either negative.
         num_targets: Targets of the update, all ranks.
         num_sequences: Sequences of the update, all ranks.
+        num_pairs: Ordered pairs of targets from different micro-batches, which say the signal.
     """
 
     noise: float
     signal: float
     num_targets: int
     num_sequences: int
+    num_pairs: int
 
 
 @dataclass(frozen=True)
@@ -97,30 +100,37 @@ def measure_noise(
     Raises:
         ValueError: With fewer than two micro-batches; one alone says nothing about noise.
 
-    >>> measure_noise([4.0, 6.0], [1, 3], squared_norm_of_update=5.0, num_sequences=2)
-    NoiseMeasurement(noise=2.0, signal=4.5, num_targets=4, num_sequences=2)
+    >>> measure_noise([7.0, 5.5], [1, 3], squared_norm_of_update=5.125, num_sequences=2)
+    NoiseMeasurement(noise=3.5, signal=4.25, num_targets=4, num_sequences=2, num_pairs=6)
     """
-    weighted = math.fsum(n * s for n, s in zip(num_targets, squared_norms, strict=True))
+    weighted = math.fsum(n * n * s for n, s in zip(num_targets, squared_norms, strict=True))
     return measure_from_sums(
-        weighted, len(num_targets), squared_norm_of_update, sum(num_targets), num_sequences
+        weighted,
+        sum(n * n for n in num_targets),
+        len(num_targets),
+        squared_norm_of_update,
+        sum(num_targets),
+        num_sequences,
     )
 
 
 def measure_from_sums(
     weighted_squares: float,
+    squared_targets: int,
     num_micro_batches: int,
     squared_norm_of_update: float,
     num_targets: int,
     num_sequences: int,
 ) -> NoiseMeasurement:
-    """Do what `measure_noise` does from ``Σ n_i |g_i|²``, which ranks can add up."""
+    """Do what `measure_noise` does, from sums over ranks: ``Σ n_i² |g_i|²``, ``Σ n_i²``, ..."""
     if num_micro_batches < 2:
         raise ValueError(
             f"num_micro_batches = {num_micro_batches}: noise shows only between at least 2."
         )
-    noise = (weighted_squares - num_targets * squared_norm_of_update) / (num_micro_batches - 1)
-    signal = squared_norm_of_update - noise / num_targets
-    return NoiseMeasurement(noise, signal, num_targets, num_sequences)
+    num_pairs = num_targets**2 - squared_targets
+    signal = (num_targets**2 * squared_norm_of_update - weighted_squares) / num_pairs
+    noise = num_targets * (squared_norm_of_update - signal)
+    return NoiseMeasurement(noise, signal, num_targets, num_sequences, num_pairs)
 
 
 def smooth_noise_scale(
@@ -130,9 +140,11 @@ def smooth_noise_scale(
 
     The mean of ratios would be badly biased, since a small signal may come out near zero or
     negative. Means of noise and of signal are unbiased each; weights ``decay ** age`` that sum to
-    one keep them so from the first measurement on. The band is Fieller's: all ratios ``B`` for
-    which ``noise - B · signal`` is compatible with zero. Where the signal is not distinguishable
-    from zero it has no upper end, and says so instead of pretending.
+    one keep them so from the first measurement on. The signal's mean is over pairs of targets: an
+    update that drew many targets drew rows that differ from the rest, so it must not count like
+    one that drew few. The band is Fieller's: all ratios ``B`` for which ``noise - B · signal`` is
+    compatible with zero. Where the signal is not distinguishable from zero it has no upper end,
+    and says so instead of pretending.
 
     Args:
         measurements: Oldest first.
@@ -146,17 +158,25 @@ def smooth_noise_scale(
         raise ValueError("no measurement yet: a noise scale needs at least one.")
     raw = [decay**age for age in range(len(measurements) - 1, -1, -1)]
     weights = [weight / math.fsum(raw) for weight in raw]
-    noise = _mean(weights, [m.noise for m in measurements])
-    signal = _mean(weights, [m.signal for m in measurements])
     targets = _mean(weights, [m.num_targets for m in measurements])
     sequences = _mean(weights, [m.num_sequences for m in measurements])
+    pairs = _mean(weights, [m.num_pairs for m in measurements])
+    signal = _mean(weights, [m.num_pairs / pairs * m.signal for m in measurements])
+    # What each measurement adds to the two means, once the signal is known to be this one.
+    signals = [m.num_pairs / pairs * (m.signal - signal) for m in measurements]
+    noises = [
+        m.noise + m.num_targets * (m.signal - signal) - targets * own
+        for m, own in zip(measurements, signals, strict=True)
+    ]
+    noise = _mean(weights, noises)
     scale = max(noise, 0.0) / signal if signal > 0 else math.inf
-    low, high = _fieller_band(measurements, weights, noise, signal, confidence)
+    deviations = [(a - noise, b) for a, b in zip(noises, signals, strict=True)]
+    low, high = _fieller_band(deviations, weights, noise, signal, confidence)
     return NoiseScale(scale, scale * sequences / targets, low, high, len(measurements))
 
 
 def _fieller_band(
-    measurements: Sequence[NoiseMeasurement],
+    deviations: Sequence[tuple[float, float]],
     weights: Sequence[float],
     noise: float,
     signal: float,
@@ -167,11 +187,11 @@ def _fieller_band(
     if freedom < 3:
         return None, None
     # Variances and covariance of the two weighted means.
-    pairs = [(m.noise - noise, m.signal - signal) for m in measurements]
     factor = 1 / (1 - squares)
-    var_noise = factor * math.fsum(w * w * a * a for w, (a, _) in zip(weights, pairs, strict=True))
-    var_signal = factor * math.fsum(w * w * b * b for w, (_, b) in zip(weights, pairs, strict=True))
-    cov = factor * math.fsum(w * w * a * b for w, (a, b) in zip(weights, pairs, strict=True))
+    each = [(w * w, a, b) for w, (a, b) in zip(weights, deviations, strict=True)]
+    var_noise = factor * math.fsum(w2 * a * a for w2, a, _ in each)
+    var_signal = factor * math.fsum(w2 * b * b for w2, _, b in each)
+    cov = factor * math.fsum(w2 * a * b for w2, a, b in each)
     t2 = _student_quantile(0.5 + confidence / 2, freedom) ** 2
     # (noise - B signal)² <= t² Var(noise - B signal), solved for B.
     a = signal**2 - t2 * var_signal
@@ -226,8 +246,8 @@ def judge_batch(scale: NoiseScale, *, tokens_per_update: float) -> Verdict:
     if scale.low is None or scale.high is None:
         return Verdict(
             "unclear",
-            f"The noise scale was measured {scale.num_measurements} times; a band needs at least "
-            f"5. Measure more often (noise_scale_every) or train longer.",
+            f"The noise scale was measured in {scale.num_measurements} of the updates; a band "
+            f"needs at least 5. Measure more often (noise_scale_every) or train longer.",
         )
     size = tokens_per_update
     band = f"{_tokens(scale.low)} to {_tokens(scale.high)}"

@@ -57,6 +57,7 @@ class NoiseScaleMeter:
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []
         self._weighted_squares: Tensor | float = 0.0
+        self._squared_targets = 0
         self._num_targets = 0
         self._num_micro_batches = 0
 
@@ -80,10 +81,11 @@ class NoiseScaleMeter:
         """
         if not self._norms:
             return
-        # Σ n_i |g_i|², undoing the weight that autograd saw.
-        squares = _sum_of_squares(self._norms) * (num_targets / weight**2)
+        # Σ n_i² |g_i|², undoing the weight that autograd saw.
+        squares = _sum_of_squares(self._norms) * (num_targets / weight) ** 2
         self._weighted_squares = self._weighted_squares + squares
         self._norms.clear()
+        self._squared_targets += num_targets**2
         self._num_targets += num_targets
         self._num_micro_batches += 1
 
@@ -112,6 +114,7 @@ class NoiseScaleMeter:
         mine = torch.tensor(
             [
                 float(self._weighted_squares),
+                self._squared_targets,
                 self._num_micro_batches,
                 self._num_targets,
                 num_sequences,
@@ -120,11 +123,12 @@ class NoiseScaleMeter:
         )
         self.abandon()
         total = mine if sum_over_ranks is None else sum_over_ranks(mine)
-        weighted, num_micro_batches, num_targets, sequences = total.tolist()
+        weighted, squared_targets, num_micro_batches, num_targets, sequences = total.tolist()
         if num_micro_batches < 2 or not norms:
             return None
         measurement = measure_from_sums(
             weighted,
+            int(squared_targets),
             int(num_micro_batches),
             float(_sum_of_squares(norms)) / grad_scale**2,
             int(num_targets),
@@ -140,7 +144,8 @@ class NoiseScaleMeter:
         for handle in self._handles:
             handle.remove()
         self._handles, self._norms = [], []
-        self._weighted_squares, self._num_targets, self._num_micro_batches = 0.0, 0, 0
+        self._weighted_squares, self._squared_targets = 0.0, 0
+        self._num_targets, self._num_micro_batches = 0, 0
 
     @property
     def scale(self) -> NoiseScale | None:
@@ -177,7 +182,7 @@ class NoiseScaleMeter:
     def load_state(self, state: list[list[float]]) -> None:
         """Undo `state`."""
         self.measurements = deque(
-            (NoiseMeasurement(a, b, int(n), int(s)) for a, b, n, s in state), maxlen=KEEP
+            (NoiseMeasurement(a, b, *map(int, counts)) for a, b, *counts in state), maxlen=KEEP
         )
 
 

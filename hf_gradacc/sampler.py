@@ -13,13 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from hf_gradacc.dealing import deal_by_cost
+from hf_gradacc.dealing import deal_at_random, deal_by_cost, is_measured
 from hf_gradacc.errors import ConfigError, DataError
 
 __all__ = ["Deal", "Share", "UpdateSampler", "bound_updates_by_tokens"]
 
-Deal = Callable[[Sequence[int], int, int], list[list[int]]]
-"""Lengths of an update's rows, number of ranks, which update: to indices for each rank."""
+Deal = Callable[[Sequence[int], int], list[list[int]]]
+"""Lengths of an update's rows, and the number of ranks: to indices for each rank."""
 
 
 class Share(list[int]):
@@ -60,8 +60,10 @@ class UpdateSampler:
         rank: This rank.
         world_size: Number of ranks.
         lengths: Tokens of each row, to balance ranks by; without it rows are dealt in turn.
-        deal: Called with the lengths of an update's rows, the number of ranks and which update of
-            the epoch it is; gives each rank its part, as `deal_rows` does. Default: by length.
+        deal: Called with the lengths of an update's rows and the number of ranks; gives each rank
+            its part, as `deal_rows` does. Default: by length.
+        noise_scale_every: Every so many updates of an epoch, deal at random instead of by cost,
+            and give the rows of a share in random order: their noise is measured.
 
     Raises:
         ConfigError: If not exactly one of the two sizes is given, or one is below 1.
@@ -87,6 +89,7 @@ class UpdateSampler:
         world_size: int = 1,
         lengths: Sequence[int] | np.ndarray | None = None,
         deal: Deal | None = None,
+        noise_scale_every: int | None = None,
     ) -> None:
         if (effective_batch_size is None) == (tokens_per_update is None):
             raise ConfigError(
@@ -110,11 +113,12 @@ class UpdateSampler:
         self.incomplete_update = incomplete_update
         self.rank = rank
         self.world_size = world_size
+        self.noise_scale_every = noise_scale_every
         self.epoch = 0
         self._order = order
         self._target_counts = None if target_counts is None else np.asarray(target_counts)
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
-        self._deal = deal or _deal_by_length
+        self._deal = deal or deal_by_cost
         if len(self) == 0:
             raise DataError(
                 f"incomplete_update = 'drop' leaves no update: the dataset has {num_sequences} "
@@ -160,14 +164,14 @@ class UpdateSampler:
         bounds = self.bounds(order)
         return [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
-    def deal(self, members: Sequence[int], *, update: int = 0) -> list[list[int]]:
+    def deal(self, members: Sequence[int]) -> list[list[int]]:
         """Give each rank its part of an update's sequences, in the order they were drawn."""
         if self.world_size == 1:
             return [list(members)]
         if self._lengths is None:
             return [list(members[rank :: self.world_size]) for rank in range(self.world_size)]
         lengths = self._lengths[np.asarray(members, dtype=np.int64)].tolist()
-        shares = self._deal(lengths, self.world_size, update)
+        shares = self._deal(lengths, self.world_size)
         return [[members[i] for i in sorted(share)] for share in shares]
 
     def __len__(self) -> int:
@@ -179,12 +183,13 @@ class UpdateSampler:
         bounds = self.bounds(order)
         for update, (start, stop) in enumerate(itertools.pairwise(bounds)):
             members = order[start:stop].tolist()
-            share = self.deal(members, update=update)[self.rank]
-            yield Share(share, epoch=epoch, update=update)
-
-
-def _deal_by_length(lengths: Sequence[int], num_ranks: int, update: int) -> list[list[int]]:
-    return deal_by_cost(lengths, num_ranks)
+            if is_measured(update, every=self.noise_scale_every):
+                seed = (self.seed, epoch, update)
+                dealt = deal_at_random(len(members), self.world_size, seed=seed)[self.rank]
+                mine = [members[i] for i in dealt]
+            else:
+                mine = self.deal(members)[self.rank]
+            yield Share(mine, epoch=epoch, update=update)
 
 
 def bound_updates_by_tokens(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_gradacc.dealing import is_measured
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.noise_scale_meter import NoiseScaleMeter
 from hf_gradacc.reduction import sum_over_ranks
@@ -82,8 +83,7 @@ class MeasuredNoise(ExactLoss):
 
     def _run_update(self, model: nn.Module, update: Update, num_targets: int) -> Tensor:
         """Listen to an attempt at the update, and to that attempt only."""
-        every = self.args.noise_scale_every
-        self._listening = bool(every) and update.index % every == 0
+        self._listening = is_measured(update.index, every=self.args.noise_scale_every)
         if self._listening and self._noise is not None:
             self._num_local_sequences = sum(mb.num_sequences for mb in update)
             self._noise.meter.before_update(model.parameters())

@@ -127,28 +127,25 @@ def test_what_a_budget_became_while_training_moves_no_row_to_another_rank():
     for collator in (before, after):
         collator.share_budget()
     after.max_tokens = 16_384
-    assert deal_update(before, lengths, 3, 0) == deal_update(after, lengths, 3, 0)
+    assert deal_update(before, lengths, 3) == deal_update(after, lengths, 3)
     asked = (UpdateCollator(list, max_tokens=size) for size in (1024, 16_384))
-    few, many = (deal_update(collator, lengths, 3, 0) for collator in asked)
+    few, many = (deal_update(collator, lengths, 3) for collator in asked)
     assert few != many  # a budget somebody asked for does count
 
 
-def test_a_cut_at_random_and_packed_rows_are_dealt_one_by_one():
+def test_packed_rows_are_dealt_one_by_one():
     lengths = [60, 59, 20, 20, 20, 20, 20, 20]
     collator = UpdateCollator(list, max_tokens=120)
-    together = deal_update(collator, lengths, 2, 1)
-    collator.noise_scale_every = 2
-    assert deal_update(collator, lengths, 2, 1) == together
-    assert deal_update(collator, lengths, 2, 2) == deal_by_cost(lengths, 2) != together
+    together = deal_update(collator, lengths, 2)
     collator.packed = True
-    assert deal_update(collator, lengths, 2, 1) == deal_by_cost(lengths, 2)
+    assert deal_update(collator, lengths, 2) == deal_by_cost(lengths, 2) != together
 
 
 def test_rows_that_are_padded_alike_or_of_unknown_length_are_dealt_by_number():
     collator = UpdateCollator(list, max_sequences=8)
-    assert sorted(map(len, deal_update(collator, [0] * 10, 3, 0))) == [3, 3, 4]
+    assert sorted(map(len, deal_update(collator, [0] * 10, 3))) == [3, 3, 4]
     collator.pad_alike = True
-    assert sorted(map(len, deal_update(collator, [90, *[3] * 9], 3, 0))) == [3, 3, 4]
+    assert sorted(map(len, deal_update(collator, [90, *[3] * 9], 3))) == [3, 3, 4]
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 6))

@@ -13,6 +13,7 @@ import torch
 from support.tracked import make_rows, make_trainer, pad
 
 from hf_gradacc import UpdateSampler
+from hf_gradacc.collator import UpdateCollator
 from hf_gradacc.noise_scale import (
     NoiseMeasurement,
     NoiseScale,
@@ -79,18 +80,19 @@ def test_the_unbiased_estimate_is_told_from_its_broken_variants():
     noise, _ = closed_form(delta)
     rng = np.random.default_rng(1)
     sizes = np.array(SIZES)
-    right, divided_by_k, unweighted = [], [], []
+    right, of_all_pairs, alike = [], [], []
     for _ in range(4000):
         gradients = micro_batch_gradients(rng, delta, SIZES)
         update = np.average(gradients, axis=0, weights=sizes)
-        squares, whole = (gradients**2).sum(1), update @ update
-        between = (sizes * squares).sum() - sizes.sum() * whole
-        right.append(between / (len(sizes) - 1))
-        divided_by_k.append(between / len(sizes))
-        unweighted.append(sizes.mean() * (squares - whole).sum() / (len(sizes) - 1))
+        squares, whole, total = (gradients**2).sum(1), update @ update, sizes.sum()
+        between = total**2 * whole - (sizes**2 * squares).sum()
+        right.append(total * (whole - between / (total**2 - (sizes**2).sum())))
+        of_all_pairs.append(total * (whole - between / total**2))
+        alike.append(sizes.mean() * (squares - whole).sum() / (len(sizes) - 1))
     assert np.mean(right) == pytest.approx(noise, rel=0.05)
-    assert np.mean(divided_by_k) < 0.85 * noise
-    assert abs(np.mean(unweighted) / noise - 1) > 0.15
+    assert np.mean([m.noise for m in many(delta, seed=1)]) == pytest.approx(np.mean(right))
+    assert np.mean(of_all_pairs) > 1.15 * noise
+    assert abs(np.mean(alike) / noise - 1) > 0.15
 
 
 def test_targets_that_resemble_each_other_in_a_sequence_count_as_the_noise_they_make():
@@ -100,6 +102,59 @@ def test_targets_that_resemble_each_other_in_a_sequence_count_as_the_noise_they_
     scale = smooth_noise_scale(many(delta, copies=6), decay=1.0)
     assert scale.target_tokens == pytest.approx(6 * noise / signal, rel=0.05)
     assert scale.sequences == pytest.approx(noise / signal, rel=0.05)
+
+
+@pytest.mark.parametrize(("world_size", "cap"), [(1, 8), (1, 1), (4, 3)])
+def test_the_figure_is_the_noise_of_real_updates_however_they_are_cut_and_dealt(world_size, cap):
+    """Rows of 2 to 100 targets that resemble each other, long rows unlike short ones.
+
+    Truth is how far the mean gradients of updates lie from that of all rows. Micro-batches of rows
+    that were dealt to four ranks by cost are no random samples, and give another figure.
+    """
+    lengths, rows = clustered_rows()
+    found, true = noise_of_updates(lengths, rows, world_size=world_size, cap=cap, every=1)
+    assert found == pytest.approx(true, rel=0.05)
+    if world_size > 1:
+        by_cost, _ = noise_of_updates(lengths, rows, world_size=world_size, cap=cap, every=None)
+        assert by_cost < 0.9 * true
+
+
+def clustered_rows(count=4_000):
+    """Targets of each row, and the mean gradient of its targets, which depends on how many."""
+    rng = np.random.default_rng(0)
+    lengths = rng.geometric(0.08, size=count) + 1
+    rows = [1 + 0.08 * (lengths - lengths.mean()), rng.standard_normal(count)]
+    return lengths, np.stack(rows, 1)
+
+
+def noise_of_updates(lengths, rows, *, world_size, cap, every, size=64, epochs=50):
+    """Noise scale as measured, and as the updates have it."""
+    sums, collator = rows * lengths[:, None], UpdateCollator(None, max_sequences=cap)
+    options = {"costs": lengths, "world_size": world_size, "noise_scale_every": every}
+    ranks = [
+        UpdateSampler(len(rows), effective_batch_size=size, rank=rank, **options)
+        for rank in range(world_size)
+    ]
+    true = sums.sum(0) / lengths.sum()
+    found, distances = [], []
+    for epoch in range(epochs):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        for shares in zip(*ranks, strict=True):
+            pieces = [
+                np.array(share)[piece]
+                for share in shares
+                for piece in collator.cut(lengths[share].tolist(), at_random=True)
+            ]
+            counts = np.array([lengths[piece].sum() for piece in pieces])
+            totals = np.array([sums[piece].sum(0) for piece in pieces])
+            update = totals.sum(0) / counts.sum()
+            squares = ((totals / counts[:, None]) ** 2).sum(1).tolist()
+            whole = {"squared_norm_of_update": float(update @ update), "num_sequences": size}
+            found.append(measure_noise(squares, counts.tolist(), **whole))
+            distances.append(counts.sum() * ((update - true) ** 2).sum())
+    scale = smooth_noise_scale(found, decay=1.0)
+    return scale.target_tokens, np.mean(distances) / (true @ true)
 
 
 def test_the_scale_is_a_ratio_of_means_not_a_mean_of_ratios():
@@ -115,14 +170,14 @@ def test_the_scale_is_a_ratio_of_means_not_a_mean_of_ratios():
 
 
 def test_the_first_measurements_are_not_pulled_to_zero():
-    one = NoiseMeasurement(noise=8.0, signal=2.0, num_targets=10, num_sequences=5)
+    one = NoiseMeasurement(noise=8.0, signal=2.0, num_targets=10, num_sequences=5, num_pairs=80)
     assert smooth_noise_scale([one]).target_tokens == 4.0
     assert smooth_noise_scale([one] * 3).target_tokens == pytest.approx(4.0)
 
 
 def test_newer_measurements_weigh_more():
-    old = NoiseMeasurement(noise=1.0, signal=1.0, num_targets=10, num_sequences=5)
-    new = NoiseMeasurement(noise=9.0, signal=1.0, num_targets=10, num_sequences=5)
+    old = NoiseMeasurement(noise=1.0, signal=1.0, num_targets=10, num_sequences=5, num_pairs=80)
+    new = NoiseMeasurement(noise=9.0, signal=1.0, num_targets=10, num_sequences=5, num_pairs=80)
     assert smooth_noise_scale([old] * 50 + [new] * 50).target_tokens > 8
     assert smooth_noise_scale([new] * 50 + [old] * 50).target_tokens < 2
 
@@ -228,7 +283,7 @@ def test_ranks_add_up_to_one_measurement():
     share = [measured_sums(model, part) for part in (range(2), range(2, 5))]
     total = sum(share)
     torch.testing.assert_close(total, measured_sums(model, range(5)), rtol=1e-12, atol=0)
-    assert total[1] == 5
+    assert total[2] == 5, "micro-batches"
     assert whole is not None
 
 
@@ -314,12 +369,14 @@ def test_the_trainer_measures_the_update_it_trains(tmp_path):
     trainer.train()
     measured = trainer._noise.meter.measurements
     assert len(measured) == 2, "of updates 0, 1 and 2 the first and the third"
-    sampler = UpdateSampler(len(rows), effective_batch_size=8, seed=trainer.args.seed)
-    for actual, members in zip(measured, sampler.membership(0)[::2], strict=True):
+    sampler = UpdateSampler(
+        len(rows), effective_batch_size=8, seed=trainer.args.seed, noise_scale_every=2
+    )
+    for actual, members in zip(measured, list(sampler)[::2], strict=True):
         drawn = [rows[i] for i in members]
         collator = trainer._collator
         pieces = collator.cut(collator.measure(drawn), at_random=True)
-        assert [i for piece in pieces for i in piece] == list(range(8)), "in the order drawn"
+        assert [i for piece in pieces for i in piece] == list(range(8)), "in the order dealt"
         squares, counts, update = [], [], 0
         for piece in pieces:
             batch = pad([drawn[i] for i in piece])

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -77,6 +78,45 @@ def test_drop_leaves_out_only_the_incomplete_update():
 def test_without_shuffling_the_dataset_keeps_its_order():
     sampler = UpdateSampler(5, effective_batch_size=3, shuffle=False)
     assert sampler.membership(4) == [[0, 1, 2], [3, 4]]
+
+
+def test_a_measured_update_is_dealt_at_random_and_others_by_cost():
+    """Membership stays; on every rank the same order, another one in every update and epoch."""
+    costs = [1 + i % 9 for i in range(48)]
+
+    def shares(world_size, every):
+        ranks = [
+            UpdateSampler(
+                48,
+                effective_batch_size=16,
+                rank=rank,
+                world_size=world_size,
+                lengths=costs,
+                noise_scale_every=every,
+            )
+            for rank in range(world_size)
+        ]
+        return [[list(share) for share in update] for update in zip(*ranks, strict=True)]
+
+    plain, measured = shares(3, None), shares(3, 2)
+    assert measured[1] == plain[1], "between the measured ones nothing changes"
+    for before, after in ((plain[0], measured[0]), (plain[2], measured[2])):
+        assert after != before
+        assert sorted(chain(*after)) == sorted(chain(*before)), "the same members"
+        assert [len(share) for share in after] == [6, 5, 5]
+    orders = {
+        tuple(members.index(i) for i in share)
+        for (share,), (members,) in zip(shares(1, 1), shares(1, None), strict=True)
+    }
+    assert len(orders) == 3, "not one shuffle for all updates"
+
+
+def test_rows_that_come_in_an_order_are_dealt_at_random_where_measured():
+    """Without shuffling neighbours may resemble each other: cut in order they show less noise."""
+    options = {"effective_batch_size": 8, "shuffle": False}
+    assert [list(share) for share in UpdateSampler(8, **options)] == [list(range(8))]
+    (share,) = UpdateSampler(8, **options, noise_scale_every=1)
+    assert sorted(share) == list(range(8)) != list(share)
 
 
 def test_a_share_keeps_its_place_on_the_way_to_a_worker():

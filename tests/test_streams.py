@@ -1,5 +1,7 @@
 """Streams: no gradient leaks from one pass into the next, and a short stream is no endless loop."""
 
+from functools import partial
+
 import datasets
 import pytest
 from support.reference import float64_everywhere, reference_gradient, relative_error
@@ -8,6 +10,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_gradacc import DataError
+from hf_gradacc.dealing import deal_by_cost
+from hf_gradacc.loader import UpdateStream, fixed_size
 
 ROWS = ragged_rows(7, seed=6)
 
@@ -130,3 +134,31 @@ def test_a_stream_is_cut_by_target_tokens_as_well(tmp_path):
     first = next(n for n in range(1, 8) if sum(targets[:n]) >= 15)
     assert log_rows(trainer)[0]["effective_batch_size"] == first
     assert relative_error(gradients[0], whole_gradient(ROWS[:first])) <= 1e-10
+
+
+def test_a_measured_update_of_a_stream_is_dealt_at_random_to_all_ranks():
+    rows = list(range(20))
+
+    def dealt(rank, every):
+        stream = UpdateStream(
+            rows,
+            take=partial(fixed_size, effective_batch_size=10),
+            length_of=int,
+            deal=deal_by_cost,
+            rank=rank,
+            world_size=2,
+            seed=3,
+            noise_scale_every=every,
+        )
+        return [list(share) for share in stream], [share.indices for share in stream]
+
+    plain, measured = (
+        [dealt(rank, None) for rank in range(2)],
+        [dealt(rank, 2) for rank in range(2)],
+    )
+    for (shares, indices), (before, _) in zip(measured, plain, strict=True):
+        assert shares == indices, "rows keep the places they have in the stream"
+        assert shares[1] == before[1], "the second update is not measured"
+        assert shares[0] != before[0]
+        assert len(shares[0]) == 5
+    assert sorted(measured[0][0][0] + measured[1][0][0]) == rows[:10]

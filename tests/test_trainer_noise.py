@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from support.noise_jobs import ROWS, measure_as_rank
+from support.ranks import run_ranks
 from support.reference import float64_everywhere, reference_gradient, relative_error
-from support.tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
+from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
 
-from hf_gradacc.noise_scale import measure_from_sums
+from hf_gradacc import UpdateSampler
+from hf_gradacc.noise_scale import measure_noise
 from hf_gradacc.targets import count_targets
-
-ROWS = ragged_rows(16, seed=41)
 
 
 def train(tmp_path, **options):
@@ -33,24 +35,88 @@ def test_measuring_changes_no_gradient(tmp_path, every):
     assert len(trainer._noise.meter.measurements) == 2 // every
 
 
-def test_the_figure_is_that_of_the_micro_batches_cut_in_drawn_order(tmp_path):
+def test_the_figure_is_that_of_the_micro_batches_cut_in_the_order_dealt(tmp_path):
     trainer, gradients = train(tmp_path, noise_scale_every=2)
-    members = sorted_as_drawn(trainer)
+    members = next(iter(trainer.get_train_dataloader().batch_sampler))
     model = tiny_llama().train()
-    weighted, counts = 0.0, []
+    weighted, counts = [], []
     with float64_everywhere():
         for start in range(0, 8, 2):
             batch = [ROWS[i] for i in members[start : start + 2]]
             counts.append(int(count_targets(pad(batch)["labels"])))
-            weighted += counts[-1] * squared_norm(reference_gradient(model, batch, pad))
-    expected = measure_from_sums(weighted, 4, squared_norm(gradients[0]), sum(counts), 8)
+            weighted.append(squared_norm(reference_gradient(model, batch, pad)))
+    expected = measure_noise(
+        weighted, counts, squared_norm_of_update=squared_norm(gradients[0]), num_sequences=8
+    )
     (actual,) = trainer._noise.meter.measurements
     assert actual.noise == pytest.approx(expected.noise, rel=1e-9)
     assert actual.signal == pytest.approx(expected.signal, rel=1e-9)
 
 
-def sorted_as_drawn(trainer):
-    return trainer.get_train_dataloader().batch_sampler.membership(0)[0]
+def measured_by_hand(model, orders, per_micro_batch):
+    """One measurement of several ranks' shares, from each micro-batch's gradient by itself."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    squares, counts, update = [], [], 0.0
+    for rows in orders:
+        for start in range(0, len(rows), per_micro_batch):
+            batch = pad([ROWS[i] for i in rows[start : start + per_micro_batch]])
+            counts.append(int(count_targets(batch["labels"])))
+            gradients = torch.autograd.grad(model(**batch).loss, parameters)
+            flat = torch.cat([g.flatten().double() for g in gradients])
+            squares.append(float(flat @ flat))
+            update = update + counts[-1] * flat
+    update = update / sum(counts)
+    return measure_noise(
+        squares,
+        counts,
+        squared_norm_of_update=float(update @ update),
+        num_sequences=sum(map(len, orders)),
+    )
+
+
+def lora():
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(tiny_llama(), config)
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [(lora, 1e-9), (lambda: tiny_llama(dtype=torch.bfloat16), 0.02)],
+    ids=["lora", "bf16 weights, float32 sums"],
+)
+def test_only_what_is_trained_is_measured_and_sums_may_be_wider_than_weights(
+    tmp_path, make, tolerance
+):
+    options = {"effective_batch_size": 8, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, ROWS, model=make(), noise_scale_every=2, **options)
+    model = make().train()  # outside: weights are drawn in the default dtype
+    with float64_everywhere():
+        trainer.train()
+        order = list(next(iter(trainer.get_train_dataloader().batch_sampler)))
+        expected = measured_by_hand(model, [order], 2)
+    (actual,) = trainer._noise.meter.measurements
+    # Both are differences: what rounding does to them is measured by what they are taken from.
+    whole = expected.signal + expected.noise / expected.num_targets
+    assert actual.signal == pytest.approx(expected.signal, abs=tolerance * whole)
+    assert actual.noise == pytest.approx(
+        expected.noise, abs=tolerance * whole * expected.num_targets
+    )
+
+
+def test_two_real_ranks_measure_what_their_micro_batches_say(tmp_path):
+    """Seven rows in random order on two ranks, four against three: one figure, on both."""
+    told = run_ranks(measure_as_rank, 2, out=str(tmp_path))
+    assert told[0] == told[1]
+    options = {"effective_batch_size": 7, "seed": 42, "world_size": 2, "noise_scale_every": 1}
+    orders = [list(next(iter(UpdateSampler(16, rank=rank, **options)))) for rank in range(2)]
+    model = tiny_llama().train()
+    with float64_everywhere():
+        expected = measured_by_hand(model, orders, 1)
+    noise, signal, *counts = told[0][0]
+    assert signal == pytest.approx(expected.signal, rel=1e-9)
+    assert noise == pytest.approx(expected.noise, rel=1e-9)
+    assert counts == [expected.num_targets, 7, expected.num_pairs]
 
 
 def test_the_figure_stands_in_the_log_beside_the_batch(tmp_path):
