@@ -110,7 +110,15 @@ def refuse_by_name(trainer: Any) -> None:
             f"train_dataset is a dictionary of the datasets {sorted(trainer.train_dataset)}: an "
             f"update is drawn from one. Join them with datasets.concatenate_datasets."
         )
-    for loss in _embedding_losses(trainer):
+    for loss in _own_losses(trainer):
+        if getattr(loss, "n_dims_per_step", -1) > 0:
+            raise LossError(
+                f"{type(loss).__name__} with n_dims_per_step = {loss.n_dims_per_step} draws other "
+                f"dimensions in every micro-batch: how an update is cut shows in its gradient.\n"
+                f"  Set n_dims_per_step = -1, which takes all of them."
+            )
+        # A sum over embeddings cut to several sizes: what counts is the loss inside.
+        loss = getattr(loss, "loss", loss) if type(loss).__name__ == "MatryoshkaLoss" else loss
         name = type(loss).__name__
         if type(loss).__module__.startswith("sentence_transformers") and name not in _ROW_BY_ROW:
             raise LossError(
@@ -122,10 +130,8 @@ def refuse_by_name(trainer: Any) -> None:
             )
 
 
-def _embedding_losses(trainer: Any) -> Iterable[Any]:
+def _own_losses(trainer: Any) -> Iterable[Any]:
     """Give the losses of a sentence-transformers trainer: one, or one for each dataset."""
     loss = getattr(trainer, "loss", None)
     losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
-    # A sum over embeddings cut to several sizes: what counts is the loss inside.
-    losses = [getattr(x, "loss", x) if type(x).__name__ == "MatryoshkaLoss" else x for x in losses]
     return [x for x in losses if isinstance(x, nn.Module)]

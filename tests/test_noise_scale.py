@@ -130,7 +130,7 @@ def clustered_rows(count=4_000):
 def noise_of_updates(lengths, rows, *, world_size, cap, every, size=64, epochs=50):
     """Noise scale as measured, and as the updates have it."""
     sums, collator = rows * lengths[:, None], UpdateCollator(None, max_sequences=cap)
-    options = {"costs": lengths, "world_size": world_size, "noise_scale_every": every}
+    options = {"lengths": lengths, "world_size": world_size, "noise_scale_every": every}
     ranks = [
         UpdateSampler(len(rows), effective_batch_size=size, rank=rank, **options)
         for rank in range(world_size)

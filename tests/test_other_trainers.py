@@ -1,4 +1,4 @@
-"""The mixin before the trainers of Transformers and sentence-transformers."""
+"""The mixin before other trainers of Transformers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from support.bytes_tokenizer import bytes_tokenizer
-from support.reference import float64_everywhere
+from support.reference import assert_same_updates, float64_everywhere
 from support.tiny import Recorder
-from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    BertConfig,
-    BertModel,
     DataCollatorForSeq2Seq,
     GenerationConfig,
     Seq2SeqTrainer,
@@ -25,7 +21,7 @@ from transformers import (
 )
 
 from hf_gradacc import GradAccMixin, GradAccOptions
-from hf_gradacc.errors import DataError, LossError
+from hf_gradacc.errors import DataError
 from hf_gradacc.refusals import refuse_by_name
 
 SETTINGS = {
@@ -49,15 +45,6 @@ class Seq2SeqArguments(GradAccOptions, Seq2SeqTrainingArguments):
 
 class MixedSeq2Seq(GradAccMixin, Seq2SeqTrainer):
     pass
-
-
-def assert_same(actual, expected):
-    """Compare gradients relative to the largest of all: some weights have none by symmetry."""
-    assert len(actual) == len(expected) > 0
-    for mine, theirs in zip(actual, expected, strict=True):
-        scale = max(float(gradient.abs().max()) for gradient in theirs.values())
-        for name, gradient in theirs.items():
-            assert float((mine[name] - gradient).abs().max()) <= 1e-12 * scale, name
 
 
 def translate(out, *, mixed, in_little_memory=False, **options):
@@ -126,87 +113,11 @@ def test_seq2seq_gives_the_gradient_of_the_whole_update_and_still_generates(tmp_
         tmp_path, mixed=True, per_device_train_batch_size=3, effective_batch_size=14
     )
     expected, whole = translate(tmp_path, mixed=False, per_device_train_batch_size=14)
-    assert_same(gradients, expected)
+    assert_same_updates(gradients, expected)
     assert evaluation["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-12)
     assert evaluation["eval_tokens"] == whole["eval_tokens"] > 0
-
-
-# ---- sentence-transformers ---------------------------------------------------------------------
-
-
-def loss_named(name):
-    """A loss as sentence-transformers would give it; the package itself is no part of CI."""
-    kind = type(name, (nn.Module,), {"__module__": "sentence_transformers.losses"})
-    return kind()
-
-
-@pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CoSENTLoss", "GISTEmbedLoss"])
-def test_losses_with_in_batch_negatives_are_refused_by_name(name):
-    with pytest.raises(LossError, match=f"{name} is not known to be a mean over rows"):
-        refuse_by_name(SimpleNamespace(loss=loss_named(name)))
-
-
-def test_losses_of_single_rows_are_not_refused():
-    wrapper = loss_named("MatryoshkaLoss")
-    wrapper.loss = loss_named("CosineSimilarityLoss")
-    refuse_by_name(SimpleNamespace(loss={"a": loss_named("TripletLoss"), "b": wrapper}))
 
 
 def test_several_datasets_in_one_dictionary_are_refused():
     with pytest.raises(DataError, match=r"the datasets \['a', 'b'\].*concatenate_datasets"):
         refuse_by_name(SimpleNamespace(train_dataset={"a": [], "b": []}))
-
-
-@pytest.mark.filterwarnings("default")
-def test_sentence_transformers_gives_the_gradient_of_the_whole_update(tmp_path):
-    st = pytest.importorskip("sentence_transformers")
-    from sentence_transformers.losses import CosineSimilarityLoss
-    from sentence_transformers.models import Pooling, Transformer
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=272,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    bytes_tokenizer().save_pretrained(tmp_path / "bert")
-    draw = random.Random(0)
-
-    def text():
-        return "".join(draw.choice("abcdef ") for _ in range(draw.randint(2, 20)))
-
-    rows = datasets.Dataset.from_list(
-        [{"sentence1": text(), "sentence2": text(), "score": draw.random()} for _ in range(14)]
-    )
-
-    @dataclass
-    class Arguments(GradAccOptions, st.SentenceTransformerTrainingArguments):
-        pass
-
-    class Mixed(GradAccMixin, st.SentenceTransformerTrainer):
-        pass
-
-    def train(trainer_class, arguments, **options):
-        body = Transformer(str(tmp_path / "bert"))
-        model = st.SentenceTransformer(modules=[body, Pooling(16)], device="cpu").double()
-        recorder = Recorder()
-        trainer = trainer_class(
-            model=model,
-            args=arguments(output_dir=str(tmp_path / "out"), **SETTINGS | options),
-            train_dataset=rows,
-            loss=CosineSimilarityLoss(model),
-            callbacks=[recorder],
-        )
-        trainer.train()
-        return recorder.gradients
-
-    pieces = {"per_device_train_batch_size": 3, "effective_batch_size": 14}
-    whole = {"per_device_train_batch_size": 14}
-    stock = st.SentenceTransformerTrainer, st.SentenceTransformerTrainingArguments
-    assert_same(train(Mixed, Arguments, **pieces), train(*stock, **whole))

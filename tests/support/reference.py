@@ -152,3 +152,16 @@ def scale(actual: Gradient, expected: Gradient) -> float:
         float((actual[n].double() * g.double()).sum()) for n, g in expected.items() if n in actual
     )
     return dot / sum(float(g.double().square().sum()) for g in expected.values())
+
+
+def assert_same_updates(
+    actual: Sequence[Gradient], expected: Sequence[Gradient], *, tolerance: float = 1e-12
+) -> None:
+    """Compare update by update, relative to the largest entry: symmetry leaves some with none."""
+    assert len(actual) == len(expected) > 0
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        scale = max(float(gradient.abs().max()) for gradient in theirs.values())
+        assert scale > 0
+        for name, gradient in theirs.items():
+            assert float((mine[name] - gradient).abs().max()) <= tolerance * scale, name

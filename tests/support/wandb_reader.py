@@ -36,7 +36,7 @@ class WandbRun:
     summary: dict[str, Any] = field(default_factory=dict)
     alerts: list[dict[str, str]] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
-    artifacts: list[str] = field(default_factory=list)
+    artifacts: dict[str, list[str]] = field(default_factory=dict)
 
     def rows_with(self, key: str) -> list[dict[str, Any]]:
         """Only those history rows that hold ``key``."""
@@ -71,7 +71,8 @@ def read_wandb_file(path: Path) -> WandbRun:
             metric = record.metric
             run.metrics[metric.name or metric.glob_name] = metric.step_metric
         elif kind == "artifact":
-            run.artifacts.append(record.artifact.name)
+            files = [entry.path for entry in record.artifact.manifest.contents]
+            run.artifacts[record.artifact.name] = sorted(files)
     return run
 
 
