@@ -161,16 +161,12 @@ def smooth_noise_scale(
     targets = _mean(weights, [m.num_targets for m in measurements])
     sequences = _mean(weights, [m.num_sequences for m in measurements])
     pairs = _mean(weights, [m.num_pairs for m in measurements])
+    noise = _mean(weights, [m.noise for m in measurements])
     signal = _mean(weights, [m.num_pairs / pairs * m.signal for m in measurements])
-    # What each measurement adds to the two means, once the signal is known to be this one.
-    signals = [m.num_pairs / pairs * (m.signal - signal) for m in measurements]
-    noises = [
-        m.noise + m.num_targets * (m.signal - signal) - targets * own
-        for m, own in zip(measurements, signals, strict=True)
-    ]
-    noise = _mean(weights, noises)
     scale = max(noise, 0.0) / signal if signal > 0 else math.inf
-    deviations = [(a - noise, b) for a, b in zip(noises, signals, strict=True)]
+    deviations = [
+        (m.noise - noise, m.num_pairs / pairs * (m.signal - signal)) for m in measurements
+    ]
     low, high = _fieller_band(deviations, weights, noise, signal, confidence)
     return NoiseScale(scale, scale * sequences / targets, low, high, len(measurements))
 
