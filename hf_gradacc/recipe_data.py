@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from hf_gradacc.recipe_report import nearest
 
 __all__ = [
     "FORMAT_COLUMNS",
     "DataSection",
+    "DocumentUnit",
     "Format",
     "Section",
     "SourceSection",
@@ -26,6 +35,8 @@ Format = Literal[
     "seq2seq",
 ]
 
+DocumentUnit = Literal["file", "paragraph", "line"]
+
 FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
     "chat": ("messages",),
     "prompt_completion": ("prompt", "completion"),
@@ -37,14 +48,34 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
 }
 """The columns a format cannot do without."""
 
-OPTIONAL_COLUMNS = ("input",)
-"""Columns a format may use: the context of an instruction."""
+OPTIONAL_COLUMNS = ("input", "tools")
+"""Columns a format may use: the context of an instruction, the tools of a chat."""
+
+_RENDERING = {
+    *("conversation", "messages", "chat_template", "tools", "documents", "tokenize", "padding"),
+    *("truncation", "max_length", "add_generation_prompt", "continue_final_message"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What `apply_chat_template` takes beside the values of a template."""
 
 
 class Section(BaseModel):
     """Strict: no unknown key, no value of another type quietly converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        """A child recipe cannot delete what its base says, so `null` takes it back."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in fields or fields[name].is_required()
+        }
 
 
 def _known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
@@ -69,7 +100,8 @@ class SourceSection(Section):
     name: str | None = None
     """Configuration of a hub set."""
     split: str = "train"
-    """Split of a hub set; slices such as `train[:1%]` work."""
+    """Split of a hub set, a saved set or a folder whose files are named by split; slices such as
+    `train[:1%]` work for all but streams."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     weight: float = Field(default=1.0, gt=0)
@@ -104,8 +136,12 @@ class DataSection(Section):
     """How a row is read."""
     columns: Columns = {}
     """Column names of the format to those of the data, such as `question: problem`."""
+    document: DocumentUnit = "file"
+    """What one document is in txt and md files; paragraphs end with an empty line."""
     system: str | None = None
     """A system turn put before rows that have none."""
+    template_options: dict[str, Any] = {}
+    """Values the chat template reads, such as `enable_thinking: false` or `date_string: ...`."""
     source_prefix: str = ""
     """Text put before every source of `seq2seq`, such as `summarize: `."""
     max_length: int | None = Field(default=None, ge=2)
@@ -123,6 +159,14 @@ class DataSection(Section):
     seed: int = 0
     """Decides which rows are held out, and the order of a mix."""
 
+    @field_validator("template_options")
+    @classmethod
+    def _leave_rendering_alone(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in options:
+            if name in _RENDERING:
+                raise ValueError(f"{name} says how to render, which is not for a recipe to change")
+        return options
+
     @model_validator(mode="after")
     def _one_eval(self) -> DataSection:
         if self.eval and self.holdout is not None:
@@ -131,4 +175,7 @@ class DataSection(Section):
             raise ValueError("`holdout` is a share below 1.0, or a whole number of rows")
         if self.streaming and self.holdout is not None:
             raise ValueError("a stream cannot hold rows out; give `eval`")
+        sliced = next((s.split for s in [*self.train, *self.eval] if "[" in s.split), None)
+        if self.streaming and sliced is not None:
+            raise ValueError(f"a stream has no slice {sliced}; name the split, or do not stream")
         return self

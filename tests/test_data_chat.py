@@ -49,6 +49,39 @@ THINKING_READING = [
 ]
 
 
+CLOSED_READING = [
+    ("<|user|>\n2+2?<|done|>\n<|assistant|>\n", False),
+    ("4<|done|>", True),
+    ("\n<|user|>\nSure?<|done|>\n<|assistant|>\n", False),
+    ("Yes, 4.<|done|>\n<|end|>", True),
+]
+RETURNED_READING = [
+    ("<|start|>user<|message|>2+2?<|done|><|start|>assistant<|message|>", False),
+    ("4<|done|>", True),
+    ("<|start|>user<|message|>Sure?<|done|><|start|>assistant<|message|>", False),
+    ("Yes, 4.<|return|>", True),
+]
+GREETING = [{"role": "assistant", "content": "Hello!"}, *CHAT[:2]]
+GREETING_READING = [
+    ("<|im_start|>assistant\n", False),
+    ("Hello!<|im_end|>", True),
+    ("\n", False),
+    *CHATML_READING[1:3],
+    ("\n", False),
+]
+THOUGHTS = [
+    CHAT[0],
+    {"role": "assistant", "content": "<think>\n2 and 2\n</think>\n\n4"},
+    CHAT[2],
+    {"role": "assistant", "content": "<think>\nyes\n</think>\n\nYes, 4."},
+]
+THOUGHTS_READING = [
+    *CHATML_READING[1:4],
+    ("<think>\nyes\n</think>\n\nYes, 4.<|im_end|>", True),
+    ("\n", False),
+]
+
+
 @pytest.mark.parametrize(
     ("template", "tokens", "messages", "reading"),
     [
@@ -57,8 +90,22 @@ THINKING_READING = [
         (templates.HEADERS, templates.HEADERS_TOKENS, [SYSTEM, *CHAT], HEADERS_READING),
         (templates.NO_SYSTEM, templates.NO_SYSTEM_TOKENS, CHAT, NO_SYSTEM_READING),
         (templates.THINKING, templates.CHATML_TOKENS, [SYSTEM, *CHAT], THINKING_READING),
+        (templates.THINKING, templates.CHATML_TOKENS, THOUGHTS, THOUGHTS_READING),
+        (templates.CLOSED, templates.CLOSED_TOKENS, CHAT, CLOSED_READING),
+        (templates.RETURNED, templates.RETURNED_TOKENS, CHAT, RETURNED_READING),
+        (templates.CHATML, templates.CHATML_TOKENS, GREETING, GREETING_READING),
     ],
-    ids=["chatml", "generation tags", "headers", "no system turn", "thinking"],
+    ids=[
+        "chatml",
+        "generation tags",
+        "headers",
+        "no system turn",
+        "thinking",
+        "thoughts",
+        "a token closes the conversation",
+        "the last turn ends otherwise",
+        "the assistant begins",
+    ],
 )
 def test_a_chat_is_read_as_its_template_says(template, tokens, messages, reading):
     tokenizer = bytes_tokenizer(template, tokens)
@@ -73,6 +120,7 @@ def test_only_the_tagged_template_says_itself_what_the_assistant_wrote():
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<|>\r"), min_size=1, max_size=12)
 SEARCHED = bytes_tokenizer(templates.CHATML, templates.CHATML_TOKENS)
+THINKING = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
 TAGGED = bytes_tokenizer(templates.TAGGED, templates.CHATML_TOKENS)
 TURNS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4)
 
@@ -86,6 +134,51 @@ def test_searching_for_the_words_finds_what_the_tags_say(turns):
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     assert encode_chat(SEARCHED, messages) == encode_chat(TAGGED, messages)
+    # With a thought that the template prompts with, and drops from earlier turns.
+    _, labels = encode_chat(THINKING, messages, enable_thinking=False)
+    said = THINKING.decode([label for label in labels if label != -100])
+    assert said == "".join(f"{text.lstrip(chr(10))}<|im_end|>" for _, text in turns)
+
+
+ADD = {"name": "add", "arguments": {"a": 1, "b": 2}}
+TOOL_CHAT = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": ADD}]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "Bye."},
+]
+
+
+def test_a_tool_call_is_a_target_and_what_the_tool_answers_is_not():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    ids, labels = encode_chat(tokenizer, TOOL_CHAT, tools=[{"name": "add"}])
+    reading = [
+        ('<|im_start|>system\n[{"name": "add"}]<|im_end|>\n', False),
+        ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", False),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call><|im_end|>', True),
+        ("\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n", False),
+        ("It is 3.<|im_end|>", True),
+        ("\n<|im_start|>user\nThanks.<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<think>\n\n</think>\n\nBye.<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert (ids, labels) == read_segments(tokenizer, reading)
+
+
+def test_a_thought_the_template_prompts_with_is_no_target():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    _, labels = encode_chat(tokenizer, CHAT, enable_thinking=False)
+    said = tokenizer.decode([label for label in labels if label != -100])
+    assert said == "4<|im_end|>Yes, 4.<|im_end|>"
+
+
+def test_a_tokenizer_that_cannot_place_its_tokens_is_refused():
+    tokenizer = bytes_tokenizer(templates.CHATML, templates.CHATML_TOKENS)
+    tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
+    with pytest.raises(ChatError, match="use a fast one"):
+        encode_chat(tokenizer, CHAT)
 
 
 def test_an_answer_that_repeats_the_question_is_still_the_only_target():

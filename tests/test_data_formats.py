@@ -89,9 +89,39 @@ def test_seq2seq_has_its_own_target_sequence():
     assert PLAIN.decode(labels) == "s" + END
 
 
-@pytest.mark.parametrize(("label", "expected"), [("b", 1), (0.25, 0.25), (7, 7)])
+def test_a_tool_call_is_written_without_the_nulls_that_arrow_fills_in():
+    template = "{{ tools | tojson }}{% for m in messages %}{{ (m.tool_calls or []) | tojson }}"
+    template += "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    call = {"function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    turns = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": "x", "tool_calls": None},
+    ]
+    tokenizer = bytes_tokenizer(template)
+    for tools in ([{"name": "add", "strict": None}], '[{"name": "add"}]'):
+        ids, _ = encode(tokenizer, {"messages": turns, "tools": tools}, "chat")
+        assert tokenizer.decode(ids) == (
+            '[{"name": "add"}][]q[{"function": {"name": "add", "arguments": {"a": 1}}}][]x'
+        )
+
+
+def test_an_empty_document_is_left_out():
+    encoded = encode_row(RowReader(PLAIN), {"text": ""}, format="text")
+    assert fit(encoded, format="text")[1] is Fate.NO_TARGET
+
+
+def test_a_template_reads_the_values_a_recipe_gives_it():
+    template = "{{ date }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+    tokenizer = bytes_tokenizer(template + "{% endfor %}")
+    options = {"template_options": {"date": "1 May"}}
+    ids, _ = encode(tokenizer, {"messages": CHAT_ROW}, "chat", **options)
+    assert tokenizer.decode(ids) == "1 Mayab"
+
+
+@pytest.mark.parametrize(("label", "expected"), [("b", 1), (0.25, 0.25), ("7", 7.0)])
 def test_a_class_is_an_id_and_a_number_stays_one(label, expected):
-    label_ids = {"a": 0, "b": 1} if isinstance(label, str) else None
+    label_ids = {"a": 0, "b": 1} if label == "b" else None
     _, found = encode(PLAIN, {"text": "x", "label": label}, "classification", label_ids=label_ids)
     assert found == expected
 
@@ -113,6 +143,15 @@ CHAT_ROW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ("chat", {"messages": [{"content": "a"}]}, "messages", "no role in turn 1"),
         ("chat", {"messages": [{"role": "user"}]}, "messages", "null as content of turn 1"),
         ("chat", {"messages": CHAT_ROW[:1]}, "messages", "no assistant turn"),
+        (
+            "chat",
+            {"messages": [CHAT_ROW[0], {"role": "assistent", "content": "b"}]},
+            "messages",
+            "unknown role 'assistent' in turn 2; did you mean assistant",
+        ),
+        ("chat", {"messages": CHAT_ROW, "tools": "[{"}, "tools", "is no JSON"),
+        ("chat", {"messages": CHAT_ROW, "tools": {"a": 1}}, "tools", "is an object, not a list"),
+        ("question_answer", {"question": 1.5, "answer": "a"}, "question", "write it in quotes"),
         ("classification", {"text": "a", "label": None}, "label", "is null"),
         ("classification", {"text": "a", "label": "z"}, "label", "none of a, b"),
     ],

@@ -183,6 +183,44 @@ def test_decimal_labels_are_a_regression(write):
     assert [row["labels"] for row in data.train] == [0.5, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (["10", "2", "1"], ["1", "2", "10"], [2, 1, 0]),
+        (["1", "2.5", "3"], [], [1.0, 2.5, 3.0]),
+        (["NA", "EU", "NA"], ["EU", "NA"], [1, 0, 1]),
+    ],
+)
+def test_labels_of_a_csv_are_numbers_where_all_of_them_are(tmp_path, labels, names, expected):
+    (tmp_path / "c.csv").write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
+    data = prepare(str(tmp_path / "c.csv"), format="classification")
+    assert data.label_names == names
+    assert [row["labels"] for row in data.train] == expected
+
+
+def test_labels_that_are_lists_are_an_error(write):
+    with pytest.raises(DataError, match="holds lists or objects"):
+        prepare(write("c.jsonl", [{"text": "t", "label": [0, 1]}] * 2), format="classification")
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ("file", ["one\ntwo\n\nthree\n<|end|>"]),
+        ("paragraph", ["one\ntwo<|end|>three\n<|end|>"]),
+        ("line", ["one<|end|>two<|end|>three<|end|>"]),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_file_is_one_document_unless_the_recipe_says_otherwise(
+    tmp_path, document, expected, streaming
+):
+    (tmp_path / "t.txt").write_text("one\ntwo\n\nthree\n")
+    options = {"format": "text", "document": document, "streaming": streaming}
+    rows = prepare(str(tmp_path / "t.txt"), **options).train
+    assert [TOKENIZER.decode(row["input_ids"]) for row in rows] == expected
+
+
 def test_a_single_class_is_an_error(write):
     with pytest.raises(DataError, match="1 class in its label column"):
         prepare(write("c.jsonl", [{"text": "t", "label": 1}] * 3), format="classification")

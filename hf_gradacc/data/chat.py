@@ -5,9 +5,10 @@ Two ways, the first where the template allows it:
 1. Templates with `{% generation %}` tags say themselves what the assistant wrote.
 2. Otherwise each assistant turn is found in the rendered text: it starts where the template,
    given only the turns before and asked to prompt for an answer, ends; and it ends where the
-   template, given the turns up to this one, ends. Templates that render a turn differently once
-   others follow (Qwen3 drops the thinking of earlier turns) are searched for the turn's own text.
-   What follows the end-of-turn token, usually a line break, is never generated and no target.
+   template, given the turns up to this one, ends. Templates render a turn differently once others
+   follow (Qwen3 drops its thinking, Phi-3 the token that closes the conversation): then what is
+   left of it has to stand there, with all its own words. What follows the end-of-turn token,
+   usually a line break, is never generated and no target.
 
 Where neither way is certain the row is refused: a wrong mask trains on the wrong words silently.
 """
@@ -15,7 +16,7 @@ Where neither way is certain the row is refused: a wrong mask trains on the wron
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_gradacc.targets import IGNORE_INDEX
@@ -37,12 +38,14 @@ def has_generation_tags(tokenizer: Any) -> bool:
     return isinstance(template, str) and _GENERATION.search(template) is not None
 
 
-def encode_chat(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+def encode_chat(tokenizer: Any, messages: Messages, **options: Any) -> tuple[list[int], list[int]]:
     """Render a conversation, and label the assistant's turns.
 
     Args:
         tokenizer: One with a chat template.
         messages: Turns `{"role": ..., "content": ...}` in order.
+        options: What the template reads beside them: `tools`, and values of its own such as
+            Qwen3's `enable_thinking`.
 
     Returns:
         `input_ids` and `labels`, of equal length; labels are -100 outside assistant turns.
@@ -52,21 +55,35 @@ def encode_chat(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int
     """
     if not any(turn.get("role") == "assistant" for turn in messages):
         raise ChatError("no assistant turn, so there is nothing to learn")
+    if not getattr(tokenizer, "is_fast", True):
+        raise ChatError(
+            "this tokenizer cannot say which letters a token stands for; use a fast one"
+        )
     if has_generation_tags(tokenizer):
-        return _by_tags(tokenizer, messages)
-    text = _render(tokenizer, messages)
+        return _by_tags(tokenizer, messages, options)
+
+    def render(turns: Messages, *, prompt: bool = False) -> str:
+        return _render(tokenizer, turns, options, prompt=prompt)
+
+    text = render(messages)
     spans = [
-        _span(tokenizer, messages, index, text)
+        _span(tokenizer, messages, index, text, render)
         for index, turn in enumerate(messages)
         if turn["role"] == "assistant"
     ]
     return _label(tokenizer, text, spans)
 
 
-def _by_tags(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+def _by_tags(
+    tokenizer: Any, messages: Messages, options: dict[str, Any]
+) -> tuple[list[int], list[int]]:
     try:
         encoded = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            list(messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **options,
         )
     except Exception as error:  # Jinja templates raise whatever they like
         raise ChatError(f"the chat template refuses it: {error}") from error
@@ -74,37 +91,69 @@ def _by_tags(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
     return ids, [token if keep else IGNORE_INDEX for token, keep in zip(ids, mask, strict=True)]
 
 
-def _render(tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
+def _render(tokenizer: Any, messages: Messages, options: dict[str, Any], *, prompt: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
+            list(messages), tokenize=False, add_generation_prompt=prompt, **options
         )
     except Exception as error:
         raise ChatError(f"the chat template refuses it: {error}") from error
     return str(text)
 
 
-def _span(tokenizer: Any, messages: Messages, index: int, text: str) -> tuple[int, int]:
+def _span(
+    tokenizer: Any, messages: Messages, index: int, text: str, render: Callable[..., str]
+) -> tuple[int, int]:
     """First character of an assistant turn in the rendered text, and the one after its last."""
-    before = _render(tokenizer, messages[:index], prompt=True)
-    through = _render(tokenizer, messages[: index + 1])
-    content = _content(messages[index])
-    if text.startswith(before) and text.startswith(through) and len(through) > len(before):
-        start, end = len(before), len(through)
-    elif text.startswith(before):
-        # A later turn changed how this one is rendered; its own words are still there.
-        found = text.find(content, len(before))
-        if not content or found < 0:
-            raise ChatError(_rewrites(index))
-        closing = through[through.rindex(content) + len(content) :] if content in through else ""
-        start, end = len(before), found + len(content)
-        if text.startswith(closing, end):
-            end += len(closing)
-    else:
+    start = (
+        _opening(messages, text, render) if index == 0 else _start(messages, index, text, render)
+    )
+    through = render(messages[: index + 1])
+    if start is None or not through.startswith(text[:start]):
         raise ChatError(_rewrites(index))
-    if content and content not in text[start:end]:
+    turn, words = through[start:], _words(messages[index])
+    if any(word not in turn for word in words):
         raise ChatError(_rewrites(index))
-    return start, end - _trailing_blank(tokenizer, text[start:end])
+    # As the last turn it may have begun with a thought that is dropped once others follow, and
+    # ended with a token that only closes a conversation. Its own words have to be there.
+    first_word = min((turn.rfind(word) for word in words), default=0)
+    last_word = max((turn.rfind(word) + len(word) for word in words), default=len(turn))
+    tokens = _added_tokens(tokenizer)
+    token_ends = [m.end() for m in tokens.finditer(turn) if m.start() >= last_word]
+    for dropped in range(first_word + 1):
+        for end in (len(turn), *reversed(token_ends)):
+            kept = turn[dropped:end]
+            if kept and text.startswith(kept, start):
+                return start, start + len(kept) - _trailing_blank(tokens, kept)
+        # gpt-oss ends a turn with one token, and the last one with another.
+        said = start + last_word - dropped
+        closing = tokens.match(text, said) if tokens.match(turn, last_word) else None
+        if closing is not None and text.startswith(turn[dropped:last_word], start):
+            return start, closing.end()
+    raise ChatError(_rewrites(index))
+
+
+def _start(messages: Messages, index: int, text: str, render: Callable[..., str]) -> int | None:
+    """Where an assistant turn starts: behind what the template prompts it with."""
+    before = render(messages[:index], prompt=True)
+    if text.startswith(before):
+        return len(before)
+    # The prompt may hold more than a turn's opening, such as the empty thought of Qwen3.
+    bare = render(messages[:index])
+    if not before.startswith(bare) or not text.startswith(bare):
+        return None
+    start = len(bare)
+    while before[start : start + 1] and before[start] == text[start : start + 1]:
+        start += 1
+    return start if start > len(bare) else None
+
+
+def _opening(messages: Messages, text: str, render: Callable[..., str]) -> int | None:
+    """Where a greeting starts; templates refuse to prompt for it, so ask for what comes after."""
+    first = render(messages[:1])
+    prompt = render(messages[:1], prompt=True).removeprefix(first)
+    found = text.find(prompt) if prompt else -1
+    return None if found < 0 else found + len(prompt)
 
 
 def _rewrites(index: int) -> str:
@@ -114,16 +163,24 @@ def _rewrites(index: int) -> str:
     )
 
 
-def _content(turn: dict[str, Any]) -> str:
+def _words(turn: dict[str, Any]) -> list[str]:
+    """What must be found again of a turn: its content but for thoughts, and the tools it calls."""
     content = turn.get("content")
-    return content.strip() if isinstance(content, str) else ""
+    said = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
+    return [word for word in (said, *(str(call.get("name", "")) for call in calls)) if word]
 
 
-def _trailing_blank(tokenizer: Any, turn: str) -> int:
-    """Number of blank characters after the special token that closes a turn."""
+def _added_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds the tokens that stand for more than their letters, longest first."""
+    words = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+
+
+def _trailing_blank(tokens: re.Pattern[str], turn: str) -> int:
+    """Number of blank characters after the token that closes a turn."""
     stripped = turn.rstrip()
-    closes = any(stripped.endswith(token) for token in tokenizer.all_special_tokens)
-    closes = closes or any(stripped.endswith(token) for token in tokenizer.get_added_vocab())
+    closes = any(match.end() == len(stripped) for match in tokens.finditer(stripped))
     return len(turn) - len(stripped) if closes else 0
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from hf_gradacc.data.faults import explain_failure, locate_row
 from hf_gradacc.data.formats import RowError, RowReader, encode_row
 from hf_gradacc.data.lengths import Fate, fit_length
-from hf_gradacc.data.sources import explain_failure, locate_row
+from hf_gradacc.data.sources import ExplainedStream
 from hf_gradacc.errors import DataError
 from hf_gradacc.recipe_data import FORMAT_COLUMNS, DataSection, Format, SourceSection
 from hf_gradacc.recipe_report import nearest
 
 __all__ = ["encode_source", "source_columns", "source_format"]
 
-CACHE_VERSION = 1  # raise it whenever encoded rows would differ
+CACHE_VERSION = 2  # raise it whenever encoded rows would differ
 
 
 def source_format(section: DataSection, source: SourceSection) -> Format:
@@ -51,12 +52,22 @@ def encode_source(
         DataError: If a column is missing or a row malformed, naming file, line and column.
     """
     format, columns = source_format(section, source), source_columns(section, source)
-    reader = RowReader(tokenizer, columns, section.system, label_ids, section.source_prefix)
-    _check_columns(source, format, reader, raw.column_names)
+    reader = RowReader(
+        tokenizer,
+        columns,
+        section.system,
+        label_ids,
+        section.source_prefix,
+        section.template_options,
+    )
+    present = raw.column_names
+    if present is None:  # a stream that knows its columns only once it is read
+        present = list(next(iter(ExplainedStream.over(raw, [source])), {}))
+    _check_columns(source, format, reader, present)
     options: dict[str, Any] = {
         "batched": True,
         "with_indices": True,
-        "remove_columns": raw.column_names,
+        "remove_columns": present,
         "fn_kwargs": {"section": section, "source": source, "reader": reader, "format": format},
     }
     if not section.streaming:
@@ -68,7 +79,7 @@ def encode_source(
     try:
         return raw.map(_encode_batch, **options)
     except UnicodeDecodeError as error:  # Arrow reads bytes and decodes them only when asked
-        explain_failure(source, error)
+        explain_failure([source], error)
 
 
 def _encode_batch(
@@ -114,14 +125,19 @@ def _encode_batch(
 
 
 def _check_columns(
-    source: SourceSection, format: Format, reader: RowReader, present: list[str] | None
+    source: SourceSection, format: Format, reader: RowReader, present: list[str]
 ) -> None:
     """Say what a format needs and the data has, before the first row is read."""
-    if present is None:  # a stream that does not know
-        return
+    if not present:
+        raise DataError(f"{source.path} has no rows: name a file that has some.")
     for name in FORMAT_COLUMNS[format]:
         column = reader.column(name)
         if column not in present:
+            if len(present) == 1 and any(mark in present[0] for mark in ";|\t"):
+                raise DataError(
+                    f"{source.path} has one column, {present[0]!r}: its cells must be separated by "
+                    "commas in a .csv and by tabs in a .tsv."
+                )
             guess = nearest(column, present)
             hint = f"{name}: {guess}" if guess else f"{name}: <your column>"
             raise DataError(
@@ -145,7 +161,7 @@ def _fingerprint(section: DataSection, source: SourceSection, reader: RowReader,
                 [str(tokenizer.chat_template), str(tokenizer.special_tokens_map)],
                 section.model_dump_json(include={"max_length", "max_target_length", "too_long"}),
                 json.dumps([source_format(section, source), dict(reader.columns)]),
-                json.dumps([reader.system, reader.source_prefix]),
+                json.dumps([reader.system, reader.source_prefix, dict(reader.template_options)]),
                 json.dumps(reader.label_ids),
             ]
         )

@@ -2,7 +2,7 @@
 
 | format | columns | targets |
 |---|---|---|
-| chat | messages | assistant turns, with their end token |
+| chat | messages, tools (optional) | assistant turns, with their end token |
 | prompt_completion | prompt, completion | the completion and EOS |
 | instruction | instruction, input (optional), output | the output and EOS |
 | question_answer | question, answer | the answer and EOS |
@@ -17,12 +17,15 @@ and target are then tokenized apart, exactly as they are when the model generate
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from hf_gradacc.data.chat import ChatError, encode_chat
 from hf_gradacc.recipe_data import Format
+from hf_gradacc.recipe_report import nearest
 from hf_gradacc.targets import IGNORE_INDEX
 
 __all__ = ["Encoded", "RowError", "RowReader", "encode_row"]
@@ -52,6 +55,7 @@ class RowReader:
         system: A system turn for rows without one.
         label_ids: Classification: label name to id.
         source_prefix: Seq2seq: put before every source.
+        template_options: Values that the chat template reads beside the turns.
     """
 
     tokenizer: Any
@@ -59,6 +63,7 @@ class RowReader:
     system: str | None = None
     label_ids: Mapping[str, int] | None = None
     source_prefix: str = ""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, name: str) -> str:
         """What the data calls a column of the format."""
@@ -76,10 +81,14 @@ class RowReader:
             if optional:
                 return ""
             raise RowError(column, "is null" if column in row else "is missing")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)  # csv readers turn an answer of 42 into a number
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)  # an answer of 42 in JSON
         if not isinstance(value, str):
-            raise RowError(column, f"is {_kind(value)}, not text")
+            # Arrow makes one type of a column: 1 and 2.5 become 1.0 and 2.5, and a text that looks
+            # like a date a point in time. What was written there is not known any more.
+            written = isinstance(value, float | datetime)
+            hint = "; write it in quotes" if isinstance(value, float) else "; use csv or parquet"
+            raise RowError(column, f"is {_kind(value)}, not text{hint if written else ''}")
         return value
 
 
@@ -104,7 +113,16 @@ def _chat(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     if not isinstance(turns, list) or not turns:
         raise RowError(column, f"is {_kind(turns)}, not a list of turns")
     messages = [_turn(column, number, turn) for number, turn in enumerate(turns, start=1)]
-    return _conversation(reader, messages, column)
+    tools = _tools(reader.column("tools"), row)
+    return _conversation(reader, messages, column, **({"tools": tools} if tools else {}))
+
+
+_ROLES = {
+    *("system", "developer", "user", "assistant"),
+    *("tool", "function", "ipython", "environment", "observation"),
+    *("context", "document", "documents"),
+}
+_OTHER_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def _turn(column: str, number: int, turn: Any) -> dict[str, Any]:
@@ -115,15 +133,41 @@ def _turn(column: str, number: int, turn: Any) -> dict[str, Any]:
     content = turn.get("content", turn.get("value"))
     if not isinstance(role, str):
         raise RowError(column, f"has no role in turn {number}")
+    role = _OTHER_ROLES.get(role, role)
+    if role not in _ROLES:  # `assistent` would be rendered, and never learned
+        guess = nearest(role, [*_ROLES, *_OTHER_ROLES])
+        hint = f"did you mean {guess}?" if guess else f"use one of {', '.join(sorted(_ROLES))}"
+        raise RowError(column, f"has the unknown role {role!r} in turn {number}; {hint}")
     rest = {k: v for k, v in turn.items() if k not in ("role", "content", "from", "value")}
-    rest = {name: value for name, value in rest.items() if value is not None}
+    rest = _without_nulls(rest)
     if not isinstance(content, str) and not rest.get("tool_calls"):
         raise RowError(column, f"has {_kind(content)} as content of turn {number}, not text")
-    role = {"human": "user", "gpt": "assistant"}.get(role, role)
     return {"role": role, "content": content or "", **rest}
 
 
-def _conversation(reader: RowReader, messages: list[dict[str, Any]], column: str) -> Encoded:
+def _tools(column: str, row: Mapping[str, Any]) -> list[Any]:
+    """The tools a conversation may call: a list, or JSON text of one, as on the hub."""
+    tools = row.get(column)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "[]")
+        except json.JSONDecodeError as error:
+            raise RowError(column, f"is no JSON: {error.msg} at {error.pos + 1}") from None
+    if not isinstance(tools, list | None):
+        raise RowError(column, f"is {_kind(tools)}, not a list of tools")
+    return [_without_nulls(tool) for tool in tools or []]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the nulls that Arrow fills in: it gives all rows the keys of any, at every depth."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(inner) for k, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _conversation(
+    reader: RowReader, messages: list[dict[str, Any]], column: str, **options: Any
+) -> Encoded:
     if reader.tokenizer.chat_template is None:
         raise RowError(
             column, "needs a chat template and the tokenizer has none; set tokenizer.chat_template"
@@ -131,7 +175,9 @@ def _conversation(reader: RowReader, messages: list[dict[str, Any]], column: str
     if reader.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": reader.system}, *messages]
     try:
-        input_ids, labels = encode_chat(reader.tokenizer, messages)
+        input_ids, labels = encode_chat(
+            reader.tokenizer, messages, **reader.template_options, **options
+        )
     except ChatError as error:
         raise RowError(column, f"cannot be used: {error}") from error
     return {"input_ids": input_ids, "labels": labels}
@@ -171,7 +217,10 @@ def _continue(reader: RowReader, prompt: str, completion: str) -> Encoded:
 
 
 def _text(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
-    ids = _with_eos(reader.tokenizer, reader.tokenizer(reader.text(row, "text"))["input_ids"])
+    text = reader.text(row, "text")
+    if not text:  # an EOS alone would teach to end before anything is said
+        return {"input_ids": [], "labels": []}
+    ids = _with_eos(reader.tokenizer, reader.tokenizer(text)["input_ids"])
     return {"input_ids": ids, "labels": list(ids)}
 
 
@@ -191,7 +240,10 @@ def _classification(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     if value is None or (isinstance(value, float) and value != value):
         raise RowError(column, "is null" if column in row else "is missing")
     if reader.label_ids is None:
-        return {"input_ids": input_ids, "labels": value}
+        try:
+            return {"input_ids": input_ids, "labels": float(value)}
+        except (TypeError, ValueError):
+            raise RowError(column, f"is {value!r}, not a number like the others") from None
     if str(value) not in reader.label_ids:
         raise RowError(column, f"is {value!r}, none of {', '.join(sorted(reader.label_ids))}")
     return {"input_ids": input_ids, "labels": reader.label_ids[str(value)]}
@@ -208,6 +260,7 @@ def _with_eos(tokenizer: Any, ids: list[int]) -> list[int]:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", bytes: "bytes"}
+    names |= {float: "a decimal number", datetime: "a date"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -28,10 +28,10 @@ def find_labels(section: DataSection, raw: list[Any]) -> Labels:
     """Read the classes off the label column of the training rows.
 
     A `ClassLabel` column names its classes; text and whole numbers are classes in sorted order;
-    decimal numbers are regression.
+    decimal numbers are regression. A csv holds text only, so text that is a number counts as one.
 
     Raises:
-        DataError: If there is one class only, or a stream hides its classes.
+        DataError: If there is one class only, a label is a list, or a stream hides its classes.
     """
     formats = [source.format or section.format for source in section.train]
     if "classification" not in formats:
@@ -50,11 +50,14 @@ def find_labels(section: DataSection, raw: list[Any]) -> Labels:
                 "set data.streaming to false."
             )
         if column in rows.column_names:
-            seen |= {value for value in rows[column] if value is not None}
-    if any(isinstance(value, float) and not value.is_integer() for value in seen):
-        return Labels([], None)
-    numbers = all(isinstance(value, int) and not isinstance(value, bool) for value in seen)
-    ordered = sorted(seen) if numbers else sorted(seen, key=str)
+            seen |= _values(rows[column], column, source.path)
+    numbers = {value: number for value in seen if (number := _number(value)) is not None}
+    if seen and len(numbers) == len(seen):
+        if any(not number.is_integer() for number in numbers.values()):
+            return Labels([], None)
+        ordered = sorted(seen, key=numbers.__getitem__)
+    else:
+        ordered = sorted(seen, key=str)
     if len(ordered) < 2:
         raise DataError(
             f"data.train has {len(ordered)} class{'es' if not ordered else ''} in its label "
@@ -62,3 +65,22 @@ def find_labels(section: DataSection, raw: list[Any]) -> Labels:
         )
     names = [str(value) for value in ordered]
     return Labels(names, {name: index for index, name in enumerate(names)})
+
+
+def _values(labels: Any, column: str, path: str) -> set[Any]:
+    try:
+        return {value for value in labels if value is not None}
+    except TypeError:
+        raise DataError(
+            f"{path}: column {column!r} holds lists or objects: a label is one word or number, so "
+            "name the column that has it in data.columns.label."
+        ) from None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -38,6 +38,8 @@ def fit_length(
     stop in mid-sentence. An encoder's input keeps its closing token, which belongs to the format.
     """
     input_ids, labels = encoded["input_ids"], encoded["labels"]
+    if not input_ids:  # an empty document
+        return encoded, Fate.NO_TARGET
     fate = Fate.KEPT
     if format != "text" and max_length is not None and len(input_ids) > max_length:
         if too_long != "truncate":

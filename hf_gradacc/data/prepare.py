@@ -18,7 +18,7 @@ from hf_gradacc.data.formats import RowReader
 from hf_gradacc.data.labels import find_labels
 from hf_gradacc.data.lengths import Fate, LengthReport
 from hf_gradacc.data.packing import pack_blocks
-from hf_gradacc.data.sources import load_source
+from hf_gradacc.data.sources import ExplainedStream, load_source
 from hf_gradacc.errors import DataError
 from hf_gradacc.recipe_data import FORMAT_COLUMNS, DataSection, SourceSection
 
@@ -56,8 +56,9 @@ def prepare_data(section: DataSection, *, tokenizer: Any) -> PreparedData:
         DataError: If a source cannot be read, lacks a column, or holds a malformed row; the
             message names file, line and column.
     """
-    train_raw = [load_source(source, streaming=section.streaming) for source in section.train]
-    eval_raw = [load_source(source, streaming=section.streaming) for source in section.eval]
+    load = partial(load_source, streaming=section.streaming, document=section.document)
+    train_raw = [load(source) for source in section.train]
+    eval_raw = [load(source) for source in section.eval]
     labels = find_labels(section, train_raw)
     encode = partial(encode_source, section, tokenizer, labels.ids)
     train = [encode(source, raw) for source, raw in zip(section.train, train_raw, strict=True)]
@@ -66,7 +67,9 @@ def prepare_data(section: DataSection, *, tokenizer: Any) -> PreparedData:
         pack = partial(_pack_stream, section)
         streams = [pack(part, source) for part, source in zip(train, section.train, strict=True)]
         held = [pack(part, source) for part, source in zip(held, section.eval, strict=True)]
-        return PreparedData(_mix(section, streams), _concatenate(held), [], labels.names)
+        rows = ExplainedStream.over(_mix(section, streams), section.train)
+        held = [ExplainedStream.over(_concatenate(held), section.eval)] if held else []
+        return PreparedData(rows, _concatenate(held), [], labels.names)
     if section.holdout is not None:
         held, train = _hold_out(section, train)
     reports = []
@@ -93,7 +96,7 @@ def iter_texts(section: DataSection) -> Iterator[str]:
         reader = RowReader(tokenizer=None, columns=source_columns(section, source))
         names = [reader.column(name) for name in FORMAT_COLUMNS[source_format(section, source)]]
         names.append(reader.column("input"))
-        for row in load_source(source, streaming=section.streaming):
+        for row in load_source(source, streaming=section.streaming, document=section.document):
             for name in names:
                 value = row.get(name)
                 if isinstance(value, str):

@@ -1,37 +1,35 @@
-"""Load rows from the hub or from local files, and say where a bad row stands."""
+"""Load rows from the hub or from local files, whole or as a stream."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import datasets
+
+from hf_gradacc.data.faults import explain_failure
+from hf_gradacc.data.files import is_saved, loader_of, local_files, saved_folder, split_name
 from hf_gradacc.errors import DataError
-from hf_gradacc.recipe_data import SourceSection
+from hf_gradacc.recipe_data import DocumentUnit, SourceSection
 
-__all__ = ["explain_failure", "load_source", "local_files", "locate_row"]
+__all__ = ["ExplainedStream", "load_source"]
 
-_LOADERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-
-# Local files are one split, which datasets calls train; a slice of it may be asked for.
-_SLICE = re.compile(r"train\[.*\]")
+_SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
 
 
-def load_source(source: SourceSection, *, streaming: bool = False) -> Any:
+def load_source(
+    source: SourceSection, *, streaming: bool = False, document: DocumentUnit = "file"
+) -> Any:
     """Load one source.
+
+    Args:
+        source: The source.
+        streaming: Read rows when they are asked for.
+        document: What one row of a text file is.
 
     Returns:
         A `datasets.Dataset`, or an `IterableDataset` where streaming.
@@ -40,187 +38,136 @@ def load_source(source: SourceSection, *, streaming: bool = False) -> Any:
         DataError: If there is no such source, a file cannot be read (naming file and line), or
             there are no rows.
     """
-    import datasets
-
-    files = local_files(source.path)
-    if not files and Path(source.path).is_dir() and Path(source.path).is_absolute():
-        raise DataError(
-            f"{source.path} holds no data files: name a folder with {', '.join(_LOADERS)} files."
-        )
-    try:
-        if files and Path(source.path).is_dir() and (Path(source.path) / "state.json").is_file():
-            loaded = datasets.load_from_disk(source.path)
-            return loaded.to_iterable_dataset() if streaming else loaded
-        if files:
-            loader = _loader(source, files)
-            options: dict[str, Any] = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
-            loaded = datasets.load_dataset(
-                loader,
-                data_files={"train": [str(file) for file in files]},
-                split=source.split if _SLICE.fullmatch(source.split) else "train",
-                streaming=streaming,
-                **options,
-            )
-        else:
-            loaded = datasets.load_dataset(
-                source.path,
-                source.name,
-                split=source.split,
-                revision=source.revision,
-                streaming=streaming,
-            )
-    except DataError:
-        raise
-    except Exception as error:  # datasets wraps whatever its readers raise
-        explain_failure(source, error)
+    files = local_files(source)
+    with _without_complaints():
+        try:
+            loaded = _load(source, files, streaming=streaming, document=document)
+        except DataError:
+            raise
+        except Exception as error:  # datasets wraps whatever its readers raise
+            explain_failure([source], error)
     if not streaming and len(loaded) == 0:
         raise DataError(f"{source.path} has no rows: name a file that has some.")
     return loaded
 
 
-def local_files(path: str) -> list[Path]:
-    """The data files a local path stands for, sorted; none for a hub name."""
-    place = Path(path)
-    if place.is_dir():
-        return sorted(f for f in place.rglob("*") if f.suffix in _LOADERS and f.is_file())
-    if place.is_file():
-        return [place]
-    anchor = Path(place.anchor or ".")
-    pattern = str(place.relative_to(anchor)) if place.anchor else path
-    return sorted(anchor.glob(pattern)) if any(letter in path for letter in "*?[") else []
-
-
-def _loader(source: SourceSection, files: list[Path]) -> str:
-    suffixes = {file.suffix for file in files}
-    kinds = {_LOADERS.get(suffix, "") for suffix in suffixes}
-    if len(kinds) != 1 or "" in kinds:
-        raise DataError(
-            f"{source.path} holds files of type {', '.join(sorted(suffixes))}: "
-            f"use one of {', '.join(_LOADERS)} per source, and list several sources to mix them."
+def _load(
+    source: SourceSection, files: list[Path], *, streaming: bool, document: DocumentUnit
+) -> Any:
+    if not files:
+        return datasets.load_dataset(
+            source.path,
+            source.name,
+            split=source.split,
+            revision=source.revision,
+            streaming=streaming,
         )
-    return kinds.pop()
-
-
-def explain_failure(source: SourceSection, error: Exception) -> NoReturn:
-    """Turn a reader's failure into one sentence with file and line.
-
-    Raises:
-        DataError: Always.
-    """
-    files = local_files(source.path)
-    for file in files:
-        for place, why in _faults(file):
-            raise DataError(f"{place}: {why}") from None
-    if "corresponds to no data" in str(error):
-        raise DataError(f"{source.path} has no rows: name a file that has some.") from None
-    root = error
-    while root.__cause__ is not None and isinstance(root.__cause__, Exception):
-        root = root.__cause__
-    why = str(root).strip().splitlines()[0] if str(root).strip() else type(root).__name__
-    fix = (
-        "check the file"
-        if files
-        else (
-            "check the name and split, that you are online or have it cached "
-            "(HF_HUB_OFFLINE), and `hf auth login` for gated sets"
-        )
+    if is_saved(source):
+        rows = _slice(datasets.load_from_disk(saved_folder(source)), source.split)
+        return rows.to_iterable_dataset() if streaming else rows
+    loader = loader_of(source, files)
+    options: dict[str, Any] = {}
+    if loader == "csv":
+        options = _text_cells(files)
+    elif loader == "text":
+        options = {"sample_by": _SAMPLE_BY[document]}
+    return datasets.load_dataset(
+        loader,
+        data_files={split_name(source): [str(file) for file in files]},
+        split=source.split,
+        streaming=streaming,
+        **options,
     )
-    raise DataError(f"{source.path} cannot be read ({why}): {fix}.") from error
 
 
-def _faults(file: Path) -> Iterator[tuple[str, str]]:
-    """Read a text file slowly, and yield what is wrong with it."""
-    if file.stat().st_size == 0:
-        yield str(file), "the file is empty"
-        return
-    if file.suffix not in (".json", ".jsonl", ".csv", ".tsv", ".txt", ".text", ".md"):
-        return
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        yield f"{file}:{line}", f"byte {error.start} is not UTF-8; save the file as UTF-8"
-        return
-    if not text.strip():
-        yield str(file), "the file is empty"
-    if file.suffix not in (".json", ".jsonl"):
-        return
-    if text.lstrip().startswith("["):
-        yield from _array_faults(file, text)
-        return
-    first: dict[str, tuple[str, int]] = {}
-    for number, content in enumerate(text.splitlines(), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            yield f"{file}:{number}:{error.colno}", f"not a JSON object: {error.msg}"
-            return
-        if not isinstance(row, dict):
-            yield f"{file}:{number}", f"a row is a JSON object, not {_kind(row)}"
-            return
-        for column, value in row.items():
-            if value is None:
-                continue
-            kind, seen = first.setdefault(column, (_kind(value), number))
-            if kind != _kind(value):
-                where = f"{file}:{number}: column {column!r}"
-                yield where, f"is {_kind(value)}, but {kind} in line {seen}; use one type"
-                return
+def _text_cells(files: list[Path]) -> dict[str, Any]:
+    """Options by which csv files give their cells as they are written: `007` stays, as does `NA`.
 
-
-def _array_faults(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        yield f"{file}:{error.lineno}:{error.colno}", f"not JSON: {error.msg}"
-        return
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            yield f"{file}: row {number}", f"a row is a JSON object, not {_kind(row)}"
-            return
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def locate_row(source: SourceSection, index: int) -> str:
-    """Where row `index` of a source stands: `file:line` for text formats, else its number.
-
-    Reads the files again, so it is for error messages.
+    Left to guess, pandas makes numbers, booleans and nulls of them. Only an empty cell is null.
     """
-    if not _SLICE.fullmatch(source.split) and not (Path(source.path) / "state.json").is_file():
-        for file in local_files(source.path):
-            lines = _row_lines(file)
-            if lines is None:
-                break
-            if index < len(lines):
-                return f"{file}:{lines[index]}"
-            index -= len(lines)
-    split = "" if local_files(source.path) else f" ({source.split})"
-    return f"{source.path}{split}: row {index + 1}"
+    separator = "\t" if files[0].suffix == ".tsv" else ","
+    header = _header(files[0], separator)
+    for file in files[1:]:
+        other = _header(file, separator)
+        if other != header:
+            raise DataError(
+                f"{file}:1: has the columns {', '.join(other)}, and {files[0].name} has "
+                f"{', '.join(header)}: make them the same, or list the files as several sources."
+            )
+    # pandas names a column without a name by its place.
+    names = [name or f"Unnamed: {index}" for index, name in enumerate(header)]
+    features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+    return {
+        "sep": separator,
+        "features": features if names else None,
+        "keep_default_na": False,
+        "na_values": [""],
+    }
 
 
-def _row_lines(file: Path) -> list[int] | None:
-    """The line each row of a file starts on; None where rows do not stand on lines."""
-    if file.suffix in (".csv", ".tsv"):
-        with file.open(newline="", encoding="utf-8") as handle:
-            reader = csv.reader(handle, delimiter="\t" if file.suffix == ".tsv" else ",")
-            next(reader, None)
-            starts, line = [], reader.line_num + 1
-            for row in reader:
-                if row:
-                    starts.append(line)
-                line = reader.line_num + 1
-            return starts
-    if file.suffix in (".txt", ".text", ".md"):
-        return list(range(1, file.read_text(encoding="utf-8").count("\n") + 2))
-    if file.suffix in (".json", ".jsonl"):
-        text = file.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return None
-        return [n for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    return None
+def _header(file: Path, separator: str) -> list[str]:
+    with file.open(newline="", encoding="utf-8-sig") as handle:
+        rows = (row for row in csv.reader(handle, delimiter=separator) if row)
+        header, first = next(rows, []), next(rows, [])
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{file}:1: column {twice!r} stands there twice: rename one of them.")
+    if len(first) > len(header):  # pandas would take the first cell for a row's name
+        raise DataError(
+            f"{file}:2: has {len(first)} cells, and the header {len(header)} columns: quote cells "
+            f"that hold {separator!r}, or name every column."
+        )
+    return header
+
+
+def _slice(rows: Any, split: str) -> Any:
+    """The part of a saved set that `train[:10%]` asks for."""
+    name = split.partition("[")[0]
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    kept = [index for part in parts for index in range(len(rows))[part.from_ : part.to]]
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+class ExplainedStream(datasets.IterableDataset):
+    """A stream that says in one sentence which file and line it could not read."""
+
+    sources: Sequence[SourceSection] = ()
+
+    @classmethod
+    def over(cls, stream: Any, sources: Sequence[SourceSection]) -> ExplainedStream:
+        """The same stream, with everything else it can do, seeking for a resume included."""
+        explained = copy.copy(stream)
+        explained.__class__ = cls  # datasets has no way to make one of its streams another class
+        explained.sources = list(sources)
+        return explained
+
+    def __iter__(self) -> Iterator[Any]:
+        with _without_complaints():
+            try:
+                yield from super().__iter__()
+            except DataError:
+                raise
+            except Exception as error:
+                if _is_ours(error):
+                    raise
+                explain_failure(self.sources, error)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a failure comes out of this package, and so is no fault of a file."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = str(Path(__file__).parents[1])
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(package)
+
+
+@contextlib.contextmanager
+def _without_complaints() -> Iterator[None]:
+    """Readers log what they then raise, and it would be said twice."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
