@@ -88,9 +88,9 @@ def train(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = int(
-        os.environ.get("WORLD_SIZE", "1")
-    ),
+    world_size: Annotated[
+        int, typer.Option(min=1, envvar="WORLD_SIZE", help="Ranks to plan for.")
+    ] = 1,
     png: Annotated[Path | None, typer.Option(help="Also draw the plan into this file.")] = None,
 ) -> None:
     """Show the updates of a recipe before any weight is loaded, and what to change.
@@ -184,7 +184,7 @@ def main() -> None:
     try:
         app(prog_name="hf-gradacc")
     except GradAccError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_words(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -198,6 +198,13 @@ def main() -> None:
             raise
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _words(error: GradAccError) -> str:
+    """An error's message; a loader's worker hands it on at the end of a traceback."""
+    name = f"{type(error).__module__}.{type(error).__name__}: "
+    text = str(error)
+    return text.rpartition(name)[2].strip() if "Original Traceback" in text else text
 
 
 def _explain_files(error: Exception) -> str | None:

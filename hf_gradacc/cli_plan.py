@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
-from hf_gradacc.errors import GradAccError
+from hf_gradacc.modeling import check_model
 from hf_gradacc.recipe import recipe_arguments
 from hf_gradacc.recipe_memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe_plan import RecipePlan, Spread, plan_recipe
@@ -45,32 +45,28 @@ def show_plan(
         png: Also draw it into this file.
         console: Where to print.
     """
-    arguments = recipe_arguments(recipe, **_ON_ANY_MACHINE)
+    arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
     texts = iter_texts(recipe.data)
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
+    check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
     data = prepare_data(recipe.data, tokenizer=tokenizer)
     for report in data.reports:
         console.print(str(report), highlight=False, soft_wrap=True)
     plan = plan_recipe(
         data.train, arguments=arguments, task=recipe.model.task, world_size=world_size
     )
-    try:
-        memory = estimate_memory(
-            recipe,
-            tokenizer=tokenizer,
-            arguments=arguments,
-            largest=plan.chosen.largest,
-            label_names=data.label_names,
-            world_size=world_size,
-        )
-    except GradAccError as error:
-        memory = None
-        console.print(f"memory: no estimate, since {error}", highlight=False)
+    memory = estimate_memory(
+        recipe,
+        tokenizer=tokenizer,
+        arguments=arguments,
+        largest=plan.chosen.largest,
+        label_names=data.label_names,
+        world_size=world_size,
+    )
     _print_updates(plan, console)
     _print_ways(plan, console)
     _print_lengths(plan, data.train, tokenizer, console)
-    if memory is not None:
-        _print_memory(memory, plan, console)
+    _print_memory(memory, plan, console)
     advice = list(give_advice(plan))
     if advice:
         console.print("\n[bold]What to change[/bold]")

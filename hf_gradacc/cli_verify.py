@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
-from hf_gradacc.data.progress import with_progress
+import numpy as np
+
+from hf_gradacc.data.measure import measure_lengths
 from hf_gradacc.recipe_run import build_trainer
 from hf_gradacc.recipe_sections import Recipe
 from hf_gradacc.tracking_parity import record_parity
@@ -14,6 +17,8 @@ from hf_gradacc.verify_conditions import own_log_level
 __all__ = ["verify_recipe"]
 
 STREAMED_ROWS = 500
+# An update has the same gradient however its model is spread, so one process is asked.
+_ON_ONE_PROCESS: dict[str, Any] = {"fsdp": None, "fsdp_config": None, "deepspeed": None}
 
 
 @own_log_level()
@@ -27,16 +32,15 @@ def verify_recipe(recipe: Recipe, *, num_rows: int = 16, preflight: bool = True)
         num_rows: Rows of the update that is compared.
         preflight: Also run the longest rows of the set once.
     """
-    trainer, data = build_trainer(recipe, report_to="none", log_level="error")
+    trainer, data = build_trainer(recipe, report_to="none", log_level="error", **_ON_ONE_PROCESS)
     rows = data.train
     if not hasattr(rows, "__len__"):
         rows = list(itertools.islice(rows, STREAMED_ROWS))
-    lengths = [len(row["input_ids"]) for row in with_progress(rows, what="measuring rows")]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = np.argsort(measure_lengths(rows), kind="stable").tolist()
     # Evenly from the shortest to the longest: uneven rows show most.
-    step = max(1, len(order) // num_rows)
-    chosen = [rows[index] for index in order[::step][:num_rows]]
-    longest = [rows[index] for index in order[-num_rows:]]
+    places = np.linspace(0, len(order) - 1, min(num_rows, len(order))).round().astype(int)
+    chosen = [rows[order[place]] for place in places]
+    longest = [rows[index] for index in order[-_most_rows(trainer.args, order, rows) :]]
     report = verify_parity(
         trainer.model,
         chosen,
@@ -47,3 +51,11 @@ def verify_recipe(recipe: Recipe, *, num_rows: int = 16, preflight: bool = True)
     )
     record_parity(report, output_dir=trainer.args.output_dir, model=trainer.model)
     return report
+
+
+def _most_rows(arguments: Any, order: list[int], rows: Any) -> int:
+    """How many of the longest rows the largest micro-batch can hold."""
+    budget = arguments.max_tokens_per_micro_batch
+    if not isinstance(budget, int):
+        return int(arguments.per_device_train_batch_size)
+    return max(1, budget // len(rows[order[-1]]["input_ids"]))

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe_report import nearest
-from hf_gradacc.recipe_sections import ModelSection, PeftSection
+from hf_gradacc.modeling_config import empty_model, given, model_config
+from hf_gradacc.recipe_sections import HEADS, ModelSection, PeftSection
 
-__all__ = ["apply_peft", "empty_model", "load_model", "model_config", "sample_answer", "save_model"]
-
-_HEADS = {
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-}
+__all__ = ["apply_peft", "check_model", "load_model", "sample_answer", "save_model"]
 
 
 def load_model(
@@ -42,11 +35,11 @@ def load_model(
     """
     import transformers
 
-    head = getattr(transformers, _HEADS[section.task])
+    head = getattr(transformers, f"AutoModel{HEADS[section.task]}")
     config = model_config(section, tokenizer=tokenizer, label_names=label_names)
     if section.name is None:
         dtype = "float32" if section.dtype == "auto" else section.dtype
-        options = _given(attn_implementation=section.attn_implementation)
+        options = given(attn_implementation=section.attn_implementation)
         try:
             return head.from_config(config, dtype=dtype, **options)
         except (ValueError, TypeError, ImportError) as error:
@@ -55,7 +48,7 @@ def load_model(
                 f"model.config = {section.config!r} makes no model ({why}): check its sizes, "
                 "model.task and model.attn_implementation."
             ) from error
-    options = _given(
+    options = given(
         revision=section.revision,
         attn_implementation=section.attn_implementation,
         quantization_config=_four_bits() if quantize else None,
@@ -82,67 +75,22 @@ def load_model(
     return model
 
 
-def model_config(
-    section: ModelSection, *, tokenizer: Any, label_names: list[str] | None = None
-) -> Any:
-    """The transformers config of a recipe's model; loads no weights.
+def check_model(
+    section: ModelSection, peft: PeftSection, *, tokenizer: Any, here: bool = True
+) -> None:
+    """Put the model and its adapter together without their weights, before anything takes long.
+
+    Args:
+        section: The recipe's `model`.
+        peft: The recipe's `peft`.
+        tokenizer: Its tokenizer.
+        here: Whether it will run on this machine.
 
     Raises:
-        ConfigError: If the config cannot be found or made.
+        ConfigError: If model, head, attention or adapter do not fit.
     """
-    from transformers import AutoConfig
-
-    changes: dict[str, Any] = dict(section.overrides)
-    name = "model.name" if section.name is not None else "model.config"
-    if section.task == "classification" and label_names is not None:
-        changes |= _label_config(label_names)
-    try:
-        if section.name is not None:
-            plain = AutoConfig.from_pretrained(
-                section.name,
-                trust_remote_code=section.trust_remote_code,
-                **_given(revision=section.revision),
-            )
-            _check_known(plain, section.overrides, key="model.overrides")
-            config = AutoConfig.from_pretrained(
-                section.name,
-                trust_remote_code=section.trust_remote_code,
-                **_given(revision=section.revision),
-                **changes,
-            )
-        else:
-            assert section.config is not None
-            sizes = {"vocab_size": len(tokenizer), **section.config, **changes}
-            model_type = sizes.pop("model_type")
-            _check_known(AutoConfig.for_model(model_type), sizes, key="model.config")
-            config = AutoConfig.for_model(model_type, **sizes)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        value = section.name if section.name is not None else section.config
-        raise ConfigError(
-            f"{name} = {value!r} is no model that transformers knows ({why}): check the name or "
-            "the sizes, that you are online or have it cached, and `hf auth login` if it is gated."
-        ) from error
-    if section.name is None:
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
-    config.pad_token_id = tokenizer.pad_token_id
-    return config
-
-
-def empty_model(
-    section: ModelSection, *, tokenizer: Any, label_names: list[str] | None = None
-) -> Any:
-    """The model's shape without its weights: parameters on torch's meta device."""
-    import torch
-    import transformers
-
-    config = model_config(section, tokenizer=tokenizer, label_names=label_names)
-    dtype = config.dtype or torch.float32 if section.dtype == "auto" else section.dtype
-    with torch.device("meta"):
-        return getattr(transformers, _HEADS[section.task]).from_config(config, dtype=dtype)
+    model = empty_model(section, tokenizer=tokenizer, here=here)
+    apply_peft(model, peft, task=section.task)
 
 
 def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> Any:
@@ -169,15 +117,17 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
         }
     elif section.method == "ia3":
         config_class = peft.IA3Config
-        common |= _given(
+        common |= given(
             target_modules=section.target_modules, modules_to_save=section.modules_to_save
         )
     else:
-        config_class = peft.PromptTuningConfig
+        prefix = section.method == "prefix_tuning"
+        config_class = peft.PrefixTuningConfig if prefix else peft.PromptTuningConfig
         common = {"num_virtual_tokens": section.num_virtual_tokens, **common}
     try:
         if section.method == "qlora":
-            model = peft.prepare_model_for_kbit_training(model)
+            # Recomputing activations is an option of the training arguments, as everywhere.
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return peft.get_peft_model(model, config_class(**common))
     except (ValueError, TypeError) as error:
         raise ConfigError(
@@ -244,37 +194,7 @@ def sample_answer(
     return tokenizer.decode(ids[:start], skip_special_tokens=True), answer, expected
 
 
-def _check_known(config: Any, changes: dict[str, Any], *, key: str) -> None:
-    """Transformers takes any name for a config value, and a misspelt one changes nothing."""
-    from transformers import GenerationConfig
-
-    # Values that only generation reads, such as decoder_start_token_id, may stand there as well.
-    known = {*config.to_dict(), *config.attribute_map, *GenerationConfig().to_dict()}
-    for name, value in changes.items():
-        if name not in known and not hasattr(config, name):
-            guess = nearest(name, known)
-            hint = f"did you mean {guess}?" if guess else "see the model's config class."
-            raise ConfigError(
-                f"{key}.{name} = {value!r} is no value of a {config.model_type} config: {hint}"
-            )
-
-
-def _label_config(names: list[str]) -> dict[str, Any]:
-    if not names:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-
-
 def _four_bits() -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "peft.method = 'qlora' loads the model in 4 bits with bitsandbytes, which is not "
-            "installed: `pip install bitsandbytes` (needs a GPU), or use lora."
-        )
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -284,8 +204,3 @@ def _four_bits() -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Only the options that were set, so that a library's own defaults stand."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -4,13 +4,12 @@
     arguments = recipe_arguments(recipe)
 
 Reading is in `recipe_source`, the keys in `recipe_sections` and `recipe_train`, checking in
-`recipe_check`, `recipe_paths` and `recipe_values`, wording in `recipe_report`. Everything wrong
-with a file is found in one go and said in one error.
+`recipe_check`, `recipe_paths`, `recipe_values` and `recipe_machine`, wording in `recipe_report`.
+Everything wrong with a file is found in one go and said in one error.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.recipe_check import check_section
+from hf_gradacc.recipe_machine import machine_problems
 from hf_gradacc.recipe_paths import resolve_paths
 from hf_gradacc.recipe_report import Origin, Problem, RecipeError
 from hf_gradacc.recipe_sections import Recipe
@@ -65,12 +65,17 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def recipe_arguments(recipe: Recipe, **changes: Any) -> Any:
+def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any) -> Any:
     """The GradAccArguments of a recipe.
+
+    Args:
+        recipe: A checked recipe.
+        elsewhere: The run will be on another machine, so this one need not be fit for it.
+        changes: Training arguments to set on top of it.
 
     Raises:
         RecipeError: If the options cannot hold on this machine, such as bf16 without support,
-            or Liger kernels without their package or a GPU.
+            Liger kernels or 4 bits without their packages, or a folder that cannot be written.
     """
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
@@ -83,13 +88,9 @@ def recipe_arguments(recipe: Recipe, **changes: Any) -> Any:
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
-    missing = [
-        name for name in ("liger_kernel", "triton") if importlib.util.find_spec(name) is None
-    ]
-    if arguments.use_liger_kernel and (missing or arguments.device.type == "cpu"):
-        why = f"needs {' and '.join(missing)}, not installed here" if missing else "needs a GPU"
-        fix = "`pip install liger-kernel` on a machine with a GPU, or set it to false"
-        raise RecipeError([Problem("train.use_liger_kernel", why, fix, Origin("recipe"), True)])
+    problems = [] if elsewhere else list(machine_problems(recipe, arguments))
+    if problems:
+        raise RecipeError(problems)
     return arguments
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_gradacc.chunked_loss import rows_per_chunk
-from hf_gradacc.modeling import apply_peft, empty_model
+from hf_gradacc.modeling import apply_peft
+from hf_gradacc.modeling_config import empty_model
 from hf_gradacc.recipe_sections import Recipe
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
@@ -76,7 +77,7 @@ def estimate_memory(
         label_names: Classification: the classes.
         world_size: Ranks.
     """
-    model = empty_model(recipe.model, tokenizer=tokenizer, label_names=label_names)
+    model = empty_model(recipe.model, tokenizer=tokenizer, label_names=label_names, here=False)
     config = model.config.get_text_config()
     bytes_each = _BYTES.get(str(model.dtype).removeprefix("torch."), 4)
     total = sum(p.numel() for p in model.parameters())

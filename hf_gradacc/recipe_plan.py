@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.data.progress import with_progress
+from hf_gradacc.data.measure import measure_lengths, measure_targets
 from hf_gradacc.planner import count_padding, plan_micro_batches
 from hf_gradacc.recipe_sections import Task
 from hf_gradacc.sampler import UpdateSampler
@@ -116,7 +116,7 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
     is_sample = not hasattr(rows, "__len__")
     if is_sample:
         rows = list(itertools.islice(rows, MOST_STREAMED_ROWS))
-    lengths, targets = _measure(rows, task)
+    lengths, targets = measure_lengths(rows), measure_targets(rows, task=task)
     drop = not arguments.keeps_incomplete_update
     sampler = UpdateSampler(
         len(lengths),
@@ -157,21 +157,6 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
         longest=tuple(np.argsort(-lengths, kind="stable")[:5].tolist()),
         budget=budget if isinstance(budget, int) else None,
     )
-
-
-def _measure(rows: Any, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Input tokens and targets of each row, counted as training counts them."""
-    lengths, targets = [], []
-    for row in with_progress(rows, what="measuring rows"):
-        lengths.append(len(row["input_ids"]))
-        labels = row["labels"]
-        if task == "classification":
-            targets.append(1)
-        else:
-            # A causal LM predicts nothing at the first position.
-            counted = labels[1:] if task == "causal_lm" else labels
-            targets.append(sum(label != -100 for label in counted))
-    return np.asarray(lengths), np.asarray(targets)
 
 
 def _ways(

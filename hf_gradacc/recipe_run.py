@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
-from hf_gradacc.modeling import apply_peft, load_model, save_model
+from hf_gradacc.modeling import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe import configure_wandb, recipe_arguments
 from hf_gradacc.recipe_save import RecipeCallback
 from hf_gradacc.recipe_sections import Recipe
@@ -59,6 +59,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     with arguments.main_process_first(desc="preparing the data"):
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
+        check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what takes long
         data = prepare_data(recipe.data, tokenizer=tokenizer)
     if arguments.process_index == 0:
         for report in data.reports:

@@ -89,8 +89,10 @@ class TokenizerSection(Section):
 class PeftSection(Section):
     """Train a small part of the model, through the peft library."""
 
-    method: Literal["none", "lora", "dora", "qlora", "ia3", "prompt_tuning"] = "none"
-    """`qlora` loads the model in 4 bits and needs bitsandbytes and a GPU."""
+    method: Literal["none", "lora", "dora", "qlora", "ia3", "prompt_tuning", "prefix_tuning"] = (
+        "none"
+    )
+    """`qlora` loads the model in 4 bits and needs bitsandbytes."""
     r: int = Field(default=16, ge=1)
     """Rank of LoRA, DoRA and QLoRA."""
     alpha: float = Field(default=32, gt=0)
@@ -102,7 +104,7 @@ class PeftSection(Section):
     modules_to_save: list[str] | None = None
     """Layers trained in full and saved along, such as a new head."""
     num_virtual_tokens: int = Field(default=16, ge=1)
-    """Length of the learned prompt."""
+    """Length of the learned prompt or prefix."""
     merge_on_save: bool = False
     """Save the whole model with the update merged in, rather than the adapter."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -115,7 +117,7 @@ class PeftSection(Section):
 
     @model_validator(mode="after")
     def _mergeable(self) -> PeftSection:
-        if self.merge_on_save and self.method in ("none", "prompt_tuning"):
+        if self.merge_on_save and self.method in ("none", "prompt_tuning", "prefix_tuning"):
             raise ValueError(f"`merge_on_save` has nothing to merge for method {self.method}")
         if self.merge_on_save and self.method == "qlora":
             raise ValueError(
@@ -181,6 +183,15 @@ class Recipe(Section):
                     f"model.task = {self.model.task} cannot learn from data.format = {format}: "
                     f"set model.task to {own.get(format, 'causal_lm')}, or another format"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_to_quantize(self) -> Recipe:
+        if self.peft.method == "qlora" and self.model.name is None:
+            raise ValueError(
+                "peft.method = qlora loads trained weights in 4 bits, and model.config has none: "
+                "set model.name, or use lora"
+            )
         return self
 
     @model_validator(mode="after")

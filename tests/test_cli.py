@@ -17,6 +17,7 @@ from hf_gradacc.tracking_file import read_run
 from hf_gradacc.tracking_parity import read_parity
 
 ROOT = Path(__file__).parents[1]
+SLICE = "data.train={path: rows.jsonl, split: 'train[:2]'}"
 
 
 @pytest.fixture(autouse=True)
@@ -109,20 +110,68 @@ def test_a_run_resumes_where_its_last_checkpoint_is(run, recipe, tmp_path):
     assert state["global_step"] == 3
 
 
-def test_an_adapter_is_merged_on_save_where_the_recipe_says_so(run, recipe, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_a_merged_model_answers_as_the_adapter_did(run, recipe, tmp_path, method):
+    import torch
     import transformers
+    from peft import AutoPeftModelForCausalLM
 
-    code, _, err = run("train", recipe, "peft=lora", "peft.merge_on_save=true")
+    run("train", recipe, "output.dir=base", "train.save_strategy=no")
+    named = ["model.config=null", "model.name=base", "tokenizer.train=null"]
+    settings = [*named, f"peft={method}", "train.learning_rate=0.05", "train.save_strategy=no"]
+    run("train", recipe, *settings, "output.dir=adapter")
+    code, out, err = run("train", recipe, *settings, "output.dir=merged", "peft.merge_on_save=true")
     assert code == 0, err
-    assert not (tmp_path / "runs/mine/adapter_config.json").exists()
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/mine")
+    assert 'transformers.AutoModelForCausalLM.from_pretrained("merged")' in out
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        base = transformers.AutoModelForCausalLM.from_pretrained("base")(ids).logits
+        adapter = AutoPeftModelForCausalLM.from_pretrained("adapter")(ids).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained("merged")(ids).logits
+    torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-5)
+    assert (adapter - base).abs().max() > 1e-3, "the adapter learned something"
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "prompt_tuning"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "prompt_tuning", "prefix_tuning"])
 def test_every_peft_method_trains(run, recipe, tmp_path, method):
     code, _, err = run("train", recipe, f"peft={method}", "train.save_strategy=no")
     assert code == 0, err
     assert (tmp_path / "runs/mine/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # so it should
+def test_added_tokens_are_learned_under_lora(run, recipe, tmp_path):
+    import transformers
+    from peft import AutoPeftModelForCausalLM
+
+    run("train", recipe, "output.dir=base", "train.save_strategy=no")
+    rows = [{"question": f"{i}?", "answer": "<new>7<newer>"} for i in range(12)]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ["model.config=null", "model.name=base", "tokenizer.train=null"]
+    code, _, err = run(
+        "train",
+        recipe,
+        *named,
+        "peft=lora",
+        "peft.modules_to_save=[embed_tokens,lm_head]",
+        "tokenizer.add_tokens=[<new>,<newer>]",
+        "data.train=new.jsonl",
+        "output.dir=grown",
+        "train.learning_rate=0.05",
+        "train.save_strategy=no",
+    )
+    assert code == 0, err
+    before = transformers.AutoModelForCausalLM.from_pretrained("base").get_input_embeddings()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("grown")
+    base = transformers.AutoModelForCausalLM.from_pretrained("base")
+    base.resize_token_embeddings(len(tokenizer))
+    grown = AutoPeftModelForCausalLM.from_pretrained("grown").get_input_embeddings().weight
+    assert grown.shape[0] == before.num_embeddings + 2
+    mean = before.weight.mean(0)
+    for token in ("<new>", "<newer>"):
+        moved = (grown[tokenizer.convert_tokens_to_ids(token)] - mean).abs().max()
+        assert moved > 0.01, "its row left the mean it began at"
 
 
 def test_added_tokens_grow_the_embeddings_of_a_named_model(run, recipe, tmp_path):
@@ -184,6 +233,43 @@ def test_verify_passes_on_a_sound_model(run, recipe, tmp_path):
     assert "PASS" in out
     assert "stock" in out
     assert "preflight" in out
+
+
+def test_verify_takes_rows_from_the_shortest_to_the_longest(run, recipe, monkeypatch):
+    from hf_gradacc import cli_verify
+
+    seen = {}
+
+    def look(model, rows, *, preflight_rows, **parts):
+        seen["chosen"] = [len(row["input_ids"]) for row in rows]
+        seen["longest"] = [len(row["input_ids"]) for row in preflight_rows]
+        return parity(model, rows, preflight_rows=preflight_rows, **parts)
+
+    parity = cli_verify.verify_parity
+    monkeypatch.setattr(cli_verify, "verify_parity", look)
+    code, _, err = run("verify", recipe, "--rows", "9", "data.holdout=null")
+    assert code == 0, err
+    lengths = sorted(len(r["input_ids"]) for r in prepared(recipe))
+    assert seen["chosen"][0] == lengths[0]
+    assert seen["chosen"][-1] == lengths[-1]
+    assert len(seen["chosen"]) == 9
+    assert seen["longest"] == lengths[-8:], "as many as a micro-batch holds"
+
+
+def prepared(recipe):
+    from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
+
+    loaded = load_recipe(recipe, overrides=["data.holdout=null"])
+    texts = iter_texts(loaded.data)
+    tokenizer = load_tokenizer(loaded.tokenizer, model=loaded.model, texts=texts)
+    return prepare_data(loaded.data, tokenizer=tokenizer).train
+
+
+def test_verify_asks_one_process_about_a_model_that_will_be_sharded(run, recipe):
+    sharded = ["train.fsdp=true", "train.fsdp_config={version: 2}"]
+    code, out, err = run("verify", recipe, *sharded, "--rows", "6", "--no-preflight")
+    assert code == 0, err
+    assert "PASS" in out
 
 
 def test_verify_fails_with_exit_code_one(run, recipe, monkeypatch):
@@ -261,6 +347,13 @@ def test_the_schema_is_json(run, tmp_path):
         (["train", "mine.yaml", "train.tokens_per_update=9"], "effective_batch_size"),
         (["train", "mine.yaml", "train.report_to=wandbb"], "did you mean wandb?"),
         (["train", "mine.yaml", "data.train=empty"], "holds no data files"),
+        (["train", "mine.yaml", "data.train=empty", "output.dir=rows.jsonl"], "output.dir = 'rows"),
+        (["train", "mine.yaml", "output.dir=rows.jsonl/x"], "output.dir = 'rows.jsonl/x'"),
+        (["train", "mine.yaml", "peft=qlora"], "loads trained weights in 4 bits"),
+        (["train", "mine.yaml", "train.fsdp=true"], "torchrun --nproc-per-node"),
+        (["train", "mine.yaml", "data.template_options={tokenize: true}"], "how to render"),
+        (["train", "mine.yaml", "data.streaming=true", "data.holdout=null", SLICE], "no slice"),
+        (["plan", "mine.yaml", "peft=lora", "peft.target_modules=[nope]"], "peft.target_modules"),
         (["recipes", "show", "utf16.yaml"], "save it as UTF-8"),
         (["train", "mine.yaml", "train.max_steps=-5"], "train.max_steps = -5"),
         (["verify", "mine.yaml", "data.train=no.jsonl"], "data.train = 'no.jsonl': no such file"),
@@ -296,7 +389,7 @@ def test_a_compiled_model_learns_the_same_weights(run, recipe, tmp_path):
 
 def test_liger_kernels_without_their_package_are_one_error(run, recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    monkeypatch.setattr("hf_gradacc.recipe.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_gradacc.recipe_machine.importlib.util.find_spec", lambda name: None)
     code, _, err = run("train", recipe, "train.use_liger_kernel=true")
     assert code == 2
     assert "train.use_liger_kernel = True: needs liger_kernel" in err
@@ -325,16 +418,53 @@ def test_a_full_disk_a_closed_folder_or_ctrl_c_is_a_message(
     assert message in err
 
 
-def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, tmp_path):
-    import importlib.util
+NAMED = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null"]
 
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        pytest.skip("bitsandbytes is installed here")
+
+def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, monkeypatch):
     run("train", recipe)
-    named = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null"]
-    code, _, err = run("train", recipe, "peft=qlora", *named)
+    monkeypatch.setattr("hf_gradacc.recipe_machine.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_gradacc.recipe_run.load_tokenizer", None)  # nothing is loaded before
+    code, _, err = run("train", recipe, "peft=qlora", *NAMED)
     assert code == 2
     assert "pip install bitsandbytes" in err
+
+
+def test_weights_in_4_bits_train_and_pass_the_parity_check(run, recipe):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which has a CPU backend")
+    sizes = ["hidden_size=64", "intermediate_size=128", "num_key_value_heads=2"]
+    whole = [f"model.config.{size}" for size in sizes]  # its CPU kernels want blocks of 64
+    run("train", recipe, *whole, "tokenizer.train.vocab_size=320", "train.save_strategy=no")
+    code, out, err = run("verify", recipe, "peft=qlora", *NAMED, "--rows", "6")
+    assert code == 0, err
+    assert "PASS" in out
+
+
+def test_a_model_that_does_not_fit_is_told_before_the_data_are_read(run, recipe, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("rows were prepared")
+
+    monkeypatch.setattr("hf_gradacc.recipe_run.prepare_data", refuse)
+    monkeypatch.setattr("hf_gradacc.cli_plan.prepare_data", refuse)
+    for command in ("train", "plan"):
+        code, _, err = run(command, recipe, "peft=lora", "peft.target_modules=[nope]")
+        assert code == 2
+        assert "peft.target_modules" in err
+
+
+def test_a_bad_row_met_by_a_loader_worker_is_one_line(run, recipe, tmp_path):
+    rows = [{"question": f"{i}?", "answer": "7" if i != 1100 else None} for i in range(1200)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    streamed = ["data.train=long.jsonl", "data.streaming=true", "data.holdout=null"]
+    workers = ["train.dataloader_num_workers=1", "train.max_steps=250", "train.save_strategy=no"]
+    code, _, err = run("train", recipe, *streamed, *workers)
+    assert code == 2
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said == [
+        f"error: {tmp_path}/long.jsonl:1101: column 'answer' is null: correct the row, or leave "
+        "it out."
+    ]
+    assert "Traceback" not in err
 
 
 def test_it_works_as_a_module_and_without_a_terminal(tmp_path):

@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bytes_tokenizer import bytes_tokenizer
 
-from hf_gradacc.data import iter_texts, pack_blocks, prepare_data
+from hf_gradacc.data import encode_row, iter_texts, pack_blocks, prepare_data
+from hf_gradacc.data.measure import measure_lengths, measure_targets
 from hf_gradacc.data.tokenizer import CHAT_TEMPLATE, load_tokenizer, train_tokenizer
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.recipe_data import DataSection
@@ -270,3 +273,51 @@ def test_tokens_can_be_added_and_given_a_role(tmp_path):
     assert tokenizer.chat_template == "{{ 1 }}"
     with pytest.raises(ConfigError, match=r"tokenizer\.add_tokens"):
         load_tokenizer(TokenizerSection(eos_token="<halt>"), model=model)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_rows_measured_by_columns_are_measured_right(task):
+    import datasets
+
+    rows = [
+        {"input_ids": list(range(n)), "labels": [-100 if (i * n) % 3 else i for i in range(n)]}
+        for n in (5, 0, 1, 9, 2, 7, 3)
+    ]
+    whole = datasets.Dataset.from_list(rows)
+    views = [whole, whole.select([6, 1, 3]), whole.select(range(2, 5))]
+    for view in [*views, datasets.concatenate_datasets(views)]:
+        plain = list(view)
+        assert measure_lengths(view).tolist() == measure_lengths(plain).tolist()
+        first = 1 if task == "causal_lm" else 0
+        by_hand = [sum(label != -100 for label in row["labels"][first:]) for row in plain]
+        assert measure_targets(view, task=task).tolist() == by_hand
+
+
+def test_blocks_of_text_are_found_in_the_cache_as_well(write, monkeypatch):
+    import datasets
+
+    path = write("t.jsonl", [{"text": "abc" * n} for n in range(1, 9)])
+    first = list(prepare(path, format="text", max_length=8).train)
+
+    def fail(*_args, **_kwargs):
+        raise AssertionError("packed again")
+
+    monkeypatch.setattr("hf_gradacc.data.prepare.pack_blocks", fail)
+    assert list(prepare(path, format="text", max_length=8).train) == first
+    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+        prepare(path, format="text", max_length=9)
+
+
+def test_rows_are_read_in_as_many_processes_as_the_recipe_says(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gradacc.data.encode.encode_row", note_process)
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    path = write("q.jsonl", questions(40))
+    prepare(path, num_proc=2)
+    processes = {file.name for file in tmp_path.glob("process-*")}
+    assert len(processes) == 2
+    assert f"process-{os.getpid()}" not in processes
+
+
+def note_process(reader, row, *, format):
+    (Path(os.environ["NOTES"]) / f"process-{os.getpid()}").touch()
+    return encode_row(reader, row, format=format)

@@ -7,7 +7,8 @@ import torch
 from support.tracked import no_wandb_login, only_run
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.modeling import load_model, model_config
+from hf_gradacc.modeling import load_model
+from hf_gradacc.modeling_config import model_config
 from hf_gradacc.recipe import load_recipe
 from hf_gradacc.recipe_run import train_recipe
 from hf_gradacc.recipe_sections import ModelSection

@@ -189,8 +189,10 @@ def _label(
 ) -> tuple[list[int], list[int]]:
     """Tokenize the whole text; a token is a target where any character of it is."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    learned = bytearray(len(text))
+    for start, end in spans:
+        learned[start:end] = b"\1" * (end - start)
     ids, labels = encoded["input_ids"], []
     for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True):
-        inside = any(first < end and last > start for start, end in spans)
-        labels.append(token if inside and last > first else IGNORE_INDEX)
+        labels.append(token if learned.find(1, first, last) >= 0 else IGNORE_INDEX)
     return ids, labels

@@ -13,7 +13,7 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.recipe_data import FORMAT_COLUMNS, DataSection, Format, SourceSection
 from hf_gradacc.recipe_report import nearest
 
-__all__ = ["encode_source", "source_columns", "source_format"]
+__all__ = ["CACHE_VERSION", "encode_source", "source_columns", "source_format"]
 
 CACHE_VERSION = 2  # raise it whenever encoded rows would differ
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hf_gradacc.data.encode import encode_source, source_columns, source_format
+from hf_gradacc.data.encode import CACHE_VERSION, encode_source, source_columns, source_format
 from hf_gradacc.data.formats import RowReader
 from hf_gradacc.data.labels import find_labels
 from hf_gradacc.data.lengths import Fate, LengthReport
+from hf_gradacc.data.measure import measure_lengths
 from hf_gradacc.data.packing import pack_blocks
 from hf_gradacc.data.sources import ExplainedStream, load_source
 from hf_gradacc.errors import DataError
@@ -139,7 +140,7 @@ def _finish(
             f"{source.path} has no row left after data.too_long = {section.too_long!r} with "
             f"data.max_length = {section.max_length}: raise max_length, or truncate."
         )
-    lengths = np.asarray([len(ids) for ids in rows["input_ids"]])
+    lengths = measure_lengths(rows)
     report = LengthReport(
         name=name if len(section.train) == 1 else f"{name} ({source.path.rsplit('/', 1)[-1]})",
         num_rows=len(fates),
@@ -155,14 +156,17 @@ def _finish(
 
 def _pack(rows: Any, block_size: int) -> Any:
     from datasets import Dataset
+    from datasets.fingerprint import Hasher
 
     def blocks(documents: Any, block_size: int) -> Iterator[dict[str, list[int]]]:
         stream = (row["input_ids"] for row in documents)
         for block in pack_blocks(stream, block_size=block_size):
             yield {"input_ids": block, "labels": block}
 
+    # Named by what the blocks depend on: a hash of the function would be another in every process.
+    fingerprint = Hasher.hash([CACHE_VERSION, rows._fingerprint, block_size])
     return Dataset.from_generator(
-        blocks, gen_kwargs={"documents": rows, "block_size": block_size}, fingerprint=None
+        blocks, gen_kwargs={"documents": rows, "block_size": block_size}, fingerprint=fingerprint
     )
 
 

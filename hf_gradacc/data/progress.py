@@ -14,8 +14,13 @@ __all__ = ["with_progress"]
 Item = TypeVar("Item")
 
 
-def with_progress(items: Iterable[Item], *, what: str) -> Iterator[Item]:
+def with_progress(items: Iterable[Item], *, what: str, total: int | None = None) -> Iterator[Item]:
     """Pass items through, with a bar on standard error that is gone afterwards.
+
+    Args:
+        items: What to pass through.
+        what: Words beside the bar.
+        total: Their number, where `items` does not know it.
 
     >>> list(with_progress([1, 2], what="counting"))
     [1, 2]
@@ -23,6 +28,7 @@ def with_progress(items: Iterable[Item], *, what: str) -> Iterator[Item]:
     yield from track(
         items,
         description=what,
+        total=total,
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
