@@ -91,6 +91,10 @@ def plan(
     world_size: Annotated[
         int, typer.Option(min=1, envvar="WORLD_SIZE", help="Ranks to plan for.")
     ] = 1,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="GB", help="Memory of a GPU; default: the first one's here."),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also draw the plan into this file.")] = None,
 ) -> None:
     """Show the updates of a recipe before any weight is loaded, and what to change.
@@ -100,6 +104,8 @@ def plan(
     - `hf-gradacc plan quickstart`
 
     - `hf-gradacc plan qwen3/8b_full_chat_fsdp2 --world-size 8 --png plan.png`
+
+    - `hf-gradacc plan my.yaml peft=lora --gpu-memory 24`
     """
     from hf_gradacc.cli_plan import show_plan
     from hf_gradacc.recipe import load_recipe
@@ -107,7 +113,13 @@ def plan(
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
     # Without a terminal, as in a pipe or a log, rich would take 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 110)
-    show_plan(loaded, world_size=world_size, png=png, console=console)
+    show_plan(
+        loaded,
+        world_size=world_size,
+        gpu_memory=None if gpu_memory is None else gpu_memory * 1e9,
+        png=png,
+        console=console,
+    )
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from rich.table import Table
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.modeling import check_model
 from hf_gradacc.recipe import recipe_arguments
+from hf_gradacc.recipe_advice import give_advice
 from hf_gradacc.recipe_memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe_plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe_sections import Recipe
 
-__all__ = ["give_advice", "show_plan"]
+__all__ = ["show_plan"]
 
 # A plan is made on any machine; these options ask for hardware, or start distributed training.
 _ON_ANY_MACHINE: dict[str, Any] = {
@@ -35,13 +35,19 @@ BAR = 40
 
 
 def show_plan(
-    recipe: Recipe, *, world_size: int = 1, png: Path | None = None, console: Console
+    recipe: Recipe,
+    *,
+    world_size: int = 1,
+    gpu_memory: float | None = None,
+    png: Path | None = None,
+    console: Console,
 ) -> RecipePlan:
     """Tokenize the data, plan the updates, and print both.
 
     Args:
         recipe: A checked recipe.
         world_size: Ranks to plan for.
+        gpu_memory: Bytes of the GPU it is for; by default those of the first one here.
         png: Also draw it into this file.
         console: Where to print.
     """
@@ -66,8 +72,9 @@ def show_plan(
     _print_updates(plan, console)
     _print_ways(plan, console)
     _print_lengths(plan, data.train, tokenizer, console)
-    _print_memory(memory, plan, console)
-    advice = list(give_advice(plan))
+    gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
+    _print_memory(memory, plan, gpu_memory, console)
+    advice = list(give_advice(plan, memory=memory, gpu_memory=gpu_memory, peft=recipe.peft.method))
     if advice:
         console.print("\n[bold]What to change[/bold]")
     for line in advice:
@@ -78,35 +85,6 @@ def show_plan(
         draw_plan(plan, png)
         console.print(f"written: {png}", highlight=False)
     return plan
-
-
-def give_advice(plan: RecipePlan) -> Iterator[str]:
-    """What would make these updates cheaper, or is likely not meant."""
-    by_size, by_tokens = plan.ways[1], plan.ways[2]
-    if plan.budget is None and by_size.padding_fraction > 0.1:
-        budget = int(max(plan.lengths.max(), 2 ** round(np.log2(by_size.largest / 2))))
-        yield (
-            f"train.max_tokens_per_micro_batch: {budget}   # padding is "
-            f"{by_size.padding_fraction:.0%}; a token budget cuts it, the gradient stays the same"
-        )
-    if plan.budget is not None and plan.lengths.max() > plan.budget:
-        yield (
-            f"train.max_tokens_per_micro_batch: {plan.lengths.max()}   # the longest row does not "
-            f"fit {plan.budget} and is planned alone; or cut rows with data.max_length"
-        )
-    if plan.budget is not None and by_tokens.padding_fraction > 0.25:
-        smaller = max(int(plan.lengths.max()), plan.budget // 2)
-        yield (
-            f"train.max_tokens_per_micro_batch: {smaller}   # smaller micro-batches hold rows of "
-            f"more equal length (padding is {by_tokens.padding_fraction:.0%} now)"
-        )
-    if 4 * plan.last_update < plan.sequences_per_update.most and plan.updates_per_epoch > 1:
-        yield (
-            f"train.incomplete_update: drop   # an epoch's last update holds {plan.last_update} "
-            f"of {plan.sequences_per_update.most:.0f} sequences, at the full learning rate"
-        )
-    if plan.sequences_per_update.least < plan.world_size:
-        yield "train.effective_batch_size: larger   # some ranks have no sequence in some updates"
 
 
 def _print_updates(plan: RecipePlan, console: Console) -> None:
@@ -159,7 +137,15 @@ def _print_lengths(plan: RecipePlan, rows: Any, tokenizer: Any, console: Console
         console.print(f"  {plan.lengths[index]:,} tokens: {text}…", highlight=False, markup=False)
 
 
-def _print_memory(memory: MemoryEstimate, plan: RecipePlan, console: Console) -> None:
+def _memory_here() -> float | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _print_memory(
+    memory: MemoryEstimate, plan: RecipePlan, gpu_memory: float | None, console: Console
+) -> None:
     console.print("\n[bold]Memory of a rank[/bold] (estimated; `hf-gradacc verify` measures)")
     table = _table()
     share = memory.num_trainable / memory.num_parameters
@@ -173,7 +159,8 @@ def _print_memory(memory: MemoryEstimate, plan: RecipePlan, console: Console) ->
     largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
     table.add_row("activations", _bytes(memory.activations), largest)
     table.add_row("logits", _bytes(memory.logits), "")
-    table.add_row("together", _bytes(memory.total), "")
+    of = "" if gpu_memory is None else f"of {_bytes(gpu_memory)} on the GPU"
+    table.add_row("together", _bytes(memory.total), of)
     console.print(table)
 
 

@@ -39,6 +39,7 @@ class MemoryEstimate:
             taken in chunks.
         float32_sums: Bytes of `gradients` that go beyond the weights' own type.
         shards: Ranks that weights, gradients and optimizer state are spread over.
+        recomputed: Whether activations are recomputed in the backward.
     """
 
     num_parameters: int
@@ -50,6 +51,7 @@ class MemoryEstimate:
     logits: int
     float32_sums: int = 0
     shards: int = 1
+    recomputed: bool = False
 
     @property
     def total(self) -> int:
@@ -120,4 +122,5 @@ def estimate_memory(
         logits=at_once * classes * (compute + 4 + 4),
         float32_sums=float32_sums,
         shards=world_size if sharded else 1,
+        recomputed=recomputed,
     )

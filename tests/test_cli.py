@@ -207,8 +207,9 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
         assert word in out
     assert "train.max_tokens_per_micro_batch" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    code, out, _ = run("plan", recipe, "--world-size", "2")
+    code, out, _ = run("plan", recipe, "--world-size", "2", "--gpu-memory", "0.1")
     assert "2 ranks" in out
+    assert "of 100 MB on the GPU" in out
 
 
 def test_plan_counts_by_hand(run, recipe):
@@ -430,6 +431,7 @@ def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, m
     assert "pip install bitsandbytes" in err
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes")  # about its kernels for a CPU
 def test_weights_in_4_bits_train_and_pass_the_parity_check(run, recipe):
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which has a CPU backend")
     sizes = ["hidden_size=64", "intermediate_size=128", "num_key_value_heads=2"]

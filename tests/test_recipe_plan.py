@@ -3,9 +3,9 @@
 import pytest
 
 from hf_gradacc import GradAccArguments
-from hf_gradacc.cli_plan import give_advice
 from hf_gradacc.modeling import apply_peft, load_model
-from hf_gradacc.recipe_memory import estimate_memory
+from hf_gradacc.recipe_advice import give_advice
+from hf_gradacc.recipe_memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe_plan import plan_recipe
 from hf_gradacc.recipe_sections import PeftSection, Recipe
 
@@ -80,6 +80,33 @@ def test_advice_names_a_budget_where_padding_is_high_and_none_where_it_is_low():
     too_long = arguments(max_tokens_per_micro_batch=8)
     advice = list(give_advice(plan_recipe(rows(), arguments=too_long, task="causal_lm")))
     assert any("30" in line and "planned alone" in line for line in advice)
+
+
+@pytest.mark.parametrize(
+    ("usable", "recomputed", "peft", "advice"),
+    [
+        (400_000, False, "none", None),
+        (300_000, False, "none", "train.max_tokens_per_micro_batch: 30 "),
+        (270_000, False, "none", "train.activation_checkpointing: true"),
+        (270_000, True, "none", "data.max_length: 23 "),
+        (190_000, True, "none", "peft.method: lora"),
+        (190_000, True, "lora", "peft.method: qlora, model.name: a smaller one"),
+        (190_000, True, "qlora", "model.name: a smaller one"),
+    ],
+)
+def test_advice_makes_a_run_fit_a_gpu(usable, recomputed, peft, advice):
+    options = {"max_tokens_per_micro_batch": 60, "effective_batch_size": 7}
+    plan = plan_recipe(rows(), arguments=arguments(**options), task="causal_lm")
+    assert (plan.chosen.largest, plan.lengths.max()) == (42, 30)
+    # 200 000 bytes of state, and 3 000 for each of the 42 tokens of the largest micro-batch.
+    state = {"weights": 100_000, "gradients": 60_000, "optimizer": 40_000}
+    rest = {"activations": 84_000, "logits": 42_000, "recomputed": recomputed}
+    memory = MemoryEstimate(1, 1, **state, **rest)
+    # Nine tenths of a GPU are usable, and a byte more against rounding.
+    found = list(give_advice(plan, memory=memory, gpu_memory=usable / 0.9 + 1, peft=peft))
+    about_memory = [line for line in found if " GB" in line]
+    assert len(about_memory) == (advice is not None)
+    assert advice is None or found[0].startswith(advice)
 
 
 class Tokenizer:
