@@ -87,7 +87,21 @@ def export_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "hf_gradacc recipe"
     _accept_short_forms(schema)
+    for section in (train, *schema["$defs"].values(), schema):
+        for field in section.get("properties", {}).values():
+            _accept_null_and_references(field)
     return schema
+
+
+def _accept_null_and_references(field: dict[str, Any]) -> None:
+    """Any key takes `null`, which is its default, and `${section.key}`."""
+    about: dict[str, Any] = {
+        name: field.pop(name) for name in ("title", "description", "default") if name in field
+    }
+    types = field.pop("anyOf", None) or [dict(field)]
+    field.clear()
+    known = [*types, {"type": "string", "pattern": r"\$\{"}]
+    field.update(about, anyOf=known if {"type": "null"} in known else [*known, {"type": "null"}])
 
 
 def _accept_short_forms(schema: dict[str, Any]) -> None:

@@ -301,8 +301,47 @@ def test_the_schema_accepts_what_loads_and_refuses_a_misspelt_key():
         # YAML 1.1 as PyYAML reads it takes 1e-3 for text; OmegaConf and editors do not.
         values = json.loads(json.dumps(values), object_hook=_numbers)
         assert not list(validator.iter_errors(values)), path
-    assert list(validator.iter_errors({"train": {"learning_rat": 1}}))
-    assert list(validator.iter_errors({"modle": {}}))
+    for accepted in (
+        {"data": {"columns": None, "max_length": "${train.max_steps}"}, "wandb": None},
+        {"peft": "dora", "data": {"train": ["a.jsonl", {"path": "b", "weight": 2}]}},
+        {"train": {"eval_steps": "${train.save_steps}", "lr_scheduler_type": "cosine"}},
+    ):
+        assert not list(validator.iter_errors(accepted)), accepted
+    for refused in (
+        {"train": {"learning_rat": 1}},
+        {"train": {"max_steps": "many"}},
+        {"train": {"lr_scheduler_type": "cosin"}},
+        {"modle": {}},
+        {"model": {"dtype": "float23"}},
+        {"peft": "lora2"},
+        {"data": {"train": 5}},
+        {"data": {"max_length": 1}},
+    ):
+        assert list(validator.iter_errors(refused)), refused
+
+
+def test_every_key_of_the_schema_says_what_it_means():
+    schema = export_schema()
+    sections = [schema["properties"]["train"]["anyOf"][0], *schema["$defs"].values()]
+    keys = {
+        key: field for section in sections for key, field in section.get("properties", {}).items()
+    }
+    assert len(keys) > 150
+    assert [key for key, field in keys.items() if not field.get("description")] == []
+
+
+def test_null_takes_what_a_base_says_back_to_the_default(write):
+    rest = "  columns: {question: q}\n  too_long: drop\n  seed: 7\n"
+    text = GOOD.replace("train:\n  learning", f"{rest}train:\n  learning")
+    extra = "peft: {method: lora, r: 4}\nwandb: {tags: [a], project: p}\noutput: {dir: there}\n"
+    write(text + extra, "base.yaml")
+    child = "base: base.yaml\ndata: {columns: null, too_long: null, seed: null}\n"
+    child += "peft: {r: null}\nwandb: null\noutput: null\ntokenizer: {add_tokens: null}\n"
+    recipe = load_recipe(write(child))
+    assert (recipe.data.columns, recipe.data.too_long, recipe.data.seed) == ({}, "truncate", 0)
+    assert (recipe.peft.method, recipe.peft.r) == ("lora", 16)
+    assert (recipe.wandb.tags, recipe.wandb.project) == ([], "hf-gradacc")
+    assert recipe.output.dir == "runs/mine"
 
 
 def _numbers(values):
