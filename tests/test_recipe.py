@@ -378,16 +378,22 @@ def test_wandb_settings_reach_the_environment_unless_they_are_there(write, monke
 
 
 FULL = {
-    "model": {"config": {"model_type": "llama", "hidden_size": 16}, "dtype": "float32"},
-    "tokenizer": {"train": {"vocab_size": 400}},
+    "model": {
+        "config": {"model_type": "llama", "hidden_size": 16},
+        "dtype": "float32",
+        "overrides": {"attention_dropout": 0.1},
+    },
+    "tokenizer": {"train": {"vocab_size": 400}, "add_tokens": ["<a>"], "chat_template": "{{ 1 }}"},
     "data": {
         "train": [{"path": "rows.jsonl", "weight": 2.0}, "rows.jsonl"],
         "holdout": 0.5,
         "format": "question_answer",
         "columns": {"question": "q"},
         "max_length": 64,
+        "template_options": {"enable_thinking": False},
+        "document": "line",
     },
-    "peft": {"method": "lora", "r": 4},
+    "peft": {"method": "lora", "r": 4, "modules_to_save": ["lm_head"], "options": {"bias": "none"}},
     "train": {
         "learning_rate": 0.001,
         "max_steps": 2,

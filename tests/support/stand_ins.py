@@ -145,6 +145,7 @@ def put_stand_ins(recipe: Recipe, folder: Path) -> None:
     for source in [*recipe.data.train, *recipe.data.eval]:
         if not Path(source.path).exists():
             source.path = str(write_stand_in_rows(source.path, folder))
+            source.split = "train"  # a file has no other
         elif source.path.endswith(".jsonl"):
             source.split = "train[:40]"
     recipe.data.num_proc = None
