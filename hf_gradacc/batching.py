@@ -14,8 +14,10 @@ from torch import Tensor
 
 __all__ = [
     "PAD_VALUES",
+    "can_slice_rows",
     "count_copies",
     "count_rows",
+    "find_labels",
     "find_main_input",
     "order_blocks",
     "pad_columns",
@@ -40,6 +42,32 @@ def find_main_input(inputs: Any, name: str = "input_ids") -> Tensor | None:
     return next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim >= 1), None)
 
 
+def find_labels(inputs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+    """Find the labels of a collated batch: ``labels``, or the one integer tensor so named.
+
+    Whoever writes a loss of their own may call them ``targets`` or ``lm_labels``; what the loss
+    makes of them is asked, not guessed from the name.
+
+    Returns:
+        Name and tensor, or ``("labels", None)``.
+
+    >>> find_labels({"input_ids": torch.ones(2, 3), "target_ids": torch.ones(2, 3).long()})[0]
+    'target_ids'
+    """
+    if "labels" in inputs:
+        labels = inputs["labels"]
+        return "labels", labels if isinstance(labels, Tensor) else None
+    named = [
+        (key, value)
+        for key, value in inputs.items()
+        if ("label" in key or "target" in key)
+        and key != "shift_labels"
+        and isinstance(value, Tensor)
+        and value.dtype in (torch.int32, torch.int64)
+    ]
+    return named[0] if len(named) == 1 else ("labels", None)
+
+
 def count_rows(inputs: Any, name: str = "input_ids") -> int:
     """Count the sequences of a collated batch, 0 if it holds no tensor."""
     main = find_main_input(inputs, name)
@@ -57,6 +85,26 @@ def count_copies(inputs: Any, num_sequences: int, *, name: str = "input_ids") ->
     """
     total = count_rows(inputs, name)
     return total // num_sequences if num_sequences and total % num_sequences == 0 else 0
+
+
+def can_slice_rows(inputs: Any, num_sequences: int, *, copies: int = 1) -> bool:
+    """Say whether every tensor of a collated batch belongs to its rows one by one.
+
+    Images often do not: a vision model's patches of all rows lie in one tensor.
+
+    >>> can_slice_rows({"input_ids": torch.zeros(2, 3), "pixel_values": torch.zeros(24, 8)}, 2)
+    False
+    """
+    total = num_sequences * copies
+    return (
+        isinstance(inputs, Mapping)
+        and count_rows(inputs) == total
+        and all(
+            value.ndim == 0 or value.shape[0] in (num_sequences, total)
+            for value in inputs.values()
+            if isinstance(value, Tensor)
+        )
+    )
 
 
 def slice_rows(
@@ -140,7 +188,9 @@ def trim_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
             # A decoder's labels may be as wide as its encoder's input by chance.
             others = _DECODER if _has_targets_outside(inputs.get("labels"), start, stop) else ()
             for key, value in inputs.items():
-                alike = isinstance(value, Tensor) and value.ndim == mask.ndim
+                alike = isinstance(value, Tensor) and (
+                    value.ndim == mask.ndim or key == "position_ids"  # [3, rows, seq] of Qwen-VL
+                )
                 if alike and value.shape[-1] == width and key not in others:
                     trimmed[key] = value[..., start:stop]
     for key in _DECODER:
@@ -172,10 +222,12 @@ def pad_columns(
     if width <= have:
         return dict(inputs)
     missing = (width - have, 0) if left else (0, width - have)
+    fills = {find_labels(inputs)[0]: -100, **PAD_VALUES, "input_ids": pad_token_id}
     padded: dict[str, Any] = {}
     for key, value in inputs.items():
-        if isinstance(value, Tensor) and value.ndim == main.ndim and value.shape[-1] == have:
-            fill = pad_token_id if key == "input_ids" else PAD_VALUES.get(key, 0)
+        alike = isinstance(value, Tensor) and (value.ndim == main.ndim or key == "position_ids")
+        if alike and value.shape[-1] == have:
+            fill = fills.get(key, 0)
             padded[key] = torch.nn.functional.pad(value, missing, value=fill)
         else:
             padded[key] = value

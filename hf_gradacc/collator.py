@@ -76,7 +76,8 @@ class UpdateCollator:
         pad_alike: Pad all micro-batches of an update to one width, for models that let padding
             into their result. Collates the share once and cuts it by rows.
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
-        copies: Collated rows that each dataset row becomes; 2 for pairs, see `slice_rows`.
+        copies: Collated rows that each dataset row becomes; 2 for pairs, see `slice_rows`; 0 if
+            they cannot be told apart.
         overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
             padding where there is a token budget, or many ranks.
         num_ranks: Ranks that share an update.
@@ -220,7 +221,7 @@ class UpdateCollator:
 
     def _collate(self, kept: list[tuple[int, Any]], plan: list[list[int]]) -> list[Any]:
         rows, collated = [row for _, row in kept], []
-        if self.pad_alike and rows:
+        if self.pad_alike and rows and self.copies == 1:
             whole = self.data_collator(rows)
             if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(rows):
                 return [(piece, slice_rows(whole, piece)) for piece in plan]
@@ -284,7 +285,7 @@ def _count_tokens(
     computed = main.numel() if not main.is_floating_point() else int(main.shape[0])
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == main.shape:
-        used = int(mask.ne(0).sum())
+        used, computed = int(mask.ne(0).sum()), main.numel()
     else:
         used = sum(measure_length(row, main_input=main_input) for row in rows) or computed
         used = min(used, computed)

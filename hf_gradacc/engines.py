@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from hf_gradacc.batching import slice_rows, trim_padding
+from hf_gradacc.batching import find_labels, slice_rows, trim_padding
 from hf_gradacc.collator import make_micro_batch
 from hf_gradacc.reduction import sum_over_ranks
 from hf_gradacc.targets import TargetRule
@@ -92,7 +91,7 @@ def even_out(
         halve: Cuts a micro-batch of several rows in two.
         rule: What counts as a target; both halves need some, a mean over none is NaN.
         spare: Collated rows to run with a weight of zero where this share has none.
-        copies: Collated rows of each sequence, see `slice_rows`.
+        copies: Collated rows of each sequence, see `slice_rows`; 0 if none can be sliced out.
 
     Returns:
         The same rows in as many micro-batches, the costliest first as on every other rank; those
@@ -113,9 +112,10 @@ def even_out(
     if len(done) < num_micro_batches:
         source = done[-1].inputs if done else spare
         assert isinstance(source, Mapping)
-        row = _row_with_target(source, rule)
-        inputs = trim_padding(slice_rows(source, row, copies=copies))
-        idle = dataclasses.replace(make_micro_batch(inputs, copies=copies), weightless=True)
+        if copies:
+            row = _row_with_target(source, rule)
+            source = trim_padding(slice_rows(source, row, copies=copies))
+        idle = dataclasses.replace(make_micro_batch(source, copies=copies or 1), weightless=True)
         # In front: the last micro-batch reduces, and a real one in that place is one wait less.
         done = [idle] * (num_micro_batches - len(done)) + done
     return Update(done, update.epoch, update.index, update.num_left_out)
@@ -137,8 +137,8 @@ def agree_on_inputs(update: Update) -> Any:
 
 def _row_with_target(inputs: Mapping[str, Any], rule: TargetRule) -> list[int]:
     """Choose one row whose loss is a number."""
-    labels = inputs.get("labels")
-    if rule in (TargetRule.NEXT_TOKEN, TargetRule.SAME_TOKEN) and isinstance(labels, Tensor):
+    labels = find_labels(inputs)[1]
+    if rule in (TargetRule.NEXT_TOKEN, TargetRule.SAME_TOKEN) and labels is not None:
         start = 1 if rule is TargetRule.NEXT_TOKEN else 0
         has = labels[..., start:].ne(-100).reshape(len(labels), -1).any(1).nonzero()
         if len(has):

@@ -1,4 +1,4 @@
-"""Hold a model in eval mode for a while, and know what does not show there."""
+"""Hold a model in eval mode for a while, leave it as it was, and say what that mode hides."""
 
 from __future__ import annotations
 
@@ -10,26 +10,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["find_mixing", "held_in_eval_mode"]
-
-
-def find_mixing(model: nn.Module) -> list[str]:
-    """Say so where rows of a micro-batch influence each other, but only while training."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            found.append(
-                f"{name} ({type(module).__name__}) normalizes by the rows of a micro-batch, so "
-                f"rows influence each other: no cut gives exactly the whole update."
-            )
-            break
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "moe_eval_capacity_token_fraction", None) is not None:
-        found.append(
-            f"each expert takes {config.expert_capacity} tokens of a micro-batch "
-            f"(expert_capacity) and drops the rest, so rows influence each other: no cut gives "
-            f"exactly the whole update."
-        )
-    return found
 
 
 @contextlib.contextmanager
@@ -50,3 +30,26 @@ def held_in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
         for router, capacity in zip(routers, capacities, strict=True):
             router.expert_capacity = capacity
+
+
+def find_mixing(model: nn.Module) -> list[str]:
+    """Say so of models whose rows influence each other in training, unseen in evaluation mode."""
+    warnings = []
+    config = getattr(model, "config", None)
+    if getattr(config, "moe_eval_capacity_token_fraction", None) is not None:
+        warnings.append(
+            f"each expert takes {getattr(config, 'expert_capacity', None)} tokens of a micro-batch "
+            "(expert_capacity) and drops the rest, so rows influence each other: no cut gives "
+            "exactly the whole update."
+        )
+    was_training = model.training
+    model.train()  # a vision tower may pin its own to evaluation mode
+    num_norms = sum(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+    model.train(was_training)
+    if num_norms:
+        warnings.append(
+            f"{num_norms} BatchNorm layers normalize by the rows of a micro-batch, so rows "
+            "influence each other: no cut gives exactly the whole update. Keep them in evaluation "
+            "mode, or use a model that normalizes each row by itself (LayerNorm, GroupNorm)."
+        )
+    return warnings

@@ -32,11 +32,11 @@ class Ledger(TrainerCallback, ExportableState):
     """
 
     def __init__(self) -> None:
-        self.membership: dict[str, Any] = {}
         self.restart()
 
     def restart(self) -> None:
         """Begin a new run."""
+        self.membership: dict[str, Any] = {}
         self.window = StatsWindow()
         self.epoch = self.update = self.last_logged = 0
         self.position: dict[str, Any] | None = None

@@ -117,6 +117,28 @@ class UpdateStream(IterableDataset[Rows]):
         self.noise_scale_every = noise_scale_every
         self.epoch = 0
         self._start: tuple[int, int, dict[str, Any]] | None = None
+        self._begun: Iterator[Any] | None = None
+        self._first_epoch: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass that has begun stays here; a worker that is not a fork begins one of its own.
+        return {**self.__dict__, "_begun": None}
+
+    def peek(self, count: int) -> list[Any]:
+        """Look at the first rows. The first pass then goes on behind them.
+
+        A generator or an open file gives its rows once, and would be short of these.
+        """
+        rows = iter(self.dataset)
+        first = list(itertools.islice(rows, count))
+        if not hasattr(self.dataset, "set_epoch"):  # such streams are told their epoch, then begin
+            self._begun = itertools.chain(first, rows)
+        return first
+
+    def _begin(self) -> Iterator[Any]:
+        """Begin a pass over the dataset's rows, or go on with the one that `peek` began."""
+        begun, self._begun = self._begun, None
+        return iter(self.dataset) if begun is None else begun
 
     def __len__(self) -> int:
         """Count the updates, if the dataset knows its length and updates have a fixed size."""
@@ -128,6 +150,9 @@ class UpdateStream(IterableDataset[Rows]):
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to streams that shuffle by it (``datasets.IterableDataset``)."""
+        if self._first_epoch not in (None, epoch):
+            self._begun = None  # it was used up by a worker's copy
+        self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
@@ -167,7 +192,7 @@ class UpdateStream(IterableDataset[Rows]):
         if position.get("state") is not None:
             self.dataset.load_state_dict(position["state"])  # type: ignore[attr-defined]
             return iter(self.dataset)
-        rows = iter(self.dataset)
+        rows = self._begin()
         for _ in range(updates if "rows" not in position else 0):
             members = [next(rows)]  # no position is known: draw the updates again
             while not self.take(members):
@@ -185,7 +210,7 @@ class UpdateStream(IterableDataset[Rows]):
                 rows = self._skip(skipped, position)
         else:
             with as_only_reader():
-                rows = iter(self.dataset)
+                rows = self._begin()
         members: list[Any] = []
         for row in read(rows, first=first, epoch=self.epoch):
             members.append(row)

@@ -13,13 +13,20 @@ from torch.utils.data import IterableDataset
 
 from hf_gradacc.collator import UpdateCollator, make_micro_batch, measure_length
 from hf_gradacc.dealing import deal_by_cost, deal_rows
-from hf_gradacc.errors import DataError
+from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loader import UpdateLoader, UpdateStream, make_generator, read_row, take_until
 from hf_gradacc.sampler import UpdateSampler
 from hf_gradacc.targets import count_row_targets, may_have_target
 from hf_gradacc.update import Update
 
-__all__ = ["GroupedBatches", "build_loader", "choose_probe_rows", "deal_update", "is_stream"]
+__all__ = [
+    "GroupedBatches",
+    "build_loader",
+    "choose_probe_rows",
+    "deal_update",
+    "describe",
+    "is_stream",
+]
 
 
 def is_stream(dataset: Any) -> bool:
@@ -63,11 +70,7 @@ def build_loader(
     Raises:
         DataError: If the dataset is empty.
     """
-    shifted = not collator.encoder_decoder
-
-    def count(row: Any) -> int:
-        targets = count_row_targets(row, shifted=shifted) if isinstance(row, Mapping) else None
-        return measure_length(row, main_input=collator.main_input) if targets is None else targets
+    count = partial(_count_targets, collator=collator)
 
     def length_of(row: Any) -> int:
         # What has no target is left out before planning.
@@ -118,6 +121,13 @@ def build_loader(
     return UpdateLoader.over_dataset(
         dataset, sampler=update_sampler, collate_fn=collator, **options
     )
+
+
+def _count_targets(row: Any, collator: UpdateCollator) -> int:
+    """Count a row's targets by its labels; without any, all of its tokens are."""
+    shifted = not collator.encoder_decoder
+    targets = count_row_targets(row, shifted=shifted) if isinstance(row, Mapping) else None
+    return measure_length(row, main_input=collator.main_input) if targets is None else targets
 
 
 def _order_of(sampler: Any, epoch: int) -> list[int]:
@@ -177,30 +187,71 @@ def deal_update(
     )
 
 
-def choose_probe_rows(dataset: Any, collator: UpdateCollator, *, count: int = 3) -> list[Any]:
-    """Choose a few short rows of different length to ask the model with.
+def choose_probe_rows(
+    loader: UpdateLoader,
+    collator: UpdateCollator,
+    *,
+    tokens_per_update: int | None = None,
+    count: int = 3,
+) -> list[Any]:
+    """Choose a few short rows to ask the model with, as unlike each other as there are.
+
+    A weight shows only between rows of different length, label and number of targets. A dataset
+    may be sorted by any of them, so rows are looked at from all over it.
 
     Raises:
         DataError: If no row of a map dataset has a target.
+        ConfigError: If tokens are to be counted that show only once rows are collated.
     """
-    if is_stream(dataset):
-        iterator = iter(dataset)
-        if iterator is dataset:
-            return []  # a one-shot stream: looking would lose its first rows
-        rows = list(itertools.islice(iterator, 16))
-        candidates = [row for row in rows if may_have_target(row)]
+    dataset: Any = loader.dataset
+    if isinstance(dataset, UpdateStream):
+        candidates = [row for row in dataset.peek(16) if may_have_target(row)]
     else:
-        candidates = list(itertools.islice(filter(may_have_target, _rows(dataset)), 16))
+        dataset, n = dataset.dataset, len(dataset)
+        spread = dict.fromkeys([*range(min(n, 8)), *(n * k // 8 for k in range(1, 8)), n - 1])
+        candidates = [row for row in (dataset[i] for i in spread) if may_have_target(row)]
+        candidates = candidates or list(
+            itertools.islice(filter(may_have_target, _rows(dataset)), count)
+        )
         if not candidates:
             raise DataError(
-                f"none of the {len(dataset)} training rows has a target: every label is -100, so "
-                f"there is nothing to learn. Check how the prompt is masked and how rows are cut."
+                f"none of the {n} training rows has a target: every label is -100, so there is "
+                f"nothing to learn. Check how the prompt is masked and how rows are cut."
             )
-    by_length: dict[int, Any] = {}
-    for row in candidates:
-        by_length.setdefault(measure_length(row, main_input=collator.main_input), row)
-    chosen = [by_length[length] for length in sorted(by_length)][:count]
-    return chosen if len(chosen) >= min(2, len(candidates)) else candidates[:count]
+    unknown = {"max_tokens_per_micro_batch": collator.max_tokens}
+    if not any(_count_targets(row, collator) for row in candidates):
+        unknown["tokens_per_update"] = tokens_per_update
+    if candidates and not any(collator.measure(candidates)) and any(unknown.values()):
+        asked = " and ".join(f"{name} = {value}" for name, value in unknown.items() if value)
+        raise ConfigError(
+            f"{asked}: rows do not say how many tokens they hold before the data collator has made "
+            f"them ({describe(candidates[0])}). Tokenize the dataset first, or count sequences: "
+            f"per_device_train_batch_size and effective_batch_size."
+        )
+    traits = [_traits(row, collator.main_input) for row in candidates]
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(candidates)):
+        rest = [i for i in range(len(candidates)) if i not in chosen]
+        chosen.append(
+            max(
+                rest, key=lambda i: (_unlike(traits[i], [traits[j] for j in chosen]), -traits[i][0])
+            )
+        )
+    return [candidates[i] for i in sorted(chosen, key=lambda i: traits[i][0])]
+
+
+def _traits(row: Any, main_input: str) -> tuple[int, int | None, str]:
+    """Give length, number of targets and, of a row that has one label, that label."""
+    labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+    is_many = hasattr(labels, "__len__") and getattr(labels, "ndim", 1) > 0
+    is_many = is_many and not isinstance(labels, str)
+    targets = count_row_targets(row, shifted=True) if is_many else None
+    return measure_length(row, main_input=main_input), targets, "" if is_many else str(labels)
+
+
+def _unlike(one: tuple[Any, ...], others: list[tuple[Any, ...]]) -> int:
+    """Count in how many traits a row differs from all others."""
+    return sum(all(one[k] != other[k] for other in others) for k in range(len(one)))
 
 
 class GroupedBatches(IterableDataset[Update]):
@@ -237,6 +288,11 @@ class GroupedBatches(IterableDataset[Update]):
     def as_loader(self) -> UpdateLoader:
         """Wrap into a DataLoader, which resuming knows how to fast-forward."""
         return UpdateLoader(self, batch_size=None, collate_fn=_identity)
+
+
+def describe(row: Any) -> str:
+    """Say what a dataset row is, for an error."""
+    return f"the keys {sorted(row)}" if isinstance(row, Mapping) else f"type {type(row).__name__}"
 
 
 def _identity(update: Any) -> Any:

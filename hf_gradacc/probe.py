@@ -6,7 +6,8 @@ forward passes over the first rows, without gradients, settle all of that:
 
 1. Is the loss a mean, and does it need to be told its own count? (rows twice, same loss)
 2. Does it shift? (only the first label of each row set: a loss of nothing means yes)
-3. Is the loss of rows together the weighted mean of the loss of each? (the weight rule itself)
+3. Is the loss of rows together the weighted mean of the loss of each? (the weight rule itself,
+   first with the labels of the other rows masked, then with the rows alone)
 4. Does padding change a row's loss? (the same row, with padding and without)
 """
 
@@ -14,48 +15,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_gradacc.batching import count_rows, find_main_input, pad_columns, slice_rows, trim_padding
+from hf_gradacc.batching import (
+    count_rows,
+    find_labels,
+    find_main_input,
+    pad_columns,
+    slice_rows,
+    trim_padding,
+)
 from hf_gradacc.errors import LossError
+from hf_gradacc.probe_facts import LossFacts, LossOf, differ, rounding_of
+from hf_gradacc.probe_masks import find_rule_by_masks
 from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets
 
-__all__ = ["LossFacts", "probe_loss"]
-
-# How far two evaluations of the same loss may differ through rounding alone, relative. Most losses
-# of transformers are computed in float32 even if the model is float64.
-_TOLERANCE = {torch.float64: 5e-7, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 4e-2}
-
-LossOf = Callable[[Mapping[str, Any], "int | None"], float]
-"""Gives the loss of collated inputs; the second argument is what to pass as the count."""
-
-
-@dataclass(frozen=True)
-class LossFacts:
-    """What the probe found out about a loss.
-
-    Attributes:
-        rule: What it takes its mean over.
-        wants_own_count: It must be called with ``num_items_in_batch`` set to its own targets to be
-            a mean; otherwise it is called with None.
-        pads_alike: Padding changes its value, so an update's micro-batches need one width.
-        rule_error: Relative difference between the loss of rows together and the weighted mean of
-            the loss of each.
-        padding_error: Relative difference that padding made.
-        warnings: In plain words, what is not exact and by how much.
-    """
-
-    rule: TargetRule
-    wants_own_count: bool = False
-    pads_alike: bool = False
-    rule_error: float = 0.0
-    padding_error: float = 0.0
-    warnings: tuple[str, ...] = ()
+__all__ = ["LossFacts", "guess_rule", "probe_loss"]
 
 
 def probe_loss(
@@ -91,7 +70,7 @@ def probe_loss(
     Raises:
         LossError: If the loss is no mean, whichever way it is called.
     """
-    tolerance = _TOLERANCE.get(dtype, 2e-5)
+    tolerance = rounding_of(dtype)
     n = num_rows or count_rows(inputs, main_input)
     take = take or partial(slice_rows, inputs)
     twice = take([*range(n), *range(n)])
@@ -100,9 +79,32 @@ def probe_loss(
     def mean_of(part: Mapping[str, Any], rule: TargetRule) -> float:
         return loss_of(part, _count(part, main_input, rule) if wants_own_count else None)
 
-    rule = _find_rule(inputs, loss_of, main_input, encoder_decoder, wants_own_count)
+    rule = guess_rule(
+        inputs,
+        loss_of,
+        main_input=main_input,
+        encoder_decoder=encoder_decoder,
+        wants_own_count=wants_own_count,
+    )
+    shown = None
+    if not encoder_decoder:  # mBART looks for the last of a row's labels, and on a GPU crashes hard
+        shown = find_rule_by_masks(
+            inputs,
+            loss_of,
+            wants_own_count=wants_own_count,
+            first=rule,
+            coarse=tolerance,
+            has_router_loss=has_router_loss,
+        )
     rows = [dict(take([i])) for i in range(n)]
-    rule, rule_error = _check_rule(inputs, rows, rule, mean_of, main_input, tolerance)
+    candidates = [shown] if shown else [rule, *(r for r in TargetRule if r is not rule)]
+    counts = {r: [_count(row, main_input, r) for row in rows] for r in candidates}
+    alone = rows
+    if shown is None and dtype in (torch.bfloat16, torch.float16):
+        # As many copies of a row as there are rows: a batch of one shape is rounded in one way.
+        alone, tolerance = [dict(take([i] * n)) for i in range(n)], tolerance / 8
+    rule, rule_error = _check_rule(inputs, alone, counts, mean_of, tolerance)
+    tolerance = rounding_of(dtype)
     warnings = []
     if not rule_error <= tolerance:
         cause = (
@@ -147,8 +149,8 @@ def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
     """Say whether labels go with tokens rather than with rows."""
     if isinstance(inputs.get("shift_labels"), Tensor):
         return True
-    labels, main = inputs.get("labels"), find_main_input(inputs, main_input)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
+    labels, main = find_labels(inputs)[1], find_main_input(inputs, main_input)
+    if labels is None or labels.is_floating_point() or labels.ndim < 2:
         return False
     # [rows, classes] of a multi-label classifier that was given integers is not token level.
     return main is None or labels.shape == main.shape or bool(labels.eq(IGNORE_INDEX).any())
@@ -171,7 +173,7 @@ def _find_way_to_call(
             continue
         # A mean stays, a sum doubles. In between lie losses whose rows influence each other
         # (expert capacity); the check of the weight rule measures those.
-        if _differ(once_loss, twice_loss) <= 0.25:
+        if differ(once_loss, twice_loss) <= 0.25:
             return own_count
         seen.append(f"{once_loss:.6g} for {n} rows, {twice_loss:.6g} for the same rows twice")
     raise LossError(
@@ -182,18 +184,19 @@ def _find_way_to_call(
     )
 
 
-def _find_rule(
+def guess_rule(
     inputs: Mapping[str, Any],
     loss_of: LossOf,
+    *,
     main_input: str,
     encoder_decoder: bool,
     wants_own_count: bool,
 ) -> TargetRule:
-    """Find out whether a token-level loss shifts; other losses count sequences."""
+    """Find out whether a token-level loss shifts; other losses are taken to count sequences."""
     if not _is_token_level(inputs, main_input):
         return TargetRule.SEQUENCE
-    labels = inputs.get("labels")
-    if encoder_decoder or not isinstance(labels, Tensor) or "shift_labels" in inputs:
+    name, labels = find_labels(inputs)
+    if encoder_decoder or labels is None or "shift_labels" in inputs:
         return TargetRule.SAME_TOKEN
     valid = labels[labels.ne(IGNORE_INDEX)]
     if len(valid) == 0:
@@ -203,31 +206,33 @@ def _find_rule(
     first[..., 0] = valid[0]
     count = 1 if wants_own_count else None
     try:
-        loss_of_none = loss_of({**inputs, "labels": none}, count)
-        loss_of_first = loss_of({**inputs, "labels": first}, count)
+        loss_of_none = loss_of({**inputs, name: none}, count)
+        loss_of_first = loss_of({**inputs, name: first}, count)
     except (RuntimeError, ValueError, IndexError):
         return TargetRule.SAME_TOKEN  # the weight rule is checked next, and says if this is wrong
-    shifts = _differ(loss_of_none, loss_of_first) < 1e-6
+    shifts = differ(loss_of_none, loss_of_first) < 1e-6
     return TargetRule.NEXT_TOKEN if shifts else TargetRule.SAME_TOKEN
 
 
 def _check_rule(
     inputs: Mapping[str, Any],
-    rows: list[dict[str, Any]],
-    rule: TargetRule,
+    alone: list[dict[str, Any]],
+    counts: Mapping[TargetRule, list[int]],
     mean_of: Callable[[Mapping[str, Any], TargetRule], float],
-    main_input: str,
     tolerance: float,
 ) -> tuple[TargetRule, float]:
-    """Compare the loss of rows together with the weighted mean; try other rules if it is off."""
+    """Compare the loss of rows together with the weighted mean; try rules until one fits."""
     errors: dict[TargetRule, float] = {}
-    for candidate in (rule, *(r for r in TargetRule if r is not rule)):
-        counts = [_count(row, main_input, candidate) for row in rows]
-        if sum(counts) <= 0 or min(counts) < 0:
+    rule = next(iter(counts))
+    for candidate, own in counts.items():
+        if sum(own) <= 0 or min(own) < 0:
             continue
-        parts = [(n, mean_of(row, candidate)) for n, row in zip(counts, rows, strict=True) if n]
-        expected = sum(n * loss for n, loss in parts) / sum(counts)
-        errors[candidate] = _differ(mean_of(inputs, candidate), expected)
+        together = mean_of(inputs, candidate)
+        if not math.isfinite(together):
+            return rule, 0.0  # nothing can be seen by it, whatever made it so
+        parts = [(n, mean_of(row, candidate)) for n, row in zip(own, alone, strict=True) if n]
+        expected = sum(n * loss for n, loss in parts) / sum(own)
+        errors[candidate] = differ(together, expected)
         if errors[candidate] <= tolerance:
             return candidate, errors[candidate]
     if not errors:
@@ -269,18 +274,9 @@ def _measure_padding(
         try:
             natural = mean_of(bare) if padded else 0.0
             for part in padded:
-                worst = max(worst, _differ(mean_of(part), natural))
+                worst = max(worst, differ(mean_of(part), natural))
                 if not worst <= enough:
                     return worst
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return math.inf
     return worst
-
-
-def _differ(a: float, b: float) -> float:
-    """Relative difference; two NaNs are alike, one NaN is not."""
-    if math.isnan(a) and math.isnan(b):
-        return 0.0
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return 0.0 if a == b else math.inf
-    return abs(a - b) / max(abs(a), abs(b), 1e-12)

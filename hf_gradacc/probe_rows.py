@@ -2,7 +2,7 @@
 
 Most collators make one row of tensors of each dataset row, and a row is had by slicing. TRL's
 preference collators make two, all chosen answers and then all rejected ones; padding-free ones
-lay all rows end to end.
+lay all rows end to end, and the images of a batch may be one tensor of patches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.batching import count_copies, find_main_input, slice_rows, trim_padding
+from hf_gradacc.batching import (
+    count_copies,
+    find_labels,
+    find_main_input,
+    slice_rows,
+    trim_padding,
+)
 from hf_gradacc.loading import is_stream
 from hf_gradacc.targets import IGNORE_INDEX, count_row_targets
 
@@ -48,6 +54,11 @@ class ProbeRows:
             for i, row in enumerate(rows)
         ):
             copies = 0
+        if copies == 1 and not _is_plain(inputs, len(rows)):
+            with torch.random.fork_rng(devices=[]):
+                alone = [collate([row]) for row in rows]
+            if not all(_same_shares(slice_rows(inputs, [i]), a) for i, a in enumerate(alone)):
+                copies = 0
         return cls(rows, inputs, collate, copies)
 
     def take(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -66,8 +77,8 @@ def find_padding_targets(known: ProbeRows | None) -> list[str]:
     """
     if known is None or known.copies != 1:
         return []
-    labels = known.inputs.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or labels.is_floating_point():
+    labels = find_labels(known.inputs)[1]
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
         return []
     own = [
         count_row_targets(row, shifted=False) if isinstance(row, Mapping) else None
@@ -91,6 +102,27 @@ def copies_in(loader: Any) -> int:
     with torch.random.fork_rng(devices=[]):  # the collator may mask at random
         inputs = loader.collate_fn([dataset[0]])
     return max(1, count_copies(inputs, 1)) if isinstance(inputs, Mapping) else 1
+
+
+def _is_plain(inputs: Mapping[str, Any], num_rows: int) -> bool:
+    """Say whether a batch is tokens, masks and labels alone, which belong to rows for sure."""
+    return all(
+        value.ndim == 0 or (value.ndim <= 2 and len(value) == num_rows)
+        for value in inputs.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def _same_shares(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
+    """Say whether a row has as much of each tensor, be it sliced out or collated alone.
+
+    Of images it may not: rows hold none or several, or patches of all rows lie in one tensor.
+    """
+
+    def shares(part: Mapping[str, Any]) -> dict[str, int]:
+        return {k: len(v) for k, v in part.items() if isinstance(v, torch.Tensor) and v.ndim}
+
+    return shares(sliced) == shares(alone)
 
 
 def _alike(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:

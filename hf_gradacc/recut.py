@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradacc.batching import PAD_VALUES, count_rows, order_blocks, slice_rows, trim_padding
+from hf_gradacc.batching import (
+    PAD_VALUES,
+    can_slice_rows,
+    find_labels,
+    order_blocks,
+    slice_rows,
+    trim_padding,
+)
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.planner import plan_micro_batches
+from hf_gradacc.targets import IGNORE_INDEX
 from hf_gradacc.update import MicroBatch, Update
 
 __all__ = ["can_slice", "cut_again", "cut_to_cap", "join_rows", "row_lengths"]
@@ -43,20 +51,8 @@ def row_lengths(micro_batch: MicroBatch) -> list[int]:
 
 
 def can_slice(micro_batch: MicroBatch) -> bool:
-    """Say whether every tensor of a micro-batch belongs to its rows one by one.
-
-    Images do not: a vision model's patches of all rows lie in one tensor.
-    """
-    n, total = micro_batch.num_sequences, micro_batch.num_sequences * micro_batch.copies
-    return (
-        _is_mapping(micro_batch)
-        and count_rows(micro_batch.inputs) == total
-        and all(
-            value.ndim == 0 or value.shape[0] in (n, total)
-            for value in micro_batch.inputs.values()
-            if isinstance(value, Tensor)
-        )
-    )
+    """Say whether rows of a micro-batch can be had by slicing, see `can_slice_rows`."""
+    return can_slice_rows(micro_batch.inputs, micro_batch.num_sequences, copies=micro_batch.copies)
 
 
 def cut_again(
@@ -231,6 +227,7 @@ def _find_fills(micro_batches: Sequence[MicroBatch], pad_token_id: int) -> dict[
         "decoder_input_ids": pad_token_id,
     }
     for micro_batch in micro_batches:
+        fills[find_labels(micro_batch.inputs)[0]] = IGNORE_INDEX
         mask = micro_batch.inputs.get("attention_mask")
         if not isinstance(mask, Tensor) or bool(mask.ne(0).all()):
             continue

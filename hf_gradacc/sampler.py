@@ -116,6 +116,7 @@ class UpdateSampler:
         self.noise_scale_every = noise_scale_every
         self.epoch = 0
         self._order = order
+        self._drawn: tuple[int, np.ndarray] | None = None
         self._target_counts = None if target_counts is None else np.asarray(target_counts)
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
         self._deal = deal or deal_by_cost
@@ -132,7 +133,10 @@ class UpdateSampler:
     def order(self, epoch: int) -> np.ndarray:
         """Give the epoch's order of dataset indices, the same on every rank."""
         if self._order is not None:
-            return np.asarray(self._order(epoch), dtype=np.int64)
+            if self._drawn is None or self._drawn[0] != epoch:
+                # Once: a sampler without a seed of its own would draw another order each time.
+                self._drawn = epoch, np.asarray(self._order(epoch), dtype=np.int64)
+            return self._drawn[1]
         if not self.shuffle:
             return np.arange(self.num_sequences)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradacc.batching import count_rows
+from hf_gradacc.batching import count_rows, find_labels
 
 __all__ = [
     "IGNORE_INDEX",
@@ -98,12 +98,12 @@ def count_all_targets(
     """Count a collated micro-batch's targets under every rule.
 
     Args:
-        inputs: What the model's forward takes; labels under ``shift_labels``, ``labels`` or
-            ``start_positions``, if any.
+        inputs: What the model's forward takes; labels under ``shift_labels``, a name that
+            `find_labels` finds, or ``start_positions``, if any.
         num_sequences: Rows of the micro-batch.
         num_input_tokens: Tokens fed in, without padding.
     """
-    labels = inputs.get("labels")
+    labels = find_labels(inputs)[1]
     sequences = num_sequences
     next_token = same_token = 0
     shift_labels = inputs.get("shift_labels")
@@ -141,7 +141,7 @@ def may_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
     >>> may_have_target({"input_ids": [1, 2], "labels": [7, -100]}, rule=TargetRule.NEXT_TOKEN)
     False
     """
-    labels = row.get("labels") if isinstance(row, Mapping) else None
+    labels = _labels_of_row(row) if isinstance(row, Mapping) else None
     if labels is None:
         return True
     if isinstance(labels, Tensor) or hasattr(labels, "tolist"):
@@ -152,10 +152,22 @@ def may_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
     return any(label != IGNORE_INDEX for label in labels[start:])
 
 
+def _labels_of_row(row: Mapping[str, Any]) -> Any:
+    """Give the labels of a dataset row; under another name than ``labels`` one for each token."""
+    if "labels" in row:
+        return row["labels"]
+    named = [value for key, value in row.items() if "label" in key or "target" in key]
+    if len(named) != 1:
+        return None
+    is_array = getattr(named[0], "ndim", 0) == 1
+    is_list = isinstance(named[0], list) and bool(named[0]) and isinstance(named[0][0], int)
+    return named[0] if is_array or is_list else None
+
+
 def has_target(inputs: Mapping[str, Any]) -> bool:
     """Say whether a collated batch can tell anything about how its loss counts."""
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    labels = find_labels(inputs)[1]
+    if labels is None or labels.is_floating_point():
         return True
     return bool(labels.ne(IGNORE_INDEX).any())
 
@@ -167,8 +179,8 @@ def choose_rows_to_ask(inputs: Mapping[str, Any], *, count: int = 3) -> list[int
     [1]
     """
     n = count_rows(inputs)
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 2:
+    labels = find_labels(inputs)[1]
+    if labels is None or labels.is_floating_point() or labels.ndim != 2:
         return list(range(min(n, count)))
     # Rows that have a target whether or not the loss shifts come first, then any with a target.
     after_first = labels[:, 1:].ne(IGNORE_INDEX).any(1).tolist()
@@ -184,7 +196,7 @@ def count_row_targets(row: Mapping[str, Any], *, shifted: bool) -> int | None:
         row: A dataset row; ``labels`` a list, an array or a tensor of token labels.
         shifted: True if the loss shifts labels, so that the first is never a target.
     """
-    labels = row.get("labels")
+    labels = _labels_of_row(row)
     if labels is None:
         return None
     values = torch.as_tensor(labels)

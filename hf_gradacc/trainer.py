@@ -11,9 +11,10 @@ which is the mean of the whole batch at once, and so is its gradient.
 
 Only the files ``trainer*.py`` touch the stock Trainer's internals, one theme each, and
 ``tests/test_stock_contract.py`` asserts what they rely on. From the inside out: ``trainer_speed``
-lays a micro-batch out, ``trainer_ranks`` holds gradients back, ``trainer_loss`` weighs,
-``trainer_noise`` listens, ``trainer_numbers`` lets only finite sums through, ``trainer_stop`` heeds
-signals, ``trainer_guard`` rolls back, ``trainer_tuning`` tries budgets; ``trainer_save``,
+lays a micro-batch out, ``trainer_ranks`` holds gradients back, ``trainer_asks`` asks the model how
+it counts, ``trainer_loss`` weighs, ``trainer_noise`` listens, ``trainer_numbers`` lets only finite
+sums through, ``trainer_stop`` heeds signals, ``trainer_guard`` rolls back, ``trainer_tuning`` tries
+budgets; ``trainer_save``,
 ``trainer_resume`` and ``trainer_data`` bring the data and find the place in it;
 ``trainer_metrics`` keeps other trainers' metrics true.
 """
@@ -21,8 +22,10 @@ signals, ``trainer_guard`` rolls back, ``trainer_tuning`` tries budgets; ``train
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +63,7 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
     ``train``                                 SIGTERM and SIGINT end it after a whole update,
     ``_evaluate``, ``_determine_best_metric`` or break an evaluation off
     ``training_step``                         the weight rule; the time after is the optimizer's
+    ``current_gradient_accumulation_steps``   notes that the stock step read the weight
     ``_clip_grad_norm``, ``_get_grad_norm``   nothing non-finite goes on to the optimizer
     ``compute_loss``                          label smoothing that keeps the model's own loss
     ``_get_num_items_in_batch``               an evaluation batch's loss is a mean over its own
@@ -72,6 +76,13 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
 
     _costs: CostMeter | None = None
     _step_started = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Call a subclass's own ``training_step`` once per micro-batch, as stock does."""
+        super().__init_subclass__(**kwargs)
+        step = cls.training_step
+        if step is not GradAccMixin.training_step and not hasattr(step, "of_micro_batch"):
+            cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,7 +145,13 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
         return updates, count
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run an update up to its gradient; the time that follows is the optimizer's."""
+        """Run an update up to its gradient; the time that follows is the optimizer's.
+
+        An override in a subclass is called for each micro-batch, see `_per_micro_batch`, and comes
+        here from its ``super().training_step``.
+        """
+        if not isinstance(inputs, Update):
+            return self._step_micro_batch(model, inputs, *args, **kwargs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self._step_started:
             self._clock.enter("optimizer")
@@ -185,6 +202,22 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
                 self._own_window = StatsWindow(target_tokens_seen=int(own["target_tokens_seen"]))
                 self._rank_runs.send(own, step=self.state.global_step)
         super().log(logs, *args, **kwargs)
+
+
+def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a ``training_step`` that was written for batches see micro-batches, never updates."""
+
+    @functools.wraps(step)
+    def training_step(
+        self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if not isinstance(inputs, Update):
+            return step(self, model, inputs, *args, **kwargs)
+        self._own_step = functools.partial(type(self).training_step, self)
+        return GradAccMixin.training_step(self, model, inputs, *args, **kwargs)
+
+    training_step.of_micro_batch = True  # type: ignore[attr-defined]
+    return training_step
 
 
 class GradAccTrainer(GradAccMixin, Trainer):

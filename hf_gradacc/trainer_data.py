@@ -19,7 +19,13 @@ from hf_gradacc.collator import UpdateCollator
 from hf_gradacc.errors import DataError
 from hf_gradacc.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.loader import UpdateLoader
-from hf_gradacc.loading import GroupedBatches, build_loader, choose_probe_rows, is_stream
+from hf_gradacc.loading import (
+    GroupedBatches,
+    build_loader,
+    choose_probe_rows,
+    describe,
+    is_stream,
+)
 from hf_gradacc.probe_rows import ProbeRows
 from hf_gradacc.sampler import UpdateSampler
 from hf_gradacc.trainer_resume import ExactResume
@@ -93,7 +99,8 @@ class UpdateLoading(ExactResume):
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
         )
-        self._probe_inputs = self._collate_probe(choose_probe_rows(dataset, self._collator))
+        rows = choose_probe_rows(loader, self._collator, tokens_per_update=args.tokens_per_update)
+        self._probe_inputs = self._collate_probe(rows)
         return loader
 
     def _drop_unused_columns(self, dataset: Any) -> tuple[Any, Any]:
@@ -129,7 +136,7 @@ class UpdateLoading(ExactResume):
             raise DataError(
                 f"the data collator ({type(self.data_collator).__name__}) failed on rows of the "
                 f"training dataset: {type(error).__name__}: {error}\n"
-                f"  the first row has {_describe(rows[0])}"
+                f"  the first row has {describe(rows[0])}"
             ) from error
         main = self._collator.main_input
         if (
@@ -140,12 +147,12 @@ class UpdateLoading(ExactResume):
             raise DataError(
                 f"the training rows give no `{main}`, the input of {type(self.model).__name__}: "
                 f"after collating there is {sorted(inputs)}; the first row has "
-                f"{_describe(rows[0])}. Tokenize the dataset first, or give a data_collator that "
+                f"{describe(rows[0])}. Tokenize the dataset first, or give a data_collator that "
                 f"does."
             )
         if isinstance(inputs, Mapping):
             self._probe_rows = ProbeRows.of(rows, inputs, self._collator.data_collator)
-            self._collator.copies = max(1, self._probe_rows.copies)
+            self._collator.copies = self._probe_rows.copies
         return inputs
 
     # ---- how many updates, of how many sequences -----------------------------------------------
@@ -294,5 +301,3 @@ def count_updates(
     return len(counts), max(counts), sum(counts[:-1]) + last
 
 
-def _describe(row: Any) -> str:
-    return f"the keys {sorted(row)}" if isinstance(row, Mapping) else f"type {type(row).__name__}"

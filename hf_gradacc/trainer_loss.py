@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,37 +12,39 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_gradacc.batching import count_rows, pad_columns, slice_rows
+from hf_gradacc.batching import pad_columns, slice_rows
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.engines import agree_on_inputs
-from hf_gradacc.eval_mode import find_mixing, held_in_eval_mode
+from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.evaluation import EvalLoss, perplexity
-from hf_gradacc.probe import LossFacts, probe_loss
-from hf_gradacc.probe_rows import ProbeRows, copies_in, find_padding_targets
+from hf_gradacc.probe_facts import LossFacts
+from hf_gradacc.probe_rows import copies_in
 from hf_gradacc.reduction import all_reduce_gradients, trainable
 from hf_gradacc.smoothing import smoothing_correction
-from hf_gradacc.targets import TargetRule, choose_rows_to_ask, has_target
+from hf_gradacc.targets import TargetRule, has_target
+from hf_gradacc.trainer_asks import AskedModel
 from hf_gradacc.trainer_evaluation import SplitEvaluation
 from hf_gradacc.trainer_ranks import RankedUpdates
-from hf_gradacc.trainer_speed import FastSteps
 from hf_gradacc.update import MicroBatch, Update, UpdateStats
 
 logger = logging.get_logger(__name__)
 
 
-class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
+class ExactLoss(AskedModel, SplitEvaluation, RankedUpdates):
     """Overrides that make the accumulated gradient that of the whole update."""
 
     control: Any
     label_smoother: Any
     _collator: UpdateCollator | None = None
     _probe_inputs: Any = None
-    _probe_rows: ProbeRows | None = None
     _facts: LossFacts | None = None
     _eval_loss: EvalLoss | None = None
     _eval_copies = 1
     _global_stats = UpdateStats()
     _has_grad_anywhere: list[bool]
+    _own_step: Callable[..., Tensor] | None = None  # a subclass's `training_step`
+    _divisor = 1.0
+    _weight_was_used = False
 
     # ---- the weight rule -----------------------------------------------------------------------
 
@@ -103,10 +104,34 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
         divisor = math.inf if micro_batch.weightless else targets / (own * self._engine.factor)
         self.current_gradient_accumulation_steps = divisor
         self.loss_is_scaled_for_ga = False
+        self._weight_was_used = False
         count = torch.tensor(own, device=self.args.device) if self._facts.wants_own_count else None
+        step = self._step_micro_batch if self._own_step is None else self._own_step
         # Gradients are summed over ranks once, after the last micro-batch; see `reduction`.
         with self._hold_gradients(model):
-            return super().training_step(model, micro_batch.inputs, count)
+            loss = step(model, micro_batch.inputs, count)
+        if not self._weight_was_used:
+            raise LossError(
+                f"{type(self).__name__}.training_step did not weigh this micro-batch, so its "
+                f"gradient would be {divisor:.3g} times too large.\n"
+                f"  Call super().training_step(model, inputs, num_items_in_batch) in it, or divide "
+                f"the loss by self.current_gradient_accumulation_steps before its backward."
+            )
+        return loss
+
+    def _step_micro_batch(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
+        """Run the stock step, and what other trainers behind the mixin make of it."""
+        return super().training_step(model, inputs, count)
+
+    @property
+    def current_gradient_accumulation_steps(self) -> float:
+        """What a loss is to be divided by. Reading it is taken for doing so."""
+        self._weight_was_used = True
+        return self._divisor
+
+    @current_gradient_accumulation_steps.setter
+    def current_gradient_accumulation_steps(self, divisor: float) -> None:
+        self._divisor = divisor
 
     def _skip_optimizer(self, update: Update) -> None:
         """Make this step do nothing: no gradient, and no optimizer step on nothing."""
@@ -128,71 +153,6 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
                     micro_batch.inputs, int(width), **self._padding_style
                 )
 
-    # ---- asking the model ----------------------------------------------------------------------
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask the prepared model how its loss counts, before the first update."""
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        self._facts = None  # the model may be another one than in the last call of train()
-        if self._probe_inputs is not None:
-            self._facts = self._ask(model, self._probe_inputs)
-        return model, loader
-
-    def _ask(self, model: nn.Module, inputs: Any) -> LossFacts:
-        """Ask the model how its loss counts, see `probe_loss`, and say what is not exact."""
-        if not isinstance(inputs, Mapping) or count_rows(inputs) == 0:
-            return LossFacts(TargetRule.SEQUENCE)
-        known = self._probe_rows if inputs is self._probe_inputs else None
-        if known is None or known.copies == 1:
-            inputs, known = slice_rows(inputs, choose_rows_to_ask(inputs)), None
-        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        config = getattr(bare, "config", None)
-
-        def loss_of(part: Mapping[str, Any], count: int | None) -> float:
-            own = None if count is None else torch.tensor(count, device=self.args.device)
-            part = {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()}
-            with torch.no_grad(), self.compute_loss_context_manager():
-                # A copy, since FSMT writes padding over the -100 of the labels it is given.
-                loss = self.compute_loss(bare, self._prepare_inputs(part), num_items_in_batch=own)
-            return float(loss)
-
-        with torch.random.fork_rng(), held_in_eval_mode(bare):
-            facts = probe_loss(
-                inputs,
-                loss_of,
-                dtype=self._dtype_computed_in(bare),
-                encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-                main_input=getattr(bare, "main_input_name", "input_ids"),
-                max_width=getattr(config, "max_position_embeddings", None),
-                has_router_loss=bool(getattr(config, "output_router_logits", False)),
-                num_rows=None if known is None else len(known.rows),
-                take=None if known is None else known.take,
-                **self._padding_style,
-            )
-            if self._collator is not None:
-                self._facts = facts  # label smoothing goes by them
-                self._choose_shortcuts(bare, inputs, loss_of, facts=facts)
-        padding = find_padding_targets(self._probe_rows)
-        facts = dataclasses.replace(
-            facts,
-            pads_alike=facts.pads_alike or bool(padding),
-            warnings=(*facts.warnings, *padding, *find_mixing(bare)),
-        )
-        for warning in facts.warnings:
-            logger.warning_once(f"{type(bare).__name__}: {warning}")
-        if self._collator is not None:
-            self._collator.rule, self._collator.pad_alike = facts.rule, facts.pads_alike
-        return facts
-
-    @property
-    def _padding_style(self) -> dict[str, Any]:
-        tokenizer = self.processing_class
-        config = getattr(self.model, "config", None)
-        pad = getattr(tokenizer, "pad_token_id", None)
-        pad = getattr(config, "pad_token_id", None) if pad is None else pad
-        left = getattr(tokenizer, "padding_side", "right") == "left"
-        return {"pad_token_id": pad or 0, "left": left}
-
     # ---- the loss ------------------------------------------------------------------------------
 
     def compute_loss(
@@ -202,6 +162,12 @@ class ExactLoss(FastSteps, SplitEvaluation, RankedUpdates):
         smoother = None if self._has_own_loss() else self.label_smoother
         if smoother is None or self.compute_loss_func is not None or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if inputs["labels"].is_floating_point():
+            raise ConfigError(
+                f"label_smoothing_factor = {smoother.epsilon}: there is nothing to smooth in "
+                f"labels of {inputs['labels'].dtype}, which are no classes (regression, or several "
+                f"labels at once). Leave it out."
+            )
         self.label_smoother = None
         try:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)

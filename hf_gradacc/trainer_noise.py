@@ -62,7 +62,9 @@ class MeasuredNoise(ExactLoss):
         return model, loader
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Go on with the measurements of the checkpoint."""
+        """Go on with the measurements of the checkpoint, or without any."""
+        if self._noise is not None:
+            self._noise.restore(None)
         position = super()._init_training_state(*args, **kwargs)
         if self._noise is not None:
             self._noise.restore(self.state.stateful_callbacks.get(NoiseRecord.__name__))

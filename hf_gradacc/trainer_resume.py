@@ -33,6 +33,7 @@ class ExactResume(WholeCheckpoints):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Take the position in the data from the ledger, not from a division of steps."""
+        self.ledger.restart()  # the new state takes over what callbacks hold of the last train()
         epochs, updates = super()._init_training_state(*args, **kwargs)
         callbacks = self.callback_handler.callbacks  # stock may have put a new one in its place
         self.ledger = next(c for c in callbacks if isinstance(c, Ledger))

@@ -29,7 +29,8 @@ class MicroBatch:
         places: Each row's place in this rank's share, likewise; with it and `lengths` the share
             can be planned again.
         weightless: Run for its collectives alone, where ranks have to run in step; adds nothing.
-        copies: Rows of the inputs that each sequence became; 2 for pairs, see `slice_rows`.
+        copies: Rows of the inputs that each sequence became; 2 for pairs, see `slice_rows`; 0 if
+            they cannot be told apart.
     """
 
     inputs: Any

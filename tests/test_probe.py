@@ -157,7 +157,7 @@ def test_an_encoder_decoder_is_not_asked_whether_it_shifts():
 def test_experts_that_drop_tokens_only_in_training_are_named():
     from transformers import NllbMoeConfig, SwitchTransformersConfig
 
-    model = torch.nn.Linear(1, 1)
+    model = nn.Linear(1, 1)
     assert not find_mixing(model)
     model.config = NllbMoeConfig(expert_capacity=32)
     (line,) = find_mixing(model)
@@ -166,9 +166,18 @@ def test_experts_that_drop_tokens_only_in_training_are_named():
     assert not find_mixing(model)
 
 
-def test_batch_normalization_is_named():
-    (line,) = find_mixing(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
-    assert line.startswith("1 (BatchNorm1d) normalizes by the rows of a micro-batch")
+def test_batch_norm_is_named_unless_it_stays_in_evaluation_mode():
+    """Evaluation mode, in which the model is asked, hides that it mixes rows."""
+
+    class Pinned(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    (line,) = find_mixing(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2)))
+    assert line.startswith("2 BatchNorm layers normalize by the rows of a micro-batch")
+    model = nn.Sequential(nn.Linear(2, 2), Pinned(2), nn.LayerNorm(2)).eval()
+    assert not find_mixing(model)
+    assert not model.training
 
 
 def test_rows_with_targets_are_chosen_to_ask_with():
