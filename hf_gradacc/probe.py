@@ -31,6 +31,7 @@ from hf_gradacc.batching import (
 )
 from hf_gradacc.errors import LossError
 from hf_gradacc.probe_facts import LossFacts, LossOf, differ, rounding_of
+from hf_gradacc.probe_gradients import compare_gradients
 from hf_gradacc.probe_masks import find_rule_by_masks
 from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets
 
@@ -50,6 +51,7 @@ def probe_loss(
     has_router_loss: bool = False,
     num_rows: int | None = None,
     take: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
+    gradient_of: Callable[[Mapping[str, Any], int | None], Tensor] | None = None,
 ) -> LossFacts:
     """Find out how a loss counts.
 
@@ -66,6 +68,8 @@ def probe_loss(
             deviation it causes is expected and reported as such.
         num_rows: Dataset rows in `inputs`, if that is not what its tensors hold.
         take: Gives some of them, collated together; default is to slice `inputs`.
+        gradient_of: As `loss_of`, gives a gradient ``[numbers]``, of some parameters. Losses of an
+            untrained head are all alike and show no weight; their gradients do.
 
     Raises:
         LossError: If the loss is no mean, whichever way it is called.
@@ -117,6 +121,13 @@ def probe_loss(
         warnings.append(
             f"the loss of {n} rows together differs from the weighted mean of the loss of each by "
             f"{rule_error:.1e} (relative; rounding explains {tolerance:.0e}). {cause}"
+        )
+    if shown is None and gradient_of is not None and not has_router_loss:
+        warnings += compare_gradients(
+            [inputs, *rows],
+            [_count(part, main_input, rule) for part in (inputs, *rows)],
+            lambda part, count: gradient_of(part, count if wants_own_count else None),
+            tolerance=100 * tolerance if tolerance < 1e-3 else 0.1,
         )
     padding_error = _measure_padding(
         rows,
@@ -237,9 +248,10 @@ def _check_rule(
             return candidate, errors[candidate]
     if not errors:
         return rule, 0.0
-    # Nothing fits. Another rule has to be clearly better to win over what the labels say.
+    # Nothing fits. Another rule has to be clearly better to win over what the labels say, and
+    # losses that are all alike say nothing.
     best = min(errors, key=lambda r: errors[r])
-    if rule in errors and errors[best] > 0.1 * errors[rule]:
+    if rule in errors and (errors[best] > 0.1 * errors[rule] or errors[rule] < 1e-3):
         best = rule
     return best, errors[best]
 

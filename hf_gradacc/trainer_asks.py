@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,16 +70,26 @@ class AskedModel(FastSteps):
                 inputs = slice_rows(inputs, choose_rows_to_ask(inputs))
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
-        def loss_of(part: Mapping[str, Any], count: int | None) -> float:
+        def compute(part: Mapping[str, Any], count: int | None) -> Tensor:
             own = None if count is None else torch.tensor(count, device=self.args.device)
+            # A copy, since FSMT writes padding over the -100 of the labels it is given.
             part = {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()}
-            with torch.no_grad(), self.compute_loss_context_manager():
-                # A copy, since FSMT writes padding over the -100 of the labels it is given.
-                loss = self.compute_loss(bare, self._prepare_inputs(part), num_items_in_batch=own)
-            return float(loss)
+            with self.compute_loss_context_manager():
+                return self.compute_loss(bare, self._prepare_inputs(part), num_items_in_batch=own)
+
+        def loss_of(part: Mapping[str, Any], count: int | None) -> float:
+            with torch.no_grad():
+                return float(compute(part, count))
+
+        def gradient_of(part: Mapping[str, Any], count: int | None) -> Tensor:
+            # The last few: most often a head's, and the backward stops there.
+            last = [p for p in bare.parameters() if p.requires_grad][-4:]
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(compute(part, count), last, allow_unused=True)
+            return torch.cat([g.reshape(-1) for g in gradients if g is not None])
 
         with torch.random.fork_rng(), held_in_eval_mode(bare):
-            facts = self._probe(bare, inputs, loss_of, known)
+            facts = self._probe(bare, inputs, loss_of, known, gradient_of)
             if self._collator is not None:
                 self._facts = facts  # label smoothing goes by them
                 self._choose_shortcuts(bare, inputs, loss_of, facts=facts)
@@ -96,7 +106,12 @@ class AskedModel(FastSteps):
         return facts
 
     def _probe(
-        self, bare: nn.Module, inputs: Mapping[str, Any], loss_of: LossOf, known: ProbeRows | None
+        self,
+        bare: nn.Module,
+        inputs: Mapping[str, Any],
+        loss_of: LossOf,
+        known: ProbeRows | None,
+        gradient_of: Callable[[Mapping[str, Any], int | None], Tensor],
     ) -> LossFacts:
         """Ask with rows by themselves, or with labels alone where rows cannot be told apart."""
         config: Any = getattr(bare, "config", None)
@@ -119,6 +134,8 @@ class AskedModel(FastSteps):
                     has_router_loss=routed,
                     num_rows=num_rows,
                     take=None if known is None else known.take,
+                    # Sharded weights are whole only inside of a forward.
+                    gradient_of=None if self.is_fsdp_enabled else gradient_of,
                     **self._padding_style,
                 )
             except (RuntimeError, ValueError, IndexError):
