@@ -27,12 +27,12 @@ from hf_gradacc.batching import (
     find_main_input,
     pad_columns,
     slice_rows,
-    trim_padding,
 )
 from hf_gradacc.errors import LossError
 from hf_gradacc.probe_facts import LossFacts, LossOf, differ, rounding_of
-from hf_gradacc.probe_gradients import compare_gradients
+from hf_gradacc.probe_gradients import find_rule_by_gradients
 from hf_gradacc.probe_masks import find_rule_by_masks
+from hf_gradacc.probe_padding import measure_padding
 from hf_gradacc.targets import IGNORE_INDEX, TargetRule, count_all_targets
 
 __all__ = ["LossFacts", "guess_rule", "probe_loss"]
@@ -107,10 +107,29 @@ def probe_loss(
     if shown is None and dtype in (torch.bfloat16, torch.float16):
         # As many copies of a row as there are rows: a batch of one shape is rounded in one way.
         alone, tolerance = [dict(take([i] * n)) for i in range(n)], tolerance / 8
-    rule, rule_error = _check_rule(inputs, alone, counts, mean_of, tolerance)
+    guess, (rule, rule_error) = rule, _check_rule(inputs, alone, counts, mean_of, tolerance)
     tolerance = rounding_of(dtype)
     warnings = []
-    if not rule_error <= tolerance:
+    if shown is None and gradient_of is not None and not has_router_loss:
+        limit = 100 * tolerance if tolerance < 1e-3 else 0.1
+        found, error = find_rule_by_gradients(
+            inputs,
+            rows,
+            {r: counts[r] for r in (rule, *(r for r in counts if r is not rule))},
+            lambda part, count: gradient_of(part, count if wants_own_count else None),
+            tolerance=limit,
+        )
+        if found is not rule:
+            rule = found or guess
+            rule, rule_error = _check_rule(inputs, alone, {rule: counts[rule]}, mean_of, tolerance)
+        if found is None:
+            warnings.append(
+                f"the gradient of {n} rows together differs from the weighted mean of the gradient "
+                f"of each by {error:.1e} (relative; rounding explains {limit:.0e}). Rows of a "
+                f"batch influence each other, or the loss is no mean over its targets (with class "
+                f"weights it is none): how an update is cut will show in its gradient."
+            )
+    if not rule_error <= tolerance and not warnings:
         cause = (
             "The router loss of a mixture of experts is not a mean over targets; its weight in the "
             "update is right, what is left is its own nonlinearity."
@@ -122,14 +141,7 @@ def probe_loss(
             f"the loss of {n} rows together differs from the weighted mean of the loss of each by "
             f"{rule_error:.1e} (relative; rounding explains {tolerance:.0e}). {cause}"
         )
-    if shown is None and gradient_of is not None and not has_router_loss:
-        warnings += compare_gradients(
-            [inputs, *rows],
-            [_count(part, main_input, rule) for part in (inputs, *rows)],
-            lambda part, count: gradient_of(part, count if wants_own_count else None),
-            tolerance=100 * tolerance if tolerance < 1e-3 else 0.1,
-        )
-    padding_error = _measure_padding(
+    padding_error = measure_padding(
         rows,
         lambda part: mean_of(part, rule),
         widen=lambda part, width: pad_columns(part, width, pad_token_id=pad_token_id, left=left),
@@ -254,41 +266,3 @@ def _check_rule(
     if rule in errors and (errors[best] > 0.1 * errors[rule] or errors[rule] < 1e-3):
         best = rule
     return best, errors[best]
-
-
-def _measure_padding(
-    rows: list[dict[str, Any]],
-    mean_of: Callable[[Mapping[str, Any]], float],
-    *,
-    widen: Callable[[Mapping[str, Any], int], Mapping[str, Any]],
-    max_width: int | None,
-    enough: float,
-) -> float:
-    """Measure by how much padding changes the loss of a row; stop once it is `enough`.
-
-    Several rows at several widths: pooling models (Funnel, CANINE) let padding in between some
-    widths and not between others. One that cannot take a row as narrow as this one counts as
-    changed, which costs speed and never exactness.
-    """
-    worst = 0.0
-    for row in rows:
-        main = row.get("input_ids")
-        if not isinstance(main, Tensor) or not isinstance(row.get("attention_mask"), Tensor):
-            return 0.0
-        bare = trim_padding(row)
-        width = bare["input_ids"].shape[-1]
-        # A column beyond the learned positions breaks a GPU's whole process, so there is a margin:
-        # RoBERTa's positions begin at 2.
-        room = math.inf if max_width is None else max_width - 8
-        padded = [widen(bare, width + extra) for extra in (1, 3) if width + extra <= room]
-        if main.shape[-1] > width:
-            padded.insert(0, row)
-        try:
-            natural = mean_of(bare) if padded else 0.0
-            for part in padded:
-                worst = max(worst, differ(mean_of(part), natural))
-                if not worst <= enough:
-                    return worst
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            return math.inf
-    return worst

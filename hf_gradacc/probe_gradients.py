@@ -8,41 +8,48 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["compare_gradients"]
+from hf_gradacc.targets import TargetRule
+
+__all__ = ["find_rule_by_gradients"]
 
 
-def compare_gradients(
-    parts: Sequence[Mapping[str, Any]],
-    counts: Sequence[int],
+def find_rule_by_gradients(
+    inputs: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    counts: Mapping[TargetRule, Sequence[int]],
     gradient_of: Callable[[Mapping[str, Any], int], Tensor],
     *,
     tolerance: float,
-) -> list[str]:
-    """Compare the gradient of rows together with the weighted mean of those of each.
+) -> tuple[TargetRule | None, float]:
+    """Find the rule under which the gradients of rows add up to that of all.
 
     Args:
-        parts: The rows collated together, then each by itself.
-        counts: Targets of each part.
-        gradient_of: Gives the gradient ``[numbers]`` of a part of so many targets.
-        tolerance: How far apart rounding may bring them, relative.
+        inputs: Rows collated together.
+        rows: Each of them by itself.
+        counts: Their targets under each rule, in the order in which rules are tried.
+        gradient_of: Gives the gradient ``[numbers]`` of inputs that hold so many targets.
+        tolerance: How far apart rounding may bring two gradients, relative.
 
     Returns:
-        A warning if they differ, else nothing.
+        The rule and by how much it is off; None and the first rule's error if none fits. The first
+        rule with an error of 0 where no gradient is to be had.
     """
-    pairs = [(part, n) for part, n in zip(parts, counts, strict=True) if n > 0]
-    if len(pairs) < len(parts) or sum(counts[1:]) != counts[0]:
-        return []
-    try:
-        together, *alone = (gradient_of(part, n).double() * (n / counts[0]) for part, n in pairs)
-    except (RuntimeError, TypeError):
-        return []  # no gradient flows in evaluation mode (cuDNN's RNNs), or none at all
-    size = float(together.norm())
-    error = float((together - sum(alone)).norm()) / size if size else 0.0
-    if error <= tolerance or not math.isfinite(error):
-        return []
-    return [
-        f"the gradient of {len(alone)} rows together differs from the weighted mean of the "
-        f"gradient of each by {error:.1e} (relative; rounding explains {tolerance:.0e}). Rows of "
-        "a batch influence each other, or the loss is no mean over its targets (class weights are "
-        "none): how an update is cut will show in its gradient."
-    ]
+    first, first_error = next(iter(counts)), math.inf
+    for rule, own in counts.items():
+        if sum(own) <= 0 or min(own) < 0:
+            continue
+        try:
+            together = gradient_of(inputs, sum(own)).double()
+            parts = [
+                gradient_of(row, n).double() * (n / sum(own))
+                for row, n in zip(rows, own, strict=True)
+                if n
+            ]
+        except (RuntimeError, TypeError):
+            return first, 0.0  # none flows in evaluation mode (cuDNN's RNNs), or none at all
+        size = float(together.norm())
+        error = float((together - sum(parts)).norm()) / size if size else 0.0
+        if error <= tolerance or math.isnan(error):
+            return rule, error
+        first_error = error if rule is first else first_error
+    return (None, first_error) if math.isfinite(first_error) else (first, 0.0)

@@ -90,11 +90,7 @@ def find_rule_by_masks(
     name, labels = find_labels(inputs)
     if labels is None or labels.ndim != 2 or labels.is_floating_point() or "shift_labels" in inputs:
         return None
-    parts = []
-    for i in range(len(labels)):
-        own = torch.full_like(labels, IGNORE_INDEX)
-        own[i] = labels[i]
-        parts.append({**inputs, name: own})
+    parts = [{**inputs, name: own} for own in _split_targets(labels)]
     counts = {rule: [_count(part[name], rule) for part in parts] for rule in _RULES}
     if sum(n > 0 for n in counts[TargetRule.SAME_TOKEN]) < 2:
         return None
@@ -165,6 +161,19 @@ def probe_in_place(
         "not show what its loss is a mean over: how an update is cut may show in its gradient."
     )
     return LossFacts(first if is_token_level else TargetRule.SEQUENCE, warnings=(warning,))
+
+
+def _split_targets(labels: Tensor) -> list[Tensor]:
+    """Mask all rows but one, each in turn; of a single row all targets but the last, then that."""
+    is_target = labels.ne(IGNORE_INDEX)
+    index = torch.arange(len(labels), device=labels.device).unsqueeze(1)
+    rows = [is_target & (index == i) for i in range(len(labels))]
+    if int(is_target.any(1).sum()) == 1:
+        last = torch.zeros_like(is_target)
+        row, column = is_target.nonzero()[-1].tolist()
+        last[row, column] = True
+        rows = [is_target & ~last, last]
+    return [labels.masked_fill(~kept, IGNORE_INDEX) for kept in rows]
 
 
 def _count(labels: Tensor, rule: TargetRule) -> int:

@@ -85,8 +85,10 @@ class AskedModel(FastSteps):
             # The last few: most often a head's, and the backward stops there.
             last = [p for p in bare.parameters() if p.requires_grad][-4:]
             with torch.enable_grad():
-                gradients = torch.autograd.grad(compute(part, count), last, allow_unused=True)
-            return torch.cat([g.reshape(-1) for g in gradients if g is not None])
+                gradients = torch.autograd.grad(
+                    compute(part, count), last, allow_unused=True, materialize_grads=True
+                )
+            return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
         with torch.random.fork_rng(), held_in_eval_mode(bare):
             facts = self._probe(bare, inputs, loss_of, known, gradient_of)

@@ -9,6 +9,7 @@ from torch import nn
 from hf_gradacc import LossError
 from hf_gradacc.eval_mode import find_mixing
 from hf_gradacc.probe import probe_loss
+from hf_gradacc.probe_masks import vary_targets
 from hf_gradacc.targets import TargetRule, choose_rows_to_ask
 
 ROWS = [row for row in ragged_rows(30, seed=21) if sum(x != -100 for x in row["labels"]) > 2][:3]
@@ -185,3 +186,26 @@ def test_rows_with_targets_are_chosen_to_ask_with():
     labels[1, 0] = labels[3, 2] = labels[4, 3] = 7
     assert choose_rows_to_ask({"labels": labels}, count=3) == [1, 3, 4]
     assert choose_rows_to_ask({"labels": labels}, count=2) == [3, 4]
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_rows_alike_are_given_targets_of_different_number(offset):
+    """On labels as narrow as an encoder-decoder's own, some are masked; none are made up."""
+    ids = torch.arange(3 * 9).view(3, 9) + 1
+    labels = ids.clone()
+    labels[:, :4] = -100
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels[:, offset:]}
+    batch["labels"] = batch["labels"].masked_fill(mask[:, offset:] == 0, -100)
+    batch["labels"][1:, -2:] = -100
+    varied = vary_targets(batch)["labels"]
+    counts = varied[:, 1:].ne(-100).sum(1).tolist()
+    assert len(set(counts)) == 3
+    assert min(counts) > 0
+    if offset == 0:
+        assert not varied[mask == 0].ne(-100).any()
+    else:
+        assert not varied[batch["labels"] == -100].ne(-100).any()
+    ragged = {**BATCH}
+    assert vary_targets(ragged)["labels"] is ragged["labels"]

@@ -126,6 +126,26 @@ def test_no_row_of_a_one_shot_stream_is_lost_to_asking_the_model(tmp_path):
         assert relative_error(gradient, whole_gradient(rows)) <= 1e-10
 
 
+class Generator(IterableDataset):
+    """Gives the same generator, or what an open file would give, each time it is asked."""
+
+    def __init__(self, rows, *, wrapped):
+        self.rows = iter(rows)
+        self.wrapped = wrapped
+
+    def __iter__(self):
+        return (row for row in self.rows) if self.wrapped else self.rows
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_no_row_of_a_generator_is_lost_to_asking_the_model(tmp_path, wrapped, workers):
+    stream = Generator(ROWS, wrapped=wrapped)
+    _, gradients = train(tmp_path, stream, max_steps=3, dataloader_num_workers=workers)
+    for gradient, members in zip(gradients, (ROWS[:3], ROWS[3:6], ROWS[6:]), strict=True):
+        assert relative_error(gradient, whole_gradient(members)) <= 1e-10
+
+
 def test_a_stream_is_cut_by_target_tokens_as_well(tmp_path):
     trainer, gradients = train(
         tmp_path, Stream(ROWS), max_steps=2, effective_batch_size=None, tokens_per_update=15
