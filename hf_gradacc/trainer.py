@@ -145,14 +145,28 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
         return updates, count
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run an update up to its gradient; the time that follows is the optimizer's.
+        """Run what the loader gave: a whole update, or one micro-batch of it.
 
         An override in a subclass is called for each micro-batch, see `_per_micro_batch`, and comes
         here from its ``super().training_step``.
         """
-        if not isinstance(inputs, Update):
-            return self._step_micro_batch(model, inputs, *args, **kwargs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        if isinstance(inputs, Update):
+            return self.training_update(model, inputs)
+        return self._step_micro_batch(model, inputs, *args, **kwargs)
+
+    def training_update(self, model: nn.Module, update: Update) -> Tensor:
+        """Run an update up to its gradient; the time that follows is the optimizer's.
+
+        Override it to look at whole updates.
+
+        Args:
+            model: The wrapped model.
+            update: This rank's share.
+
+        Returns:
+            The update's mean loss.
+        """
+        loss = super().training_step(model, update)
         if self._step_started:
             self._clock.enter("optimizer")
         return loss
@@ -162,7 +176,9 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
         if self._step_started:
             self._clock.stop()
             seconds = time.perf_counter() - self._step_started
-            self.ledger.window.add(dataclasses.replace(self._global_stats, step_seconds=seconds))
+            stats = dataclasses.replace(self._global_stats, step_seconds=seconds)
+            self.ledger.window.add(stats, grad_norm=self._grad_norm)
+            self._grad_norm = None
             if self._rank_runs is not None:
                 self._own_window.add(dataclasses.replace(self._own_stats, step_seconds=seconds))
             self._step_started = 0.0  # at the end of an epoch the stock loop calls this once more

@@ -30,7 +30,7 @@ class CheckedNumbers(MeasuredNoise):
 
     Attributes:
         _update: The update as it ran, `_loss` its loss on this rank, `_outcome` what the ranks
-            said of it, `_loss_before` the sum of losses logged before it.
+            said of it, `_loss_before` the sum of losses logged before it, `_grad_norm` its norm.
     """
 
     _float32: Float32Gradients | None = None
@@ -40,6 +40,7 @@ class CheckedNumbers(MeasuredNoise):
     _loss: Tensor
     _outcome: Outcome
     _loss_before: Tensor | None = None
+    _grad_norm: float | None = None
 
     # ---- the dtype of gradients ----------------------------------------------------------------
 
@@ -86,6 +87,7 @@ class CheckedNumbers(MeasuredNoise):
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
         loss = self._loss.to(norm) if self.args.world_size == 1 else norm
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
+        self._grad_norm = norm_value
         bad_loss = not math.isfinite(loss_value) or bool(self._outcome.bad_loss)
         largest = min(norm_value, self.args.max_grad_norm or norm_value)
         overflows = self._float32 is not None and not self._float32.fits(largest)

@@ -153,13 +153,18 @@ class StatsWindow:
     total: UpdateStats = field(default_factory=UpdateStats)
     num_updates: int = 0
     num_skipped: int = 0
+    grad_norms: float = 0.0
+    num_grad_norms: int = 0
     target_tokens_seen: int = 0
     skipped_updates: int = 0
     sequences_left_out: int = 0
 
-    def add(self, stats: UpdateStats) -> None:
-        """Take in one finished update, summed over ranks."""
+    def add(self, stats: UpdateStats, *, grad_norm: float | None = None) -> None:
+        """Take in one finished update, summed over ranks, and the norm of its gradient."""
         self.total = self.total + stats
+        if grad_norm is not None and stats.num_targets:
+            self.grad_norms += grad_norm
+            self.num_grad_norms += 1
         self.num_updates += 1
         self.target_tokens_seen += stats.num_targets
         self.sequences_left_out += stats.num_left_out
@@ -180,6 +185,8 @@ class StatsWindow:
             "target_tokens_seen": self.target_tokens_seen,
             "step_seconds": sums.step_seconds / n,
         }
+        if self.num_grad_norms:
+            row["grad_norm_mean"] = self.grad_norms / self.num_grad_norms
         if sums.step_seconds > 0:
             row["target_tokens_per_second"] = sums.num_targets / sums.step_seconds
         if self.skipped_updates:
@@ -191,6 +198,7 @@ class StatsWindow:
     def start_next(self) -> None:
         """Begin the next window; totals of the run stay."""
         self.total, self.num_updates, self.num_skipped = UpdateStats(), 0, 0
+        self.grad_norms, self.num_grad_norms = 0.0, 0
 
     def state(self) -> dict[str, int]:
         """Give what has to survive in a checkpoint."""

@@ -50,6 +50,16 @@ def test_a_window_over_unequal_updates_divides_sums_by_sums(tmp_path):
     assert row["padding_fraction"] == pytest.approx(1 - sum(LENGTHS) / computed)
 
 
+def test_the_gradient_norm_is_that_of_all_updates_of_the_window(tmp_path):
+    """The stock row shows the last update's alone, which may be a short one."""
+    each, _ = train(tmp_path)
+    norms = [row["grad_norm"] for row in log_rows(each)]
+    assert [row["grad_norm_mean"] for row in log_rows(each)] == norms
+    (row,) = log_rows(train(tmp_path, logging_steps=3)[0])
+    assert row["grad_norm"] == norms[-1]
+    assert row["grad_norm_mean"] == pytest.approx(sum(norms) / 3)
+
+
 def test_evaluation_rows_and_the_final_report_are_not_mistaken_for_training_rows(tmp_path):
     trainer = make_trainer(
         tmp_path, ROWS, effective_batch_size=5, eval_dataset=ROWS, eval_strategy="epoch"
