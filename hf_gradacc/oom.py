@@ -212,8 +212,8 @@ def single_row_error(
     else:
         options = (
             "max_length when tokenizing, gradient_checkpointing = True (its activations are then "
-            "computed twice instead of kept), layout = 'packed' or target_only_logits = True "
-            "(fewer logits), a chunked loss (use_liger_kernel = True), LoRA, or a smaller optimizer"
+            "computed twice instead of kept), layout = 'packed', chunked_loss = True or "
+            "use_liger_kernel = True (fewer logits at once), LoRA, or a smaller optimizer"
         )
     heard = f"\n  The allocator said: {said}" if said else ""
     return MemoryBudgetError(

@@ -299,5 +299,3 @@ def count_updates(
         return len(counts), max(counts), max_steps
     last = math.ceil((num_train_epochs - len(counts) + 1) * counts[-1])
     return len(counts), max(counts), sum(counts[:-1]) + last
-
-
