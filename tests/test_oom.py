@@ -285,7 +285,7 @@ def test_of_three_ranks_one_may_run_out_where_another_has_nothing_to_do(tmp_path
     base = {"effective_batch_size": 14, "max_tokens_per_micro_batch": 60, "optim": "adamw_torch"}
     rows = ragged_rows(29, seed=5)  # the last update holds one row: two ranks have none
     scenarios = {
-        "calm": {**base, "rows": rows, "max_tokens_per_micro_batch": 15},
+        "calm": {**base, "rows": rows, "lower": (0, 15)},
         "failing": {**base, "rows": rows, "where": "backward", "on_ranks": (2,), "limit": 15},
     }
     results = run_ranks(train_ranks, 3, scenarios=scenarios)

@@ -201,7 +201,7 @@ def run_out_of_memory_while_sharded(where: str) -> tuple[str, str]:
     failure = {"when": lambda rows, width, seen: seen == 4, "where": where} if fails else None
     with tempfile.TemporaryDirectory() as out:
         try:
-            train(out, failure=failure, **FSDP2)
+            train(out, failure=failure, max_tokens_per_micro_batch=24, **FSDP2)
         except Exception as caught:
             return type(caught).__name__, str(caught)
     return "", ""
