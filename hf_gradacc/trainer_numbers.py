@@ -95,7 +95,10 @@ class CheckedNumbers(MeasuredNoise):
             self._skipped_in_a_row = 0
             return True
         scaler = self.accelerator.scaler
-        if scaler is not None and not bad_loss and scaler.get_scale() >= 1.0:
+        searches = scaler is not None and scaler.get_scale() >= 1.0
+        if self._update_engine is not None:
+            searches = self._update_engine.searches_loss_scale
+        if searches and not bad_loss:
             # Overflow of scaled gradients is how a GradScaler finds its scale: it skips by itself.
             self._forget_update()
             return True

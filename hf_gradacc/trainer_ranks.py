@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
@@ -19,12 +18,13 @@ from hf_gradacc.phases import PhaseClock
 from hf_gradacc.probe import LossFacts
 from hf_gradacc.recut import can_slice, cut_again
 from hf_gradacc.reduction import keep_ranks_apart, share_running_statistics
+from hf_gradacc.trainer_zero import ZeroUpdates
 from hf_gradacc.update import MicroBatch, Update, UpdateStats
 
 __all__ = ["RankedUpdates"]
 
 
-class RankedUpdates(Trainer):
+class RankedUpdates(ZeroUpdates):
     """Overrides that let ranks run an update together, each its own share."""
 
     _collator: UpdateCollator | None = None
@@ -44,11 +44,7 @@ class RankedUpdates(Trainer):
     def _find_unknown_engines(self) -> Iterator[str]:
         """Yield what would train a wrong gradient, or one that nobody has compared."""
         if self.is_deepspeed_enabled:
-            yield (
-                "DeepSpeed steps the optimizer inside of backward, once per micro-batch, so an "
-                "update of several would be several steps. Use FSDP2, which shards as ZeRO-3 does: "
-                'fsdp = True and fsdp_config = {"version": 2}.'
-            )
+            yield from self._find_deepspeed_problems()
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             yield (
                 "FSDP1 is deprecated in transformers and was never compared with the gradient of "
@@ -140,6 +136,10 @@ class RankedUpdates(Trainer):
         DDP never reduces: `reduction` does, after the last micro-batch. FSDP2 and ZeRO reduce in
         the last backward.
         """
+        if self._update_engine is not None:
+            self._update_engine.reduces_now = self._reduces_now
+            yield
+            return
         if self.args.world_size == 1 or (self._engine.lockstep and self._reduces_now):
             yield
             return
