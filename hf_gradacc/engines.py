@@ -20,7 +20,7 @@ from hf_gradacc.reduction import sum_over_ranks
 from hf_gradacc.targets import TargetRule
 from hf_gradacc.update import MicroBatch, Update, UpdateStats
 
-__all__ = ["Engine", "agree_on_inputs", "count_over_ranks", "even_out"]
+__all__ = ["Engine", "agree_on_inputs", "count_over_ranks", "even_out", "share_first"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,11 @@ def agree_on_inputs(update: Update) -> Any:
     For streams that cannot be looked at beforehand: the model is asked with its first update, and
     all ranks have to ask it the same.
     """
-    own = update.micro_batches[0].inputs if len(update) else None
+    return share_first(update.micro_batches[0].inputs if len(update) else None)
+
+
+def share_first(own: Any) -> Any:
+    """Give every rank what the first rank that has something has; None where none has."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return own
     shares: list[Any] = [None] * dist.get_world_size()

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_gradacc.tracking_parity import count_elements
+
 __all__ = ["CostMeter", "ModelFlops", "find_peak_flops", "peak_flops_of_this_device"]
 
 TERA = 1e12
@@ -79,7 +81,7 @@ class ModelFlops:
         for name, parameter in model.named_parameters():
             if id(parameter) in looked_up:
                 continue
-            weight = parameter.numel() * (visited if ".experts." in f".{name}." else 1.0)
+            weight = count_elements(parameter) * (visited if ".experts." in f".{name}." else 1.0)
             self.used += weight
             self.trained += weight if parameter.requires_grad else 0.0
         layers = getattr(config, "num_hidden_layers", None) or 0

@@ -15,7 +15,14 @@ from typing import Any
 
 from hf_gradacc.tracking_file import to_json
 
-__all__ = ["PARITY_NAME", "count_parameters", "describe_parity", "read_parity", "record_parity"]
+__all__ = [
+    "PARITY_NAME",
+    "count_elements",
+    "count_parameters",
+    "describe_parity",
+    "read_parity",
+    "record_parity",
+]
 
 PARITY_NAME = "gradacc_parity.json"
 
@@ -84,8 +91,13 @@ def describe_parity(parity: dict[str, Any]) -> str:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Count a model's parameters, and those of them that are trained."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    sizes = [(count_elements(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def count_elements(parameter: Any) -> int:
+    """Count a parameter's elements on all ranks: ZeRO-3 leaves an empty tensor in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
 from hf_gradacc.batching import pad_columns, slice_rows
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
-from hf_gradacc.engines import agree_on_inputs
+from hf_gradacc.engines import Engine, agree_on_inputs, share_first
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.evaluation import EvalLoss, perplexity
 from hf_gradacc.probe_facts import LossFacts
@@ -204,7 +205,7 @@ class ExactLoss(AskedModel, SplitEvaluation, RankedUpdates):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Report the loss per target over all batches and ranks, and its perplexity."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._eval_loss = EvalLoss()
+        self._eval_loss, self._engine = EvalLoss(), Engine.of(self)
         loader = args[0] if args else kwargs.get("dataloader")
         self._eval_copies = copies_in(loader) if self.args.world_size > 1 else 1
         try:
@@ -227,8 +228,11 @@ class ExactLoss(AskedModel, SplitEvaluation, RankedUpdates):
         labelled = bool(self.label_names) and all(
             inputs.get(name) is not None for name in self.label_names
         )
-        if labelled and self._facts is None and has_target(inputs):
-            self._facts = self._ask(model, inputs)
+        if labelled and self._facts is None:
+            asked = inputs if has_target(inputs) else None
+            if self._engine.lockstep:  # all ranks ask together, so they ask the same
+                asked = share_first(send_to_device(asked, "cpu"))
+            self._facts = None if asked is None else self._ask(model, asked)
         copies = self._eval_copies
         micro_batch = make_micro_batch(inputs, copies=copies)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -85,7 +85,8 @@ class CheckedNumbers(MeasuredNoise):
     def _passes(self, model: nn.Module, norm: Any) -> bool:
         """Check an update's loss and gradient norm, in one read from the device."""
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-        loss = self._loss.to(norm) if self.args.world_size == 1 else norm
+        # Many ranks have told each other already, see `Outcome`.
+        loss = self._loss.to(norm) if self.args.world_size == 1 else torch.zeros_like(norm)
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         self._grad_norm = norm_value
         bad_loss = not math.isfinite(loss_value) or bool(self._outcome.bad_loss)
@@ -143,7 +144,7 @@ class CheckedNumbers(MeasuredNoise):
         assert self._rollback is not None
         after = RandomState(self.args.device)
         self._rollback.restore()
-        rows = "; ".join(map(describe_rows, self._update))
+        rows = "; ".join(describe_rows(mb) for mb in self._update if not mb.weightless)
         text: str | None = f"its micro-batches held {rows}"  # sharded: no rank can run one alone
         if self._can_roll_back:
             bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)

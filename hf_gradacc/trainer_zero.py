@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from hf_gradacc.errors import CheckpointError
+from hf_gradacc.errors import CheckpointError, ConfigError
 from hf_gradacc.zero import (
     UpdateEngine,
     complete_config,
@@ -47,10 +47,15 @@ class ZeroUpdates(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         """Complete DeepSpeed's configuration, and take the engine's step out of its backward."""
-        self._update_engine = None
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
+            )
+        if self.deepspeed is not None:
+            raise ConfigError(
+                "train() or evaluate() was called before on this trainer, and DeepSpeed cannot "
+                "make a second engine from one model. Make a new trainer; with "
+                "resume_from_checkpoint it goes on where this one stopped."
             )
         self._check_deepspeed_checkpoint(resume_from_checkpoint)
         complete_config(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import os
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
-from hf_gradacc import GradAccTrainer
+from hf_gradacc import GradAccError, GradAccTrainer, NonFiniteError
+from hf_gradacc.tracking_facts import describe_model
+from hf_gradacc.zero import UpdateEngine
 
 from . import rank_jobs
 from .reference import float64_everywhere
-from .tiny import log_rows, make_trainer
+from .resume_jobs import train_and_report
+from .tiny import log_rows, make_trainer, tiny_llama
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -52,80 +59,247 @@ def allow_float64() -> None:
     def make_in_float64(self: Any, optimizer: Any) -> Any:
         made = make(self, optimizer)
         made.communication_data_type = torch.float64
-        made.ipg_buckets = {torch.float64: bucket for bucket in made.ipg_buckets.values()}
+        made.ipg_buckets = dict.fromkeys([torch.float64], *made.ipg_buckets.values())
         return made
 
     DeepSpeedEngine.get_data_types = lambda self: (torch.float64, torch.float64)
     DeepSpeedEngine._configure_zero_optimizer = make_in_float64
 
 
+POISON = 47  # a token whose loss or gradient goes bad
+
+
 class ZeroTrainer(GradAccTrainer):
-    """Notes what every update's gradient is, put together from all ranks, before the step."""
+    """Notes the gradient of every update, put together from all ranks, before the step."""
+
+    poison: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gradients: list[dict[str, torch.Tensor]] = []
-        self.norms: list[float] = []
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._note_gradient()
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        from deepspeed.utils import safe_get_full_grad
+        if not self.args.max_grad_norm:
+            self._note_gradient()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
+    def _note_gradient(self) -> None:
         if self._global_stats.num_targets:
             self.gradients.append(
                 {
                     name: gradient.clone()
                     for name, p in self.model.named_parameters()
-                    if p.requires_grad and (gradient := safe_get_full_grad(p)) is not None
+                    if p.requires_grad and (gradient := whole_gradient(p)) is not None
                 }
             )
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+
+class PoisonedTrainer(ZeroTrainer):
+    """A loss that is NaN, or infinite, or whose gradient is NaN, where one token is in a row."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        bad = model.training and bool((inputs["input_ids"] == POISON).any())
+        if self.poison == "gradient":
+            # On all ranks the same graph, or ZeRO-3 would wait for ever. Adds 0, where bad with
+            # the derivative 0 / 0.
+            offset = 0.0 if bad else 1.0
+            loss = loss + ((outputs["logits"].sum() * 0.0 + offset).sqrt() - offset)
+        elif bad:
+            loss = loss * math.nan if self.poison == "loss" else loss + math.inf
+        return (loss, outputs) if return_outputs else loss
+
+
+def whole_gradient(parameter: Any) -> torch.Tensor | None:
+    """The gradient of a weight, put together from all ranks where they share it."""
+    if not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id"):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    gradient: torch.Tensor | None = safe_get_full_grad(parameter)
+    return gradient
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
     """All weights, put together from all ranks."""
-    import deepspeed
-
     parameters = dict(model.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+    gathered: Any = contextlib.nullcontext()
+    if any(hasattr(p, "ds_id") for p in parameters.values()):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    with gathered:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def train_zero(scenarios: dict[str, dict[str, Any]], *, stage: int) -> dict[str, Any]:
-    """Train every scenario under one stage of ZeRO; each starts from the same weights."""
-    warnings.simplefilter("ignore", FutureWarning)  # torch's, of calls inside DeepSpeed
+def make_rows(scenario: dict[str, Any]) -> Any:
+    """The rows of a scenario, some with the token that goes bad."""
+    if "poisoned" not in scenario:
+        return rank_jobs.make_rows(scenario)
+    rows = rank_jobs.make_rows(scenario)
+    for i, row in enumerate(rows):
+        row["input_ids"] = [min(token, POISON - 1) for token in row["input_ids"]]
+        if i in scenario["poisoned"]:
+            row["input_ids"][0] = POISON
+    return rows
+
+
+def break_on_purpose(mistake: str) -> None:
+    """Make one of the mistakes that are easily made with this engine."""
+    import hf_gradacc.trainer_zero as module
+    from hf_gradacc.engines import Engine
+
+    class SteppingInBackward(UpdateEngine):
+        def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
+            DeepSpeedEngineWrapper.backward(self, loss, sync_gradients, **kwargs)
+
+        def step(self) -> float | None:
+            return self.get_global_grad_norm()
+
+    class AlwaysTheLast(UpdateEngine):
+        def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+            self.reduces_now = True
+            super().backward(loss, *args, **kwargs)
+
+    class Counting(UpdateEngine):
+        def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+            super().backward(loss, *args, **{**kwargs, "scale_wrt_gas": True})
+
+    if mistake == "accelerate steps in every backward":
+        ZeroTrainer._note_gradient = lambda self: None  # it is gone by then
+    if mistake == "the average over ranks is forgotten":
+        Engine.factor = property(lambda self: 1)
+    else:
+        module.UpdateEngine = {
+            "accelerate steps in every backward": SteppingInBackward,
+            "every backward is the last": AlwaysTheLast,
+            "the engine divides by what it counts": Counting,
+        }[mistake]
+
+
+def train_zero(
+    scenarios: dict[str, dict[str, Any]], *, stage: int | None = None, mistake: str | None = None
+) -> dict[str, Any]:
+    """Train every scenario under one stage of ZeRO, or none; all start from the same weights."""
+    if mistake is not None:
+        break_on_purpose(mistake)
+    if stage is not None:
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of calls inside DeepSpeed
     return {name: train(scenario, stage=stage) for name, scenario in scenarios.items()}
 
 
-def train(scenario: dict[str, Any], *, stage: int) -> dict[str, Any]:
+def train(scenario: dict[str, Any], *, stage: int | None) -> dict[str, Any]:
     """Train one scenario and give back everything the ranks must agree on."""
-    if "dtype" not in scenario:
-        allow_float64()
-    exactly = contextlib.nullcontext() if "dtype" in scenario else float64_everywhere()
-    with tempfile.TemporaryDirectory() as out, exactly:
+    in_float64 = "dtype" not in scenario
+    options = dict(scenario["options"])
+    if stage is None:
+        for name in ("bf16", "fp16"):
+            options.pop(name, None)
+    else:
+        options["deepspeed"] = config_of(stage, **copy.deepcopy(scenario.get("deepspeed", {})))
+        if in_float64:
+            allow_float64()
+    error = None
+    with (
+        tempfile.TemporaryDirectory() as out,
+        float64_everywhere() if in_float64 else contextlib.nullcontext(),
+    ):
         trainer = make_trainer(
             out,
-            rank_jobs.make_rows(scenario),
+            make_rows(scenario),
             model=rank_jobs.make_model(scenario),
-            trainer_class=ZeroTrainer,
+            trainer_class=PoisonedTrainer if "poisoned" in scenario else ZeroTrainer,
             eval_dataset=rank_jobs.make_rows({**scenario, "num_rows": 7, "without_target": ()}),
-            deepspeed=config_of(stage, **scenario.get("deepspeed", {})),
-            **scenario["options"],
+            **options,
         )
-        seen = rank_jobs._note_membership(trainer)
-        trainer.train()
+        trainer.poison = scenario.get("kind")
+        try:
+            trainer.train()
+        except NonFiniteError as caught:
+            error = str(caught)
         evaluated = trainer.evaluate()
         weights = whole_weights(trainer.model)
     return {
+        "error": error,
         "gradients": trainer.gradients,
-        "seen": seen,
         "weights": weights,
         "logs": [
             {k: v for k, v in row.items() if k not in rank_jobs.CLOCK_KEYS}
             for row in log_rows(trainer)
         ],
-        "train_loss": trainer.state.log_history[-2].get("train_loss"),
         "eval_loss": evaluated["eval_loss"],
         "steps": trainer.state.global_step,
-        "engine_steps": trainer.deepspeed.global_steps,
+        "engine_steps": trainer.deepspeed.global_steps if stage else len(trainer.gradients),
+        "num_parameters": describe_model(trainer.model)["num_parameters"],
         "partitioned": any(hasattr(p, "ds_id") for p in trainer.model.parameters()),
+    }
+
+
+def train_in_parts(out: str, *, stage: int, **job: Any) -> dict[str, Any]:
+    """Train, perhaps only so far, perhaps from a checkpoint; in float32, as DeepSpeed does."""
+    warnings.simplefilter("ignore", FutureWarning)
+    trainer: Any = None
+
+    def note(made: Any) -> None:
+        nonlocal trainer
+        trainer = made
+
+    try:
+        report = train_and_report(
+            out,
+            prepare=note,
+            dtype=torch.float32,
+            deepspeed=config_of(stage),
+            eval_dataset=rank_jobs.ragged_rows(5, seed=9),
+            **job,
+        )
+    except GradAccError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    report["weights"] = whole_weights(trainer.model)
+    report["found"] = sorted(p.name for p in Path(out).iterdir() if p.is_dir())
+    return report
+
+
+def train_twice(out: str) -> str:
+    """Call `train` a second time on one trainer, and give what it says."""
+    warnings.simplefilter("ignore", FutureWarning)
+    trainer = make_trainer(
+        out, rank_jobs.ragged_rows(4), model=tiny_llama(dtype=torch.float32), deepspeed=config_of(2)
+    )
+    trainer.train()
+    try:
+        trainer.train()
+    except GradAccError as error:
+        return str(error)
+    return "it trained"
+
+
+def train_in_fp16(out: str, *, stage: int, scale_power: int) -> dict[str, Any]:
+    """Train with a dynamic loss scale; DeepSpeed says that no CPU can, though torch's does."""
+    warnings.simplefilter("ignore", FutureWarning)
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    trainer = make_trainer(
+        out,
+        rank_jobs.ragged_rows(16, seed=3),
+        model=tiny_llama(dtype=torch.float32),
+        deepspeed=config_of(
+            stage,
+            fp16={"enabled": "auto", "initial_scale_power": scale_power, "hysteresis": 1},
+        ),
+        fp16=True,
+        **{"effective_batch_size": 4, "per_device_train_batch_size": 1},
+    )
+    trainer.train()
+    return {
+        "logs": log_rows(trainer),
+        "scale": trainer.deepspeed.optimizer.loss_scale,
+        "skipped_by_engine": trainer.deepspeed.skipped_steps,
     }
