@@ -141,15 +141,11 @@ def test_an_offloaded_optimizer_takes_the_same_steps(stage):
 def test_mistakes_made_with_this_engine_would_be_seen(mistake, stage):
     name = "steps of accumulation, named twice"
     scenarios = {name: SCENARIOS[name]}
-    broken = run_ranks(
-        train_zero, 2, timeout=200, scenarios=scenarios, stage=stage, mistake=mistake
-    )
-    one, many = alone()[name], broken[0][name]
-    errors = [
-        relative_error(actual, expected)
-        for actual, expected in zip(many["gradients"], one["gradients"], strict=False)
-    ]
-    assert max(errors) > 0.01 or many["engine_steps"] != one["engine_steps"]
+    ranks = run_ranks(train_zero, 2, timeout=200, scenarios=scenarios, stage=stage, mistake=mistake)
+    one, many = alone()[name], ranks[0][name]
+    pairs = zip(many["gradients"], one["gradients"], strict=False)
+    errors = [relative_error(actual, expected) for actual, expected in pairs]
+    assert max(errors, default=0.0) > 0.01 or many["engine_steps"] > one["engine_steps"] > 0
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -32,6 +32,17 @@ AUTO = {
 }
 
 
+def set_up() -> None:
+    """Let ranks talk through gloo alone, and torch be quiet about names that DeepSpeed still uses.
+
+    On CPUs DeepSpeed compiles collectives of its own for inference, where it finds a compiler.
+    """
+    import deepspeed.comm.torch as backend
+
+    backend.build_shm_op = lambda: None
+    warnings.simplefilter("ignore", FutureWarning)
+
+
 def config_of(stage: int, **changes: Any) -> dict[str, Any]:
     """A configuration as people write it, with small buckets so that there are several."""
     zero = {
@@ -190,7 +201,7 @@ def train_zero(
     if mistake is not None:
         break_on_purpose(mistake)
     if stage is not None:
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, of calls inside DeepSpeed
+        set_up()
     return {name: train(scenario, stage=stage) for name, scenario in scenarios.items()}
 
 
@@ -243,7 +254,7 @@ def train(scenario: dict[str, Any], *, stage: int | None) -> dict[str, Any]:
 
 def train_in_parts(out: str, *, stage: int, **job: Any) -> dict[str, Any]:
     """Train, perhaps only so far, perhaps from a checkpoint; in float32, as DeepSpeed does."""
-    warnings.simplefilter("ignore", FutureWarning)
+    set_up()
     trainer: Any = None
 
     def note(made: Any) -> None:
@@ -268,7 +279,7 @@ def train_in_parts(out: str, *, stage: int, **job: Any) -> dict[str, Any]:
 
 def train_twice(out: str) -> str:
     """Call `train` a second time on one trainer, and give what it says."""
-    warnings.simplefilter("ignore", FutureWarning)
+    set_up()
     trainer = make_trainer(
         out, rank_jobs.ragged_rows(4), model=tiny_llama(dtype=torch.float32), deepspeed=config_of(2)
     )
@@ -282,7 +293,7 @@ def train_twice(out: str) -> str:
 
 def train_in_fp16(out: str, *, stage: int, scale_power: int) -> dict[str, Any]:
     """Train with a dynamic loss scale; DeepSpeed says that no CPU can, though torch's does."""
-    warnings.simplefilter("ignore", FutureWarning)
+    set_up()
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
