@@ -9,10 +9,13 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-oldest lint bench
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.
+# DeepSpeed comes as source and asks the torch that is there how to build; none of its kernels are.
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
 	touch $@
 
 demo: $(VENV)/.ready
