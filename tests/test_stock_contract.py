@@ -6,9 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
+from accelerate.utils import is_deepspeed_available
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_gradacc import GradAccMixin
 
@@ -184,3 +187,66 @@ def test_the_default_loss_filter_would_hide_a_loss_that_is_not_a_number(tmp_path
     trainer = stock(tmp_path, model=model)
     trainer.train()
     assert next(row["loss"] for row in trainer.state.log_history if "loss" in row) == 0.0
+
+
+# ---- DeepSpeed: what `zero` and `trainer_zero` rely on -------------------------------------------
+
+
+def test_accelerate_sends_a_backward_to_the_wrapped_engine_and_to_nothing_else():
+    """`ZeroUpdates` puts its own engine there."""
+    source = inspect.getsource(Accelerator.backward)
+    assert (
+        "self.deepspeed_engine_wrapped.backward(loss, sync_gradients=self.sync_gradients, **kwargs)"
+        in source
+    )
+    assert "self.deepspeed_engine_wrapped = None" in inspect.getsource(Accelerator.__init__)
+
+
+def test_accelerates_wrapper_steps_in_each_backward_that_syncs():
+    """Why ours exists; and `engine` is where it keeps DeepSpeed's."""
+    source = inspect.getsource(DeepSpeedEngineWrapper.backward)
+    assert "if sync_gradients:" in source
+    assert "self.engine.step()" in source
+    assert callable(DeepSpeedEngineWrapper.get_global_grad_norm)
+
+
+def test_stock_lets_deepspeed_divide_by_nothing():
+    """The weight rule has done it; ``gradient_accumulation_steps`` in its configuration is idle."""
+    assert 'kwargs["scale_wrt_gas"] = False' in inspect.getsource(Trainer.training_step)
+
+
+def test_steps_of_wrapped_deepspeed_optimizers_do_nothing():
+    """The stock loop calls them after `_get_grad_norm`, where our engine has stepped already."""
+    wrapped = DeepSpeedOptimizerWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+    assert wrapped.step() is None
+    assert "return self.optimizer.overflow" in inspect.getsource(DeepSpeedOptimizerWrapper)
+
+
+def test_stock_makes_the_engine_of_the_configuration_that_the_plugin_holds(tmp_path):
+    """`complete_config` writes into it; `trainer.deepspeed` tells whether there was an engine."""
+    source = inspect.getsource(Accelerator._prepare_deepspeed)
+    assert "self.deepspeed_config = deepspeed_plugin.deepspeed_config" in source
+    assert "config_params=self.deepspeed_config" in source
+    assert stock(tmp_path).deepspeed is None
+
+
+def test_stock_passes_clipping_on_only_where_deepspeeds_configuration_says_auto():
+    """So where it says nothing, nothing would be clipped, and `complete_config` writes it in."""
+    source = inspect.getsource(HfTrainerDeepSpeedConfig.fill_match)
+    assert 'if config.get(ds_key) == "auto":' in source
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+def test_deepspeeds_engine_has_the_members_we_call():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "scale_wrt_gas" in inspect.signature(DeepSpeedEngine.backward).parameters
+    boundary = inspect.signature(DeepSpeedEngine.set_gradient_accumulation_boundary)
+    assert "is_boundary" in boundary.parameters
+    for name in ("step", "get_global_grad_norm", "fp16_enabled", "dynamic_loss_scale"):
+        assert callable(getattr(DeepSpeedEngine, name))
+    # A gradient that is not finite is left out by these; `test_zero` watches them do it.
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert "self.overflow = True" in inspect.getsource(optimizer.step)

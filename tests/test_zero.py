@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.ranks import run_ranks
 from support.reference import relative_error
+from support.stand_ins import put_stand_ins
 from test_ranks import SCENARIOS as OF_OTHER_ENGINES
+
+from hf_gradacc.recipe import load_recipe
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'hf_gradacc[deepspeed]'")
 
-from support.zero_jobs import train_in_fp16, train_in_parts, train_twice, train_zero
+from support.zero_jobs import train_a_recipe, train_in_fp16, train_in_parts, train_twice, train_zero
+
+ROOT = Path(__file__).parents[1]
 
 STAGES = (1, 2, 3)
 UNEVEN = {"effective_batch_size": 4, "per_device_train_batch_size": 1}
@@ -189,3 +196,19 @@ def test_an_overflow_of_scaled_gradients_lowers_the_scale_and_is_no_bad_update(t
 
 def test_a_second_run_of_one_trainer_is_refused(tmp_path):
     assert "cannot make a second engine" in run_ranks(train_twice, 2, out=str(tmp_path))[0]
+
+
+def test_the_zero3_recipe_trains_saves_and_loads(tmp_path):
+    recipe = load_recipe(
+        ROOT / "recipes/qwen3/8b_full_chat_zero3.yaml", overrides=[f"output.dir={tmp_path / 'run'}"]
+    )
+    put_stand_ins(recipe, tmp_path)
+    quietly = {"use_cpu": True, "max_steps": 2, "report_to": "none", "logging_steps": 1}
+    ranks = run_ranks(train_a_recipe, 2, recipe=recipe, **quietly, dataloader_num_workers=0)
+    assert ranks[0]["stage"] == 3
+    assert len(ranks[0]["losses"]) == 2
+    assert math.isfinite(ranks[0]["eval_loss"])
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
+    for name, weight in saved.named_parameters():
+        for rank in ranks:
+            assert torch.equal(rank["weights"][name], weight)

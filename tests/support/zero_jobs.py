@@ -314,3 +314,17 @@ def train_in_fp16(out: str, *, stage: int, scale_power: int) -> dict[str, Any]:
         "scale": trainer.deepspeed.optimizer.loss_scale,
         "skipped_by_engine": trainer.deepspeed.skipped_steps,
     }
+
+
+def train_a_recipe(recipe: Any, **changes: Any) -> dict[str, Any]:
+    """Train a recipe with its own engine, evaluate and save."""
+    set_up()
+    from hf_gradacc.recipe_run import train_recipe
+
+    result = train_recipe(recipe, **changes)
+    return {
+        "losses": [row["loss"] for row in log_rows(result.trainer)],
+        "eval_loss": result.metrics.get("eval_loss"),
+        "weights": whole_weights(result.trainer.model),
+        "stage": result.trainer.deepspeed.zero_optimization_stage(),
+    }
