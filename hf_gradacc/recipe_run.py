@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
+from hf_gradacc.errors import ConfigError
 from hf_gradacc.modeling import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe import configure_wandb, recipe_arguments
 from hf_gradacc.recipe_save import RecipeCallback
@@ -80,6 +81,12 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         processing_class=tokenizer,
         callbacks=[RecipeCallback(recipe)],
     )
+    if recipe.peft.merge_on_save and trainer.shards_weights:
+        raise ConfigError(
+            "peft.merge_on_save = true under FSDP or ZeRO-3: merging happens on one rank, which "
+            "holds a part of the weights.\n  Leave it out, and merge the saved adapter with peft: "
+            "PeftModel.from_pretrained(model, folder).merge_and_unload()."
+        )
     return trainer, data
 
 

@@ -62,6 +62,11 @@ class RankedUpdates(ZeroUpdates):
                 'load it whole and set fsdp = True and fsdp_config = {"version": 2}.'
             )
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds a part of the weights only."""
+        return bool(self.is_fsdp_enabled or (self.is_deepspeed_enabled and self._zero_stage == 3))
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """See what the ranks are driven by, once the model is wrapped."""
         self._engine = Engine.of(self)

@@ -43,6 +43,10 @@ class ZeroUpdates(Trainer):
         config: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
         return config
 
+    @property
+    def _zero_stage(self) -> int:
+        return int(get_value(self._deepspeed_config, "zero_optimization.stage"))
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:

@@ -22,7 +22,7 @@ __all__ = [
     "complete_config",
     "count_checkpoint_ranks",
     "find_config_problems",
-    "is_on",
+    "get_value",
 ]
 
 # What changes a gradient or the rows it is made of, or was never held against the whole batch.
@@ -54,11 +54,6 @@ def get_value(config: Mapping[str, Any], key: str) -> Any:
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
-
-
-def is_on(config: Mapping[str, Any], precision: str) -> bool:
-    """Say whether ``bf16`` or ``fp16`` is switched on; "auto" has been resolved by then."""
-    return get_value(config, f"{precision}.enabled") is True
 
 
 def find_config_problems(config: Mapping[str, Any], *, sums_in_fp32: bool | None) -> Iterator[str]:
@@ -118,7 +113,8 @@ def complete_config(
     (1.0, {'grad_accum_dtype': 'fp32'})
     """
     config.setdefault("gradient_clipping", float(max_grad_norm or 0.0))
-    if sums_in_fp32 is not False and (is_on(config, "bf16") or is_on(config, "fp16")):
+    half = any(get_value(config, f"{name}.enabled") is True for name in ("bf16", "fp16"))
+    if half and sums_in_fp32 is not False:
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 

@@ -242,11 +242,11 @@ def test_deepspeeds_engine_has_the_members_we_call():
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    assert "scale_wrt_gas" in inspect.signature(DeepSpeedEngine.backward).parameters
-    boundary = inspect.signature(DeepSpeedEngine.set_gradient_accumulation_boundary)
-    assert "is_boundary" in boundary.parameters
+    source = inspect.getsource(DeepSpeedEngine)
+    assert "def backward(self, loss, retain_graph=False, scale_wrt_gas=True):" in source
+    assert "def set_gradient_accumulation_boundary(self, is_boundary):" in source
     for name in ("step", "get_global_grad_norm", "fp16_enabled", "dynamic_loss_scale"):
         assert callable(getattr(DeepSpeedEngine, name))
     # A gradient that is not finite is left out by these; `test_zero` watches them do it.
     for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
-        assert "self.overflow = True" in inspect.getsource(optimizer.step)
+        assert "self.overflow = True" in inspect.getsource(optimizer)

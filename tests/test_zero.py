@@ -11,15 +11,23 @@ import pytest
 import torch
 import transformers
 from support.ranks import run_ranks
-from support.reference import relative_error
+from support.reference import float64_everywhere, relative_error
 from support.stand_ins import put_stand_ins
+from support.tiny import pad, ragged_rows, tiny_llama
 from test_ranks import SCENARIOS as OF_OTHER_ENGINES
 
 from hf_gradacc.recipe import load_recipe
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'hf_gradacc[deepspeed]'")
 
-from support.zero_jobs import train_a_recipe, train_in_fp16, train_in_parts, train_twice, train_zero
+from support.zero_jobs import (
+    evaluate_first,
+    train_a_recipe,
+    train_in_fp16,
+    train_in_parts,
+    train_twice,
+    train_zero,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,6 +202,14 @@ def test_an_overflow_of_scaled_gradients_lowers_the_scale_and_is_no_bad_update(t
         assert sum(row.get("skipped_updates", 0) for row in result["logs"]) > 0
 
 
+def test_an_untrained_model_is_evaluated_by_all_ranks_in_step(tmp_path):
+    rows = ragged_rows(7, seed=5)
+    with float64_everywhere():
+        expected = tiny_llama()(**pad(rows)).loss.item()
+    for loss in run_ranks(evaluate_first, 2, timeout=100, out=str(tmp_path)):
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_second_run_of_one_trainer_is_refused(tmp_path):
     assert "cannot make a second engine" in run_ranks(train_twice, 2, out=str(tmp_path))[0]
 
@@ -212,3 +228,13 @@ def test_the_zero3_recipe_trains_saves_and_loads(tmp_path):
     for name, weight in saved.named_parameters():
         for rank in ranks:
             assert torch.equal(rank["weights"][name], weight)
+
+
+def test_merging_on_one_rank_what_all_ranks_hold_is_refused(tmp_path):
+    path = ROOT / "recipes/qwen3/8b_full_chat_zero3.yaml"
+    merging = ["peft={method: lora, merge_on_save: true}", f"output.dir={tmp_path / 'run'}"]
+    recipe = load_recipe(path, overrides=merging)
+    put_stand_ins(recipe, tmp_path)
+    options = {"use_cpu": True, "max_steps": 1, "report_to": "none", "dataloader_num_workers": 0}
+    with pytest.raises(AssertionError, match=r"ConfigError: peft\.merge_on_save = true under FSDP"):
+        run_ranks(train_a_recipe, 2, recipe=recipe, **options)

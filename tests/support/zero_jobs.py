@@ -277,6 +277,21 @@ def train_in_parts(out: str, *, stage: int, **job: Any) -> dict[str, Any]:
     return report
 
 
+def evaluate_first(out: str) -> float:
+    """Evaluate a model that was not trained; the last batch is filled up on one rank."""
+    set_up()
+    allow_float64()
+    with float64_everywhere():
+        trainer = make_trainer(
+            out,
+            rank_jobs.ragged_rows(4),
+            eval_dataset=rank_jobs.ragged_rows(7, seed=5),
+            per_device_eval_batch_size=2,
+            deepspeed=config_of(3),
+        )
+        return float(trainer.evaluate()["eval_loss"])
+
+
 def train_twice(out: str) -> str:
     """Call `train` a second time on one trainer, and give what it says."""
     set_up()
