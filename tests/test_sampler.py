@@ -24,7 +24,7 @@ def test_every_sequence_is_in_exactly_one_update_of_an_epoch(n, size, seed, epoc
     assert len(updates) == sampler.num_updates(epoch)
 
 
-@given(sizes, st.integers(1, 20), st.integers(1, 5), st.booleans())
+@given(sizes, st.integers(1, 20), st.integers(1, 8), st.booleans())
 def test_ranks_share_out_the_same_updates_whatever_their_number(n, size, world_size, costly):
     lengths = np.arange(n) % 7 + 1 if costly else None
     whole = UpdateSampler(n, effective_batch_size=size, seed=3).membership(0)
