@@ -29,7 +29,7 @@ from hf_gradacc.checkpoints import STAGING_NAME, find_whole_checkpoint, list_che
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=25, help="6 updates each")
+    parser.add_argument("--epochs", type=int, default=25, help="6 updates each, 50 ms long")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -46,6 +46,7 @@ def main() -> None:
                 out=str(out),
                 result=str(result),
                 started=f"{folder}/begun",
+                pause=0.05,  # or a fast machine is done before all kills have come
                 **job,
             )
             if code == -9:

@@ -169,6 +169,8 @@ class WholeCheckpoints(Trainer):
         if not self.args.should_save or not limit or limit < 0:
             return
         checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+        if not checkpoints:
+            return
         best = self.state.best_model_checkpoint
         keep = {checkpoints[-1], str(Path(best)) if best else checkpoints[-1]}
         excess = len(checkpoints) - max(limit, len(keep))
@@ -177,7 +179,7 @@ class WholeCheckpoints(Trainer):
         with contextlib.suppress(OSError):
             (run_dir / STAGING_NAME).rmdir()
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep the newest checkpoint beside the best one.
 
         With ``save_total_limit = 1`` stock deletes it once training ends, be it by a signal: the
@@ -185,9 +187,13 @@ class WholeCheckpoints(Trainer):
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            return super()._finalize_training(*args, **kwargs)
+            output = super()._finalize_training(trial, *args, **kwargs)
         finally:
             self.args.save_total_limit = limit
+        self._rotate(
+            Path(self._get_output_dir(trial))
+        )  # a kill may have come between saving and this
+        return output
 
     # ---- a disk that fails ---------------------------------------------------------------------
 

@@ -310,6 +310,17 @@ def test_a_damaged_manifest_is_damage_and_no_crash(tmp_path, damage):
     assert find_damage(tmp_path / "checkpoint-4") == "trainer_state.json is missing"
 
 
+def test_a_limit_on_checkpoints_holds_though_a_kill_came_before_the_oldest_went(tmp_path):
+    job = {"num_train_epochs": 1, "resume": "auto"}
+    train_and_report(str(tmp_path), **job)
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    train_and_report(str(tmp_path), save_total_limit=1, **job)
+    assert names(tmp_path) == ["checkpoint-6"]
+    without = tmp_path / "without"
+    train_and_report(str(without), save_total_limit=1, save_strategy="no", num_train_epochs=1)
+    assert not names(without)
+
+
 def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path):
     left = tmp_path / ".saving" / "checkpoint-9"
     left.mkdir(parents=True)

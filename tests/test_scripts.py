@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,32 @@ def test_a_script_trains_evaluates_and_saves(
 @pytest.mark.parametrize("script", ["sft", "pretrain", "seq2seq", "classify"])
 def test_a_script_is_short(script):
     assert len((SCRIPTS / f"{script}.py").read_text().splitlines()) <= 90
+
+
+def printed_launches():
+    """The commands of the README that start two processes."""
+    lines = (SCRIPTS.parent / "README.md").read_text().splitlines()
+    return [line for line in lines if line.endswith("recipes/quickstart.yaml") and " 2 " in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", printed_launches(), ids=lambda line: line.split()[0])
+def test_the_launches_the_readme_prints_start_two_processes(command, tmp_path):
+    """As printed, but for one update instead of 500."""
+    shorter = ["train.max_steps=1", "train.eval_strategy=no", f"output.dir={tmp_path / 'run'}"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*shlex.split(command), *shorter, "train.report_to=none"],
+        cwd=SCRIPTS.parent,
+        env={**os.environ, "PATH": path, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "16 sequences, over 2 ranks" in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_the_readme_prints_both_launchers():
+    assert [line.split()[0] for line in printed_launches()] == ["torchrun", "accelerate"]
