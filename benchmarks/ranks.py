@@ -232,15 +232,17 @@ def print_collectives() -> None:
         )
 
 
-def print_times(rounds: int) -> None:
+def print_times(rounds: int, steps: int) -> None:
     """Time stock and ours in turns: a neighbour of the machine then slows both of a pair."""
     seconds: dict[tuple[bool, int], list[float]] = {}
     for _ in range(rounds):
         for ranks in (1, 2):
             for ours in (False, True):
-                job = {"ours": ours, "steps": 8, "profiled": False, "ranks": ranks}
+                job = {"ours": ours, "steps": steps, "profiled": False, "ranks": ranks}
                 _, own = run_ranks(train, ranks, timeout=500, **job)[0]
                 seconds.setdefault((ours, ranks), []).append(float(np.median(own)))
+                done = f"{'ours' if ours else 'stock'}, {ranks} ranks: {np.median(own):.2f} s"
+                print(done, file=sys.stderr, flush=True)
     print(
         f"\n| seconds per update of 32 rows, median of {rounds} | 1 process | 2 processes | "
         f"speed-up, median of pairs |\n|---|---|---|---|"
@@ -259,10 +261,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--only-time", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs that are timed")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="updates of a run; the first 2 warm up"
+    )
     options = parser.parse_args()
     if not options.only_time:
         print_spread()
         print_collectives()
     if options.time or options.only_time:
-        print_times(options.rounds)
+        print_times(options.rounds, options.steps)
