@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rollback"]
+__all__ = ["RandomState", "Rollback"]
 
 _SMALL_BUFFER_BYTES = 2**20
 
@@ -27,6 +27,7 @@ class RandomState:
         self._python = random.getstate()
 
     def restore(self) -> None:
+        """Let every generator go on from where it was."""
         torch.set_rng_state(self._torch)
         if self._backend is not None:
             self._backend.set_rng_state(self._on_device, self._device)

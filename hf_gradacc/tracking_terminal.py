@@ -94,11 +94,21 @@ class RowPrinter(PrinterCallback):
 class UpdateProgress(ProgressCallback):
     """The stock progress bar, with loss and speed in it, and log rows a person can read."""
 
-    on_step_end = _if_it_can_be_written(ProgressCallback.on_step_end)
     on_prediction_step = _if_it_can_be_written(ProgressCallback.on_prediction_step)
     on_evaluate = _if_it_can_be_written(ProgressCallback.on_evaluate)
     on_predict = _if_it_can_be_written(ProgressCallback.on_predict)
-    on_train_end = _if_it_can_be_written(ProgressCallback.on_train_end)
+
+    @_if_it_can_be_written
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar, where there is one."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    @_if_it_can_be_written
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar, where there is one."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
 
     @_if_it_can_be_written
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

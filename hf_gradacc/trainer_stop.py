@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import SaveStrategy
 
+from hf_gradacc.rollback import RandomState
 from hf_gradacc.signals import EvaluationStopped, StopSignals
+from hf_gradacc.tracking_state import recall, remember
 from hf_gradacc.trainer_numbers import CheckedNumbers
 
 __all__ = ["StoppableRuns"]
@@ -56,10 +59,23 @@ class StoppableRuns(CheckedNumbers):
         try:
             metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
+            remember(self.state, evaluation_due=True)
             return {}
         finally:
             self._is_evaluating = False
         return metrics
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Make up for the evaluation that the process before this one broke off."""
+        if recall(self.state).get("evaluation_due"):
+            remember(self.state, evaluation_due=False)
+            before = RandomState(self.args.device)
+            metrics = self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+            before.restore()
+            best = self._determine_best_metric(metrics, kwargs["trial"])
+            if best and self.args.save_strategy == SaveStrategy.BEST:
+                self._save_checkpoint(kwargs["model"], kwargs["trial"])
+        super()._run_epoch(**kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Look for a signal before each batch; ranks have equally many."""

@@ -1,5 +1,6 @@
 """A disk that is really full: a small file system is mounted and filled to its last byte."""
 
+import io
 import resource
 import subprocess
 import sys
@@ -112,3 +113,22 @@ def test_a_row_that_fits_only_in_part_leaves_no_part(tmp_path):
     assert run_file.log_path.stat().st_size == size
     run_file.append({"kind": "train", "step": 2})
     assert [row["step"] for row in read_log(run_file.log_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("bar", [False, True], ids=["rows", "progress bar"])
+def test_output_to_a_full_disk_goes_unsaid(tmp_path, monkeypatch, bar):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    trainer = make_trainer(
+        tmp_path, ROWS, model=tiny_llama(), effective_batch_size=10, disable_tqdm=not bar
+    )
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        written = io.TextIOWrapper(full, write_through=True)
+        monkeypatch.setattr(sys, "stdout", written)
+        monkeypatch.setattr(sys, "stderr", written)
+        with pytest.raises(OSError, match="No space left"):
+            print("anything")
+        trainer.train()
+        monkeypatch.undo()
+    assert trainer.state.global_step == 6
+    assert len([row for row in read_log(tmp_path / LOG_NAME) if row["kind"] == "train"]) == 6

@@ -36,7 +36,7 @@ class Tell(TrainerCallback):
 
 def make(tmp_path, *callbacks, **options):
     settings = {"effective_batch_size": 6, "per_device_train_batch_size": 2, "seed": 3}
-    model = tiny_llama()
+    model = options.pop("model", None) or tiny_llama()
     return model, make_trainer(
         tmp_path, ROWS, model=model, callbacks=callbacks, **settings | options
     )
@@ -114,6 +114,30 @@ def test_an_evaluation_is_broken_off_and_no_other_update_begins(tmp_path):
     assert trainer.state.global_step == 2
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path):
+    options = {"eval_dataset": ROWS, "save_strategy": "no", **EVALUATING}
+    model = {"attention_dropout": 0.2}
+
+    def rows(trainer):
+        keys = ("step", "loss", "eval_loss", "grad_norm")
+        return [tuple(row.get(key) for key in keys) for row in trainer.state.log_history[:-1]]
+
+    with float64_everywhere():
+        _, whole = make(tmp_path / "whole", **options, model=tiny_llama(**model))
+        torch.manual_seed(1)
+        whole.train()
+        tell = TellWhile("prediction_step", after=3)
+        _, trainer = make(tmp_path / "rest", tell, **options, model=tiny_llama(**model))
+        torch.manual_seed(1)
+        with pytest.raises(SystemExit):
+            trainer.train()
+        _, rest = make(tmp_path / "rest", **options, model=tiny_llama(**model))
+        rest.train(resume_from_checkpoint=True)
+    assert rows(rest) == rows(whole)
+    weights = zip(rest.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(left, right) for left, right in weights)
 
 
 def test_an_evaluation_broken_off_is_nobodys_best(tmp_path):
