@@ -116,8 +116,9 @@ def test_an_evaluation_is_broken_off_and_no_other_update_begins(tmp_path):
     assert not [row for row in trainer.state.log_history if "eval_loss" in row]
 
 
-def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path):
-    options = {"eval_dataset": ROWS, "save_strategy": "no", **EVALUATING}
+@pytest.mark.parametrize("after", [3, 15], ids=["amid an epoch", "at its end"])
+def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path, after):
+    options = {"eval_dataset": ROWS, "save_strategy": "no", "num_train_epochs": 2, **EVALUATING}
     model = {"attention_dropout": 0.2}
 
     def rows(trainer):
@@ -128,7 +129,7 @@ def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path):
         _, whole = make(tmp_path / "whole", **options, model=tiny_llama(**model))
         torch.manual_seed(1)
         whole.train()
-        tell = TellWhile("prediction_step", after=3)
+        tell = TellWhile("prediction_step", after=after)
         _, trainer = make(tmp_path / "rest", tell, **options, model=tiny_llama(**model))
         torch.manual_seed(1)
         with pytest.raises(SystemExit):
