@@ -19,6 +19,7 @@ __all__ = [
     "count_rows",
     "find_labels",
     "find_main_input",
+    "first_rows",
     "order_blocks",
     "pad_columns",
     "slice_rows",
@@ -135,6 +136,26 @@ def slice_rows(
         else:
             cut[key] = value
     return cut
+
+
+def first_rows(inputs: Mapping[str, Any], num_sequences: int, *, copies: int = 1) -> dict[str, Any]:
+    """Keep the first rows of a batch: slice them out, or mask the labels of the others.
+
+    Where images of all rows lie in one tensor, rows cannot be taken away, but without labels they
+    are no part of the loss.
+
+    >>> first_rows({"input_ids": torch.ones(2, 2), "labels": torch.ones(2, 2).long(),
+    ...             "pixel_values": torch.zeros(9, 4)}, 1)["labels"].tolist()
+    [[1, 1], [-100, -100]]
+    """
+    if can_slice_rows(inputs, count_rows(inputs) // copies, copies=copies):
+        return slice_rows(inputs, range(num_sequences), copies=copies)
+    name, labels = find_labels(inputs)
+    if labels is None or labels.is_floating_point():
+        return slice_rows(inputs, range(num_sequences), copies=copies)
+    masked = labels.clone()
+    masked[num_sequences:] = -100
+    return {**inputs, name: masked}
 
 
 def order_blocks(inputs: Mapping[str, Any], sizes: Sequence[int], *, copies: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_gradacc.batching import pad_columns, slice_rows
+from hf_gradacc.batching import first_rows, pad_columns
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.engines import Engine, agree_on_inputs, share_first
 from hf_gradacc.errors import ConfigError, LossError
@@ -241,10 +241,10 @@ class ExactLoss(AskedModel, SplitEvaluation, RankedUpdates):
             return result
         if real < micro_batch.num_sequences or (self._engine.lockstep and self._is_filled):
             # Accelerate filled this rank's last batch with rows of the first: leave them out.
-            own_rows = slice_rows(inputs, range(real), copies=copies)
+            own_rows = first_rows(inputs, real, copies=copies)
             micro_batch = make_micro_batch(own_rows, copies=copies)
             if real or self._engine.lockstep:  # in step, no rank may sit out a forward
-                again = slice_rows(inputs, range(max(real, 1)), copies=copies)
+                again = first_rows(inputs, max(real, 1), copies=copies)
                 loss = super().prediction_step(model, again, True, ignore_keys)[0]
         if self._facts is not None:
             own = micro_batch.targets.under(self._facts.rule)

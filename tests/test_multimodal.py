@@ -3,15 +3,21 @@
 import pytest
 import torch
 from support import multimodal
-from support.reference import float64_everywhere, reference_gradient, relative_error
+from support.reference import (
+    float64_everywhere,
+    model_loss,
+    reference_gradient,
+    relative_error,
+)
 from support.tiny import Recorder, log_rows, make_trainer
 
+from hf_gradacc.batching import can_slice_rows, first_rows
 from hf_gradacc.targets import TargetRule
 
 SEVEN = {"effective_batch_size": 7, "per_device_train_batch_size": 3, "learning_rate": 0.0}
 
 
-def run(tmp_path, kit, **options):
+def run(tmp_path, kit, loss_of=model_loss, **options):
     """The gradient of one update of seven rows, and that of the rows at once."""
     build, rows, collate = kit
     recorder = Recorder()
@@ -29,7 +35,8 @@ def run(tmp_path, kit, **options):
         )
         trainer.train()
         torch.manual_seed(0)
-        expected = reference_gradient(build().double().train(), rows, collate)
+        whole = build().double().train()
+        expected = reference_gradient(whole, rows, collate, loss_of=loss_of)
     return trainer, relative_error(recorder.gradients[0], expected)
 
 
@@ -61,6 +68,19 @@ def test_images_and_sound_are_exact(tmp_path, kit, rule):
     assert 0 <= row["padding_fraction"] < 0.2
 
 
+def test_label_smoothing_shifts_where_a_vision_model_does(tmp_path):
+    """Stock goes by class names, takes this one for no causal LM, and teaches it to copy."""
+    kit = multimodal.llava((2, 0, 1))
+
+    def smoothed(model, batch):
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        labels = batch["labels"][:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+
+    _, error = run(tmp_path, kit, loss_of=smoothed, label_smoothing_factor=0.2)
+    assert error <= 1e-10
+
+
 def test_batch_norm_is_said_to_be_inexact(tmp_path):
     kit = multimodal.image_classifier("resnet")
     trainer, error = run(tmp_path, kit, per_device_train_batch_size=4)
@@ -88,3 +108,16 @@ def test_rows_whose_images_share_a_tensor_are_evaluated_before_any_training(tmp_
         assert trainer._facts.rule is TargetRule.NEXT_TOKEN
         assert not trainer._facts.warnings
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_rows_that_fill_up_a_batch_are_no_part_of_its_loss():
+    """Accelerate fills a last batch with rows of the first; their images cannot be cut out."""
+    build, rows, collate = multimodal.llava((2, 0, 1))
+    torch.manual_seed(0)
+    model = build().double().eval()
+    filled = collate([*rows[:4], *rows[:2]])
+    assert not can_slice_rows(filled, 6)
+    with torch.no_grad(), float64_everywhere():
+        alone = model(**collate(rows[:4])).loss
+        kept = model(**first_rows(filled, 4)).loss
+    torch.testing.assert_close(kept, alone, rtol=1e-12, atol=0)

@@ -7,12 +7,14 @@ on the CPU by design and is left out of the count.
 
 import collections
 import contextlib
+import itertools
 
 import pytest
 import torch
 from support.tiny import make_trainer, ragged_rows, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_gradacc import GradAccTrainer
 from hf_gradacc.shortcuts import Shortcuts
 
 ROWS = ragged_rows(12, seed=3)
@@ -97,3 +99,29 @@ def test_a_wait_per_micro_batch_would_be_seen(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Module, "__call__", call)
         assert per_micro_batch(tmp_path, monkeypatch) == pytest.approx(plain + 1)
+
+
+def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path):
+    """Stock moves all micro-batches of an update at once."""
+    events = []
+
+    class Watched(GradAccTrainer):
+        def _start_copy(self, value):
+            events.append("copy")
+            return super()._start_copy(value)
+
+        def compute_loss(self, *args, **kwargs):
+            if self.model.training:
+                events.append("forward")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        trainer_class=Watched,
+        effective_batch_size=12,
+        per_device_train_batch_size=4,
+    )
+    trainer.train()
+    turns = [event for event, _ in itertools.groupby(events)]
+    assert turns == ["copy", "forward"] * 3
