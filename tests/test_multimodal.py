@@ -63,6 +63,8 @@ def test_images_and_sound_are_exact(tmp_path, kit, rule):
     assert error <= 1e-10
     assert trainer._facts.rule is rule
     assert not trainer._facts.warnings
+    apart = all(len(value) == 7 for value in kit[2](kit[1]).values())
+    assert trainer._collator.copies == int(apart)  # if not, never slice rows out
     (row,) = log_rows(trainer)
     assert row["micro_batches_per_update"] == 3
     assert 0 <= row["padding_fraction"] < 0.2
