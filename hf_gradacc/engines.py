@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 
 from hf_gradacc.batching import find_labels, slice_rows, trim_padding
 from hf_gradacc.collator import make_micro_batch
@@ -135,7 +136,7 @@ def share_first(own: Any) -> Any:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return own
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, own)
+    dist.all_gather_object(shares, send_to_device(own, "cpu"))  # each rank has a device of its own
     return next((share for share in shares if share is not None), None)
 
 

@@ -11,10 +11,10 @@ which is the mean of the whole batch at once, and so is its gradient.
 
 Only the files ``trainer*.py`` touch the stock Trainer's internals, one theme each, and
 ``tests/test_stock_contract.py`` asserts what they rely on. From the inside out: ``trainer_speed``
-lays a micro-batch out, ``trainer_ranks`` holds gradients back, ``trainer_asks`` asks the model how
-it counts, ``trainer_loss`` weighs, ``trainer_noise`` listens, ``trainer_numbers`` lets only finite
-sums through, ``trainer_stop`` heeds signals, ``trainer_guard`` rolls back, ``trainer_tuning`` tries
-budgets; ``trainer_save``,
+lays a micro-batch out, ``trainer_zero`` lets DeepSpeed step, ``trainer_ranks`` holds gradients
+back, ``trainer_asks`` asks the model how it counts, ``trainer_loss`` weighs, ``trainer_noise``
+listens, ``trainer_numbers`` lets only finite sums through, ``trainer_stop`` heeds signals,
+``trainer_guard`` rolls back, ``trainer_tuning`` tries budgets; ``trainer_save``,
 ``trainer_resume`` and ``trainer_data`` bring the data and find the place in it;
 ``trainer_metrics`` keeps other trainers' metrics true.
 """

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -231,7 +230,7 @@ class ExactLoss(AskedModel, SplitEvaluation, RankedUpdates):
         if labelled and self._facts is None:
             asked = inputs if has_target(inputs) else None
             if self._engine.lockstep:  # all ranks ask together, so they ask the same
-                asked = share_first(send_to_device(asked, "cpu"))
+                asked = share_first(asked)
             self._facts = None if asked is None else self._ask(model, asked)
         copies = self._eval_copies
         micro_batch = make_micro_batch(inputs, copies=copies)

@@ -280,7 +280,6 @@ def train_in_parts(out: str, *, stage: int, **job: Any) -> dict[str, Any]:
 def evaluate_first(out: str) -> float:
     """Evaluate a model that was not trained; the last batch is filled up on one rank."""
     set_up()
-    allow_float64()
     with float64_everywhere():
         trainer = make_trainer(
             out,
