@@ -59,7 +59,11 @@ def show_plan(
     for report in data.reports:
         console.print(str(report), highlight=False, soft_wrap=True)
     plan = plan_recipe(
-        data.train, arguments=arguments, task=recipe.model.task, world_size=world_size
+        data.train,
+        arguments=arguments,
+        task=recipe.model.task,
+        world_size=world_size,
+        on_gpu=not recipe.train.get("use_cpu"),
     )
     memory = estimate_memory(
         recipe,

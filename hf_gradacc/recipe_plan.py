@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.collator import UpdateCollator
 from hf_gradacc.data.measure import measure_lengths, measure_targets
 from hf_gradacc.planner import count_padding, plan_micro_batches
 from hf_gradacc.recipe_sections import Task
@@ -18,6 +19,8 @@ from hf_gradacc.sampler import UpdateSampler
 __all__ = ["RecipePlan", "Spread", "WayToPlan", "plan_recipe"]
 
 MOST_STREAMED_ROWS = 2000
+OVERHEAD_ON_CPU, OVERHEAD_ON_GPU = 64, 1024
+"""What one more micro-batch costs, in computed tokens, as the trainer reckons."""
 MOST_UPDATES_CUT = 200
 """Updates whose micro-batches are planned; the rest is alike, and a plan should take seconds."""
 
@@ -104,7 +107,9 @@ class RecipePlan:
         return next(way for way in self.ways if way.chosen)
 
 
-def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -> RecipePlan:
+def plan_recipe(
+    rows: Any, *, arguments: Any, task: Task, world_size: int = 1, on_gpu: bool = False
+) -> RecipePlan:
     """Draw the updates of the first epoch, and cut them in several ways.
 
     Args:
@@ -112,6 +117,7 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
         arguments: The `GradAccArguments` of the recipe.
         task: The recipe's `model.task`, which decides what a target is.
         world_size: Ranks to plan for.
+        on_gpu: Whether a micro-batch more costs what it does on a GPU.
     """
     is_sample = not hasattr(rows, "__len__")
     if is_sample:
@@ -134,7 +140,9 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
     num_updates = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs * per_epoch)
     budget = arguments.max_tokens_per_micro_batch
     cut = members[:MOST_UPDATES_CUT]
-    shares = [[lengths[share].tolist() for share in sampler.deal(update)] for update in cut]
+    # An encoder-decoder computes its labels as well.
+    costs = lengths + measure_lengths(rows, column="labels") if task == "seq2seq" else lengths
+    shares = [[costs[share].tolist() for share in sampler.deal(update)] for update in cut]
     return RecipePlan(
         num_sequences=len(lengths),
         is_sample=is_sample,
@@ -153,6 +161,10 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
             budget=budget if isinstance(budget, int) else None,
             size=arguments.per_device_train_batch_size,
             packed=arguments.layout == "packed",
+            facts={
+                "num_ranks": world_size,
+                "overhead_tokens": OVERHEAD_ON_GPU if on_gpu else OVERHEAD_ON_CPU,
+            },
         ),
         longest=tuple(np.argsort(-lengths, kind="stable")[:5].tolist()),
         budget=budget if isinstance(budget, int) else None,
@@ -160,22 +172,41 @@ def plan_recipe(rows: Any, *, arguments: Any, task: Task, world_size: int = 1) -
 
 
 def _ways(
-    shares: Sequence[list[int]], *, budget: int | None, size: int, packed: bool
+    shares: Sequence[list[int]],
+    *,
+    budget: int | None,
+    size: int,
+    packed: bool,
+    facts: dict[str, int],
 ) -> tuple[WayToPlan, ...]:
     """Cut every share in each way; shares are the lengths one rank has in one update."""
     tokens = budget or size * max(max(share) for share in shares)
+
+    def cut(
+        *, max_sequences: int | None = None, max_tokens: int | None = None, packed: bool = False
+    ) -> list[list[list[int]]]:
+        # Training's own, which cuts no other way.
+        collator = UpdateCollator(list, max_sequences=max_sequences, max_tokens=max_tokens)
+        for name, value in {**facts, "packed": packed}.items():
+            setattr(collator, name, value)
+        return [collator.cut(share) for share in shares]
+
     random = [plan_micro_batches(s, max_sequences=size, keep_order=True) for s in shares]
-    by_size = [plan_micro_batches(s, max_sequences=size) for s in shares]
-    by_tokens = [plan_micro_batches(s, max_tokens=tokens) for s in shares]
+    by_size, by_tokens = cut(max_sequences=size), cut(max_tokens=tokens)
+    laid_out = cut(max_tokens=tokens, packed=True)
     return (
         _way(f"{size} rows, as drawn (stock)", shares, random),
         _way(f"{size} rows, sorted", shares, by_size, chosen=budget is None and not packed),
         _way(f"{tokens:,} tokens, sorted", shares, by_tokens, chosen=bool(budget) and not packed),
         WayToPlan(
             name=f"{tokens:,} tokens, packed",
-            micro_batches=Spread.of([math.ceil(sum(share) / tokens) for share in shares]),
+            micro_batches=Spread.of([len(plan) for plan in laid_out]),
             padding_fraction=0.0,
-            largest=max(max(max(share) for share in shares), min(tokens, sum(shares[0]))),
+            largest=max(
+                sum(share[i] for i in piece)
+                for share, plan in zip(shares, laid_out, strict=True)
+                for piece in plan
+            ),
             chosen=packed,
         ),
     )

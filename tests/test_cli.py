@@ -227,6 +227,26 @@ def test_plan_counts_by_hand(run, recipe):
     assert by_size.micro_batches.most == 1.0, "6 sequences fit the default of 8"
 
 
+@pytest.mark.parametrize("budget", ["null", "100", "400"])
+def test_training_cuts_its_updates_as_planned(run, recipe, budget):
+    from rich.console import Console
+
+    from hf_gradacc.cli_plan import show_plan
+
+    changes = [f"train.max_tokens_per_micro_batch={budget}", "train.max_steps=3"]
+    changes += ["train.logging_steps=3", "train.save_strategy=no"]
+    plan = show_plan(load_recipe(recipe, overrides=changes), console=Console(quiet=True))
+    assert plan.updates_per_epoch == 3
+    code, _, err = run("train", recipe, *changes)
+    assert code == 0, err
+    _, log = read_run(Path("runs/mine"))
+    row = next(row for row in log if "tokens_per_update" in row)
+    assert row["micro_batches_per_update"] == pytest.approx(plan.chosen.micro_batches.mean)
+    assert row["padding_fraction"] == pytest.approx(plan.chosen.padding_fraction)
+    assert row["tokens_per_update"] == pytest.approx(plan.targets_per_update.mean)
+    assert row["input_tokens_per_update"] == pytest.approx(plan.inputs_per_update.mean)
+
+
 def test_verify_passes_on_a_sound_model(run, recipe, tmp_path):
     code, out, err = run("verify", recipe, "--rows", "6")
     assert code == 0, err
