@@ -7,6 +7,7 @@ from typing import Any
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe_report import nearest
 from hf_gradacc.recipe_sections import HEADS, ModelSection
+from hf_gradacc.recipe_source import SECRET_KEY
 
 __all__ = ["empty_model", "given", "model_config"]
 
@@ -111,8 +112,9 @@ def _check_known(config: Any, changes: dict[str, Any], *, key: str) -> None:
         if name not in known and not hasattr(config, name):
             guess = nearest(name, known)
             hint = f"did you mean {guess}?" if guess else "see the model's config class."
+            shown = "" if SECRET_KEY.search(name) else f" = {value!r}"
             raise ConfigError(
-                f"{key}.{name} = {value!r} is no value of a {config.model_type} config: {hint}"
+                f"{key}.{name}{shown} is no value of a {config.model_type} config: {hint}"
             )
 
 

@@ -489,6 +489,55 @@ def test_a_bad_row_met_by_a_loader_worker_is_one_line(run, recipe, tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_secret_in_a_wrong_place_is_not_said_again(run, recipe):
+    for place in ("model.config.hub_token", "peft.options.hub_token", "train.hub_token"):
+        code, out, err = run("train", recipe, "peft=lora", f"{place}=hf_SECRET")
+        assert code == 2
+        assert "hf_SECRET" not in out + err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+        [
+            *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        ],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_a_launcher_starts_a_recipe_on_two_ranks(run, recipe, tmp_path, launcher):
+    from safetensors.torch import load_file
+    from torch.testing import assert_close
+
+    run("train", recipe, "train.save_strategy=no", "output.dir=alone")
+    port = ["--main_process_port" if "accelerate" in launcher[0] else "--master-port", free_port()]
+    command = [sys.executable, "-m", *launcher, *port, "-m", "hf_gradacc", "train", str(recipe)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [*command, "train.save_strategy=no", "output.dir=together"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "over 2 ranks" in done.stdout
+    assert done.stdout.count("saved: together") == 1, "only the first rank speaks"
+    assert_close(load_file("together/model.safetensors"), load_file("alone/model.safetensors"))
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 def test_it_works_as_a_module_and_without_a_terminal(tmp_path):
     command = [sys.executable, "-m", "hf_gradacc", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
