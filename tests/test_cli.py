@@ -227,16 +227,16 @@ def test_plan_counts_by_hand(run, recipe):
     assert by_size.micro_batches.most == 1.0, "6 sequences fit the default of 8"
 
 
-@pytest.mark.parametrize("budget", ["null", "100", "400"])
+@pytest.mark.parametrize("budget", ["null", "100", "600"])
 def test_training_cuts_its_updates_as_planned(run, recipe, budget):
     from rich.console import Console
 
     from hf_gradacc.cli_plan import show_plan
 
-    changes = [f"train.max_tokens_per_micro_batch={budget}", "train.max_steps=3"]
-    changes += ["train.logging_steps=3", "train.save_strategy=no"]
+    changes = [f"train.max_tokens_per_micro_batch={budget}", "data.holdout=null"]
+    changes += ["train.max_steps=4", "train.logging_steps=4", "train.save_strategy=no"]
     plan = show_plan(load_recipe(recipe, overrides=changes), console=Console(quiet=True))
-    assert plan.updates_per_epoch == 3
+    assert plan.updates_per_epoch == 4
     code, _, err = run("train", recipe, *changes)
     assert code == 0, err
     _, log = read_run(Path("runs/mine"))

@@ -167,6 +167,14 @@ def test_a_tool_call_is_a_target_and_what_the_tool_answers_is_not():
     assert (ids, labels) == read_segments(tokenizer, reading)
 
 
+def test_a_tool_call_keeps_its_end_where_a_token_closes_the_conversation():
+    tokenizer = bytes_tokenizer(templates.CLOSED, templates.CLOSED_TOKENS)
+    _, labels = encode_chat(tokenizer, TOOL_CHAT[:4])
+    said = tokenizer.decode([label for label in labels if label != -100])
+    call = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+    assert said == f"{call}<|done|>It is 3.<|done|>\n<|end|>"
+
+
 def test_a_thought_the_template_prompts_with_is_no_target():
     tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
     _, labels = encode_chat(tokenizer, CHAT, enable_thinking=False)
