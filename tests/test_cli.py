@@ -482,10 +482,9 @@ def test_a_bad_row_met_by_a_loader_worker_is_one_line(run, recipe, tmp_path):
     code, _, err = run("train", recipe, *streamed, *workers)
     assert code == 2
     said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert said == [
-        f"error: {tmp_path}/long.jsonl:1101: column 'answer' is null: correct the row, or leave "
-        "it out."
-    ]
+    assert len(said) == 1
+    place = f"{tmp_path}/long.jsonl:1101"
+    assert said[0].endswith(f"{place}: column 'answer' is null: correct the row, or leave it out.")
     assert "Traceback" not in err
 
 
