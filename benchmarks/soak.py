@@ -253,7 +253,8 @@ def compare(calm: dict[str, Any], rough: dict[str, Any]) -> tuple[float, float]:
     shared = ("loss", "eval_loss", "grad_norm", "tokens_per_update", "target_tokens_seen")
     exact = ("step", "kind", "skipped_updates", "effective_batch_size", "learning_rate")
     rows = 0.0
-    assert len(calm["log"]) == len(rough["log"]), (len(calm["log"]), len(rough["log"]))
+    told = [Counter((row["kind"], row["step"]) for row in run["log"]) for run in (calm, rough)]
+    assert told[0] == told[1], f"missing {told[0] - told[1]}, too many {told[1] - told[0]}"
     for left, right in zip(calm["log"], rough["log"], strict=True):
         assert all(left.get(key) == right.get(key) for key in exact), (left, right)
         for key in shared:

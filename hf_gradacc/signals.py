@@ -8,6 +8,7 @@ finished, and no other update begins. A second signal of the same kind acts at o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -101,7 +102,10 @@ class StopSignals(TrainerCallback):
             signal.signal(signal.SIGCHLD, _take_no_notice)
         name = signal.Signals(number).name
         # Written by hand: logging may be holding a lock right where the signal came in.
-        os.write(2, f"\n{name}: finishing the update, then saving; again to end now.\n".encode())
+        with contextlib.suppress(OSError):  # it may go to a file on a full disk
+            os.write(
+                2, f"\n{name}: finishing the update, then saving; again to end now.\n".encode()
+            )
 
     def agree(self, device: torch.device, *, alone: bool) -> int:
         """Tell all ranks whether any of them got a signal; one small collective.

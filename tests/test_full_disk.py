@@ -1,7 +1,9 @@
 """A disk that is really full: a small file system is mounted and filled to its last byte."""
 
 import io
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from support.tiny import make_trainer, ragged_rows, tiny_llama
 
 from hf_gradacc import CheckpointError
 from hf_gradacc.checkpoints import find_damage
+from hf_gradacc.signals import StopSignals
 from hf_gradacc.tracking_file import LOG_NAME, RunFile, read_log
 
 ROWS = ragged_rows(60, seed=5)
@@ -129,6 +132,11 @@ def test_output_to_a_full_disk_goes_unsaid(tmp_path, monkeypatch, bar):
         with pytest.raises(OSError, match="No space left"):
             print("anything")
         trainer.train()
+        with monkeypatch.context() as patch:
+            signals = StopSignals()
+            patch.setattr(os, "write", lambda descriptor, text: full.write(text))
+            signals._note(signal.SIGTERM, None)
         monkeypatch.undo()
+    assert signals.received == signal.SIGTERM
     assert trainer.state.global_step == 6
     assert len([row for row in read_log(tmp_path / LOG_NAME) if row["kind"] == "train"]) == 6
