@@ -30,6 +30,8 @@ def _never_fail(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kwargs)
         except Exception as error:  # whatever a tracker throws, the run is worth more
+            if "DataLoader worker" in str(error):
+                raise  # torch's SIGCHLD handler: a worker died while we happened to be here
             self.give_up(f"{type(error).__name__} in {method.__name__}: {error}")
             return None
 
