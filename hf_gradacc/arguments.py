@@ -134,6 +134,14 @@ class GradAccOptions:
         },
     )
 
+    wandb_report: bool = field(
+        default=False,
+        metadata={
+            "help": "When training ends, write report.html into the output directory (and "
+            "report.png, with matplotlib), and upload both to W&B as an artifact."
+        },
+    )
+
     allow_changed_data: bool = field(
         default=False,
         metadata={
@@ -230,7 +238,7 @@ def _find_problems(args: Any) -> Any:
         )
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
-    for name in ("wandb_per_rank", "remember_tuned_budget"):
+    for name in ("wandb_per_rank", "wandb_report", "remember_tuned_budget"):
         if not isinstance(getattr(args, name), bool):
             yield f"{name} = {getattr(args, name)!r}: use True or False."
     if args.remember_tuned_budget is True and args.max_tokens_per_micro_batch != "auto":

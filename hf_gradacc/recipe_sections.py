@@ -144,6 +144,8 @@ class WandbSection(Section):
     """A longer description."""
     per_rank: bool = False
     """Also a run for every rank, with its own figures, in one group."""
+    report: bool = False
+    """Write the report when training ends, and upload it as an artifact."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """null means online with an API key, and offline without."""
 

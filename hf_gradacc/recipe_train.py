@@ -18,6 +18,7 @@ RESERVED = {
     "run_name": "set wandb.name",
     "project": "set wandb.project",
     "wandb_per_rank": "set wandb.per_rank",
+    "wandb_report": "set wandb.report",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a recipe holds no secret",
     "local_rank": "leave it to the launcher",
 }

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
+from hf_gradacc.errors import GradAccError
 from hf_gradacc.report import build_report
 from hf_gradacc.tracking_facts import describe_run
 from hf_gradacc.tracking_file import RunFile, kind_of
@@ -168,9 +169,26 @@ def install_tracking(trainer: Any) -> None:
             trainer.add_callback(RankRuns())  # after W&B's own, whose run it looks up
         else:
             logger.warning("wandb_per_rank = True does nothing: report_to leaves wandb out.")
-    for kind in (TrackingCallback, ShowSummary):
-        if not any(isinstance(callback, kind) for callback in callbacks):
-            trainer.add_callback(kind())
+    rest: list[TrackingCallback | ReportAtTheEnd | ShowSummary] = [TrackingCallback()]
+    if getattr(trainer.args, "wandb_report", False):
+        rest.append(ReportAtTheEnd(trainer))
+    for added in [*rest, ShowSummary()]:  # the summary has the last word
+        if not any(isinstance(callback, type(added)) for callback in callbacks):
+            trainer.add_callback(added)
+
+
+class ReportAtTheEnd(TrainerCallback):
+    """Call `attach_report` when training ends, on request (`wandb_report`)."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write and upload; a report that cannot be written does not fail a run that is done."""
+        try:
+            attach_report(self.trainer)
+        except (GradAccError, OSError) as error:
+            logger.warning(f"wandb_report: no report was written ({error}).")
 
 
 def record_event(

@@ -141,6 +141,23 @@ def test_the_report_is_an_artifact_on_request(wandb_dir, tmp_path):
     assert "<h3>Loss" in page.read_text("utf-8")
 
 
+def test_a_report_asked_for_beforehand_comes_when_training_ends(wandb_dir, tmp_path):
+    trainer = make_trainer(tmp_path / "out", wandb_report=True, noise_scale_every=1, max_steps=6)
+    run_to_end(trainer)
+    run = only_run(wandb_dir)
+    files = run.artifacts[f"report-{run.run_id}"]
+    assert files == ["report.html", "report.png"]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "training time" in page, "the last row is in it"
+    assert "not finished" not in page
+    assert 'class="card verdict"' in page
+
+
+def test_without_w_and_b_the_report_is_written_all_the_same(tmp_path):
+    make_trainer(tmp_path / "out", report_to="none", wandb_report=True, max_steps=1).train()
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 # --- resuming ------------------------------------------------------------------------------
 
 

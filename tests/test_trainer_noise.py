@@ -8,7 +8,7 @@ from support.ranks import run_ranks
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
 
-from hf_gradacc import UpdateSampler
+from hf_gradacc import GradAccTrainer, UpdateSampler
 from hf_gradacc.noise_scale import measure_noise
 from hf_gradacc.targets import count_targets
 
@@ -24,6 +24,36 @@ def train(tmp_path, **options):
 
 def squared_norm(gradient):
     return sum(float(g.square().sum()) for g in gradient.values())
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_an_update_that_is_not_measured_pays_nothing(tmp_path, every):
+    """No hook on any weight, the cheapest plan, rows dealt as ever."""
+    hooks, plans = [], []
+
+    class Watching(GradAccTrainer):
+        def _run_micro_batch(self, model, micro_batch, targets):
+            hooks.append(sum(len(p._backward_hooks or {}) for p in model.parameters()))
+            return super()._run_micro_batch(model, micro_batch, targets)
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            plans.append([micro_batch.rows for micro_batch in inputs])
+            hooks.append("|")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    options = {"effective_batch_size": 8, "max_tokens_per_micro_batch": 30, "learning_rate": 0.0}
+    trainer = make_trainer(
+        tmp_path, ROWS, trainer_class=Watching, noise_scale_every=every, **options
+    )
+    trainer.train()
+    first, second = (part for part in "".join(map(str, hooks)).split("|")[1:])
+    assert set(second) == {"0"}
+    assert (set(first) == {"0"}) == (every is None)
+    assert (trainer._noise is None) == (every is None)
+    sampler = UpdateSampler(16, effective_batch_size=8, seed=42)
+    for members, plan in list(zip(sampler, plans, strict=True))[1 if every else 0 :]:
+        pieces = trainer._collator.plan([ROWS[i] for i in members])
+        assert plan == [tuple(members[i] for i in piece) for piece in pieces]
 
 
 @pytest.mark.parametrize("every", [1, 2])
