@@ -20,7 +20,7 @@ model:
 tokenizer: {train: {vocab_size: 300}}
 data: {train: rows.jsonl, format: question_answer}
 train: {max_steps: 1, effective_batch_size: 2, use_cpu: true, disable_tqdm: true,
-        report_to: wandb, save_strategy: no}
+        report_to: wandb, save_strategy: no, logging_steps: 1}
 """
 
 
@@ -46,13 +46,14 @@ def test_the_resolved_recipe_is_filed_with_the_run_and_no_secret_is(
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setenv("HF_TOKEN", "hf_of-the-environment")
-    recipe.wandb.project = "recipes-tested"
+    recipe.wandb.project, recipe.wandb.report = "recipes-tested", True
     recipe.peft.options = {"api_key": "do-not-tell"}
     train_recipe(recipe)
     wandb.finish()
     wandb.teardown()  # its service has written everything once it is gone
     run = only_run(tracked)
     assert run.project == "recipes-tested"
+    assert run.artifacts[f"report-{run.run_id}"] == ["report.html", "report.png"]
     assert run.config["recipe"]["data"]["train"][0]["path"] == str(tmp_path / "rows.jsonl")
     assert run.config["recipe"]["train"]["effective_batch_size"] == 2
     assert "do-not-tell" not in json.dumps(run.config)
