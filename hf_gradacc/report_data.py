@@ -12,6 +12,7 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.phases import PHASE_KEYS
 from hf_gradacc.report_words import (
     PHASE_WORDS,
+    count_updates,
     describe_settings,
     describe_time,
     duration,
@@ -230,7 +231,7 @@ class ReportRun:
             ),
             ("effective batch size", self.mean("effective_batch_size"), "sequences per update"),
             ("tokens per update", self.mean("tokens_per_update"), "target tokens, mean"),
-            ("target tokens seen", self.last("target_tokens_seen"), _updates(self.updates)),
+            ("target tokens seen", self.last("target_tokens_seen"), count_updates(self.updates)),
             ("throughput", self.mean("target_tokens_per_second"), "target tokens per second"),
             ("noise scale", self.last("gradient_noise_scale"), "target tokens"),
         ]
@@ -260,10 +261,6 @@ class ReportRun:
     def time_in_words(self) -> list[str]:
         """Say where the time of an update went, nothing if it was not logged."""
         return list(describe_time(self.phases()))
-
-
-def _updates(count: int) -> str:
-    return f"{count:,} update{'' if count == 1 else 's'}"
 
 
 def load_runs(directories: Sequence[Path]) -> list[ReportRun]:

@@ -9,7 +9,14 @@ from typing import Any
 from hf_gradacc.phases import Phase
 from hf_gradacc.tracking_parity import describe_parity
 
-__all__ = ["PHASE_WORDS", "describe_settings", "describe_time", "duration", "quantity"]
+__all__ = [
+    "PHASE_WORDS",
+    "count_updates",
+    "describe_settings",
+    "describe_time",
+    "duration",
+    "quantity",
+]
 
 PHASE_WORDS: dict[Phase, str] = {
     "data": "waiting for data",
@@ -35,6 +42,15 @@ def quantity(value: float | None) -> str:
     if float(value).is_integer() or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def count_updates(count: int) -> str:
+    """Write a number of updates.
+
+    >>> count_updates(1), count_updates(1_200)
+    ('1 update', '1,200 updates')
+    """
+    return f"{count:,} update{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_gradacc.report_words import duration, quantity
+from hf_gradacc.report_words import count_updates, duration, quantity
 from hf_gradacc.tracking_facts import describe_run
 from hf_gradacc.tracking_file import RUN_NAME, RunFile, kind_of
 from hf_gradacc.tracking_parity import describe_parity
@@ -284,7 +284,7 @@ def _plan(
     left = state.max_steps - state.global_step
     done = f", {state.global_step:,} done before" if state.global_step else ""
     epochs = f"{state.num_train_epochs:g} epoch{'s' if state.num_train_epochs != 1 else ''}"
-    yield "training", f"{left:,} updates ({epochs} at most){done}"
+    yield "training", f"{count_updates(left)} ({epochs} at most){done}"
     hardware = facts["hardware"]
     yield "hardware", f"{ranks} × {hardware.get('device_name', hardware['device'])}"
     if facts["parity"]:
@@ -296,7 +296,8 @@ def _result(state: Any, *, seconds: float, first_step: int) -> str:
     losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
     held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
     seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
-    text = f"Trained {state.global_step - first_step:,} updates in {duration(seconds)}"
+    trained = count_updates(state.global_step - first_step)
+    text = f"Trained {trained} in {duration(seconds)}"
     if seen:
         text += f", {quantity(seen[-1])} target tokens seen"
     if losses:
