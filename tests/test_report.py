@@ -320,3 +320,16 @@ def test_runs_that_are_compared_show_no_pile_but_a_share(tmp_path):
     page = read(tmp_path / "page.html")
     assert "<h3>Where time goes" not in page
     assert "<th>waiting for data</th><td>10.0%</td><td>10.0%</td>" in page
+
+
+def test_the_axis_holds_a_band_but_not_one_that_goes_out_of_sight():
+    points = [(1.0, 120.0), (2.0, 400.0)]
+
+    def labels(*band):
+        chart = draw_chart([Series("B", "red", points, band=band)], x_label="x", log_scale=True)
+        ticks = re.findall(r'text-anchor="end">([\d,.k]+)<', chart)
+        return float(ticks[0].replace(",", "")), ticks[-1]
+
+    assert labels() == (100, "500")
+    assert labels((1.0, 70.0, 900.0), (2.0, 300.0, 500.0)) == (50, "1,000")
+    assert labels((1.0, 0.0, math.inf), (2.0, 0.001, 1e9)) == (100, "500")
