@@ -36,10 +36,10 @@ def test_an_update_that_is_not_measured_pays_nothing(tmp_path, every):
             hooks.append(sum(len(p._backward_hooks or {}) for p in model.parameters()))
             return super()._run_micro_batch(model, micro_batch, targets)
 
-        def training_step(self, model, inputs, *args, **kwargs):
-            plans.append([micro_batch.rows for micro_batch in inputs])
+        def training_update(self, model, update):
+            plans.append([micro_batch.rows for micro_batch in update])
             hooks.append("|")
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_update(model, update)
 
     options = {"effective_batch_size": 8, "max_tokens_per_micro_batch": 30, "learning_rate": 0.0}
     trainer = make_trainer(
