@@ -9,11 +9,14 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-oldest lint bench
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.
-# DeepSpeed comes as source and asks the torch that is there how to build; none of its kernels are.
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+# DeepSpeed comes as source and asks the torch that is there how to build; none of its kernels are.
+$(VENV)/.deepspeed: $(VENV)/.ready
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' wheel
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
 	touch $@
@@ -21,7 +24,7 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/.ready
 	$(BIN)/python recipes/sft.py recipes/quickstart.yaml
 
-test: $(VENV)/.ready
+test: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-oldest:

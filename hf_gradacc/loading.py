@@ -11,10 +11,11 @@ import datasets
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from hf_gradacc.collator import UpdateCollator, make_micro_batch, measure_length
+from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.dealing import deal_by_cost, deal_rows
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loader import UpdateLoader, UpdateStream, make_generator, read_row, take_until
+from hf_gradacc.row_lengths import measure_length
 from hf_gradacc.sampler import UpdateSampler
 from hf_gradacc.targets import count_row_targets, may_have_target
 from hf_gradacc.update import Update

@@ -8,6 +8,7 @@ to other hardware and keep its loss curve.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 from hf_gradacc.dealing import deal_at_random, deal_by_cost, is_measured
 from hf_gradacc.errors import ConfigError, DataError
 
-__all__ = ["Deal", "Share", "UpdateSampler", "bound_updates_by_tokens"]
+__all__ = ["Deal", "Share", "UpdateSampler", "bound_updates_by_tokens", "count_updates"]
 
 Deal = Callable[[Sequence[int], int], list[list[int]]]
 """Lengths of an update's rows, and the number of ranks: to indices for each rank."""
@@ -225,3 +226,29 @@ def bound_updates_by_tokens(
         bounds.append(stop)
         reached = int(cumulated[stop - 1])
     return np.asarray(bounds)
+
+
+def count_updates(
+    sampler: UpdateSampler, *, num_train_epochs: float, max_steps: int
+) -> tuple[int, int, int]:
+    """Count epochs, the updates of the longest one, and the updates of the whole run.
+
+    Epochs differ where updates are drawn by tokens, so they are counted one by one.
+
+    Args:
+        sampler: Knows membership.
+        num_train_epochs: Passes over the data; the last may be a fraction.
+        max_steps: Updates to run instead, if positive.
+    """
+    if sampler.tokens_per_update is None:
+        per_epoch = sampler.num_updates(0)
+        if max_steps > 0:
+            return math.ceil(max_steps / per_epoch), per_epoch, max_steps
+        return math.ceil(num_train_epochs), per_epoch, math.ceil(num_train_epochs * per_epoch)
+    counts: list[int] = []
+    while sum(counts) < max_steps if max_steps > 0 else len(counts) < num_train_epochs:
+        counts.append(sampler.num_updates(len(counts)))
+    if max_steps > 0:
+        return len(counts), max(counts), max_steps
+    last = math.ceil((num_train_epochs - len(counts) + 1) * counts[-1])
+    return len(counts), max(counts), sum(counts[:-1]) + last

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import functools
-import shutil
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_gradacc.report_words import count_updates, duration, quantity
+from hf_gradacc.report_words import quantity
 from hf_gradacc.tracking_facts import describe_run
-from hf_gradacc.tracking_file import RUN_NAME, RunFile, kind_of
-from hf_gradacc.tracking_parity import describe_parity
-from hf_gradacc.tracking_state import VERDICT, recall
+from hf_gradacc.tracking_file import kind_of
+from hf_gradacc.tracking_terminal_words import (
+    describe_evaluation,
+    describe_row,
+    fold,
+    next_steps,
+    number,
+    plan_rows,
+    result_line,
+    table,
+    terminal_width,
+)
 
-__all__ = [
-    "RowPrinter",
-    "ShowPlan",
-    "ShowSummary",
-    "UpdateProgress",
-    "describe_evaluation",
-    "describe_row",
-    "fold",
-]
+__all__ = ["RowPrinter", "ShowPlan", "ShowSummary", "UpdateProgress"]
 
 
 def _if_it_can_be_written(method: Callable[..., None]) -> Callable[..., None]:
@@ -62,7 +59,9 @@ class ShowPlan(TrainerCallback):
                 model=kwargs.get("model"),
                 train_dataloader=kwargs.get("train_dataloader"),
             )
-            print(_table(_title(args), _plan(args, state, facts, kwargs.get("train_dataloader"))))
+            name = args.run_name or Path(args.output_dir).name
+            rows = plan_rows(args, state, facts, kwargs.get("train_dataloader"))
+            print(table(f"Plan of {name}", rows))
 
 
 class ShowSummary(TrainerCallback):
@@ -81,8 +80,8 @@ class ShowSummary(TrainerCallback):
         """Print the summary."""
         if state.is_world_process_zero and _may_speak(args):
             seconds = time.monotonic() - self._started
-            head = _result(state, seconds=seconds, first_step=self._first_step)
-            print(_table(head, _next_steps(args, state)))
+            head = result_line(state, seconds=seconds, first_step=self._first_step)
+            print(table(head, next_steps(args, state)))
 
 
 class RowPrinter(PrinterCallback):
@@ -141,190 +140,14 @@ class UpdateProgress(ProgressCallback):
             self._write(describe_evaluation(logs, step=state.global_step))
         else:
             speed = logs.get("target_tokens_per_second")
-            text = f"loss {_number(logs['loss'])}"
+            text = f"loss {number(logs['loss'])}"
             text += f", {quantity(speed)} tokens/s" if speed else ""
             self.training_bar.set_postfix_str(text, refresh=False)
             self._write(describe_row(logs, step=state.global_step))
 
     def _write(self, row: str) -> None:
-        self.training_bar.write(fold(row, width=_width(), indent=2))
-
-
-def describe_evaluation(logs: Mapping[str, Any], *, step: int) -> str:
-    """Write an evaluation row as one line, without the stock figures of its speed.
-
-    >>> describe_evaluation({"eval_loss": 2.6528, "eval_perplexity": 14.195, "epoch": 0.5,
-    ...     "eval_runtime": 4.8, "eval_steps_per_second": 3.1}, step=15)
-    'held out after update 15: loss 2.653, perplexity 14.2'
-    """
-    told = [
-        f"{key.removeprefix('eval_').replace('_', ' ')} {_number(value)}"
-        for key, value in logs.items()
-        if key.startswith("eval_")
-        and isinstance(value, (int, float))
-        and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
-    ]
-    return f"held out after update {step}: {', '.join(told)}"
-
-
-def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
-    """Write a training row as one line.
-
-    >>> describe_row({"loss": 4.2129, "learning_rate": 1e-3, "tokens_per_update": 2310.5,
-    ...     "effective_batch_size": 32.0, "micro_batches_per_update": 3.0,
-    ...     "padding_fraction": 0.051, "target_tokens_per_second": 3290.0}, step=20)
-    'update 20: loss 4.213 | 2,310 target tokens, 32 sequences, 3 micro-batches, 5.1% padding |
-    learning rate 0.001 | 3,290 tokens/s'
-    """
-    parts = [f"update {step}: loss {_number(logs['loss'])}"]
-    batch = [
-        f"{quantity(float(logs[key]))} {one if logs[key] == 1 else many}"
-        for key, one, many in (
-            ("tokens_per_update", "target token", "target tokens"),
-            ("effective_batch_size", "sequence", "sequences"),
-            ("micro_batches_per_update", "micro-batch", "micro-batches"),
-        )
-        if key in logs
-    ]
-    if "padding_fraction" in logs:
-        batch.append(f"{logs['padding_fraction']:.1%} padding")
-    if batch:
-        parts.append(", ".join(batch))
-    if "learning_rate" in logs:
-        parts.append(f"learning rate {_number(logs['learning_rate'])}")
-    if "gradient_noise_scale" in logs:
-        parts.append(f"noise scale {quantity(logs['gradient_noise_scale'])}")
-    if "target_tokens_per_second" in logs:
-        parts.append(f"{quantity(logs['target_tokens_per_second'])} tokens/s")
-    return " | ".join(parts)
-
-
-def fold(text: str, *, width: int | None, indent: int) -> str:
-    """Break a text between words where a terminal would break it inside of one.
-
-    Args:
-        text: One line.
-        width: Columns of the terminal; None leaves the line whole, as a file wants it.
-        indent: Spaces before each line but the first.
-
-    >>> print(fold("update 20: loss 4.2 | 32 sequences | 3,290 tokens/s", width=34, indent=2))
-    update 20: loss 4.2 | 32 sequences
-      | 3,290 tokens/s
-    """
-    if width is None or len(text) <= width:
-        return text
-    space = " " * indent
-    lines = textwrap.wrap(
-        text, width, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
-    )
-    return "\n".join(lines)
-
-
-def _width() -> int | None:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        self.training_bar.write(fold(row, width=terminal_width(), indent=2))
 
 
 def _may_speak(args: Any) -> bool:
     return args.log_level not in ("error", "critical")
-
-
-def _number(value: float) -> str:
-    return f"{float(value):.4g}"
-
-
-def _table(head: str, rows: Iterator[tuple[str, str]]) -> str:
-    listed, columns = list(rows), _width()
-    width = max((len(name) for name, _ in listed), default=0)
-    lines = [fold(head, width=columns, indent=2)]
-    for name, text in listed:
-        # A command or a path is there to be copied: the terminal may break it, we may not.
-        room = None if name in _TO_COPY else columns
-        lines.append(fold(f"  {name:<{width}}  {text}", width=room, indent=width + 4))
-    return "\n".join(lines)
-
-
-_TO_COPY = ("files", "checkpoint", "model", "report", "W&B")
-
-
-def _title(args: Any) -> str:
-    return f"Plan of {args.run_name or Path(args.output_dir).name}"
-
-
-def _plan(
-    args: Any, state: Any, facts: dict[str, Any], train_dataloader: Any
-) -> Iterator[tuple[str, str]]:
-    model, batch = facts.get("model"), facts["batch"]
-    if model:
-        total, trained = model["num_parameters"], model["num_trainable_parameters"]
-        share = "all trained" if total == trained else f"{quantity(trained)} trained"
-        name = model["name_or_path"] or model["class"]
-        yield "model", f"{name}, {quantity(total)} parameters, {share}, {'/'.join(model['dtypes'])}"
-    dataset: Any = getattr(train_dataloader, "dataset", None)
-    if hasattr(dataset, "__getitems__"):  # a stream's items are updates, and it may have no length
-        yield "data", f"{len(dataset):,} rows"
-    ranks = batch["world_size"]
-    size = (
-        f"at least {batch['tokens_per_update']:,} target tokens"
-        if "tokens_per_update" in batch
-        else f"{batch['effective_batch_size']:,} sequences"
-    )
-    yield "update", size if ranks == 1 else f"{size}, over {ranks} ranks"
-    limits = [
-        f"at most {batch[key]:,} {word}"
-        for key, word in (
-            ("max_tokens_per_micro_batch", "tokens with padding"),
-            ("max_sequences_per_micro_batch", "sequences"),
-        )
-        if isinstance(batch.get(key), int)
-    ]
-    if limits:
-        yield "micro-batch", " and ".join(limits)
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    yield "learning rate", f"{quantity(args.learning_rate)} at its peak, {schedule} schedule"
-    left = state.max_steps - state.global_step
-    done = f", {state.global_step:,} done before" if state.global_step else ""
-    epochs = f"{state.num_train_epochs:g} epoch{'s' if state.num_train_epochs != 1 else ''}"
-    yield "training", f"{count_updates(left)} ({epochs} at most){done}"
-    hardware = facts["hardware"]
-    yield "hardware", f"{ranks} × {hardware.get('device_name', hardware['device'])}"
-    if facts["parity"]:
-        yield "parity check", describe_parity(facts["parity"])
-    yield "files", str(args.output_dir)
-
-
-def _result(state: Any, *, seconds: float, first_step: int) -> str:
-    losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
-    held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-    seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
-    trained = count_updates(state.global_step - first_step)
-    text = f"Trained {trained} in {duration(seconds)}"
-    if seen:
-        text += f", {quantity(seen[-1])} target tokens seen"
-    if losses:
-        text += f"; loss {_number(losses[0])} -> {_number(losses[-1])}"
-    if held_out:
-        text += f", held out {_number(held_out[-1])}"
-    if state.global_step < state.max_steps:
-        text += f". Stopped before update {state.max_steps:,}"
-    return text + "."
-
-
-def _next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
-    known = recall(state)
-    if "verdict" in known:
-        yield "batch size", known["verdict"]
-    for name, count in known.get("events", {}).items():
-        if name != VERDICT:
-            times = "once" if count == 1 else f"{count} times"
-            yield name.replace("_", " "), f"{times}; see the report"
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if checkpoint:
-        yield "checkpoint", checkpoint
-    if known.get("saves_model"):
-        yield "model", f"{args.output_dir}, saved once this run has ended"
-    elif not checkpoint:
-        yield "model", f"in memory; trainer.save_model() writes it to {args.output_dir}"
-    if (RunFile(Path(args.output_dir)).directory / RUN_NAME).exists():
-        yield "report", f"hf-gradacc report {args.output_dir}"
-    if known.get("wandb_sync") and "wandb" in args.report_to:
-        yield "W&B", f"wandb sync {' '.join(known['wandb_sync'])}"

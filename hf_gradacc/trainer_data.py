@@ -27,7 +27,7 @@ from hf_gradacc.loading import (
     is_stream,
 )
 from hf_gradacc.probe_rows import ProbeRows
-from hf_gradacc.sampler import UpdateSampler
+from hf_gradacc.sampler import UpdateSampler, count_updates
 from hf_gradacc.trainer_resume import ExactResume
 from hf_gradacc.tuning import BudgetTuner
 
@@ -273,29 +273,3 @@ def _set(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(target, name, value)
-
-
-def count_updates(
-    sampler: UpdateSampler, *, num_train_epochs: float, max_steps: int
-) -> tuple[int, int, int]:
-    """Count epochs, the updates of the longest one, and the updates of the whole run.
-
-    Epochs differ where updates are drawn by tokens, so they are counted one by one.
-
-    Args:
-        sampler: Knows membership.
-        num_train_epochs: Passes over the data; the last may be a fraction.
-        max_steps: Updates to run instead, if positive.
-    """
-    if sampler.tokens_per_update is None:
-        per_epoch = sampler.num_updates(0)
-        if max_steps > 0:
-            return math.ceil(max_steps / per_epoch), per_epoch, max_steps
-        return math.ceil(num_train_epochs), per_epoch, math.ceil(num_train_epochs * per_epoch)
-    counts: list[int] = []
-    while sum(counts) < max_steps if max_steps > 0 else len(counts) < num_train_epochs:
-        counts.append(sampler.num_updates(len(counts)))
-    if max_steps > 0:
-        return len(counts), max(counts), max_steps
-    last = math.ceil((num_train_epochs - len(counts) + 1) * counts[-1])
-    return len(counts), max(counts), sum(counts[:-1]) + last

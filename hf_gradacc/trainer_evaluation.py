@@ -11,10 +11,11 @@ from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
 from hf_gradacc.batching import count_rows, slice_rows
-from hf_gradacc.collator import make_micro_batch, measure_length
+from hf_gradacc.collator import make_micro_batch
 from hf_gradacc.oom import free_memory, is_out_of_memory, single_row_error, words_of
 from hf_gradacc.probe import LossFacts
 from hf_gradacc.probe_rows import copies_in
+from hf_gradacc.row_lengths import measure_length
 
 __all__ = ["SplitEvaluation"]
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_gradacc.collator import make_micro_batch, measure_length
+from hf_gradacc.collator import make_micro_batch
 from hf_gradacc.oom import free_memory, is_out_of_memory
+from hf_gradacc.row_lengths import measure_length
 from hf_gradacc.verify_gradients import arguments_for_one_update
 
 # Optimizer state in bytes per byte of trainable weights, by the start of the optimizer's name.

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from support.tiny import pad, ragged_rows
 
 from hf_gradacc import UpdateCollator
-from hf_gradacc.collator import make_micro_batch, measure_length
+from hf_gradacc.collator import make_micro_batch
 from hf_gradacc.loader import Rows
+from hf_gradacc.row_lengths import measure_length
 from hf_gradacc.targets import TargetRule
 
 ROWS = ragged_rows(9, seed=51)

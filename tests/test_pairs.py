@@ -11,11 +11,12 @@ pytest.importorskip("trl")
 
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from hf_gradacc.collator import UpdateCollator, make_micro_batch, measure_length
+from hf_gradacc.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.engines import even_out
 from hf_gradacc.planner import plan_micro_batches
 from hf_gradacc.probe_rows import ProbeRows
 from hf_gradacc.recut import can_slice, cut_again
+from hf_gradacc.row_lengths import measure_length
 from hf_gradacc.targets import TargetRule
 from hf_gradacc.update import Update
 

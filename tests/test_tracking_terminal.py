@@ -95,7 +95,8 @@ def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_
         plan = part.split("%|")[0].rsplit("\r", 1)[0]
         assert re.search(r"\n  training +\d updates \(1 epoch at most\)", plan)
     lines = re.split(r"[\r\n]|\x1b\[A", screen)
-    own = [line for line in lines if str(tmp_path) not in line]  # a path is not ours to break
+    # A path is not ours to break, nor what DeepSpeed says as it is imported.
+    own = [x for x in lines if str(tmp_path) not in x and "real_accelerator" not in x]
     assert max(map(len, own)) <= 80
     folded = r"^update 4: loss [\d.]+ \| [^\n]*\n  [^\n]* tokens/s$"
     assert re.search(folded, first.replace("\r", "\n"), re.M), "the rest of a row is set in"

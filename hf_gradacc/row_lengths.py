@@ -1,0 +1,48 @@
+"""How many tokens a dataset row will cost, before any collator has seen it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["measure_length"]
+
+
+def measure_length(row: Any, *, main_input: str = "input_ids", add_labels: bool = False) -> int:
+    """Measure how many tokens a dataset row will cost, 0 if that cannot be told.
+
+    Args:
+        row: A dataset row.
+        main_input: The feature that holds the sequence.
+        add_labels: Count the labels as well, as an encoder-decoder's decoder does.
+
+    >>> measure_length({"input_ids": [1, 2, 3]})
+    3
+    >>> measure_length({"input_ids": [[1, 2], [1, 2, 3]]})  # two choices, padded to the longer
+    6
+    >>> measure_length({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]})  # 2 × 4
+    8
+    """
+    if isinstance(row, Mapping) and main_input not in row:
+        return _measure_preference(row)
+    value = row.get(main_input) if isinstance(row, Mapping) else None
+    if value is None or not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
+        return 0
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        return 0
+    length = len(value)
+    if length and not isinstance(value, (Tensor, np.ndarray)) and isinstance(value[0], Sequence):
+        length *= max(len(choice) for choice in value)
+    labels = row.get("labels") if add_labels else None
+    return length + (len(labels) if labels is not None and hasattr(labels, "__len__") else 0)
+
+
+def _measure_preference(row: Mapping[str, Any]) -> int:
+    """Measure a row of TRL's preference trainers: its answers, each with the prompt before it."""
+    parts = (row.get(f"{name}_ids") for name in ("prompt", "chosen", "rejected", "completion"))
+    prompt, *answers = (0 if ids is None else len(ids) for ids in parts)
+    answers = [prompt + length for length in answers if length]
+    return len(answers) * max(answers, default=0)
