@@ -60,6 +60,8 @@ def why_not_chunked(owner: PreTrainedModel | None, head: nn.Module | None) -> st
         return f"its LM head is a {type(head).__name__} that does more than multiply by a weight"
     if owner.loss_function is not ForCausalLMLoss:
         return "its loss is not Transformers' loss of causal LMs"
+    if hasattr(head.weight, "ds_id"):
+        return "ZeRO-3 gathers the weight of its LM head inside of the head alone"
     return ""
 
 

@@ -1,6 +1,11 @@
 """What every test needs: no hub, one thread, no W&B account."""
 
 import os
+import signal
+
+# A shell's background job ignores SIGINT, and so would the runs in it that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before transformers is imported: each look-up of a hub that is not there would wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
