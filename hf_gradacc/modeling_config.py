@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from hf_gradacc.errors import ConfigError
@@ -91,7 +93,7 @@ def empty_model(
         trust_remote_code=section.trust_remote_code or None,
     )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _unsharded():
             return head.from_config(config, **options)
     except (ValueError, TypeError, ImportError, KeyError) as error:
         why = str(error).strip().splitlines()[0]
@@ -131,3 +133,21 @@ def _label_config(names: list[str]) -> dict[str, Any]:
 def given(**options: Any) -> dict[str, Any]:
     """Only the options that were set, so that a library's own defaults stand."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _unsharded() -> Iterator[None]:
+    """Keep ZeRO-3 from sharding a model that one rank alone looks at: it would wait for the others.
+
+    Transformers makes a model sharded while such a configuration is alive, and gives no other way
+    to leave one out than to take it back for a moment.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and (config := reference()) is not None:
+            deepspeed.set_hf_deepspeed_config(config)
