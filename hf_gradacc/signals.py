@@ -21,6 +21,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_gradacc.tracking_state import remember
+
 __all__ = ["EvaluationStopped", "StopSignals"]
 
 logger = logging.get_logger(__name__)
@@ -131,6 +133,9 @@ class StopSignals(TrainerCallback):
         """Save and stop after the update that the ranks agreed on."""
         if self.agreed:
             control.should_save = control.should_training_stop = True
+            at_the_end = state.global_step >= state.max_steps and args.eval_strategy == "epoch"
+            if control.should_evaluate or at_the_end:
+                remember(state, evaluation_due=True)  # the resumed run makes up for it
             control.should_evaluate = False  # there may be seconds left
 
     def on_epoch_end(

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_gradacc.report import build_report
 from hf_gradacc.tracking_facts import describe_run
-from hf_gradacc.tracking_file import RunFile, kind_of
+from hf_gradacc.tracking_file import RunFile, kind_of, read_log
 from hf_gradacc.tracking_state import VERDICT, recall, remember
 from hf_gradacc.tracking_terminal import RowPrinter, ShowPlan, ShowSummary, UpdateProgress
 from hf_gradacc.tracking_wandb import GradAccWandbCallback
@@ -66,6 +66,10 @@ class TrackingCallback(TrainerCallback):
             self._written = {(row["kind"], row.get("step", 0)) for row in rows}
             return
         self._file.start(step=state.global_step, history=state.log_history)
+        if state.global_step:
+            # An evaluation that is made up for is due once more after a kill before the next save.
+            rows = read_log(self._file.log_path)
+            self._written = {(row["kind"], row.get("step", 0)) for row in rows}
         resumed_at = kept.get("resumed_at", [])
         if state.global_step:
             resumed_at = [*resumed_at, state.global_step]

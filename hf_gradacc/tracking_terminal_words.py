@@ -200,7 +200,7 @@ def next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
     if checkpoint:
         yield "checkpoint", checkpoint
     if known.get("saves_model"):
-        yield "model", f"{args.output_dir}, saved once this run has ended"
+        yield "model", f"{args.output_dir}, saved once this run has ended, unless a signal ends it"
     elif not checkpoint:
         yield "model", f"in memory; trainer.save_model() writes it to {args.output_dir}"
     if (RunFile(Path(args.output_dir)).directory / RUN_NAME).exists():

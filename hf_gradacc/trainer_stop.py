@@ -72,6 +72,9 @@ class StoppableRuns(CheckedNumbers):
             before = RandomState(self.args.device)
             metrics = self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
             before.restore()
+            if not metrics:  # broken off again: the checkpoint at hand says it is due
+                self.control.should_training_stop = True
+                return
             best = self._determine_best_metric(metrics, kwargs["trial"])
             if best and self.args.save_strategy == SaveStrategy.BEST:
                 self._save_checkpoint(kwargs["model"], kwargs["trial"])
