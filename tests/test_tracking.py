@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -20,7 +24,7 @@ from support.tracked import (
 from support.wandb_reader import find_wandb_files, read_wandb_file
 from transformers import TrainerCallback
 
-from hf_gradacc import tracking_wandb
+from hf_gradacc import DataError, tracking_wandb
 from hf_gradacc.tracking import attach_report, install_tracking
 from hf_gradacc.tracking_file import LOG_NAME, read_log
 from hf_gradacc.tracking_wandb import GradAccWandbCallback
@@ -262,6 +266,30 @@ class BreakWandb(TrainerCallback):
 
         if state.global_step == 2:
             self.monkeypatch.setattr(wandb, "log", refuse)
+
+
+class LoseAWorker(TrainerCallback):
+    """In update 2, the loader's worker dies while a row is handed to W&B."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        def log(*args, **kwargs):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(20)  # torch's handler raises from here
+
+        if state.global_step == 1:
+            self.monkeypatch.setattr(wandb, "log", log)
+
+
+def test_a_loader_workers_death_noticed_inside_wandb_ends_the_run(wandb_dir, tmp_path, monkeypatch):
+    lose = LoseAWorker(monkeypatch)
+    trainer = make_trainer(tmp_path / "out", callbacks=[lose], dataloader_num_workers=1)
+    with pytest.raises(DataError, match="loader worker died"):
+        trainer.train()
+    assert trainer.state.global_step == 2
 
 
 # --- two ranks -----------------------------------------------------------------------------
