@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -225,7 +226,15 @@ class UpdateLoading(ExactResume):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
     ) -> tuple[list[Any], None]:
         """Hand out the next update. Its items are counted in `training_step`, once."""
-        updates = list(itertools.islice(epoch_iterator, 1))
+        try:
+            updates = list(itertools.islice(epoch_iterator, 1))
+        except (ConnectionError, EOFError) as error:
+            if self.args.dataloader_num_workers == 0 or "Caught" in str(error):
+                raise  # the dataset's own, which torch hands on in these words
+            # A worker was killed while it handed over a tensor. The system tells of its death a
+            # moment later, and torch's handler then raises from here, in words of its own.
+            time.sleep(1.0)
+            raise RuntimeError(f"DataLoader worker hung up ({error})") from error
         if not updates and self.ledger.epoch == self.ledger.update == 0:
             size = self._effective_batch_size
             what = f"{size} sequences" if size else f"{self.args.tokens_per_update} target tokens"
