@@ -135,7 +135,7 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
             at_the_end = state.global_step >= state.max_steps and args.eval_strategy == "epoch"
             if control.should_evaluate or at_the_end:
-                remember(state, evaluation_due=True)  # the resumed run makes up for it
+                remember(state, evaluation_due="left out")  # the resumed run makes up for it
             control.should_evaluate = False  # there may be seconds left
 
     def on_epoch_end(

@@ -79,10 +79,6 @@ class ExactResume(WholeCheckpoints):
         if skipped and isinstance(loader.dataset, UpdateStream):
             loader.dataset.start_at(epoch, updates=skipped, position=self.ledger.position)
         self.ledger.update = skipped
-        if resumed and self.state.global_step >= self.state.max_steps:
-            # Stock asks whether a run has reached its end after an update, never before one.
-            self.control.should_training_stop = True
-            return
         super()._run_epoch(**kwargs)
 
     def _take_over_losses(self) -> None:

@@ -20,6 +20,7 @@ class StoppableRuns(CheckedNumbers):
 
     _saved_step = -1
     _is_evaluating = False
+    _after_evaluation: RandomState | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,18 +60,22 @@ class StoppableRuns(CheckedNumbers):
         try:
             metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
-            remember(self.state, evaluation_due=True)
+            remember(self.state, evaluation_due="broken off")
             return {}
         finally:
             self._is_evaluating = False
         return metrics
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Make up for the evaluation that the process before this one broke off."""
-        if recall(self.state).get("evaluation_due"):
-            remember(self.state, evaluation_due=False)
+        """Make up for an evaluation broken off or left out; then train, unless all is done."""
+        if due := recall(self.state).get("evaluation_due"):
+            remember(self.state, evaluation_due=None)
+            if due == "left out":  # what its loader draws is not yet in the checkpoint's state
+                self._load_rng_state(kwargs["resume_from_checkpoint"])
             before = RandomState(self.args.device)
             metrics = self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+            if due == "left out":
+                self._after_evaluation = RandomState(self.args.device)
             before.restore()
             if not metrics:  # broken off again: the checkpoint at hand says it is due
                 self.control.should_training_stop = True
@@ -78,7 +83,17 @@ class StoppableRuns(CheckedNumbers):
             best = self._determine_best_metric(metrics, kwargs["trial"])
             if best and self.args.save_strategy == SaveStrategy.BEST:
                 self._save_checkpoint(kwargs["model"], kwargs["trial"])
+        if self.state.global_step >= self.state.max_steps:
+            # Stock asks whether a run has reached its end after an update, never before one.
+            self.control.should_training_stop = True
+            return
         super()._run_epoch(**kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Go on from where the evaluation made up for left the random state."""
+        super()._load_rng_state(checkpoint)
+        if self._after_evaluation is not None:
+            self._after_evaluation.restore()
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Look for a signal before each batch; ranks have equally many."""

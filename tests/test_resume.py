@@ -112,8 +112,9 @@ def test_loader_workers_resume_to_the_bits_of_a_run_without_any(tmp_path, form):
     assert resumed["logs"] == straight["logs"]
 
 
-def test_a_finished_run_that_is_started_again_does_nothing(tmp_path):
-    job = {"num_train_epochs": 1, "save_steps": 3, "resume": "auto"}
+@pytest.mark.parametrize("updates", [6, 3], ids=["at an epoch's end", "amid an epoch"])
+def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, updates):
+    job = {"max_steps": updates, "save_steps": 3, "resume": "auto"}
     first = train_and_report(str(tmp_path), **job)
     kept = sorted(path.name for path in tmp_path.rglob("*"))
     log = (tmp_path / "gradacc_log.jsonl").read_bytes()

@@ -16,6 +16,7 @@ from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 from transformers import TrainerCallback
 
 from hf_gradacc import DataError
+from hf_gradacc.tracking_file import LOG_NAME, read_log
 
 ROWS = ragged_rows(24, seed=5)
 
@@ -116,9 +117,19 @@ def test_an_evaluation_is_broken_off_and_no_other_update_begins(tmp_path):
     assert not [row for row in trainer.state.log_history if "eval_loss" in row]
 
 
-@pytest.mark.parametrize("after", [3, 15], ids=["amid an epoch", "at its end"])
-def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path, after):
-    options = {"eval_dataset": ROWS, "save_strategy": "no", "num_train_epochs": 2, **EVALUATING}
+@pytest.mark.parametrize(
+    ("tell", "options"),
+    [
+        (TellWhile("prediction_step", after=3), {}),
+        (TellWhile("prediction_step", after=15), {}),
+        (Tell(signal.SIGTERM, step=1), {}),
+        (Tell(signal.SIGTERM, step=5), {"eval_strategy": "epoch", "max_steps": 6}),
+    ],
+    ids=["amid an epoch", "at its end", "due after the update", "due at the end of the run"],
+)
+def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path, tell, options):
+    defaults = {"eval_dataset": ROWS, "save_strategy": "no", "num_train_epochs": 2, **EVALUATING}
+    options = defaults | options
     model = {"attention_dropout": 0.2}
 
     def rows(trainer):
@@ -129,7 +140,6 @@ def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path, after):
         _, whole = make(tmp_path / "whole", **options, model=tiny_llama(**model))
         torch.manual_seed(1)
         whole.train()
-        tell = TellWhile("prediction_step", after=after)
         _, trainer = make(tmp_path / "rest", tell, **options, model=tiny_llama(**model))
         torch.manual_seed(1)
         with pytest.raises(SystemExit):
@@ -139,6 +149,50 @@ def test_a_resumed_run_makes_up_for_the_evaluation(tmp_path, after):
     assert rows(rest) == rows(whole)
     weights = zip(rest.model.parameters(), whole.model.parameters(), strict=True)
     assert all(torch.equal(left, right) for left, right in weights)
+
+
+def evaluations(tmp_path):
+    rows = read_log(tmp_path / LOG_NAME)
+    return [(row["step"], row["eval_loss"]) for row in rows if row["kind"] == "eval"]
+
+
+def test_an_evaluation_broken_off_twice_is_made_up_for_before_the_next_update(tmp_path):
+    options = {"eval_dataset": ROWS, "save_strategy": "no", **EVALUATING}
+    make(tmp_path / "whole", **options)[1].train()
+    for _ in range(2):
+        tell = TellWhile("prediction_step", after=3)
+        _, trainer = make(tmp_path / "rest", tell, **options)
+        with pytest.raises(SystemExit):
+            trainer.train(resume_from_checkpoint="auto")
+        assert [path.name for path in (tmp_path / "rest").glob("checkpoint-*")] == ["checkpoint-2"]
+    make(tmp_path / "rest", **options)[1].train(resume_from_checkpoint=True)
+    assert evaluations(tmp_path / "rest") == evaluations(tmp_path / "whole")
+
+
+class DieAt(TrainerCallback):
+    """Ends a run before an update, without a save."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_evaluation_made_up_for_twice_is_logged_once(tmp_path):
+    options = {"eval_dataset": ROWS, "save_strategy": "no", **EVALUATING}
+    make(tmp_path / "whole", **options)[1].train()
+    for callback, end in [
+        (Tell(signal.SIGTERM, step=1), SystemExit),
+        (DieAt(2), KeyboardInterrupt),
+    ]:
+        _, trainer = make(tmp_path / "rest", callback, **options)
+        with pytest.raises(end):
+            trainer.train(resume_from_checkpoint="auto")
+    assert [step for step, _ in evaluations(tmp_path / "rest")] == [2]
+    make(tmp_path / "rest", **options)[1].train(resume_from_checkpoint=True)
+    assert evaluations(tmp_path / "rest") == evaluations(tmp_path / "whole")
 
 
 def test_an_evaluation_broken_off_is_nobodys_best(tmp_path):
@@ -260,6 +314,20 @@ def test_a_loader_worker_that_dies_is_a_clear_error(tmp_path):
         DataError, match=r"(?s)loader worker died at update \d+.*dataloader_num_workers"
     ):
         _without_reading(trainer, rows)
+
+
+def test_a_loader_worker_that_hangs_up_while_handing_over_is_the_same_error(tmp_path):
+    """Its socket closes a moment before the system calls it dead, so torch thinks it lives."""
+
+    def hang_up(*args):
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    _, trainer = make(tmp_path, dataloader_num_workers=1)
+    loader = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda iterator, *rest: loader(hang_up(iterator), *rest)
+    with pytest.raises(DataError, match=r"loader worker died at update 1: .*reset by peer"):
+        trainer.train()
 
 
 def _without_reading(trainer, rows):
