@@ -94,6 +94,7 @@ class StoppableRuns(CheckedNumbers):
         super()._load_rng_state(checkpoint)
         if self._after_evaluation is not None:
             self._after_evaluation.restore()
+            self._after_evaluation = None
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Look for a signal before each batch; ranks have equally many."""
