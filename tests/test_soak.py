@@ -3,10 +3,12 @@
 SOAK_UPDATES sets how many; the default is for the test suite.
 """
 
+import importlib
 import os
 import random
 import resource
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from support.failing import POISON, Failure, Poisoned
 from support.reference import float64_everywhere
 from support.tiny import log_rows, make_trainer, ragged_rows, tiny_llama
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 UPDATES = int(os.environ.get("SOAK_UPDATES", "120"))
 ROWS = ragged_rows(4 * 97, seed=9, longest=6)
@@ -99,3 +101,25 @@ def test_nothing_that_happens_on_the_way_changes_where_a_run_ends(tmp_path):
     grown = (max(settled) - settled[0]) * resource.getpagesize()
     assert grown < 16 * 2**20
     print(f"{UPDATES} updates, {failures.count} times out of memory, {skipped} skipped, {grown} B")
+
+
+class Unlucky(random.Random):
+    """Draws what lets a disk run full whenever it may."""
+
+    def random(self):
+        return 0.0
+
+
+def test_the_disk_of_the_long_soak_is_full_on_the_way_and_not_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    trouble = importlib.import_module("soak").Trouble(
+        Unlucky(0), Counter(), end=None, gone=tmp_path / "gone"
+    )
+    limits = []
+    try:
+        for done in (49, 99):
+            trouble.on_step_begin(None, TrainerState(global_step=done, max_steps=100), None)
+            limits.append(resource.getrlimit(resource.RLIMIT_FSIZE)[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    assert limits == [9_000, resource.RLIM_INFINITY]
