@@ -1,7 +1,9 @@
 """What every test needs: no hub, one thread, no W&B account."""
 
+import contextlib
 import os
 import signal
+import sys
 
 # A shell's background job ignores SIGINT, and so would the runs in it that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -31,3 +33,10 @@ def _no_account(monkeypatch, tmp_path):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        # A run that a test left open would be the next one's.
+        with contextlib.suppress(Exception):
+            wandb.finish()
+        wandb.teardown()

@@ -149,7 +149,8 @@ def test_weights_after_twenty_updates_are_those_of_whole_batches(
             # Divides by the root of a mean square that holds nothing but rounding where a gradient
             # is zero (attention's key biases). What the order of rows alone does is the yardstick.
             turned = plain_loop(case, [members[::-1] for members in updates], **options)
-            limit = 5 * distance(turned, theirs, case.build())
+            # A loss in chunks adds in another order, too.
+            limit = 10 * distance(turned, theirs, case.build())
             assert limit < 1e-2
         assert distance(ours, theirs, case.build()) <= limit
 
