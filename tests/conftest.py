@@ -1,6 +1,5 @@
 """What every test needs: no hub, one thread, no W&B account."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -34,9 +33,7 @@ def _no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     yield
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        # A run that a test left open would be the next one's.
-        with contextlib.suppress(Exception):
-            wandb.finish()
-        wandb.teardown()
+    if getattr(sys.modules.get("wandb"), "run", None) is not None:
+        from support.tracked import end_wandb_run
+
+        end_wandb_run()
