@@ -7,7 +7,9 @@ finer, and where nothing is left to cut, run one row with a weight of zero. No r
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +23,14 @@ from hf_gradacc.reduction import sum_over_ranks
 from hf_gradacc.targets import TargetRule
 from hf_gradacc.update import MicroBatch, Update, UpdateStats
 
-__all__ = ["Engine", "agree_on_inputs", "count_over_ranks", "even_out", "share_first"]
+__all__ = [
+    "Engine",
+    "agree_on_inputs",
+    "count_over_ranks",
+    "end_group_at_exit",
+    "even_out",
+    "share_first",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,3 +158,20 @@ def _row_with_target(inputs: Mapping[str, Any], rule: TargetRule) -> list[int]:
         if len(has):
             return [int(has[0])]
     return [0]
+
+
+def end_group_at_exit() -> None:
+    """Have gloo's threads ended before Python is, unless the script does so itself.
+
+    Such a thread frees tensors of the last collective, and is aborted if Python has gone by then:
+    19 of 400 exits right after one on a loaded machine (pytorch/pytorch#179291). A launcher that
+    sees a process abort ends the others, which may be saving.
+    """
+    if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend():
+        atexit.register(_end_group, os.getpid())
+
+
+def _end_group(process: int) -> None:
+    # A forked child has the group, but not its threads, and would wait for them.
+    if os.getpid() == process and dist.is_initialized():
+        dist.destroy_process_group()

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import nested_gather
 
 from hf_gradacc.collator import UpdateCollator, make_micro_batch
-from hf_gradacc.engines import Engine, agree_on_inputs, count_over_ranks, even_out
+from hf_gradacc.engines import (
+    Engine,
+    agree_on_inputs,
+    count_over_ranks,
+    end_group_at_exit,
+    even_out,
+)
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.phases import PhaseClock
 from hf_gradacc.probe import LossFacts
@@ -40,6 +46,7 @@ class RankedUpdates(ZeroUpdates):
         self._clock = PhaseClock(self.args.device)
         for problem in self._find_unknown_engines():
             raise ConfigError(problem)
+        end_group_at_exit()
 
     def _find_unknown_engines(self) -> Iterator[str]:
         """Yield what would train a wrong gradient, or one that nobody has compared."""

@@ -117,7 +117,10 @@ def run_to_end(trainer, **kwargs) -> None:
 
 
 def run_on_two_ranks(code, *arguments) -> subprocess.CompletedProcess:
-    """Run Python on two real gloo ranks; `support` can be imported there."""
+    """Run Python on two real gloo ranks; `support` can be imported there.
+
+    The process group is ended, since gloo aborts some of the processes that exit with one.
+    """
     tests = Path(__file__).resolve().parents[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     with socket.socket() as free:
@@ -126,7 +129,8 @@ def run_on_two_ranks(code, *arguments) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "ranks.py"
         script.write_text(
-            f"import sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n{code}"
+            f"import sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n{code}\n"
+            "import torch.distributed as dist\ndist.destroy_process_group()"
         )
         done = subprocess.run(
             [*launch, str(script), *map(str, arguments)],
