@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.rank_jobs import (
     FSDP2,
     allow_sharding_on_cpu,
@@ -18,8 +19,9 @@ from support.reference import relative_error
 from support.resume_jobs import train_and_report
 from support.tiny import make_trainer, ragged_rows
 
+from hf_gradacc import engines
 from hf_gradacc.collator import make_micro_batch
-from hf_gradacc.engines import even_out
+from hf_gradacc.engines import end_group_at_exit, even_out
 from hf_gradacc.targets import TargetRule
 from hf_gradacc.update import Update
 
@@ -159,3 +161,27 @@ def test_a_share_without_rows_runs_a_spare_row_that_has_a_target():
     update = even_out(Update([]), 2, halve=list, rule=TargetRule.NEXT_TOKEN, spare=spare)
     assert [mb.weightless for mb in update] == [True, True]
     assert update.micro_batches[0].inputs["labels"].tolist() == [[5, 6]]
+
+
+def test_a_group_is_ended_at_exit_and_its_threads_have_time_to_rest(monkeypatch, tmp_path):
+    """What is at stake is a race of one in twenty on a loaded machine; this is its order."""
+    done: list[Any] = []
+    registered: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(engines.atexit, "register", lambda *call: registered.append(call))
+    monkeypatch.setattr(
+        engines.time, "sleep", lambda seconds: done.append((dist.is_initialized(), seconds))
+    )
+    end_group_at_exit()
+    assert not registered, "there is no group"
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        end_group_at_exit()
+        ((end, process),) = registered
+        end(process + 1)
+        assert dist.is_initialized() and not done, "a forked child has no such threads"
+        end(process)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert done == [(False, 0.1)]
