@@ -37,6 +37,7 @@ from workloads import (
 )
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
+from hf_gradacc.onednn import suits_here
 
 BATCH = 64
 OURS = "ours"
@@ -179,8 +180,11 @@ def variants(*, sizes: list[int], budgets: list[int], with_trl: bool) -> dict[st
         # All rows of the update in bins of that length, one bin a micro-batch.
         found[f"TRL packing {best}"] = trl(1, packing=True, max_length=best)
     plain = {"target_only_logits": False, "drop_attention_mask": False, "layout": "padded"}
+    plain |= {"onednn_linear": False}
     found[f"budget {best} alone"] = ours(best, **plain)
     found[f"budget {best}, target-only logits"] = ours(best, **(plain | TARGETS))
+    if suits_here():
+        found[f"budget {best}, all but oneDNN"] = ours(best, onednn_linear=False)
     for budget in budgets:
         found[f"{OURS}, budget {budget}"] = ours(budget)
     found[f"{OURS}, packed, budget {best}"] = ours(best, layout="packed")

@@ -76,6 +76,14 @@ class GradAccOptions:
             "Default: where a check of the model at the start of training passes."
         },
     )
+    onednn_linear: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let oneDNN multiply by the float32 weights of large linear layers on a CPU. "
+            "Changes no more than rounding. Default: on CPUs with AVX-512 that are not Intel's, "
+            "where torch's own BLAS (MKL) is slower."
+        },
+    )
     drop_attention_mask: bool | None = field(
         default=None,
         metadata={
@@ -228,7 +236,7 @@ def _find_problems(args: Any) -> Any:
             "incomplete_update = 'keep' contradicts dataloader_drop_last = True: "
             "leave one of them out."
         )
-    for name in ("target_only_logits", "chunked_loss", "drop_attention_mask"):
+    for name in ("target_only_logits", "chunked_loss", "onednn_linear", "drop_attention_mask"):
         if getattr(args, name) not in (None, True, False):
             yield f"{name} = {getattr(args, name)!r}: use True, False, or leave it out."
     if args.chunked_loss and args.target_only_logits is False:

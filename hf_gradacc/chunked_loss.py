@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_gradacc.onednn import product
+
 __all__ = ["ChunkedLoss", "find_owner", "rows_per_chunk", "why_not_chunked", "without_logits"]
 
 # On a CPU a chunk of logits should stay in the cache; on others kernels should be large, and the
@@ -66,7 +68,9 @@ def why_not_chunked(owner: PreTrainedModel | None, head: nn.Module | None) -> st
 
 
 @contextlib.contextmanager
-def without_logits(owner: PreTrainedModel | None, head: nn.Module | None) -> Iterator[None]:
+def without_logits(
+    owner: PreTrainedModel | None, head: nn.Module | None, *, onednn: bool = False
+) -> Iterator[None]:
     """Let a model compute its loss in chunks for as long as the context lasts.
 
     Its inputs have to hold ``shift_labels`` for just the rows that reach the head, see
@@ -76,6 +80,7 @@ def without_logits(owner: PreTrainedModel | None, head: nn.Module | None) -> Ite
     Args:
         owner: From `find_owner`; None changes nothing.
         head: Its LM head, a plain linear layer.
+        onednn: Let oneDNN multiply, see `hf_gradacc.onednn`.
     """
     if owner is None or head is None:
         yield
@@ -102,7 +107,12 @@ def without_logits(owner: PreTrainedModel | None, head: nn.Module | None) -> Ite
         if shift_labels is None or isinstance(weight, DTensor):
             raise RuntimeError("the loss has no shift_labels, or no whole weight, to go by")
         return _mean_loss(
-            logits, shift_labels, weight=weight, bias=head.bias, num_items=num_items_in_batch
+            logits,
+            shift_labels,
+            weight=weight,
+            bias=head.bias,
+            num_items=num_items_in_batch,
+            onednn=onednn,
         )
 
     own_loss = vars(owner).get("_loss_function")
@@ -125,6 +135,7 @@ def _mean_loss(
     weight: Tensor,
     bias: Tensor | None,
     num_items: Tensor | int | None,
+    onednn: bool = False,
 ) -> Tensor:
     """Give what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
@@ -134,7 +145,10 @@ def _mean_loss(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        loss: Tensor = ChunkedLoss.apply(hidden, weight, bias, labels, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        onednn = onednn and device_type == "cpu" and hidden.dtype == torch.float32
+        loss: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, labels, torch.is_grad_enabled(), onednn
+        )
     return loss / (len(labels) if num_items is None else num_items)
 
 
@@ -156,6 +170,7 @@ class ChunkedLoss(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         wants_grad: bool,
+        onednn: bool = False,
     ) -> Tensor:
         """Give the summed loss, a scalar in float32 or wider.
 
@@ -166,6 +181,7 @@ class ChunkedLoss(torch.autograd.Function):
             bias: ``[vocab]`` or None.
             labels: ``[rows]``, each a class; none is ignored.
             wants_grad: A backward will follow.
+            onednn: Let oneDNN multiply; float32 on a CPU only.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wants = [wants_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -176,21 +192,23 @@ class ChunkedLoss(torch.autograd.Function):
         )
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         size = rows_per_chunk(weight.shape[0], device_type=hidden.device.type)
-        logits = hidden.new_empty(min(size, len(hidden)), weight.shape[0])
+        logits = None if onednn else hidden.new_empty(min(size, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), size):
             rows, right = hidden[start : start + size], labels[start : start + size, None]
-            chunk = logits[: len(rows)]
-            if bias is None:
-                torch.mm(rows, weight.t(), out=chunk)
+            if logits is None:
+                chunk = product(rows, weight, bias)
+            elif bias is None:
+                chunk = torch.mm(rows, weight.t(), out=logits[: len(rows)])
             else:
-                torch.addmm(bias, rows, weight.t(), out=chunk)
+                chunk = torch.addmm(bias, rows, weight.t(), out=logits[: len(rows)])
             scores = chunk.to(wide)  # the same memory, unless weights are in half precision
             torch.log_softmax(scores, 1, out=scores)
             loss -= scores.gather(1, right).sum()
             if not any(wants):
                 continue
             scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
-            _add_gradients(grads, scores, rows=rows, weight=weight, start=start)
+            add = _add_by_onednn if onednn else _add_gradients
+            add(grads, scores, rows=rows, weight=weight, start=start)
         ctx.grads = grads
         ctx.dtypes = [_grad_dtype(x) for x in (hidden, weight, bias)]
         return loss
@@ -205,7 +223,7 @@ class ChunkedLoss(torch.autograd.Function):
             None if x is None else x.mul_(grad).to(dtype)
             for x, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 def _add_gradients(
@@ -220,6 +238,19 @@ def _add_gradients(
         of_weight.addmm_(narrow.t(), rows)
     elif of_weight is not None:
         of_weight += torch.mm(narrow.t(), rows)
+    if of_bias is not None:
+        of_bias += scores.sum(0)
+
+
+def _add_by_onednn(
+    grads: tuple[Tensor | None, ...], scores: Tensor, *, rows: Tensor, weight: Tensor, start: int
+) -> None:
+    """Do the same for float32, multiplied by oneDNN."""
+    of_hidden, of_weight, of_bias = grads
+    if of_hidden is not None:
+        of_hidden[start : start + len(rows)] = product(scores, weight.t())
+    if of_weight is not None:
+        of_weight += product(scores.t(), rows.t())
     if of_bias is not None:
         of_bias += scores.sum(0)
 

@@ -95,6 +95,7 @@ class AskedModel(FastSteps):
             if self._collator is not None:
                 self._facts = facts  # label smoothing goes by them
                 self._choose_shortcuts(bare, inputs, loss_of, facts=facts)
+                self._choose_products(bare)
         padding = find_padding_targets(self._probe_rows)
         facts = dataclasses.replace(
             facts,

@@ -12,7 +12,9 @@ from transformers.utils import logging
 
 from hf_gradacc.chunked_loss import find_owner, without_logits
 from hf_gradacc.collator import UpdateCollator
+from hf_gradacc.engines import Engine
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.onednn import find_linears, onednn_linears, suits_here, why_no_onednn
 from hf_gradacc.probe import LossFacts
 from hf_gradacc.shortcuts import Shortcuts, Trial, can_try
 from hf_gradacc.target_logits import find_head, kept_rows
@@ -34,6 +36,7 @@ class FastSteps(Trainer):
     _shortcuts: Shortcuts | None = None
     _head: nn.Module | None = None
     _owner: PreTrainedModel | None = None
+    _linears: tuple[nn.Linear, ...] = ()
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -43,16 +46,22 @@ class FastSteps(Trainer):
         Layout happens here and not in the loader, so that whoever cuts an update again (out of
         memory, or a loader of somebody else's) deals with plain padded rows.
         """
+        with onednn_linears(self._linears):
+            return self._step_shaped(model, inputs, num_items_in_batch)
+
+    def _step_shaped(self, model: nn.Module, inputs: Any, count: Tensor | int | None) -> Tensor:
         if self._shortcuts is None or not isinstance(inputs, Mapping):
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, inputs, count)
         shaped, positions = self._shortcuts.shape(inputs)
         shaped = {key: self._start_copy(value) for key, value in shaped.items()}
         chunked = self._shortcuts.chunked_loss and positions is not None
         with (
             kept_rows(self._head, self._start_copy(positions)),
-            without_logits(self._owner if chunked else None, self._head),
+            without_logits(
+                self._owner if chunked else None, self._head, onednn=bool(self._linears)
+            ),
         ):
-            return super().training_step(model, shaped, num_items_in_batch)
+            return super().training_step(model, shaped, count)
 
     def _start_copy(self, value: Any) -> Any:
         """Copy to the device behind what it still computes; the host does not wait for it."""
@@ -120,6 +129,30 @@ class FastSteps(Trainer):
             self._collator.packed = self._shortcuts.packed
         logger.info(f"shortcuts to the same loss: {self._shortcuts}")
 
+    def _choose_products(self, bare: nn.Module) -> None:
+        """See which layers may multiply by oneDNN; once the other shortcuts are chosen."""
+        self._linears = ()
+        asked = self.args.onednn_linear
+        if asked is False or not (asked or suits_here()):
+            return
+        chunked = self._shortcuts is not None and self._shortcuts.chunked_loss
+        found = find_linears(bare, leave_out=self._head if chunked else None)
+        why = why_no_onednn()
+        if self.args.bf16 or self.args.fp16:
+            why = why or "autocast multiplies in half precision"
+        if self.args.torch_compile:
+            why = why or "compiled models have products of their own"
+        if Engine.of(self).lockstep:
+            why = why or "FSDP and DeepSpeed put weights together for torch's own layers"
+        if not found:
+            why = why or "the model has no large linear layer of float32 weights on a CPU"
+        if why and asked:
+            raise ConfigError(
+                f"onednn_linear = True: {why}.\n  Set onednn_linear = False or leave it out."
+            )
+        self._linears = () if why else tuple(found)
+        logger.info(f"linear layers that multiply by oneDNN: {len(self._linears)} {why}")
+
     def _dtype_computed_in(self, bare: nn.Module) -> torch.dtype:
         """Give the coarsest dtype of a forward: it says how much two evaluations may differ."""
         if self.args.bf16 or self.args.fp16:
@@ -182,6 +215,7 @@ class FastSteps(Trainer):
         words = {
             "target-only": taken.target_only_logits,
             "chunked": taken.chunked_loss,
+            "oneDNN": bool(self._linears),
             "no mask": taken.drop_mask,
             "packed": taken.packed,
             "checkpointing": self.args.gradient_checkpointing,
