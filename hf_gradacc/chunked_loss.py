@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -185,31 +186,31 @@ class ChunkedLoss(torch.autograd.Function):
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wants = [wants_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        grads = (
-            torch.empty_like(hidden) if wants[0] else None,
-            torch.zeros_like(weight, dtype=wide) if wants[1] else None,
-            torch.zeros_like(weight[:, 0], dtype=wide) if wants[2] else None,
-        )
+        of_hidden = torch.empty_like(hidden) if wants[0] else None
+        of_weight = of_bias = None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        size = rows_per_chunk(weight.shape[0], device_type=hidden.device.type)
-        logits = None if onednn else hidden.new_empty(min(size, len(hidden)), weight.shape[0])
-        for start in range(0, len(hidden), size):
+        limit = rows_per_chunk(weight.shape[0], device_type=hidden.device.type)
+        size = -(-len(hidden) // max(1, -(-len(hidden) // limit)))  # chunks as equal as can be
+        for start in range(0, len(hidden), size or 1):
             rows, right = hidden[start : start + size], labels[start : start + size, None]
-            if logits is None:
-                chunk = product(rows, weight, bias)
-            elif bias is None:
-                chunk = torch.mm(rows, weight.t(), out=logits[: len(rows)])
-            else:
-                chunk = torch.addmm(bias, rows, weight.t(), out=logits[: len(rows)])
-            scores = chunk.to(wide)  # the same memory, unless weights are in half precision
+            scores = narrow = None  # those of the chunk before go first
+            logits = product(rows, weight, bias) if onednn else linear(rows, weight, bias)
+            scores = logits.to(wide)  # the same memory, unless weights are in half precision
+            del logits
             torch.log_softmax(scores, 1, out=scores)
             loss -= scores.gather(1, right).sum()
             if not any(wants):
                 continue
             scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
-            add = _add_by_onednn if onednn else _add_gradients
-            add(grads, scores, rows=rows, weight=weight, start=start)
-        ctx.grads = grads
+            narrow = scores.to(rows.dtype)  # what a linear layer's backward would be handed
+            if of_hidden is not None:
+                share = product(narrow, weight.t()) if onednn else narrow @ weight
+                of_hidden[start : start + size] = share
+            if wants[1]:
+                of_weight = _add_products(of_weight, narrow, rows, wide=wide, onednn=onednn)
+            if wants[2]:
+                of_bias = scores.sum(0) if of_bias is None else of_bias.add_(scores.sum(0))
+        ctx.grads = (of_hidden, of_weight, of_bias)
         ctx.dtypes = [_grad_dtype(x) for x in (hidden, weight, bias)]
         return loss
 
@@ -226,33 +227,18 @@ class ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _add_gradients(
-    grads: tuple[Tensor | None, ...], scores: Tensor, *, rows: Tensor, weight: Tensor, start: int
-) -> None:
-    """Take in what a chunk adds to the gradients of hidden states, weight and bias."""
-    of_hidden, of_weight, of_bias = grads
-    narrow = scores.to(rows.dtype)  # what the backward of a linear layer would be handed
-    if of_hidden is not None:
-        torch.mm(narrow, weight, out=of_hidden[start : start + len(rows)])
-    if of_weight is not None and of_weight.dtype == rows.dtype:
-        of_weight.addmm_(narrow.t(), rows)
-    elif of_weight is not None:
-        of_weight += torch.mm(narrow.t(), rows)
-    if of_bias is not None:
-        of_bias += scores.sum(0)
-
-
-def _add_by_onednn(
-    grads: tuple[Tensor | None, ...], scores: Tensor, *, rows: Tensor, weight: Tensor, start: int
-) -> None:
-    """Do the same for float32, multiplied by oneDNN."""
-    of_hidden, of_weight, of_bias = grads
-    if of_hidden is not None:
-        of_hidden[start : start + len(rows)] = product(scores, weight.t())
-    if of_weight is not None:
-        of_weight += product(scores.t(), rows.t())
-    if of_bias is not None:
-        of_bias += scores.sum(0)
+def _add_products(
+    total: Tensor | None, scores: Tensor, rows: Tensor, *, wide: torch.dtype, onednn: bool
+) -> Tensor:
+    """Add ``scores.T @ rows`` to a sum, in place; the first of a sum is the sum."""
+    if onednn:
+        share = product(scores.t(), rows.t())
+        return share if total is None else total.add_(share)
+    if total is None:
+        return torch.mm(scores.t(), rows).to(wide)
+    if total.dtype == rows.dtype:
+        return total.addmm_(scores.t(), rows)
+    return total.add_(torch.mm(scores.t(), rows))
 
 
 def _grad_dtype(x: Tensor | None) -> torch.dtype | None:

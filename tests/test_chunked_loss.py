@@ -1,6 +1,7 @@
 """A loss taken in chunks has the value and gradient of the loss over all logits, without these."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -132,8 +133,8 @@ class SeenLogits(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("chunked", "most_rows"), [(True, 20), (False, None)])
-def test_all_logits_of_a_micro_batch_are_never_there_at_once(monkeypatch, chunked, most_rows):
+@pytest.mark.parametrize("chunked", [True, False])
+def test_all_logits_of_a_micro_batch_are_never_there_at_once(monkeypatch, chunked):
     monkeypatch.setattr(chunked_loss, "_ROWS_ON_CPU", 20)  # more than the transposed weight has
     model = tiny_llama().train()
     labels = pad(ROWS)["labels"]
@@ -143,7 +144,8 @@ def test_all_logits_of_a_micro_batch_are_never_there_at_once(monkeypatch, chunke
     owner = find_owner(model, head) if chunked else None
     with without_logits(owner, head), SeenLogits(model.config.vocab_size) as seen:
         model(**inputs).loss.backward()
-    assert seen.most_rows == (most_rows or labels.numel())
+    equal_chunks = math.ceil(labels.numel() / math.ceil(labels.numel() / 20))
+    assert seen.most_rows == (equal_chunks if chunked else labels.numel())
 
 
 def test_autocast_computes_what_it_computes_over_logits():
