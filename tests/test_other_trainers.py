@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.bytes_tokenizer import bytes_tokenizer
 from support.reference import assert_same_updates, float64_everywhere
-from support.tiny import Recorder
+from support.tiny import PLAIN, Recorder
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -23,19 +23,6 @@ from transformers import (
 from hf_gradacc import GradAccMixin, GradAccOptions
 from hf_gradacc.errors import DataError
 from hf_gradacc.refusals import refuse_by_name
-
-SETTINGS = {
-    "use_cpu": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "num_train_epochs": 1,
-}
 
 
 @dataclass
@@ -81,7 +68,7 @@ def translate(out, *, mixed, in_little_memory=False, **options):
         arguments = Seq2SeqArguments if mixed else Seq2SeqTrainingArguments
         trainer = (MixedSeq2Seq if mixed else Seq2SeqTrainer)(
             model=model,
-            args=arguments(output_dir=str(out), predict_with_generate=True, **SETTINGS | options),
+            args=arguments(output_dir=str(out), predict_with_generate=True, **PLAIN | options),
             train_dataset=rows,
             eval_dataset=rows[:5],
             data_collator=DataCollatorForSeq2Seq(tokenizer),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.bytes_tokenizer import bytes_tokenizer
 from support.reference import assert_same_updates, float64_everywhere
-from support.tiny import Recorder
+from support.tiny import PLAIN, Recorder
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -30,18 +30,6 @@ from hf_gradacc.refusals import _ROW_BY_ROW, refuse_by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-SETTINGS = {
-    "use_cpu": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "num_train_epochs": 1,
-}
 PIECES = {"per_device_train_batch_size": 3, "effective_batch_size": 14}
 WHOLE = {"per_device_train_batch_size": 14}
 
@@ -122,7 +110,7 @@ def train(trainer_class, arguments, model, make_loss, rows, out, **options):
     torch.manual_seed(1)  # some losses have weights of their own
     trainer = trainer_class(
         model=model.double(),
-        args=arguments(output_dir=str(out), **SETTINGS | options),
+        args=arguments(output_dir=str(out), **PLAIN | options),
         train_dataset=rows,
         loss=make_loss(model).double(),
         callbacks=[recorder],

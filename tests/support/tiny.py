@@ -15,6 +15,19 @@ from hf_gradacc import GradAccArguments, GradAccTrainer
 Row = dict[str, list[int]]
 
 VOCABULARY = 48
+PLAIN: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 1,
+}
+"""Training arguments: plain SGD, nothing clipped, nothing written."""
 
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
@@ -106,22 +119,9 @@ def make_trainer(
     **options: Any,
 ) -> Any:
     """Make a trainer that steps with plain SGD, clips nothing and writes nothing by default."""
-    settings: dict[str, Any] = {
-        "output_dir": str(out),
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "num_train_epochs": 1,
-    }
     return trainer_class(
         model=tiny_llama() if model is None else model,
-        args=arguments_class(**settings | options),
+        args=arguments_class(output_dir=str(out), **PLAIN | options),
         data_collator=data_collator,
         train_dataset=rows,
         eval_dataset=eval_dataset,

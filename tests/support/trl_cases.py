@@ -21,7 +21,7 @@ from hf_gradacc import GradAccMixin, GradAccOptions
 from .bytes_tokenizer import bytes_tokenizer
 from .reference import float64_everywhere
 from .templates import CHATML_TOKENS, TAGGED
-from .tiny import Recorder, tiny_llama
+from .tiny import PLAIN, Recorder, tiny_llama
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -147,17 +147,8 @@ class Case:
             pass
 
         settings: dict[str, Any] = {
+            **PLAIN,
             "output_dir": str(out),
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "num_train_epochs": 1,
             "bf16": False,
             "gradient_checkpointing": False,
             "train_sampling_strategy": "sequential",
