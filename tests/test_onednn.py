@@ -18,6 +18,11 @@ OP = "mkldnn::_linear_pointwise"
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
 
 
+@pytest.fixture(autouse=True)
+def smaller_layers(monkeypatch):
+    monkeypatch.setattr(onednn, "_SMALLEST_WEIGHT", 2**14)
+
+
 def wide_llama(**changes):
     return tiny_llama(dtype=torch.float32, **WIDE | changes)
 
@@ -108,17 +113,19 @@ def test_layers_are_left_as_they_were_whatever_happens_inside():
     assert not any("forward" in vars(layer) for layer in layers)
 
 
-def test_only_large_plain_layers_of_float32_are_found():
+def test_only_large_plain_layers_of_float32_are_found(monkeypatch):
+    monkeypatch.undo()
+
     class More(nn.Linear):
         pass
 
-    hooked = nn.Linear(160, 136)
+    hooked = nn.Linear(256, 300)
     hooked.forward = hooked.forward
-    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(160, 136))
-    left_out, found = nn.Linear(160, 136), nn.Linear(160, 136)
-    others = [More(160, 136), hooked, parametrized, left_out, nn.Linear(16, 2048)]
-    others += [nn.Linear(100, 100), nn.Linear(160, 136).double(), nn.Linear(160, 136).bfloat16()]
-    others += [nn.Linear(160, 136, device="meta"), nn.Conv1d(160, 136, 1)]
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(256, 300))
+    left_out, found = nn.Linear(256, 300), nn.Linear(256, 300)
+    others = [More(256, 300), hooked, parametrized, left_out, nn.Linear(16, 8192)]
+    others += [nn.Linear(255, 256), nn.Linear(256, 300).double(), nn.Linear(256, 300).bfloat16()]
+    others += [nn.Linear(256, 300, device="meta"), nn.Conv1d(256, 300, 1)]
     model = nn.ModuleList([*others, found])
     assert find_linears(model, leave_out=left_out) == [found]
 
