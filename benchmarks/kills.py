@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.ranks import run_and_kill
 from support.resume_jobs import train_and_report, train_until_killed
 
-from hf_gradacc.checkpoints import STAGING_NAME, find_whole_checkpoint, list_checkpoints
+from hf_gradacc.safety.checkpoints import STAGING_NAME, find_whole_checkpoint, list_checkpoints
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/noise_scale.py            # two minutes on one core
 
-1. Linear regression, whose noise scale has a closed form (tests/test_noise_scale.py derives it).
+1. Linear regression, whose noise scale has a closed form (`tests/tracking/test_noise_scale.py`
+   derives it).
 2. A small Llama half way through learning word problems, its weights held still: the meter's
    estimates against a direct one from the gradient of every single row.
 3. What a measured update costs on that model.
@@ -21,8 +22,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_gradacc.noise_scale import measure_noise, smooth_noise_scale
-from hf_gradacc.noise_scale_meter import NoiseScaleMeter
+from hf_gradacc.tracking.noise_meter import NoiseScaleMeter
+from hf_gradacc.tracking.noise_scale import measure_noise, smooth_noise_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "design-notes" / "noise-scale-validation.png"

@@ -31,8 +31,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.phases import PhaseClock
-from hf_gradacc.tracking import TrackingCallback
+from hf_gradacc.tracking.install import TrackingCallback
+from hf_gradacc.tracking.phases import PhaseClock
 
 NUM_PAIRS = int(sys.argv[1]) if len(sys.argv) > 1 else 150
 WARM_UP = 6

@@ -42,7 +42,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_gradacc import GradAccArguments, GradAccTrainer, UpdateCollator
-from hf_gradacc.loading import deal_update
+from hf_gradacc.updates.loader import deal_update
 
 HIDDEN = 1024
 MICRO_BATCH = 8

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from workloads import make_collator, make_tokenizer
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.planner import count_padding, plan_micro_batches, plan_packed_micro_batches
-from hf_gradacc.sampler import UpdateSampler
+from hf_gradacc.updates.planner import count_padding, plan_micro_batches, plan_packed_micro_batches
+from hf_gradacc.updates.sampler import UpdateSampler
 
 
 def tiny_model() -> LlamaForCausalLM:

@@ -44,7 +44,7 @@ from support.reference import float64_everywhere
 from support.tiny import make_trainer, ragged_rows, tiny_llama
 
 from hf_gradacc import DataError, GradAccTrainer
-from hf_gradacc.tracking_file import read_log
+from hf_gradacc.tracking.run_files import read_log
 
 BAD_LOSS, BAD_GRADIENT = 1, 2  # tokens that no row holds by itself
 WORDS = (

@@ -37,7 +37,7 @@ from workloads import (
 )
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.onednn import suits_here
+from hf_gradacc.loss.onednn import suits_here
 
 BATCH = 64
 OURS = "ours"

@@ -1,18 +1,30 @@
 """Gradient accumulation that gives exactly the gradient of the whole batch.
 
-Read the code in the order data flows: `arguments`, `sampler`, `planner`, `collator`, `loader`,
-`update`, `targets`, `probe`, `trainer_data`, `trainer_loss`, `trainer`.
+Each folder is one part of the way from rows to a log row, and imports only from folders on a lower
+line:
 
-What is exported is imported when it is first asked for (PEP 562), since torch and transformers
-take seconds to load and `hf-gradacc --help` needs neither.
+    cli
+    recipe                                 a recipe becomes a run
+    verify                                 a run is held against the whole batch
+    trainer                                hooks of the stock Trainer, and the parts they call
+    tracking                               numbers of a run: files, terminal, W&B, reports
+    safety                                 what may go wrong in an update
+    loss    ranks    data                  what a loss is a mean over | processes | rows of text
+    updates                                rows -> shares -> micro-batches -> Update; no Trainer
+    errors  arguments  text
+
+Read in the order data flows: `updates.targets`, `updates.sampler`, `updates.dealing`,
+`updates.planner`, `updates.collator`, `updates.update`, `updates.loader`, `loss.probe`,
+`trainer.mixin` (hooks, top to bottom), `trainer.runner`, `trainer.step`, `ranks.engine`,
+`trainer.gradients`, `trainer.log_row`, `tracking.install`.
 """
 
-import importlib
 import typing
+
+from hf_gradacc._doors import open_when_asked
 
 if typing.TYPE_CHECKING:
     from hf_gradacc.arguments import GradAccArguments, GradAccOptions
-    from hf_gradacc.collator import UpdateCollator
     from hf_gradacc.errors import (
         CheckpointError,
         ConfigError,
@@ -23,11 +35,13 @@ if typing.TYPE_CHECKING:
         NonFiniteError,
         RankFailedError,
     )
-    from hf_gradacc.planner import plan_micro_batches
-    from hf_gradacc.sampler import UpdateSampler
-    from hf_gradacc.trainer import GradAccMixin, GradAccTrainer
-    from hf_gradacc.update import MicroBatch, Update, UpdateStats
-    from hf_gradacc.verify import ParityReport, verify_parity
+    from hf_gradacc.trainer.mixin import GradAccMixin, GradAccTrainer
+    from hf_gradacc.updates.collator import UpdateCollator
+    from hf_gradacc.updates.planner import plan_micro_batches
+    from hf_gradacc.updates.sampler import UpdateSampler
+    from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
+    from hf_gradacc.verify.parity import verify_parity
+    from hf_gradacc.verify.result import ParityReport
 
 __all__ = [
     "CheckpointError",
@@ -54,7 +68,6 @@ __all__ = [
 
 _MODULES = {
     "arguments": ("GradAccArguments", "GradAccOptions"),
-    "collator": ("UpdateCollator",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -65,25 +78,14 @@ _MODULES = {
         "NonFiniteError",
         "RankFailedError",
     ),
-    "planner": ("plan_micro_batches",),
-    "sampler": ("UpdateSampler",),
-    "trainer": ("GradAccMixin", "GradAccTrainer"),
-    "update": ("MicroBatch", "Update", "UpdateStats"),
-    "verify": ("ParityReport", "verify_parity"),
+    "trainer.mixin": ("GradAccMixin", "GradAccTrainer"),
+    "updates.collator": ("UpdateCollator",),
+    "updates.planner": ("plan_micro_batches",),
+    "updates.sampler": ("UpdateSampler",),
+    "updates.update": ("MicroBatch", "Update", "UpdateStats"),
+    "verify.parity": ("verify_parity",),
+    "verify.result": ("ParityReport",),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 if not typing.TYPE_CHECKING:  # a type checker that saw this would take any name for exported
-
-    def __getattr__(name: str) -> object:
-        """Import an exported name from its module, and keep it."""
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    """The exported names too, before anybody asked for one."""
-    return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = open_when_asked(__name__, _MODULES)

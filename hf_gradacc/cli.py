@@ -16,10 +16,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hf_gradacc.cli_recipes import find_recipe, recipes_app
 from hf_gradacc.errors import GradAccError
+from hf_gradacc.recipe.shipped import find_recipe, recipes_app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "plan", "report", "schema", "train", "verify"]
 
 app = typer.Typer(
     name="hf-gradacc",
@@ -63,13 +63,13 @@ def train(
 
     - `accelerate launch -m hf_gradacc train qwen3/8b_full_chat_fsdp2 --resume`
     """
-    from hf_gradacc.recipe import load_recipe
-    from hf_gradacc.recipe_run import train_recipe
-    from hf_gradacc.recipe_sections import HEADS
+    from hf_gradacc.recipe.load import load_recipe
+    from hf_gradacc.recipe.run import train_recipe
+    from hf_gradacc.recipe.sections import HEADS
 
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
     if verify_first:
-        from hf_gradacc.cli_verify import verify_recipe
+        from hf_gradacc.recipe.verifying import verify_recipe
 
         report = verify_recipe(loaded)
         print(report)
@@ -107,8 +107,8 @@ def plan(
 
     - `hf-gradacc plan my.yaml peft=lora --gpu-memory 24`
     """
-    from hf_gradacc.cli_plan import show_plan
-    from hf_gradacc.recipe import load_recipe
+    from hf_gradacc.recipe.load import load_recipe
+    from hf_gradacc.recipe.plan_screen import show_plan
 
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
     # Without a terminal, as in a pipe or a log, rich would take 80 columns.
@@ -142,8 +142,8 @@ def verify(
 
     - `hf-gradacc verify my.yaml --rows 32 --no-preflight`
     """
-    from hf_gradacc.cli_verify import verify_recipe
-    from hf_gradacc.recipe import load_recipe
+    from hf_gradacc.recipe.load import load_recipe
+    from hf_gradacc.recipe.verifying import verify_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
     report = verify_recipe(loaded, num_rows=rows, preflight=preflight)
@@ -164,7 +164,7 @@ def report(
 
     - `hf-gradacc report runs/quickstart --html report.html`
     """
-    from hf_gradacc.report import build_report
+    from hf_gradacc.tracking.report import build_report
 
     build_report(runs, html=html, png=png)
     print(f"written: {html}" + (f", {png}" if png else ""))
@@ -181,7 +181,7 @@ def schema(
     - `hf-gradacc schema recipe.schema.json`, and as the first line of a recipe:
       `# yaml-language-server: $schema=recipe.schema.json`
     """
-    from hf_gradacc.recipe_save import export_schema
+    from hf_gradacc.recipe.schema import export_schema
 
     text = json.dumps(export_schema(), indent=2) + "\n"
     if out is None:

@@ -13,9 +13,9 @@ from transformers import DataCollatorWithPadding, EvalPrediction, set_seed
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import GradAccError
-from hf_gradacc.modeling import apply_peft, load_model, save_model
-from hf_gradacc.recipe import configure_wandb, load_recipe, recipe_arguments
-from hf_gradacc.recipe_save import RecipeCallback
+from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
+from hf_gradacc.recipe.model import apply_peft, load_model, save_model
+from hf_gradacc.recipe.run import RecipeCallback
 
 
 def main(path: str, overrides: list[str]) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_gradacc import cli, cli_recipes
-from hf_gradacc.recipe import load_recipe
-from hf_gradacc.tracking_file import read_run
-from hf_gradacc.tracking_parity import read_parity
+from hf_gradacc import cli
+from hf_gradacc.recipe import shipped as cli_recipes
+from hf_gradacc.recipe.load import load_recipe
+from hf_gradacc.tracking.parity_file import read_parity
+from hf_gradacc.tracking.run_files import read_run
 
 ROOT = Path(__file__).parents[1]
 SLICE = "data.train={path: rows.jsonl, split: 'train[:2]'}"
@@ -200,7 +201,7 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
     def refuse(*_args, **_kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("hf_gradacc.modeling.load_model", refuse)
+    monkeypatch.setattr("hf_gradacc.recipe.model.load_model", refuse)
     code, out, err = run("plan", recipe, "train.bf16=true", "--png", "plan.png")
     assert code == 0, err
     for word in ("updates", "effective_batch_size", "tokens_per_update", "padding", "together"):
@@ -215,7 +216,7 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
 def test_plan_counts_by_hand(run, recipe):
     from rich.console import Console
 
-    from hf_gradacc.cli_plan import show_plan
+    from hf_gradacc.recipe.plan_screen import show_plan
 
     plan = show_plan(load_recipe(recipe), console=Console(quiet=True))
     assert plan.num_sequences == 16
@@ -231,7 +232,7 @@ def test_plan_counts_by_hand(run, recipe):
 def test_training_cuts_its_updates_as_planned(run, recipe, budget):
     from rich.console import Console
 
-    from hf_gradacc.cli_plan import show_plan
+    from hf_gradacc.recipe.plan_screen import show_plan
 
     changes = [f"train.max_tokens_per_micro_batch={budget}", "data.holdout=null"]
     changes += ["train.max_steps=4", "train.logging_steps=4", "train.save_strategy=no"]
@@ -257,7 +258,7 @@ def test_verify_passes_on_a_sound_model(run, recipe, tmp_path):
 
 
 def test_verify_takes_rows_from_the_shortest_to_the_longest(run, recipe, monkeypatch):
-    from hf_gradacc import cli_verify
+    from hf_gradacc.recipe import verifying as cli_verify
 
     seen = {}
 
@@ -410,7 +411,7 @@ def test_a_compiled_model_learns_the_same_weights(run, recipe, tmp_path):
 
 def test_liger_kernels_without_their_package_are_one_error(run, recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    monkeypatch.setattr("hf_gradacc.recipe_machine.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_gradacc.recipe.values.importlib.util.find_spec", lambda name: None)
     code, _, err = run("train", recipe, "train.use_liger_kernel=true")
     assert code == 2
     assert "train.use_liger_kernel = True: needs liger_kernel" in err
@@ -433,7 +434,7 @@ def test_a_full_disk_a_closed_folder_or_ctrl_c_is_a_message(
     def fail(*_args, **_kwargs):
         raise failure
 
-    monkeypatch.setattr("hf_gradacc.recipe_run.prepare_data", fail)
+    monkeypatch.setattr("hf_gradacc.recipe.run.prepare_data", fail)
     found, _, err = run("train", recipe)
     assert found == code
     assert message in err
@@ -444,8 +445,8 @@ NAMED = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null"]
 
 def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, monkeypatch):
     run("train", recipe)
-    monkeypatch.setattr("hf_gradacc.recipe_machine.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("hf_gradacc.recipe_run.load_tokenizer", None)  # nothing is loaded before
+    monkeypatch.setattr("hf_gradacc.recipe.values.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_gradacc.recipe.run.load_tokenizer", None)  # nothing is loaded before
     code, _, err = run("train", recipe, "peft=qlora", *NAMED)
     assert code == 2
     assert "pip install bitsandbytes" in err
@@ -466,8 +467,8 @@ def test_a_model_that_does_not_fit_is_told_before_the_data_are_read(run, recipe,
     def refuse(*_args, **_kwargs):
         raise AssertionError("rows were prepared")
 
-    monkeypatch.setattr("hf_gradacc.recipe_run.prepare_data", refuse)
-    monkeypatch.setattr("hf_gradacc.cli_plan.prepare_data", refuse)
+    monkeypatch.setattr("hf_gradacc.recipe.run.prepare_data", refuse)
+    monkeypatch.setattr("hf_gradacc.recipe.plan_screen.prepare_data", refuse)
     for command in ("train", "plan"):
         code, _, err = run(command, recipe, "peft=lora", "peft.target_modules=[nope]")
         assert code == 2

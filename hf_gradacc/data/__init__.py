@@ -1,12 +1,18 @@
-"""Data for recipes: rows of seven formats become token ids and targets."""
+"""Data for recipes: rows of seven formats become token ids and targets.
 
-from hf_gradacc.data.chat import encode_chat
-from hf_gradacc.data.collate import make_collator
-from hf_gradacc.data.formats import RowError, RowReader, encode_row
-from hf_gradacc.data.lengths import Fate, LengthReport
-from hf_gradacc.data.packing import pack_blocks
-from hf_gradacc.data.prepare import PreparedData, iter_texts, prepare_data
-from hf_gradacc.data.tokenizer import load_tokenizer, train_tokenizer
+Read `section` (every key), `sources`, `formats`, `chat`, then `prepare`.
+"""
+
+import typing
+
+from hf_gradacc._doors import open_when_asked
+
+if typing.TYPE_CHECKING:
+    from hf_gradacc.data.chat import encode_chat
+    from hf_gradacc.data.formats import RowError, RowReader, encode_row
+    from hf_gradacc.data.lengths import Fate, LengthReport, pack_blocks
+    from hf_gradacc.data.prepare import PreparedData, iter_texts, prepare_data
+    from hf_gradacc.data.tokenizer import load_tokenizer, make_collator, train_tokenizer
 
 __all__ = [
     "Fate",
@@ -23,3 +29,14 @@ __all__ = [
     "prepare_data",
     "train_tokenizer",
 ]
+
+_MODULES = {
+    "chat": ("encode_chat",),
+    "formats": ("RowError", "RowReader", "encode_row"),
+    "lengths": ("Fate", "LengthReport", "pack_blocks"),
+    "prepare": ("PreparedData", "iter_texts", "prepare_data"),
+    "tokenizer": ("load_tokenizer", "make_collator", "train_tokenizer"),
+}
+
+if not typing.TYPE_CHECKING:  # a type checker that saw this would take any name for exported
+    __getattr__, __dir__ = open_when_asked(__name__, _MODULES)

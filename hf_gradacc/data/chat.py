@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_gradacc.targets import IGNORE_INDEX
+from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = ["ChatError", "Messages", "encode_chat", "has_generation_tags"]
 

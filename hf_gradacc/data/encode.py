@@ -8,10 +8,10 @@ from typing import Any
 from hf_gradacc.data.faults import explain_failure, locate_row
 from hf_gradacc.data.formats import RowError, RowReader, encode_row
 from hf_gradacc.data.lengths import Fate, fit_length
+from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, Format, SourceSection
 from hf_gradacc.data.sources import ExplainedStream
 from hf_gradacc.errors import DataError
-from hf_gradacc.recipe_data import FORMAT_COLUMNS, DataSection, Format, SourceSection
-from hf_gradacc.recipe_report import nearest
+from hf_gradacc.text import nearest
 
 __all__ = ["CACHE_VERSION", "encode_source", "source_columns", "source_format"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_gradacc.data.files import is_saved, local_files
+from hf_gradacc.data.section import SourceSection
 from hf_gradacc.errors import DataError
-from hf_gradacc.recipe_data import SourceSection
 
 __all__ = ["explain_failure", "locate_row"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hf_gradacc.data.section import SourceSection
 from hf_gradacc.errors import DataError
-from hf_gradacc.recipe_data import SourceSection
 
 __all__ = ["LOADERS", "is_saved", "loader_of", "local_files", "saved_folder", "split_name"]
 

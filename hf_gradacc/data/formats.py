@@ -24,9 +24,9 @@ from datetime import datetime
 from typing import Any
 
 from hf_gradacc.data.chat import ChatError, encode_chat
-from hf_gradacc.recipe_data import Format
-from hf_gradacc.recipe_report import nearest
-from hf_gradacc.targets import IGNORE_INDEX
+from hf_gradacc.data.section import Format
+from hf_gradacc.text import nearest
+from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = ["Encoded", "RowError", "RowReader", "encode_row"]
 

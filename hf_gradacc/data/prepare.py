@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hf_gradacc.data.classes import find_labels
 from hf_gradacc.data.encode import CACHE_VERSION, encode_source, source_columns, source_format
 from hf_gradacc.data.formats import RowReader
-from hf_gradacc.data.labels import find_labels
-from hf_gradacc.data.lengths import Fate, LengthReport
-from hf_gradacc.data.measure import measure_lengths
-from hf_gradacc.data.packing import pack_blocks
+from hf_gradacc.data.lengths import Fate, LengthReport, measure_lengths, pack_blocks
+from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, SourceSection
 from hf_gradacc.data.sources import ExplainedStream, load_source
 from hf_gradacc.errors import DataError
-from hf_gradacc.recipe_data import FORMAT_COLUMNS, DataSection, SourceSection
 
 __all__ = ["PreparedData", "iter_texts", "prepare_data"]
 

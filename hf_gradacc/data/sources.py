@@ -13,8 +13,8 @@ import datasets
 
 from hf_gradacc.data.faults import explain_failure
 from hf_gradacc.data.files import is_saved, loader_of, local_files, saved_folder, split_name
+from hf_gradacc.data.section import DocumentUnit, SourceSection
 from hf_gradacc.errors import DataError
-from hf_gradacc.recipe_data import DocumentUnit, SourceSection
 
 __all__ = ["ExplainedStream", "load_source"]
 

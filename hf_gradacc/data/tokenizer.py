@@ -1,4 +1,7 @@
-"""The tokenizer of a run: a model's own, or a small one trained on the rows themselves."""
+"""The tokenizer of a run: a model's own, or a small one trained on the rows themselves.
+
+The stock collator that pads rows of a task.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.data.progress import with_progress
+from hf_gradacc.data.section import ModelSection, Task, TokenizerSection
 from hf_gradacc.errors import ConfigError, DataError
-from hf_gradacc.recipe_sections import ModelSection, TokenizerSection
 
-__all__ = ["CHAT_TEMPLATE", "load_tokenizer", "train_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "load_tokenizer", "make_collator", "train_tokenizer"]
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+
 
 # The generation tags mark what the assistant says, its end token included: that is the target.
 CHAT_TEMPLATE = (
@@ -145,3 +149,18 @@ def _template_text(template: str) -> str:
             f"tokenizer.chat_template = {template!r} is neither a template nor a file: "
             "write Jinja text, or the path of a file that holds it."
         ) from error
+
+
+def make_collator(task: Task, *, tokenizer: Any, model: Any = None) -> Any:
+    """A transformers collator: labels of language models are padded with -100, classes are not.
+
+    Args:
+        task: The recipe's `model.task`.
+        tokenizer: Pads `input_ids`.
+        model: Encoder-decoders make their decoder's input from the labels with it.
+    """
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    if task == "classification":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, model=model if task == "seq2seq" else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradacc import GradAccTrainer
-from hf_gradacc.phases import PHASE_KEYS
+from hf_gradacc.tracking.phases import PHASE_KEYS
 
 from .reference import float64_everywhere
 from .tiny import VOCABULARY, log_rows, make_trainer, ragged_rows, tiny_llama

@@ -16,11 +16,66 @@ from accelerate.utils import DistributedType, ParallelismConfig
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from hf_gradacc.collator import UpdateCollator
-from hf_gradacc.phases import PHASE_KEYS
+from hf_gradacc.tracking.phases import PHASE_KEYS
+from hf_gradacc.updates.collator import UpdateCollator
 
 from .reference import float64_everywhere
 from .tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
+
+SEQUENTIAL = {"train_sampling_strategy": "sequential"}
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "an epoch that ends mid-update": {
+        "num_rows": 11,
+        "options": {
+            "effective_batch_size": 4,
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 2,
+        },
+    },
+    "a last update of one row": {
+        "num_rows": 9,
+        "form": "dataset",
+        "options": {"effective_batch_size": 4, "per_device_train_batch_size": 1},
+    },
+    "updates smaller than the world from the first on": {
+        "num_rows": 5,
+        "options": {"effective_batch_size": 2},
+    },
+    "rows, shares and an update without a target": {
+        "num_rows": 12,
+        "without_target": (0, 1, 2, 4, 6, 7),
+        "options": {"effective_batch_size": 2, **SEQUENTIAL},
+    },
+    "a token budget": {
+        "num_rows": 11,
+        "options": {"effective_batch_size": 8, "max_tokens_per_micro_batch": 20},
+    },
+    "updates drawn by tokens": {
+        "num_rows": 11,
+        "form": "dataset",
+        "options": {"tokens_per_update": 25, "max_tokens_per_micro_batch": 24},
+    },
+    "a stream without a length": {
+        "num_rows": 11,
+        "form": "stream",
+        "options": {"effective_batch_size": 4, "max_steps": 5},
+    },
+    "a stream of shards drawn by tokens": {
+        "num_rows": 11,
+        "form": "iterable",
+        "options": {"tokens_per_update": 25, "max_steps": 5},
+    },
+    "label smoothing": {
+        "num_rows": 6,
+        "options": {"effective_batch_size": 6, "label_smoothing_factor": 0.1},
+    },
+    "buckets that are views and a search for unused parameters": {
+        "num_rows": 6,
+        "options": {"effective_batch_size": 3, "ddp_find_unused_parameters": True},
+    },
+}
+"""Settings every engine has to train alike."""
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

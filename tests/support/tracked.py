@@ -16,8 +16,9 @@ from support.wandb_reader import WandbRun, find_wandb_files, read_wandb_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from wandb.sdk.lib.module import unset_globals
 
-from hf_gradacc import GradAccArguments, GradAccTrainer, tracking_wandb_start
-from hf_gradacc.tracking import record_event
+from hf_gradacc import GradAccArguments, GradAccTrainer
+from hf_gradacc.tracking import wandb_start as tracking_wandb_start
+from hf_gradacc.tracking.install import record_event
 
 WANDB_VARIABLES = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "RUN_ID", "RESUME", "PROJECT")
 

@@ -15,8 +15,8 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
 from hf_gradacc import GradAccError, GradAccTrainer, NonFiniteError
-from hf_gradacc.tracking_facts import describe_model
-from hf_gradacc.zero import UpdateEngine
+from hf_gradacc.ranks.deepspeed import UpdateEngine
+from hf_gradacc.tracking.run_facts import describe_model
 
 from . import rank_jobs
 from .reference import float64_everywhere
@@ -163,8 +163,8 @@ def make_rows(scenario: dict[str, Any]) -> Any:
 
 def break_on_purpose(mistake: str) -> None:
     """Make one of the mistakes that are easily made with this engine."""
-    import hf_gradacc.trainer_zero as module
-    from hf_gradacc.engines import Engine
+    import hf_gradacc.trainer.zero as module
+    from hf_gradacc.ranks.engine import Engine
 
     class SteppingInBackward(UpdateEngine):
         def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
@@ -333,7 +333,7 @@ def train_in_fp16(out: str, *, stage: int, scale_power: int) -> dict[str, Any]:
 def train_a_recipe(recipe: Any, **changes: Any) -> dict[str, Any]:
     """Train a recipe with its own engine, evaluate and save."""
     set_up()
-    from hf_gradacc.recipe_run import train_recipe
+    from hf_gradacc.recipe.run import train_recipe
 
     result = train_recipe(recipe, **changes)
     return {

@@ -1,0 +1,250 @@
+"""A causal LM's loss without its logits: computed from hidden states, some rows at a time.
+
+The logits of a micro-batch are ``targets × vocabulary`` numbers, kept several times over: as they
+are, in float32, as log-probabilities and as their gradient. `ChunkedLoss` takes the same loss a
+chunk of rows at a time, and the gradient with it.
+
+Transformers' models call their LM head and hand its result to ``self.loss_function``. Both have a
+public place to put something else, so no model code is patched: for the time of a micro-batch the
+head passes hidden states on, and the loss multiplies by the head's weight itself. Where a model
+does anything to its logits in between (soft-capping, scaling), the loss is not handed what the
+head passed on; that is noticed, and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_gradacc.loss.onednn import product
+
+__all__ = ["ChunkedLoss", "find_owner", "rows_per_chunk", "why_not_chunked", "without_logits"]
+
+# On a CPU a chunk of logits should stay in the cache; on others kernels should be large, and the
+# logits of a chunk (in float32) small beside a model.
+_ROWS_ON_CPU = 256
+
+
+_BYTES_ELSEWHERE = 256 * 2**20
+
+
+def rows_per_chunk(vocab_size: int, *, device_type: str) -> int:
+    """Say how many rows of logits to hold at once.
+
+    >>> rows_per_chunk(150_000, device_type="cpu"), rows_per_chunk(150_000, device_type="cuda")
+    (256, 447)
+    """
+    if device_type == "cpu":
+        return _ROWS_ON_CPU
+    return max(_ROWS_ON_CPU, _BYTES_ELSEWHERE // (4 * vocab_size))
+
+
+def find_owner(model: nn.Module, head: nn.Module | None) -> PreTrainedModel | None:
+    """Find the model whose forward calls a head and the loss, inside of wrappers such as PEFT's."""
+    owners = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is head
+    ]
+    return owners[-1] if owners and head is not None else None
+
+
+def why_not_chunked(owner: PreTrainedModel | None, head: nn.Module | None) -> str:
+    """Say why a loss cannot be computed from a head's input, empty if it may be tried."""
+    if owner is None or head is None:
+        return "no model was found that calls its LM head itself"
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return f"its LM head is a {type(head).__name__} that does more than multiply by a weight"
+    if owner.loss_function is not ForCausalLMLoss:
+        return "its loss is not Transformers' loss of causal LMs"
+    if hasattr(head.weight, "ds_id"):
+        return "ZeRO-3 gathers the weight of its LM head inside of the head alone"
+    return ""
+
+
+@contextlib.contextmanager
+def without_logits(
+    owner: PreTrainedModel | None, head: nn.Module | None, *, onednn: bool = False
+) -> Iterator[None]:
+    """Let a model compute its loss in chunks for as long as the context lasts.
+
+    Its inputs have to hold ``shift_labels`` for just the rows that reach the head, see
+    `hf_gradacc.loss.layouts.kept_rows`. The ``logits`` it returns are hidden states then. Nothing
+    of it stays on the model.
+
+    Args:
+        owner: From `find_owner`; None changes nothing.
+        head: Its LM head, a plain linear layer.
+        onednn: Let oneDNN multiply, see `hf_gradacc.loss.onednn`.
+    """
+    if owner is None or head is None:
+        yield
+        return
+    assert isinstance(head, nn.Linear)
+    passed_on: list[tuple[Tensor, int]] = []
+
+    def pass_on(hidden: Tensor) -> Tensor:
+        passed_on[:] = [(hidden, hidden._version)]
+        return hidden
+
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        weight = head.weight
+        hidden, version = passed_on[0] if passed_on else (None, 0)
+        if logits is not hidden or logits._version != version or vocab_size != weight.shape[0]:
+            raise RuntimeError("the model does something to its logits before the loss")
+        if shift_labels is None or isinstance(weight, DTensor):
+            raise RuntimeError("the loss has no shift_labels, or no whole weight, to go by")
+        return _mean_loss(
+            logits,
+            shift_labels,
+            weight=weight,
+            bias=head.bias,
+            num_items=num_items_in_batch,
+            onednn=onednn,
+        )
+
+    own_loss = vars(owner).get("_loss_function")
+    vars(head)["forward"] = pass_on  # where an instance attribute would lie, in front of the class
+    owner.loss_function = loss_function
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
+        if own_loss is None:
+            del owner._loss_function
+        else:
+            owner.loss_function = own_loss
+
+
+def _mean_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_items: Tensor | int | None,
+    onednn: bool = False,
+) -> Tensor:
+    """Give what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``."""
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):  # as the head's own product would be
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        onednn = onednn and device_type == "cpu" and hidden.dtype == torch.float32
+        loss: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, labels, torch.is_grad_enabled(), onednn
+        )
+    return loss / (len(labels) if num_items is None else num_items)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of ``hidden @ weight.T + bias``, with one chunk of logits at once.
+
+    The gradient of a row's loss is ``softmax(logits) - onehot(label)``, so a chunk's share of all
+    gradients is computed while its logits are there (as Liger's fused linear cross-entropy does,
+    arXiv 2410.10989): the three products of a forward and backward, and nothing computed twice.
+    torch's own `linear_cross_entropy` does the same as fast, but returns the loss of half-precision
+    weights in half precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        wants_grad: bool,
+        onednn: bool = False,
+    ) -> Tensor:
+        """Give the summed loss, a scalar in float32 or wider.
+
+        Args:
+            ctx: Of autograd.
+            hidden: ``[rows, hidden]``.
+            weight: ``[vocab, hidden]`` in the same type.
+            bias: ``[vocab]`` or None.
+            labels: ``[rows]``, each a class; none is ignored.
+            wants_grad: A backward will follow.
+            onednn: Let oneDNN multiply; float32 on a CPU only.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wants = [wants_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        of_hidden = torch.empty_like(hidden) if wants[0] else None
+        of_weight = of_bias = None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        limit = rows_per_chunk(weight.shape[0], device_type=hidden.device.type)
+        size = -(-len(hidden) // max(1, -(-len(hidden) // limit)))  # chunks as equal as can be
+        for start in range(0, len(hidden), size or 1):
+            rows, right = hidden[start : start + size], labels[start : start + size, None]
+            scores = narrow = None  # those of the chunk before go first
+            logits = product(rows, weight, bias) if onednn else linear(rows, weight, bias)
+            scores = logits.to(wide)  # the same memory, unless weights are in half precision
+            del logits
+            torch.log_softmax(scores, 1, out=scores)
+            loss -= scores.gather(1, right).sum()
+            if not any(wants):
+                continue
+            scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
+            narrow = scores.to(rows.dtype)  # what a linear layer's backward would be handed
+            if of_hidden is not None:
+                share = product(narrow, weight.t()) if onednn else narrow @ weight
+                of_hidden[start : start + size] = share
+            if wants[1]:
+                of_weight = _add_products(of_weight, narrow, rows, wide=wide, onednn=onednn)
+            if wants[2]:
+                of_bias = scores.sum(0) if of_bias is None else of_bias.add_(scores.sum(0))
+        ctx.grads = (of_hidden, of_weight, of_bias)
+        ctx.dtypes = [_grad_dtype(x) for x in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients there are; once, since they are scaled in place."""
+        if ctx.grads is None:
+            raise RuntimeError("the gradient of a chunked loss can be taken only once")
+        grads, ctx.grads = ctx.grads, None
+        scaled = [
+            None if x is None else x.mul_(grad).to(dtype)
+            for x, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)
+
+
+def _add_products(
+    total: Tensor | None, scores: Tensor, rows: Tensor, *, wide: torch.dtype, onednn: bool
+) -> Tensor:
+    """Add ``scores.T @ rows`` to a sum, in place; the first of a sum is the sum."""
+    if onednn:
+        share = product(scores.t(), rows.t())
+        return share if total is None else total.add_(share)
+    if total is None:
+        return torch.mm(scores.t(), rows).to(wide)
+    if total.dtype == rows.dtype:
+        return total.addmm_(scores.t(), rows)
+    return total.add_(torch.mm(scores.t(), rows))
+
+
+def _grad_dtype(x: Tensor | None) -> torch.dtype | None:
+    """Give the type autograd wants a gradient in: a weight may sum up in float32."""
+    if x is None:
+        return None
+    return (x.grad_dtype if x.is_leaf else None) or x.dtype

@@ -1,0 +1,233 @@
+"""The rows the model is asked with, and how to collate some of them by themselves.
+
+Most collators make one row of tensors of each dataset row, and a row is had by slicing. TRL's
+preference collators make two, all chosen answers and then all rejected ones; padding-free ones
+lay all rows end to end, and the images of a batch may be one tensor of patches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_gradacc.errors import ConfigError, DataError
+from hf_gradacc.updates.batch import (
+    count_copies,
+    count_rows,
+    find_labels,
+    find_main_input,
+    slice_rows,
+    trim_padding,
+)
+from hf_gradacc.updates.collator import UpdateCollator
+from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_rows
+from hf_gradacc.updates.stream import UpdateStream, is_stream
+from hf_gradacc.updates.targets import IGNORE_INDEX, count_row_targets, may_have_target
+
+__all__ = [
+    "ProbeRows",
+    "choose_probe_rows",
+    "choose_rows_to_ask",
+    "copies_in",
+    "describe",
+    "find_padding_targets",
+]
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """Dataset rows with what the data collator makes of them.
+
+    Attributes:
+        rows: As the dataset gives them.
+        inputs: All of them, collated together.
+        collate: The data collator.
+        copies: Collated rows of each, in blocks as `slice_rows` wants them; 0 if collated rows
+            cannot be told apart.
+    """
+
+    rows: Sequence[Any]
+    inputs: Mapping[str, Any]
+    collate: Callable[[list[Any]], Any]
+    copies: int
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Any], inputs: Mapping[str, Any], collate: Callable[[list[Any]], Any]
+    ) -> ProbeRows:
+        """See how collated rows belong to dataset rows."""
+        copies = count_copies(inputs, len(rows))
+        if copies > 1 and not all(
+            _alike(slice_rows(inputs, [i], copies=copies), collate([row]))
+            for i, row in enumerate(rows)
+        ):
+            copies = 0
+        if copies == 1 and not _is_plain(inputs, len(rows)):
+            with torch.random.fork_rng(devices=[]):
+                alone = [collate([row]) for row in rows]
+            if not all(_same_shares(slice_rows(inputs, [i]), a) for i, a in enumerate(alone)):
+                copies = 0
+        return cls(rows, inputs, collate, copies)
+
+    def take(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Give some of the rows, collated together."""
+        if self.copies:
+            return slice_rows(self.inputs, indices, copies=self.copies)
+        return dict(self.collate([self.rows[i] for i in indices]))
+
+
+def find_padding_targets(known: ProbeRows | None) -> list[str]:
+    """Say so if the collator pads labels with something that the loss takes for a target.
+
+    Then how wide a micro-batch is decides what is learned, so all of an update need one width.
+    FSMT does that to the labels it is given, and so does a collator that pads them with the
+    tokenizer's padding token.
+    """
+    if known is None or known.copies != 1:
+        return []
+    labels = find_labels(known.inputs)[1]
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+        return []
+    own = [
+        count_row_targets(row, shifted=False) if isinstance(row, Mapping) else None
+        for row in known.rows
+    ]
+    extra = int(labels.ne(IGNORE_INDEX).sum()) - sum(n or 0 for n in own)
+    if None in own or extra <= 0:
+        return []
+    return [
+        f"the data collator fills {extra} padding positions of {len(own)} rows' labels with tokens "
+        f"instead of {IGNORE_INDEX}, so the model learns to predict padding. If that is not meant, "
+        f"pad labels with {IGNORE_INDEX}; as it is, all micro-batches of an update get one width."
+    ]
+
+
+def copies_in(loader: Any) -> int:
+    """Count the collated rows that one row of a DataLoader's dataset becomes, at least 1."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or is_stream(dataset) or not len(dataset):
+        return 1
+    with torch.random.fork_rng(devices=[]):  # the collator may mask at random
+        inputs = loader.collate_fn([dataset[0]])
+    return max(1, count_copies(inputs, 1)) if isinstance(inputs, Mapping) else 1
+
+
+def _is_plain(inputs: Mapping[str, Any], num_rows: int) -> bool:
+    """Say whether a batch is tokens, masks and labels alone, which belong to rows for sure."""
+    return all(
+        value.ndim == 0 or (value.ndim <= 2 and len(value) == num_rows)
+        for value in inputs.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def _same_shares(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
+    """Say whether a row has as much of each tensor, be it sliced out or collated alone.
+
+    Of images it may not: rows hold none or several, or patches of all rows lie in one tensor.
+    """
+
+    def shares(part: Mapping[str, Any]) -> dict[str, int]:
+        return {k: len(v) for k, v in part.items() if isinstance(v, torch.Tensor) and v.ndim}
+
+    return shares(sliced) == shares(alone)
+
+
+def _alike(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
+    """Say whether two batches hold the same sequences, whatever they are padded with."""
+    a, b = (find_main_input(trim_padding(part)) for part in (sliced, alone))
+    return a is not None and b is not None and a.shape == b.shape and bool(a.eq(b).all())
+
+
+def choose_probe_rows(
+    loader: UpdateLoader,
+    collator: UpdateCollator,
+    *,
+    tokens_per_update: int | None = None,
+    count: int = 3,
+) -> list[Any]:
+    """Choose a few short rows to ask the model with, as unlike each other as there are.
+
+    A weight shows only between rows of different length, label and number of targets. A dataset
+    may be sorted by any of them, so rows are looked at from all over it.
+
+    Raises:
+        DataError: If no row of a map dataset has a target.
+        ConfigError: If tokens are to be counted that show only once rows are collated.
+    """
+    dataset: Any = loader.dataset
+    if isinstance(dataset, UpdateStream):
+        candidates = [row for row in dataset.peek(16) if may_have_target(row)]
+    else:
+        dataset, n = dataset.dataset, len(dataset)
+        spread = dict.fromkeys([*range(min(n, 8)), *(n * k // 8 for k in range(1, 8)), n - 1])
+        candidates = [row for row in (dataset[i] for i in spread) if may_have_target(row)]
+        candidates = candidates or list(
+            itertools.islice(filter(may_have_target, read_rows(dataset)), count)
+        )
+        if not candidates:
+            raise DataError(
+                f"none of the {n} training rows has a target: every label is -100, so there is "
+                f"nothing to learn. Check how the prompt is masked and how rows are cut."
+            )
+    unknown = {"max_tokens_per_micro_batch": collator.max_tokens}
+    if not any(count_targets_of(row, collator) for row in candidates):
+        unknown["tokens_per_update"] = tokens_per_update
+    if candidates and not any(collator.measure(candidates)) and any(unknown.values()):
+        asked = " and ".join(f"{name} = {value}" for name, value in unknown.items() if value)
+        raise ConfigError(
+            f"{asked}: rows do not say how many tokens they hold before the data collator has made "
+            f"them ({describe(candidates[0])}). Tokenize the dataset first, or count sequences: "
+            f"per_device_train_batch_size and effective_batch_size."
+        )
+    traits = [_traits(row, collator.main_input) for row in candidates]
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(candidates)):
+        rest = [i for i in range(len(candidates)) if i not in chosen]
+        chosen.append(
+            max(
+                rest, key=lambda i: (_unlike(traits[i], [traits[j] for j in chosen]), -traits[i][0])
+            )
+        )
+    return [candidates[i] for i in sorted(chosen, key=lambda i: traits[i][0])]
+
+
+def _traits(row: Any, main_input: str) -> tuple[int, int | None, str]:
+    """Give length, number of targets and, of a row that has one label, that label."""
+    labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+    is_many = hasattr(labels, "__len__") and getattr(labels, "ndim", 1) > 0
+    is_many = is_many and not isinstance(labels, str)
+    targets = count_row_targets(row, shifted=True) if is_many else None
+    return measure_length(row, main_input=main_input), targets, "" if is_many else str(labels)
+
+
+def _unlike(one: tuple[Any, ...], others: list[tuple[Any, ...]]) -> int:
+    """Count in how many traits a row differs from all others."""
+    return sum(all(one[k] != other[k] for other in others) for k in range(len(one)))
+
+
+def describe(row: Any) -> str:
+    """Say what a dataset row is, for an error."""
+    return f"the keys {sorted(row)}" if isinstance(row, Mapping) else f"type {type(row).__name__}"
+
+
+def choose_rows_to_ask(inputs: Mapping[str, Any], *, count: int = 3) -> list[int]:
+    """Choose a few rows of a collated batch that have targets, in the batch's order.
+
+    >>> choose_rows_to_ask({"labels": torch.tensor([[1, -100], [1, 2], [-100, -100]])}, count=1)
+    [1]
+    """
+    n = count_rows(inputs)
+    labels = find_labels(inputs)[1]
+    if labels is None or labels.is_floating_point() or labels.ndim != 2:
+        return list(range(min(n, count)))
+    # Rows that have a target whether or not the loss shifts come first, then any with a target.
+    after_first = labels[:, 1:].ne(IGNORE_INDEX).any(1).tolist()
+    at_all = labels.ne(IGNORE_INDEX).any(1).tolist()
+    ranked = sorted(range(n), key=lambda i: (not after_first[i], not at_all[i], i))
+    return sorted(ranked[:count])

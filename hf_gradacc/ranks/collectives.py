@@ -1,0 +1,150 @@
+"""What ranks tell each other: one vector of counts per update, and the gradients, once.
+
+Under DDP gradients are accumulated locally and summed here after the last micro-batch, instead of
+by DDP's own hooks during it. Ranks may then run different numbers of micro-batches, or none, and
+a failure inside a backward leaves no rank waiting in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.updates.update import Update
+
+__all__ = [
+    "agree_on_inputs",
+    "all_reduce_gradients",
+    "keep_ranks_apart",
+    "share_first",
+    "share_running_statistics",
+    "sum_over_ranks",
+    "trainable",
+]
+
+_BUCKET_BYTES = 64 * 2**20
+
+
+def sum_over_ranks(vector: Tensor, *, device: torch.device) -> Tensor:
+    """Sum a small vector over all ranks and give it back on the host. One collective."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return vector
+    on_device = vector.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def trainable(model: nn.Module) -> list[Parameter]:
+    """List the parameters that are trained, in the order that every rank has them in."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def keep_ranks_apart(model: nn.Module) -> None:
+    """Let no forward of DDP wait for other ranks.
+
+    DDP sends rank 0's buffers around in its first forward, and again in every forward whose
+    backward it reduces. A rank without a micro-batch in that update runs no forward, and the
+    others would wait for it forever. All ranks got rank 0's buffers when DDP was made.
+
+    Raises:
+        ConfigError: If DDP was told to do something in its reduction, which never runs.
+    """
+    for module in model.modules():
+        if not isinstance(module, DistributedDataParallel):
+            continue
+        if module.static_graph:
+            raise ConfigError(
+                "ddp_static_graph = True prepares a reduction that is never run here: gradients "
+                "are summed once per update, outside of DDP. Leave it out; nothing is lost."
+            )
+        if module._comm_hooks:
+            names = ", ".join(hook.__name__ for hook, _ in module._comm_hooks)
+            raise ConfigError(
+                f"the DDP communication hook {names} would never be called here: gradients are "
+                f"summed once per update, outside of DDP, in the precision they were added up "
+                f"in. Leave the hook out (accelerate: comm_hook = 'no')."
+            )
+        module.forward_sync_buffers = False
+
+
+def share_running_statistics(model: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0, as DDP would in each forward.
+
+    They are of no use while training. Evaluation needs them, and saves those of rank 0.
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)
+
+
+def all_reduce_gradients(
+    parameters: Sequence[Parameter], *, has_grad_anywhere: Sequence[bool]
+) -> None:
+    """Sum the gradients of parameters over ranks, in place.
+
+    A parameter without a gradient on this rank counts as zero, and one without a gradient on any
+    rank keeps None, as on one process: an optimizer would decay its weight otherwise.
+
+    Args:
+        parameters: The same parameters in the same order on every rank.
+        has_grad_anywhere: Which of them have a gradient on any rank; see `Outcome.agree`.
+    """
+    used = [p for p, has in zip(parameters, has_grad_anywhere, strict=True) if has]
+    for p in used:
+        if p.grad is None:
+            # Not the weight's dtype: low-precision weights may sum in float32, see `precision`.
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+    for bucket in _bucket(used):
+        grads = [p.grad for p in bucket if p.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        for grad, summed in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def _bucket(parameters: list[Parameter]) -> Iterable[list[Parameter]]:
+    """Group neighbours of one dtype, so that few large messages are sent instead of many small."""
+    bucket: list[Parameter] = []
+    size = 0
+    for p in parameters:
+        assert p.grad is not None
+        grad_bytes = p.grad.numel() * p.grad.element_size()
+        other_kind = bucket and (
+            bucket[0].grad is not None
+            and (bucket[0].grad.dtype, bucket[0].device) != (p.grad.dtype, p.device)
+        )
+        if bucket and (other_kind or size + grad_bytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += grad_bytes
+    if bucket:
+        yield bucket
+
+
+def agree_on_inputs(update: Update) -> Any:
+    """Give every rank the same collated inputs, from a rank whose share has some.
+
+    For streams that cannot be looked at beforehand: the model is asked with its first update, and
+    all ranks have to ask it the same.
+    """
+    return share_first(update.micro_batches[0].inputs if len(update) else None)
+
+
+def share_first(own: Any) -> Any:
+    """Give every rank what the first rank that has something has; None where none has."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, send_to_device(own, "cpu"))  # each rank has a device of its own
+    return next((share for share in shares if share is not None), None)

@@ -1,0 +1,167 @@
+"""DeepSpeed ZeRO: one step of the engine for each update, however many backwards it took.
+
+DeepSpeed's engine owns gradients, clipping, the loss scale and the optimizer. Left to itself it
+counts micro-batches to know when an update ends, and accelerate makes it step inside of the
+backward that ends one. Here the engine is told which backward is the last, and steps after all
+ranks have said that theirs went through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from torch import Tensor
+
+__all__ = [
+    "UpdateEngine",
+    "complete_config",
+    "count_checkpoint_ranks",
+    "find_config_problems",
+    "get_value",
+]
+
+# What changes a gradient or the rows it is made of, or was never held against the whole batch.
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("gradient_allreduce_op", lambda v: str(v).lower() == "sum", "adds up what is a mean here"),
+    ("managed_gradient_accumulation", lambda v: v is False, "accelerate cannot drive"),
+    ("zero_optimization.zenflow", bool, "delays part of the gradient to later updates"),
+    ("zero_optimization.zero_quantized_gradients", bool, "rounds gradients to a few bits"),
+    ("zero_optimization.compute_grad_norm", lambda v: v is False, "hides a NaN gradient"),
+    ("bf16.check_grad_overflow", lambda v: v is False, "lets a NaN gradient reach the weights"),
+    ("curriculum_learning.enabled", bool, "cuts rows off"),
+    ("data_efficiency.enabled", bool, "leaves out rows, or tokens of some layers"),
+    ("progressive_layer_drop.enabled", bool, "leaves out layers at random"),
+    ("compression_training", bool, "changes weights between updates"),
+    ("hybrid_engine.enabled", bool, "nobody has compared with the gradient of the whole batch"),
+    ("torch_autocast.enabled", bool, "nobody has compared with the gradient of the whole batch"),
+    ("sparse_gradients", bool, "nobody has compared with the gradient of the whole batch"),
+)
+
+
+_COMPRESSING_OPTIMIZERS = {"onebitadam", "zerooneadam", "onebitlamb"}
+
+
+def get_value(config: Mapping[str, Any], key: str) -> Any:
+    """Look a dotted key up.
+
+    >>> get_value({"zero_optimization": {"stage": 3}}, "zero_optimization.stage")
+    3
+    """
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def find_config_problems(config: Mapping[str, Any], *, sums_in_fp32: bool | None) -> Iterator[str]:
+    """Yield what would train another gradient than that of the whole batch.
+
+    Args:
+        config: DeepSpeed's configuration.
+        sums_in_fp32: ``accumulate_grads_in_fp32``.
+
+    >>> for problem in find_config_problems({"zero_optimization": {"stage": 0}},
+    ...                                     sums_in_fp32=None):
+    ...     print(problem)
+    deepspeed: zero_optimization.stage = 0 shards nothing: leave out deepspeed (that is DDP), or set
+      stage = 1, 2 or 3.
+    """
+    stage = get_value(config, "zero_optimization.stage")
+    if stage not in (1, 2, 3):
+        yield (
+            f"deepspeed: zero_optimization.stage = {stage} shards nothing: leave out deepspeed "
+            f"(that is DDP), or set stage = 1, 2 or 3."
+        )
+    for key, is_set, what in _REFUSED:
+        value = get_value(config, key)
+        if value is not None and is_set(value):
+            shown = "{...}" if isinstance(value, Mapping) else repr(value)
+            yield f"deepspeed: {key} = {shown} {what}. Leave it out."
+    optimizer = get_value(config, "optimizer.type")
+    if str(optimizer).lower() in _COMPRESSING_OPTIMIZERS:
+        yield (
+            f"deepspeed: optimizer.type = {optimizer!r} compresses gradients between ranks, so "
+            f"they are not those of the whole batch. Use AdamW."
+        )
+    dtype = get_value(config, "data_types.grad_accum_dtype")
+    if sums_in_fp32 and dtype is not None and str(dtype) not in ("fp32", "float32", "float"):
+        yield (
+            f"accumulate_grads_in_fp32 = True contradicts deepspeed: data_types.grad_accum_dtype = "
+            f"{dtype!r}. Leave one of them out."
+        )
+
+
+def complete_config(
+    config: dict[str, Any], *, sums_in_fp32: bool | None, max_grad_norm: float | None
+) -> None:
+    """Write into DeepSpeed's configuration what the arguments say and it is silent on.
+
+    The engine clips, and sums in the dtype of the weights, by its own configuration alone; the
+    Trainer passes `max_grad_norm` on only where that says "auto".
+
+    Args:
+        config: DeepSpeed's configuration, changed in place.
+        sums_in_fp32: ``accumulate_grads_in_fp32``; None means where weights are bf16 or fp16.
+        max_grad_norm: What the arguments clip to.
+
+    >>> config = {"bf16": {"enabled": True}}
+    >>> complete_config(config, sums_in_fp32=None, max_grad_norm=1.0)
+    >>> config["gradient_clipping"], config["data_types"]
+    (1.0, {'grad_accum_dtype': 'fp32'})
+    """
+    config.setdefault("gradient_clipping", float(max_grad_norm or 0.0))
+    half = any(get_value(config, f"{name}.enabled") is True for name in ("bf16", "fp16"))
+    if half and sums_in_fp32 is not False:
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+class UpdateEngine(DeepSpeedEngineWrapper):  # type: ignore[misc, unused-ignore]
+    """Takes the place of accelerate's wrapper, which would step in every backward that syncs.
+
+    Attributes:
+        reduces_now: Whether the coming backward is the update's last. ZeRO-1 reduces gradients in
+            that one alone; ZeRO-2 and 3 reduce in each, because no rank keeps whole gradients.
+    """
+
+    reduces_now = True
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """Add a micro-batch's gradient to the update's; the optimizer does not see it yet."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=self.reduces_now)
+        # The engine looks at gradients only, and an infinite loss can have finite ones. Times NaN
+        # they are not, on any rank once they are reduced, and nobody had to wait to find out.
+        bad = ~torch.isfinite(loss.detach())
+        self.engine.backward(loss * torch.ones_like(loss).masked_fill(bad, torch.nan), **kwargs)
+
+    def step(self) -> float | None:
+        """Clip, and let the optimizer step unless the gradient is not finite.
+
+        Returns:
+            The norm of the update's gradient before clipping; infinite if it is not finite.
+        """
+        self.engine.step()
+        if not self.engine.fp16_enabled():
+            # Stock would not step the schedule either. A search for a loss scale may last long and
+            # wants that; an update skipped for its NaN has its place in the schedule.
+            self.engine.optimizer.overflow = False
+        norm: float | None = self.get_global_grad_norm()
+        return norm
+
+    @property
+    def searches_loss_scale(self) -> bool:
+        """Whether an overflow may be due to a loss scale that falls by itself."""
+        return bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
+
+
+def count_checkpoint_ranks(folder: str | Path) -> int | None:
+    """Count the ranks that wrote a checkpoint's optimizer state, None if DeepSpeed wrote none."""
+    tag = Path(folder) / "latest"
+    if not tag.is_file():
+        return None
+    names = (p.name for p in (Path(folder) / tag.read_text().strip()).glob("*_optim_states.pt"))
+    return len({m[1] for name in names if (m := re.search(r"zero_pp_rank_(\d+)_", name))}) or None

@@ -1,0 +1,41 @@
+"""A recipe: one YAML file becomes a model, its data and a trainer.
+
+Read `sections` (every key), `load`, then `run`.
+"""
+
+import typing
+
+from hf_gradacc._doors import open_when_asked
+
+if typing.TYPE_CHECKING:
+    from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
+    from hf_gradacc.recipe.model import apply_peft, load_model, sample_answer, save_model
+    from hf_gradacc.recipe.problems import RecipeError
+    from hf_gradacc.recipe.run import RecipeCallback, build_trainer, train_recipe
+    from hf_gradacc.recipe.sections import Recipe
+
+__all__ = [
+    "Recipe",
+    "RecipeCallback",
+    "RecipeError",
+    "apply_peft",
+    "build_trainer",
+    "configure_wandb",
+    "load_model",
+    "load_recipe",
+    "recipe_arguments",
+    "sample_answer",
+    "save_model",
+    "train_recipe",
+]
+
+_MODULES = {
+    "load": ("configure_wandb", "load_recipe", "recipe_arguments"),
+    "model": ("apply_peft", "load_model", "sample_answer", "save_model"),
+    "problems": ("RecipeError",),
+    "run": ("RecipeCallback", "build_trainer", "train_recipe"),
+    "sections": ("Recipe",),
+}
+
+if not typing.TYPE_CHECKING:  # a type checker that saw this would take any name for exported
+    __getattr__, __dir__ = open_when_asked(__name__, _MODULES)

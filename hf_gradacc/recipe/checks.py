@@ -1,0 +1,249 @@
+"""Hold the values of a recipe against its sections, and word every disagreement.
+
+The local files and folders a recipe names: made absolute, or reported where they are not there.
+
+Works on the values as written, so that a missing file is told together with a misspelt key.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from hf_gradacc.recipe.problems import Key, Problem, dotted
+from hf_gradacc.recipe.sections import RESERVED, Recipe, train_section
+from hf_gradacc.recipe.source import SECRET_KEY, RecipeSource
+from hf_gradacc.text import nearest
+
+__all__ = ["check_section", "resolve_paths"]
+
+
+def check_section(
+    model: type[BaseModel], values: dict[str, Any], prefix: Key, source: RecipeSource
+) -> list[Problem]:
+    """Find every way in which values do not fit a section.
+
+    Args:
+        model: The section's class.
+        values: What the recipe says.
+        prefix: Where the section stands in the recipe.
+        source: Knows the line of each value.
+    """
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        grouped: dict[Key, list[ErrorDetails]] = {}
+        for details in error.errors(include_url=False):
+            grouped.setdefault(_existing(details["loc"], values), []).append(details)
+        misspelt = {
+            guess
+            for key, details in grouped.items()
+            if details[0]["type"] == "extra_forbidden" and (guess := _sibling(model, key))
+        }
+        return [
+            _problem(model, key, details, prefix, source)
+            for key, details in grouped.items()
+            # `trian: ...` is one mistake, not a misspelt key and a missing one.
+            if not (details[0]["type"] == "missing" and key in misspelt)
+        ]
+    return []
+
+
+def _problem(
+    model: type[BaseModel], key: Key, details: list[ErrorDetails], prefix: Key, source: RecipeSource
+) -> Problem:
+    where, full, kind = source.origin((*prefix, *key)), dotted((*prefix, *key)), details[0]["type"]
+    # A secret in the wrong place is not repeated on a screen or in a log.
+    hidden = kind == "missing" or any(SECRET_KEY.search(str(part)) for part in key)
+    value = ... if hidden else details[0]["input"]
+    if kind == "missing":
+        return Problem(full, "is missing", f"add `{key[-1]}:`", where)
+    if kind == "extra_forbidden":
+        name = str(key[-1])
+        if prefix == ("train",) and name in RESERVED:
+            return Problem(full, "belongs elsewhere", RESERVED[name], where, value)
+        guess = _sibling(model, key)
+        if guess is not None:
+            return Problem(
+                full, "no such key", f"did you mean {dotted((*prefix, *guess))}?", where, value
+            )
+        elsewhere = _elsewhere(name)
+        fix = f"did you mean {elsewhere}?" if elsewhere else _known(model, key)
+        return Problem(full, "no such key", fix, where, value)
+    if kind == "value_error":
+        why = details[0]["msg"].removeprefix("Value error, ")
+        return Problem(full, "does not hold together", why, where)
+    reasons = dict.fromkeys(_sentence(one) for one in details)
+    return Problem(full, "has a wrong value", " or ".join(reasons), where, value)
+
+
+def _sentence(details: ErrorDetails) -> str:
+    """Pydantic's message, and the nearest word where the value should be one of a few."""
+    message = details["msg"][0].lower() + details["msg"][1:]
+    if details["type"] == "literal_error" and isinstance(details["input"], str):
+        words = details["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        guess = nearest(details["input"], words)
+        return f"{message}; did you mean {guess}?" if guess else message
+    return message
+
+
+def _existing(location: Sequence[str | int], values: Any) -> Key:
+    """The part of pydantic's location that is a key of the recipe; the rest names union members."""
+    key: list[str | int] = []
+    part: Any
+    for part in location:
+        is_index = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if is_index or (isinstance(values, dict) and part in values):
+            values = values[part]
+        elif isinstance(values, dict) and part == 0:
+            continue  # a source written without its list
+        elif isinstance(values, dict) and part == location[-1]:
+            return (*key, part)  # a missing key
+        else:
+            break
+        key.append(part)
+    return tuple(key)
+
+
+def _fields(model: type[BaseModel], key: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section class at `key`, through lists and optional types."""
+    current: Any = model
+    for part in key:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part)
+        if field is None:
+            return None
+        current = _section_in(field.annotation)
+        if current is None:
+            return None
+    return current
+
+
+def _section_in(hint: Any) -> type[BaseModel] | None:
+    # `list[int]` is an instance of type, too, and no argument for issubclass.
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint if issubclass(hint, BaseModel) else None
+    found = (_section_in(argument) for argument in typing.get_args(hint))
+    return next((section for section in found if section is not None), None)
+
+
+def _sibling(model: type[BaseModel], key: Key) -> Key | None:
+    section = _fields(model, key[:-1])
+    guess = nearest(str(key[-1]), section.model_fields) if section else None
+    return None if guess is None else (*key[:-1], guess)
+
+
+def _known(model: type[BaseModel], key: Key) -> str:
+    section = _fields(model, key[:-1])
+    names = list(section.model_fields) if section else []
+    return f"known keys: {', '.join(names)}" if 0 < len(names) < 30 else "remove it"
+
+
+def _elsewhere(name: str) -> str | None:
+    """A key of that very name in another section."""
+    for section, field in Recipe.model_fields.items():
+        inner = train_section() if section == "train" else _section_in(field.annotation)
+        if inner is not None and name in inner.model_fields:
+            return f"{section}.{name}"
+    return None
+
+
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text")
+
+
+_CONFIG_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+
+
+def resolve_paths(source: RecipeSource) -> tuple[dict[Key, str], list[Problem]]:
+    """Look for every local path of a recipe, checked or not.
+
+    Args:
+        source: The recipe's values, and where each was written.
+
+    Returns:
+        The absolute path for each key that is local, with data sources always counted
+        (`("data", "train", 0)`); and a problem for each path that leads nowhere.
+    """
+    found: dict[Key, str] = {}
+    problems: list[Problem] = []
+    for key, written, path in _data_paths(source.values.get("data")):
+        place, problem = _look(source, written, path, folder_only=False)
+        if place is not None:
+            found[key] = place
+        if problem is not None:
+            problems.append(problem)
+    for name in ("model", "tokenizer"):
+        section = source.values.get(name)
+        folder = section.get("name") if isinstance(section, dict) else None
+        if isinstance(folder, str):
+            place, problem = _look(source, (name, "name"), folder, folder_only=True)
+            if place is not None:
+                found[(name, "name")] = place
+            if problem is not None:
+                problems.append(problem)
+    return found, problems + _config_files(source)
+
+
+def _data_paths(section: Any) -> list[tuple[Key, Key, str]]:
+    """Each source's key, the key its path was written at, and the path."""
+    paths: list[tuple[Key, Key, str]] = []
+    for part in ("train", "eval") if isinstance(section, dict) else ():
+        value = section.get(part)
+        items = value if isinstance(value, list) else [value]
+        for index, item in enumerate(items):
+            written: Key = ("data", part, index) if len(items) > 1 else ("data", part)
+            if isinstance(item, dict):
+                inner: Key = ("data", part, index) if isinstance(value, list) else ("data", part)
+                written, item = (*inner, "path"), item.get("path")
+            if isinstance(item, str):
+                paths.append((("data", part, index), written, item))
+    return paths
+
+
+def _look(
+    source: RecipeSource, key: Key, path: str, *, folder_only: bool
+) -> tuple[str | None, Problem | None]:
+    """The absolute path where there is one; a problem where there should be one."""
+    where, name = source.origin(key), dotted(key)
+    if not path.strip():
+        return None, Problem(name, "is empty", "name a file, a folder or a hub set", where, path)
+    folder = source.folder(key)
+    pattern = not folder_only and any(letter in path for letter in "*?[")
+    try:
+        place = (folder / Path(path).expanduser()).resolve()
+        exists = place.is_dir() if folder_only else place.exists()
+        if pattern and not exists:
+            root = Path(place.anchor)
+            exists = any(root.glob(str(place.relative_to(root))))
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None, Problem(name, "is not a path", why, where, path)
+    if exists:
+        return str(place), None
+    if pattern:
+        return None, Problem(name, "no such file", f"nothing matches {place}", where, path)
+    if path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES):
+        why = "no such folder" if folder_only else "no such file"
+        return None, Problem(name, why, f"{place} does not exist", where, path)
+    return None, None
+
+
+def _config_files(source: RecipeSource) -> list[Problem]:
+    """Files of options that the `train` section names; they start at the current folder."""
+    section: Any = source.values.get("train")
+    problems: list[Problem] = []
+    for name in _CONFIG_FILES if isinstance(section, dict) else ():
+        path = section.get(name)
+        if isinstance(path, str) and path.endswith((".json", ".yaml", ".yml")):
+            place = Path(path).expanduser().absolute()
+            if not place.is_file():
+                fix = f"{place} does not exist"
+                where = source.origin(("train", name))
+                problems.append(Problem(f"train.{name}", "no such file", fix, where, path))
+    return problems

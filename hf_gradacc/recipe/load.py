@@ -1,0 +1,111 @@
+"""Recipes: a YAML file, checked to the last key before anything is loaded.
+
+    recipe = load_recipe("recipes/quickstart.yaml", overrides=["peft=lora"])
+    arguments = recipe_arguments(recipe)
+
+Reading is in `recipe_source`, the keys in `recipe_sections` and `recipe_train`, checking in
+`recipe_check`, `recipe_paths`, `recipe_values` and `recipe_machine`, wording in `recipe_report`.
+Everything wrong with a file is found in one go and said in one error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_gradacc.recipe.checks import check_section, resolve_paths
+from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
+from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
+from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.values import check_values, machine_problems
+
+__all__ = ["configure_wandb", "load_recipe", "recipe_arguments"]
+
+
+def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge, check and complete a recipe.
+
+    Relative paths in a file start at that file's folder, those in an override at the current
+    one; `output.dir` always starts at the current one.
+
+    Args:
+        path: A YAML file.
+        overrides: `key.sub=value`, applied last, in order.
+
+    Raises:
+        RecipeError: With every problem of the file, its bases and the overrides.
+    """
+    source = read_recipe(Path(path), overrides=overrides)
+    values = source.values
+    problems = list(check_section(Recipe, values, (), source))
+    section = values.get("train")
+    if isinstance(section, dict):
+        problems += check_section(train_section(), section, ("train",), source)
+    parts = [re.split(r"[.\[]", problem.key) for problem in problems]
+    faulty = {part[1] for part in parts if part[0] == "train" and len(part) > 1}
+    paths, missing = resolve_paths(source)
+    problems += missing + check_values(source, faulty=faulty)
+    if problems:
+        raise RecipeError(problems)
+    recipe = Recipe.model_validate(values)
+    recipe.train = train_section().model_validate(recipe.train).model_dump(exclude_unset=True)
+    for key, place in paths.items():
+        if key[0] == "data":
+            getattr(recipe.data, str(key[1]))[key[2]].path = place
+        else:
+            getattr(recipe, str(key[0])).name = place
+    recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
+    recipe.wandb.name = recipe.wandb.name or Path(path).stem
+    return recipe
+
+
+def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any) -> Any:
+    """The GradAccArguments of a recipe.
+
+    Args:
+        recipe: A checked recipe.
+        elsewhere: The run will be on another machine, so this one need not be fit for it.
+        changes: Training arguments to set on top of it.
+
+    Raises:
+        RecipeError: If the options cannot hold on this machine, such as bf16 without support,
+            Liger kernels or 4 bits without their packages, or a folder that cannot be written.
+    """
+    options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
+    options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
+    options |= {"wandb_report": recipe.wandb.report}
+    # null takes an inherited value back: the default holds.
+    options |= {name: value for name, value in recipe.train.items() if value is not None}
+    options |= changes
+    try:
+        arguments = arguments_class()(**options)
+    except (ValueError, TypeError, ImportError) as error:
+        why = str(error).strip().splitlines()[0]
+        fix = "change the options it names"
+        raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    problems = [] if elsewhere else list(machine_problems(recipe, arguments))
+    if problems:
+        raise RecipeError(problems)
+    return arguments
+
+
+def configure_wandb(recipe: Recipe) -> None:
+    """Tell W&B where the recipe wants its run; what the environment already says stays.
+
+    Call it before the trainer is made.
+    """
+    section = recipe.wandb
+    wishes = {
+        "WANDB_PROJECT": section.project,
+        "WANDB_ENTITY": section.entity,
+        "WANDB_RUN_GROUP": section.group,
+        "WANDB_TAGS": ",".join(section.tags),
+        "WANDB_NOTES": section.notes,
+        "WANDB_MODE": section.mode,
+    }
+    for name, value in wishes.items():
+        if value:
+            os.environ.setdefault(name, value)

@@ -1,0 +1,307 @@
+"""`hf-gradacc plan`: the updates of a recipe on one screen, and what to change.
+
+What to change in a recipe, in lines that can be copied into it, with the reason beside each.
+
+The picture of a plan: lengths, padding of each way, and targets of each update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.load import recipe_arguments
+from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
+from hf_gradacc.recipe.model import check_model
+from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
+from hf_gradacc.recipe.sections import Recipe
+
+__all__ = ["draw_plan", "give_advice", "show_plan"]
+
+# A plan is made on any machine; these options ask for hardware, or start distributed training.
+_ON_ANY_MACHINE: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "tf32": None,
+    "fsdp": None,
+    "fsdp_config": None,
+    "deepspeed": None,
+    "use_liger_kernel": False,
+    "report_to": "none",
+}
+
+
+BAR = 40
+
+
+def show_plan(
+    recipe: Recipe,
+    *,
+    world_size: int = 1,
+    gpu_memory: float | None = None,
+    png: Path | None = None,
+    console: Console,
+) -> RecipePlan:
+    """Tokenize the data, plan the updates, and print both.
+
+    Args:
+        recipe: A checked recipe.
+        world_size: Ranks to plan for.
+        gpu_memory: Bytes of the GPU it is for; by default those of the first one here.
+        png: Also draw it into this file.
+        console: Where to print.
+    """
+    arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
+    texts = iter_texts(recipe.data)
+    tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
+    check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
+    data = prepare_data(recipe.data, tokenizer=tokenizer)
+    for report in data.reports:
+        console.print(str(report), highlight=False, soft_wrap=True)
+    plan = plan_recipe(
+        data.train,
+        arguments=arguments,
+        task=recipe.model.task,
+        world_size=world_size,
+        on_gpu=not recipe.train.get("use_cpu"),
+    )
+    memory = estimate_memory(
+        recipe,
+        tokenizer=tokenizer,
+        arguments=arguments,
+        largest=plan.chosen.largest,
+        label_names=data.label_names,
+        world_size=world_size,
+    )
+    _print_updates(plan, console)
+    _print_ways(plan, console)
+    _print_lengths(plan, data.train, tokenizer, console)
+    gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
+    _print_memory(memory, plan, gpu_memory, console)
+    advice = list(give_advice(plan, memory=memory, gpu_memory=gpu_memory, peft=recipe.peft.method))
+    if advice:
+        console.print("\n[bold]What to change[/bold]")
+    for line in advice:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    if png is not None:
+        pass
+
+        draw_plan(plan, png)
+        console.print(f"written: {png}", highlight=False)
+    return plan
+
+
+def _print_updates(plan: RecipePlan, console: Console) -> None:
+    console.print("\n[bold]Updates[/bold]")
+    table = _table()
+    sample = f" (a sample of {plan.num_sequences:,} rows of the stream)" if plan.is_sample else ""
+    ranks = f", {plan.world_size} ranks" if plan.world_size > 1 else ""
+    table.add_row("updates", f"{plan.num_updates:,}; {plan.updates_per_epoch:,} an epoch{sample}")
+    table.add_row("effective_batch_size", f"{_spread(plan.sequences_per_update)}{ranks}")
+    table.add_row("tokens_per_update", f"{_spread(plan.targets_per_update)} (targets)")
+    table.add_row("input_tokens_per_update", _spread(plan.inputs_per_update))
+    table.add_row("micro_batches_per_update", f"{_spread(plan.chosen.micro_batches)} on each rank")
+    table.add_row("padding_fraction", f"{plan.chosen.padding_fraction:.1%}")
+    console.print(table)
+
+
+def _print_ways(plan: RecipePlan, console: Console) -> None:
+    of = (
+        f" of the first {plan.updates_cut} updates"
+        if plan.updates_cut < plan.updates_per_epoch
+        else ""
+    )
+    console.print(f"\n[bold]Ways to cut the same updates[/bold]{of}")
+    table = _table("micro-batches of", "padding", "micro-batches", "largest, tokens", "")
+    for way in plan.ways:
+        table.add_row(
+            way.name,
+            f"{way.padding_fraction:.1%}",
+            f"{way.micro_batches.mean:.1f}",
+            f"{way.largest:,}",
+            "<- this recipe" if way.chosen else "",
+        )
+    console.print(table)
+
+
+def _print_lengths(plan: RecipePlan, rows: Any, tokenizer: Any, console: Console) -> None:
+    console.print("\n[bold]Tokens in a row[/bold]")
+    counts, edges = np.histogram(plan.lengths, bins=min(10, len(set(plan.lengths.tolist()))))
+    table = _table()
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(BAR * count / counts.max()) or ("▏" if count else "")
+        table.add_row(f"{low:,.0f} - {high:,.0f}", f"{count:,}", bar)
+    console.print(table)
+    if not hasattr(rows, "__getitem__"):
+        return
+    console.print("longest rows:", highlight=False)
+    for index in plan.longest[:3]:
+        start = tokenizer.decode(rows[index]["input_ids"][:24], skip_special_tokens=True)
+        text = " ".join(start.split())[:60]
+        console.print(f"  {plan.lengths[index]:,} tokens: {text}…", highlight=False, markup=False)
+
+
+def _memory_here() -> float | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _print_memory(
+    memory: MemoryEstimate, plan: RecipePlan, gpu_memory: float | None, console: Console
+) -> None:
+    console.print("\n[bold]Memory of a rank[/bold] (estimated; `hf-gradacc verify` measures)")
+    table = _table()
+    share = memory.num_trainable / memory.num_parameters
+    parameters = f"{memory.num_parameters:,} parameters, {share:.1%} of them trained"
+    sharded = f", over {memory.shards} ranks" if memory.shards > 1 else ""
+    table.add_row("weights", _bytes(memory.weights / memory.shards), parameters + sharded)
+    sums = f"{_bytes(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
+    in_float32 = sums if memory.float32_sums else ""
+    table.add_row("gradients", _bytes(memory.gradients / memory.shards), in_float32)
+    table.add_row("optimizer", _bytes(memory.optimizer / memory.shards), "")
+    largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
+    table.add_row("activations", _bytes(memory.activations), largest)
+    table.add_row("logits", _bytes(memory.logits), "")
+    of = "" if gpu_memory is None else f"of {_bytes(gpu_memory)} on the GPU"
+    table.add_row("together", _bytes(memory.total), of)
+    console.print(table)
+
+
+def _table(*headers: str) -> Table:
+    """Aligned columns without lines: the same in a terminal, a log file and a notebook."""
+    table = Table(*headers, box=None, show_header=bool(headers), pad_edge=False, padding=(0, 2))
+    for index in range(len(headers) or 3):
+        if not headers:
+            table.add_column()
+        table.columns[index].no_wrap = True
+    return table
+
+
+def _spread(spread: Spread) -> str:
+    if spread.least == spread.most:
+        return f"{spread.mean:,.0f}"
+    digits = 1 if spread.most < 100 else 0
+    return f"{spread.mean:,.{digits}f} ({spread.least:,.0f} to {spread.most:,.0f})"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+USABLE_MEMORY = 0.9
+"""Share of a GPU's memory that an estimate may fill: allocator and kernels take some, too."""
+
+
+def give_advice(
+    plan: RecipePlan,
+    *,
+    memory: MemoryEstimate | None = None,
+    gpu_memory: float | None = None,
+    peft: str = "none",
+) -> Iterator[str]:
+    """What would make these updates fit or cheaper, or is likely not meant.
+
+    Args:
+        plan: The updates.
+        memory: What a rank will need.
+        gpu_memory: Bytes a rank has, where that is known.
+        peft: The recipe's `peft.method`.
+    """
+    if memory is not None and gpu_memory is not None and memory.total > USABLE_MEMORY * gpu_memory:
+        yield _make_it_fit(plan, memory, USABLE_MEMORY * gpu_memory, peft)
+    by_size, by_tokens = plan.ways[1], plan.ways[2]
+    if plan.budget is None and by_size.padding_fraction > 0.1:
+        budget = int(max(plan.lengths.max(), 2 ** round(np.log2(by_size.largest / 2))))
+        yield (
+            f"train.max_tokens_per_micro_batch: {budget}   # padding is "
+            f"{by_size.padding_fraction:.0%}; a token budget cuts it, the gradient stays the same"
+        )
+    if plan.budget is not None and plan.lengths.max() > plan.budget:
+        yield (
+            f"train.max_tokens_per_micro_batch: {plan.lengths.max()}   # the longest row does not "
+            f"fit {plan.budget} and is planned alone; or cut rows with data.max_length"
+        )
+    if plan.budget is not None and by_tokens.padding_fraction > 0.25:
+        smaller = max(int(plan.lengths.max()), plan.budget // 2)
+        yield (
+            f"train.max_tokens_per_micro_batch: {smaller}   # smaller micro-batches hold rows of "
+            f"more equal length (padding is {by_tokens.padding_fraction:.0%} now)"
+        )
+    if 4 * plan.last_update < plan.sequences_per_update.most and plan.updates_per_epoch > 1:
+        yield (
+            f"train.incomplete_update: drop   # an epoch's last update holds {plan.last_update} "
+            f"of {plan.sequences_per_update.most:.0f} sequences, at the full learning rate"
+        )
+    if plan.sequences_per_update.least < plan.world_size:
+        yield "train.effective_batch_size: larger   # some ranks have no sequence in some updates"
+
+
+def _make_it_fit(plan: RecipePlan, memory: MemoryEstimate, usable: float, peft: str) -> str:
+    """The first of these that is enough: smaller micro-batches, recomputing, fewer weights."""
+    longest = int(plan.lengths.max())
+    state = (memory.weights + memory.gradients + memory.optimizer) / memory.shards
+    per_token = (memory.activations + memory.logits) / plan.chosen.largest
+    reason = f"estimated {memory.total / 1e9:.1f} GB exceed {usable / 1e9:.1f} GB"
+    fits = int((usable - state) / per_token) if per_token else 0
+    if fits >= longest:
+        fits = max(longest, fits - fits % 256)
+        return f"train.max_tokens_per_micro_batch: {fits}   # {reason}; the gradient stays the same"
+    if usable > state and not memory.recomputed:
+        return f"train.activation_checkpointing: true   # {reason}, even for the longest row alone"
+    if usable > state:
+        return f"data.max_length: {max(1, fits)}   # {reason}, even for the longest row alone"
+    reason = f"weights, gradients and optimizer alone take {state / 1e9:.1f} GB per rank"
+    if peft == "none":
+        return f"peft.method: lora   # {reason}; or train.fsdp over several GPUs"
+    smaller = "" if peft == "qlora" else "peft.method: qlora, "
+    return f"{smaller}model.name: a smaller one   # {reason}; or more GPUs with train.fsdp"
+
+
+def draw_plan(plan: RecipePlan, path: Path) -> None:
+    """Draw the plan into a file whose ending decides its type.
+
+    Raises:
+        ConfigError: If matplotlib is not installed, or the ending is not one it writes.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display, no window
+        from matplotlib import pyplot
+    except ImportError:
+        raise ConfigError(
+            "--png needs matplotlib: `pip install 'hf_gradacc[plot]'`, or leave --png out."
+        ) from None
+    figure, (lengths, ways) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    lengths.hist(plan.lengths, bins=40, color="#4477aa")
+    lengths.set(title="Tokens in a row", xlabel="input tokens", ylabel="rows")
+    if plan.budget is not None:
+        lengths.axvline(plan.budget, color="#ee6677", label="token budget")
+        lengths.legend()
+    names = [way.name for way in plan.ways]
+    shares = [100 * way.padding_fraction for way in plan.ways]
+    colors = ["#228833" if way.chosen else "#bbbbbb" for way in plan.ways]
+    bars = ways.barh(names, shares, color=colors)
+    ways.bar_label(bars, fmt="%.1f%%", padding=3)
+    ways.invert_yaxis()
+    ways.margins(x=0.15)
+    ways.set(title="Padding (green: this recipe)", xlabel="% of computed tokens")
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise ConfigError(f"--png = {str(path)!r}: {error}") from None
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,83 @@
+"""What is wrong with a recipe, all of it, in one report: file, line, key, value, way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_gradacc.errors import ConfigError
+
+__all__ = ["Key", "Origin", "Problem", "RecipeError", "dotted"]
+
+Key = tuple[str | int, ...]
+"""Where a value stands in a recipe: `("data", "train", 0, "path")`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file and line a value was written in; no line for an override or a missing key."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to correct.
+
+    Attributes:
+        key: The dotted key, or "" for the file as a whole.
+        why: What is wrong, in a few words.
+        fix: What to do instead.
+        origin: Where it was written.
+        value: What was written; `...` where there is no value to show.
+    """
+
+    key: str
+    why: str
+    fix: str
+    origin: Origin
+    value: Any = ...
+
+    def __str__(self) -> str:
+        shown = self.key
+        if self.value is not ...:
+            shown += f" = {_shorten(self.value)}"
+        head = f"{self.origin}: {shown}: {self.why}" if shown else f"{self.origin}: {self.why}"
+        return f"{head}\n    {self.fix}" if self.fix else head
+
+
+class RecipeError(ConfigError):
+    """A recipe cannot be used; the message lists every problem found.
+
+    Attributes:
+        problems: The same, one by one.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        unique = {(p.origin.file, p.origin.line or 0, p.key, p.why): p for p in problems}
+        self.problems = [unique[rank] for rank in sorted(unique)]
+        count = len(self.problems)
+        title = "1 problem in this recipe" if count == 1 else f"{count} problems in this recipe"
+        super().__init__("\n".join([f"{title}:", *(f"  {problem}" for problem in self.problems)]))
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    """Write a key the way overrides do.
+
+    >>> dotted(("data", "train", 0, "path"))
+    'data.train[0].path'
+    """
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

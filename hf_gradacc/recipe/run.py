@@ -1,0 +1,191 @@
+"""Run a recipe from its first line to the saved model.
+
+The scripts in `recipes/` spell these steps out for people who want to own them; this is the same
+for `hf-gradacc train`.
+
+A recipe as it was run, beside the model it made; and the JSON schema editors check by.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+
+from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
+from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
+from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.source import SECRET_KEY
+from hf_gradacc.safety.run_state import remember
+
+__all__ = [
+    "RecipeCallback",
+    "RunResult",
+    "build_trainer",
+    "resolved_recipe",
+    "save_recipe",
+    "train_recipe",
+]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        trainer: The trainer, after training.
+        data: The rows it trained on.
+        metrics: Held-out metrics; empty without held-out rows.
+        folder: Where model, tokenizer and recipe lie.
+    """
+
+    trainer: Any
+    data: PreparedData
+    metrics: dict[str, float]
+    folder: Path
+
+
+def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
+    """Everything up to, but not including, the first update.
+
+    Args:
+        recipe: A checked recipe.
+        changes: Training arguments to set on top of it.
+
+    Returns:
+        The `GradAccTrainer`, and the rows it will train on.
+
+    Raises:
+        ConfigError, DataError: If model, tokenizer, options or data do not work.
+    """
+    from transformers import set_seed
+
+    from hf_gradacc.trainer.mixin import GradAccTrainer
+
+    configure_wandb(recipe)
+    arguments = recipe_arguments(recipe, **changes)
+    set_seed(arguments.seed)  # before the model: a new head or adapter starts at random
+    with arguments.main_process_first(desc="preparing the data"):
+        texts = iter_texts(recipe.data)
+        tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
+        check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what takes long
+        data = prepare_data(recipe.data, tokenizer=tokenizer)
+    if arguments.process_index == 0:
+        for report in data.reports:
+            print(report)
+    model = load_model(
+        recipe.model,
+        tokenizer=tokenizer,
+        label_names=data.label_names,
+        quantize=recipe.peft.method == "qlora",
+    )
+    model = apply_peft(model, recipe.peft, task=recipe.model.task)
+    trainer = GradAccTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=make_collator(recipe.model.task, tokenizer=tokenizer, model=model),
+        processing_class=tokenizer,
+        callbacks=[RecipeCallback(recipe)],
+    )
+    if recipe.peft.merge_on_save and trainer.shards_weights:
+        raise ConfigError(
+            "peft.merge_on_save = true under FSDP or ZeRO-3: merging happens on one rank, which "
+            "holds a part of the weights.\n  Leave it out, and merge the saved adapter with peft: "
+            "PeftModel.from_pretrained(model, folder).merge_and_unload()."
+        )
+    return trainer, data
+
+
+def train_recipe(recipe: Recipe, *, resume: bool | str = False, **changes: Any) -> RunResult:
+    """Train as a recipe says, evaluate on held-out rows, save model, tokenizer and recipe.
+
+    Args:
+        recipe: A checked recipe.
+        resume: Go on from the last checkpoint in the output folder, or from the one named.
+        changes: Training arguments to set on top of the recipe.
+
+    Raises:
+        ConfigError, DataError: As `build_trainer`.
+    """
+    trainer, data = build_trainer(recipe, **changes)
+    trainer.train(resume_from_checkpoint=resume or trainer.args.resume_from_checkpoint)
+    metrics = trainer.evaluate() if data.eval is not None else {}
+    folder = save_model(trainer, peft=recipe.peft)
+    return RunResult(trainer, data, metrics, folder)
+
+
+FILE_NAME = "recipe.yaml"
+
+
+def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Every key with its value, paths absolute and interpolations filled in; without secrets."""
+    values: dict[str, Any] = _without_secrets(recipe.model_dump())
+    return values
+
+
+def save_recipe(recipe: Recipe, folder: str | Path) -> Path:
+    """Write the resolved recipe. Running it again repeats the run.
+
+    Args:
+        recipe: The recipe that was run.
+        folder: Where the model is saved; made if need be.
+
+    Returns:
+        The file written.
+    """
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch", "peft")
+    )
+    header = f"# The recipe of this run, completed. Made with {versions}.\n"
+    # `$` would be read as an interpolation when the file is loaded again.
+    text = yaml.safe_dump(_escape(resolved_recipe(recipe)), sort_keys=False, allow_unicode=True)
+    path.write_text(header + text, encoding="utf-8")
+    return path
+
+
+class RecipeCallback(TrainerCallback):
+    """Saves the recipe when training begins, and files it with the W&B run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write it on the first rank only."""
+        if not state.is_world_process_zero:
+            return
+        remember(state, saves_model=True)  # whoever runs a recipe saves the model at its end
+        save_recipe(self.recipe, args.output_dir)
+        if "wandb" in (args.report_to or []):
+            import wandb
+
+            if wandb.run is not None:
+                config = {"recipe": resolved_recipe(self.recipe)}
+                wandb.run.config.update(config, allow_val_change=True)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: _without_secrets(inner)
+            for name, inner in value.items()
+            if not SECRET_KEY.search(str(name))
+        }
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _escape(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

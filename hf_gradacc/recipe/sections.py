@@ -1,0 +1,223 @@
+"""The sections of a recipe: every key, its type, its default and what it means.
+
+The descriptions here are what `hf-gradacc schema` exports, so an editor shows them too. The
+`data` section has a file of its own, `recipe_data`.
+
+The `train` section: every field of GradAccArguments, checked by the type it declares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+
+from hf_gradacc.data.section import DataSection, ModelSection, Section, Task, TokenizerSection
+
+__all__ = [
+    "HEADS",
+    "RESERVED",
+    "OutputSection",
+    "PeftSection",
+    "Recipe",
+    "WandbSection",
+    "arguments_class",
+    "train_section",
+]
+
+HEADS: dict[Task, str] = {
+    "causal_lm": "ForCausalLM",
+    "seq2seq": "ForSeq2SeqLM",
+    "classification": "ForSequenceClassification",
+}
+"""How the Auto classes of transformers and peft that load a task's model end."""
+
+
+class PeftSection(Section):
+    """Train a small part of the model, through the peft library."""
+
+    method: Literal["none", "lora", "dora", "qlora", "ia3", "prompt_tuning", "prefix_tuning"] = (
+        "none"
+    )
+    """`qlora` loads the model in 4 bits and needs bitsandbytes."""
+    r: int = Field(default=16, ge=1)
+    """Rank of LoRA, DoRA and QLoRA."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale of LoRA, DoRA and QLoRA; updates are multiplied by `alpha / r`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the low-rank matrices."""
+    target_modules: str | list[str] | None = None
+    """Which layers; null means all linear ones for LoRA, and peft's choice for IA3."""
+    modules_to_save: list[str] | None = None
+    """Layers trained in full and saved along, such as a new head."""
+    num_virtual_tokens: int = Field(default=16, ge=1)
+    """Length of the learned prompt or prefix."""
+    merge_on_save: bool = False
+    """Save the whole model with the update merged in, rather than the adapter."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of peft's own config class."""
+
+    @property
+    def saves_whole_model(self) -> bool:
+        """Whether a run leaves a model that transformers loads alone, not an adapter to one."""
+        return self.method == "none" or self.merge_on_save
+
+    @model_validator(mode="after")
+    def _mergeable(self) -> PeftSection:
+        if self.merge_on_save and self.method in ("none", "prompt_tuning", "prefix_tuning"):
+            raise ValueError(f"`merge_on_save` has nothing to merge for method {self.method}")
+        if self.merge_on_save and self.method == "qlora":
+            raise ValueError(
+                "merging into 4-bit weights would round the update away: save the adapter, and "
+                "merge it into the unquantized model with peft"
+            )
+        return self
+
+
+class WandbSection(Section):
+    """Where Weights & Biases files the run. Without an API key it is kept offline."""
+
+    project: str = "hf-gradacc"
+    """Project."""
+    name: str | None = None
+    """Name of the run; null means the recipe's file name."""
+    entity: str | None = None
+    """Team or user."""
+    group: str | None = None
+    """Group of runs."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags."""
+    notes: str | None = None
+    """A longer description."""
+    per_rank: bool = False
+    """Also a run for every rank, with its own figures, in one group."""
+    report: bool = False
+    """Write the report when training ends, and upload it as an artifact."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """null means online with an API key, and offline without."""
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    dir: str | None = None
+    """Folder for checkpoints, the model and the resolved recipe, relative to the current one;
+    null means `runs/` and the recipe's file name."""
+
+
+def _method(value: Any) -> Any:
+    """`peft: lora` is short for `peft: {method: lora}`."""
+    return {"method": value} if isinstance(value, str) else {} if value is None else value
+
+
+class Recipe(Section):
+    """A training run, complete: what `hf-gradacc train` and `recipes/sft.py` run."""
+
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection
+    peft: Annotated[PeftSection, BeforeValidator(_method)] = PeftSection()
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Any field of GradAccArguments, so any field of transformers.TrainingArguments."""
+    wandb: WandbSection = WandbSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _task_fits_format(self) -> Recipe:
+        own = {"seq2seq": "seq2seq", "classification": "classification"}
+        for source in [*self.data.train, *self.data.eval]:
+            format = source.format or self.data.format
+            if own.get(format, "causal_lm") != self.model.task:
+                raise ValueError(
+                    f"model.task = {self.model.task} cannot learn from data.format = {format}: "
+                    f"set model.task to {own.get(format, 'causal_lm')}, or another format"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_to_quantize(self) -> Recipe:
+        if self.peft.method == "qlora" and self.model.name is None:
+            raise ValueError(
+                "peft.method = qlora loads trained weights in 4 bits, and model.config has none: "
+                "set model.name, or use lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _added_tokens_are_learned(self) -> Recipe:
+        frozen = self.peft.method != "none" and not self.peft.modules_to_save
+        if self.tokenizer.add_tokens and frozen:
+            raise ValueError(
+                "tokenizer.add_tokens grows the embeddings, but peft trains none of them, so the "
+                "new tokens would mean nothing: set peft.modules_to_save to the model's embedding "
+                "layers, such as [embed_tokens, lm_head]"
+            )
+        return self
+
+
+RESERVED = {
+    "output_dir": "set output.dir",
+    "run_name": "set wandb.name",
+    "project": "set wandb.project",
+    "wandb_per_rank": "set wandb.per_rank",
+    "wandb_report": "set wandb.report",
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a recipe holds no secret",
+    "local_rank": "leave it to the launcher",
+}
+"""Fields that another section owns, and what to write instead."""
+
+
+def arguments_class() -> type[Any]:
+    """GradAccArguments, imported late because torch and transformers take seconds to load."""
+    from hf_gradacc.arguments import GradAccArguments
+
+    return GradAccArguments
+
+
+@cache
+def train_section() -> type[BaseModel]:
+    """A pydantic model with a field for each option; only those set are passed on."""
+    arguments = arguments_class()
+    hints = typing.get_type_hints(arguments)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(arguments):
+        # Declared as text for the command line's sake; what it wants is a boolean.
+        plain = bool | str if field.name == "fsdp" else _plain(hints[field.name])
+        if field.init and field.name not in RESERVED and plain is not None:
+            described = Field(default=None, description=field.metadata.get("help"))
+            fields[field.name] = (plain | None, described)
+    config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model: type[BaseModel] = create_model("TrainSection", __config__=config, **fields)
+    model.__doc__ = "Any field of GradAccArguments, so any field of transformers.TrainingArguments."
+    return model
+
+
+def _plain(hint: Any) -> Any:
+    """A hint as YAML can express it: an enum by its values; None for what needs Python objects."""
+    if _is_enum(hint):
+        words = tuple(str(member.value) for member in hint)
+        return Annotated[Literal[words], BeforeValidator(_no)] if "no" in words else Literal[words]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+        # `SchedulerType | str` accepts any text by its type, but only a few words by its code.
+        enums = [member for member in members if _is_enum(member)]
+        plain = [_plain(member) for member in members if not (enums and member is str)]
+        known = tuple(member for member in plain if member is not None)
+        return typing.Union[known] if known else None  # noqa: UP007 - known at run time only
+    if isinstance(hint, type) and hint.__module__ != "builtins":
+        return None
+    return hint
+
+
+def _no(value: Any) -> Any:
+    """YAML reads an unquoted `no` as false."""
+    return "no" if value is False else value
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)

@@ -1,0 +1,208 @@
+"""Checkpoint folders that are whole or not there.
+
+A checkpoint is written aside, listed in a manifest with the size and hash of each file, flushed to
+disk, and only then renamed to ``checkpoint-<step>``. A process killed at any moment, or a disk that
+runs full, leaves the previous ones as they were. Before one is loaded, its files are held against
+the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+__all__ = [
+    "MANIFEST_NAME",
+    "find_damage",
+    "find_whole_checkpoint",
+    "is_storage_error",
+    "list_checkpoints",
+    "publish",
+    "remove",
+    "write_manifest",
+]
+
+MANIFEST_NAME = "gradacc_manifest.json"
+
+
+STAGING_NAME = ".saving"
+"""Folder beside the checkpoints in which the next one is written."""
+
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """List the checkpoints of a run, the one with the highest step first."""
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _CHECKPOINT.match(p.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+
+
+def find_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint without damage.
+
+    Returns:
+        It, or None, and one line for each newer one that was passed over.
+    """
+    passed_over: list[str] = []
+    for path in list_checkpoints(output_dir):
+        damage = find_damage(path)
+        if damage is None:
+            return path, passed_over
+        passed_over.append(f"{path.name} is damaged: {damage}")
+    return None, passed_over
+
+
+# ---- writing -----------------------------------------------------------------------------------
+def write_manifest(folder: Path) -> None:
+    """List all files with size and hash, and wait until they are on the disk."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "xxh3_128": _hash(path),
+        }
+    with (folder / MANIFEST_NAME).open("w") as file:
+        json.dump({"version": 1, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a finished checkpoint its name, in one step that either happens or does not."""
+    if final.exists():  # a damaged one of this step, or the same step saved twice
+        remove(final, aside=staged.parent)
+    for folder in (p for p in (staged, *staged.rglob("*")) if p.is_dir()):
+        _flush(folder)
+    staged.rename(final)
+    _flush(final.parent)
+    with contextlib.suppress(OSError):
+        staged.parent.rmdir()
+
+
+def remove(folder: Path, *, aside: Path) -> None:
+    """Delete a checkpoint so that no half of it stays under its name."""
+    aside.mkdir(exist_ok=True)
+    grave = aside / f"old-{folder.name}"
+    shutil.rmtree(grave, ignore_errors=True)
+    folder.rename(grave)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Say whether writing failed because of the disk: full, over quota, gone, read-only.
+
+    torch and safetensors wrap what the system said into errors of their own.
+    """
+    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        return True
+    words = (
+        "PytorchStreamWriter",
+        "inline_container",
+        "iostream",
+        "No space left",
+        "File too large",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+# ---- checking ----------------------------------------------------------------------------------
+def find_damage(folder: str | Path) -> str | None:
+    """Say what is wrong with a checkpoint, None if it is whole.
+
+    With a manifest, every file's size and hash must be as written. Without one (saved by the
+    stock Trainer), the files that can tell are asked: JSON must parse, safetensors must be as
+    long as their header says, torch files must have the end of their archive.
+    """
+    folder = Path(folder)
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        return _find_damage_without_manifest(folder)
+    try:
+        files = {
+            str(name): (int(facts["bytes"]), str(facts["xxh3_128"]))
+            for name, facts in json.loads(manifest.read_bytes())["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    if not files:
+        return f"{MANIFEST_NAME} lists no file"
+    for name, (written, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != written:
+            return f"{name} has {size:,} bytes where {written:,} were written"
+    for name, (_, digest) in files.items():
+        try:
+            found = _hash(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({type(error).__name__})"
+        if found != digest:
+            return f"{name} holds other bytes than were written"
+    return None
+
+
+def _find_damage_without_manifest(folder: Path) -> str | None:
+    if not (folder / "trainer_state.json").is_file():
+        return "trainer_state.json is missing"
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                return f"{name} is no valid JSON"
+        elif path.suffix == ".safetensors":
+            if not _is_whole_safetensors(path):
+                return f"{name} is shorter or longer than its header says"
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"{name} has no end of archive: it was cut off"
+    return None
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Compare a file's size with the offsets in its header."""
+    with path.open("rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else {}
+        except ValueError:
+            return False
+    ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+    return bool(header) and path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Make a folder's entries durable; some file systems cannot, and need not."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,31 @@
+"""What tracking keeps with every checkpoint: the W&B run's id, events so far, earlier resumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["VERDICT", "recall", "remember"]
+
+STATE_KEY = "TrackingCallback"
+"""Our entry in `TrainerState.stateful_callbacks`; `trainer_state.json` carries it."""
+
+
+VERDICT = "noise_scale_verdict"
+"""The event that says whether the batch was too small, right, or larger than useful."""
+
+
+def remember(state: Any, **attributes: Any) -> None:
+    """Keep values in every checkpoint to come.
+
+    Written straight into the state instead of through `ExportableState`: resuming from a
+    checkpoint of the stock Trainer, which lacks our entry, would make its next save fail.
+    """
+    if isinstance(state.stateful_callbacks, dict):
+        entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
+        entry["attributes"].update(attributes)
+
+
+def recall(state: Any) -> dict[str, Any]:
+    """Give what `remember` kept, {} in a fresh run."""
+    entry = (state.stateful_callbacks or {}).get(STATE_KEY) or {}
+    return dict(entry.get("attributes", {})) if isinstance(entry, dict) else {}

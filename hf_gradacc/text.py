@@ -1,0 +1,63 @@
+"""Words for people: the nearest name to a misspelt one, quantities, durations."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+__all__ = ["count_updates", "duration", "nearest", "quantity"]
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `word`, or None where nothing comes close.
+
+    >>> nearest("learning_rat", ["learning_rate", "warmup_steps"])
+    'learning_rate'
+    """
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    longer = [name for name in names if word and (word in name or name in word)]
+    return min(longer, key=len) if longer else None
+
+
+def quantity(value: float | None) -> str:
+    """Write a number so that it is read at a glance.
+
+    >>> quantity(1_234_567), quantity(0.00005), quantity(2.71828), quantity(64)
+    ('1.23M', '5e-05', '2.718', '64')
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def count_updates(count: int) -> str:
+    """Write a number of updates.
+
+    >>> count_updates(1), count_updates(1_200)
+    ('1 update', '1,200 updates')
+    """
+    return f"{count:,} update{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people.
+
+    >>> duration(103.4), duration(7_400)
+    ('1 min 43 s', '2 h 3 min')
+    """
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,248 @@
+"""Model FLOPs utilization: the share of the hardware's peak that training turned into learning.
+
+    MFU = F · input tokens per second / (devices · peak FLOPs per second of one)
+
+``F`` are the floating point operations a forward and backward need per input token (as in PaLM,
+arXiv 2204.02311, appendix B, and with frozen weights told apart):
+
+    F = 4 N + 2 N_trained + 12 · layers · heads · head size · s / 2
+
+- ``N``: weights a token is multiplied with. The input embedding is looked up, not multiplied, and
+  does not count (a tied one counts, once, as the output head); of experts only those that a token
+  visits count. 2 N for the forward, 2 N for the gradient of the activations.
+- ``N_trained``: those of them that are trained; 2 each for the gradient of the weight.
+- The last term is attention in forward and backward, halved because a causal model attends only
+  to what came before. ``s`` is the mean length, so rows of uneven length are counted a little low.
+
+Padding, recomputation under gradient checkpointing and a rolled-back update are work, not
+learning: they lower the MFU, as they should.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = [
+    "CostMeter",
+    "ModelFlops",
+    "count_elements",
+    "count_parameters",
+    "find_peak_flops",
+    "peak_flops_of_this_device",
+]
+
+TERA = 1e12
+
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    # Dense peaks from the vendors' data sheets, by what torch calls the device.
+    # The first name that is contained in torch's wins, so the longer stands before the shorter.
+    "B200": {"16-bit": 2250, "tf32": 1125, "float32": 75},
+    "H200": {"16-bit": 989.4, "tf32": 494.7, "float32": 66.9},
+    "H100 PCIe": {"16-bit": 756, "tf32": 378, "float32": 51.2},
+    "H100 NVL": {"16-bit": 835, "tf32": 417, "float32": 60},
+    "H100": {"16-bit": 989.4, "tf32": 494.7, "float32": 66.9},
+    "A100": {"16-bit": 312, "tf32": 156, "float32": 19.5},
+    "A800": {"16-bit": 312, "tf32": 156, "float32": 19.5},
+    "L40S": {"16-bit": 362, "tf32": 183, "float32": 91.6},
+    "L40": {"16-bit": 181, "tf32": 90.5, "float32": 90.5},
+    "L4": {"16-bit": 121, "tf32": 60, "float32": 30.3},
+    "A10G": {"16-bit": 70, "tf32": 35, "float32": 35},
+    "A10": {"16-bit": 125, "tf32": 62.5, "float32": 31.2},
+    "V100": {"16-bit": 125, "float32": 15.7},
+    "T4": {"16-bit": 65, "float32": 8.1},
+    "RTX 4090": {"16-bit": 165.2, "tf32": 82.6, "float32": 82.6},
+    "RTX 3090": {"16-bit": 71, "tf32": 35.6, "float32": 35.6},
+    "MI300X": {"16-bit": 1307, "tf32": 653.7, "float32": 163.4},
+    "MI250X": {"16-bit": 383, "float32": 47.9},
+}
+
+
+class ModelFlops:
+    """Count a model's operations once, and give the MFU of each log row.
+
+    Args:
+        model: The model, wrapped or not; may carry PEFT adapters.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=4))
+    >>> flops = ModelFlops(model)
+    >>> flops.per_token(mean_length=10)  # 6 · 23,840 + 12 · 2 · 32 · 10 / 2
+    146880.0
+    >>> flops.utilization(input_tokens_per_second=1e6, mean_length=10, peak_flops=1e12)
+    0.14688
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        while isinstance(inner := getattr(model, "module", None), nn.Module):
+            model = inner
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        looked_up = _embeddings_that_are_not_a_head(model)
+        visited = _share_of_experts(config)
+        self.used = self.trained = 0.0
+        for name, parameter in model.named_parameters():
+            if id(parameter) in looked_up:
+                continue
+            weight = count_elements(parameter) * (visited if ".experts." in f".{name}." else 1.0)
+            self.used += weight
+            self.trained += weight if parameter.requires_grad else 0.0
+        layers = getattr(config, "num_hidden_layers", None) or 0
+        heads = getattr(config, "num_attention_heads", None) or 0
+        width = getattr(config, "hidden_size", None) or 0
+        head_size = getattr(config, "head_dim", None) or (width / heads if heads else 0)
+        self.attention = 12 * layers * heads * head_size / 2
+
+    def per_token(self, *, mean_length: float) -> float:
+        """Give ``F``, for sequences of a mean length in input tokens."""
+        return 4 * self.used + 2 * self.trained + self.attention * mean_length
+
+    def utilization(
+        self,
+        *,
+        input_tokens_per_second: float,
+        mean_length: float,
+        peak_flops: float | None,
+        num_devices: int = 1,
+    ) -> float | None:
+        """Give the MFU, None where the device's peak is not known.
+
+        Args:
+            input_tokens_per_second: Of all ranks, without padding.
+            mean_length: Input tokens per sequence.
+            peak_flops: Of one device, per second; see `peak_flops_of_this_device`.
+            num_devices: Ranks.
+        """
+        if not peak_flops:
+            return None
+        done = self.per_token(mean_length=mean_length) * input_tokens_per_second
+        return done / (num_devices * peak_flops)
+
+
+class CostMeter:
+    """Give the log row what the hardware was used for: `mfu` and `peak_memory_bytes`.
+
+    Asks the device nothing but its allocator's counter, so it never waits.
+
+    Args:
+        args: The `TrainingArguments`.
+        model: The model, wrapped or not.
+    """
+
+    def __init__(self, args: Any, model: nn.Module) -> None:
+        self._device = getattr(args, "device", torch.device("cpu"))
+        self._num_devices = getattr(args, "world_size", 1)
+        self._flops = ModelFlops(model)
+        self._peak_flops = peak_flops_of_this_device(args, model)
+
+    def metrics(
+        self, *, num_input_tokens: int, num_sequences: int, seconds: float
+    ) -> dict[str, float]:
+        """Give a window's keys, leaving out what this device does not tell.
+
+        Args:
+            num_input_tokens: Of the window, all ranks, without padding.
+            num_sequences: Likewise.
+            seconds: Of the window's updates, data and optimizer included.
+
+        Returns:
+            "mfu", a fraction; "peak_memory_bytes", the most this rank has held since the run
+            began.
+        """
+        row: dict[str, float] = {}
+        if seconds > 0 and num_sequences > 0:
+            mfu = self._flops.utilization(
+                input_tokens_per_second=num_input_tokens / seconds,
+                mean_length=num_input_tokens / num_sequences,
+                peak_flops=self._peak_flops,
+                num_devices=self._num_devices,
+            )
+            if mfu is not None:
+                row["mfu"] = mfu
+        if self._device.type == "cuda":
+            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        return row
+
+
+def find_peak_flops(device_name: str, *, dtype: torch.dtype, tf32: bool = False) -> float | None:
+    """Look up a device's dense peak, in operations per second; None where it is not known.
+
+    Args:
+        device_name: As `torch.cuda.get_device_name` gives it.
+        dtype: Of the matrix products: what autocast uses, or else the weights'.
+        tf32: Whether float32 products may run as TF32.
+
+    >>> find_peak_flops("NVIDIA H200", dtype=torch.bfloat16) / 1e12
+    989.4
+    >>> find_peak_flops("Some Other Accelerator", dtype=torch.bfloat16)
+    """
+    known = next((peaks for name, peaks in PEAK_FLOPS.items() if name in device_name), {})
+    if dtype in (torch.bfloat16, torch.float16):
+        # Neither of these has bf16 units: the figure would be for float16.
+        if dtype is torch.bfloat16 and any(name in device_name for name in ("V100", "T4")):
+            return None
+        peak = known.get("16-bit")
+    elif dtype is torch.float32:
+        peak = known.get("tf32") if tf32 else known.get("float32")
+    else:
+        peak = None
+    return None if peak is None else peak * TERA
+
+
+def peak_flops_of_this_device(args: Any, model: nn.Module) -> float | None:
+    """Look up the peak for a training run: its device, its autocast, its weights' dtype.
+
+    Args:
+        args: The `TrainingArguments`.
+        model: The model.
+    """
+    device = getattr(args, "device", None)
+    if device is None or device.type != "cuda":
+        return None
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    if getattr(args, "bf16", False):
+        dtype = torch.bfloat16
+    elif getattr(args, "fp16", False):
+        dtype = torch.float16
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return find_peak_flops(torch.cuda.get_device_name(device), dtype=dtype, tf32=tf32)
+
+
+def _embeddings_that_are_not_a_head(model: nn.Module) -> set[int]:
+    def weight_of(getter: str) -> Any:
+        try:
+            return getattr(getattr(model, getter)(), "weight", None)
+        except (AttributeError, NotImplementedError):
+            return None
+
+    head = weight_of("get_output_embeddings")
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return {id(table) for table in tables if table is not head}
+
+
+def _share_of_experts(config: Any) -> float:
+    visited = getattr(config, "num_experts_per_tok", None)
+    total = next(
+        (
+            getattr(config, name)
+            for name in ("num_local_experts", "num_experts", "n_routed_experts")
+            if getattr(config, name, None)
+        ),
+        None,
+    )
+    return visited / total if visited and total else 1.0
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Count a model's parameters, and those of them that are trained."""
+    sizes = [(count_elements(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def count_elements(parameter: Any) -> int:
+    """Count a parameter's elements on all ranks: ZeRO-3 leaves an empty tensor in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,40 @@
+"""A report on one run or several, from their own files and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.tracking.report.data import ReportRun, load_runs
+from hf_gradacc.tracking.report.html import render_page
+from hf_gradacc.tracking.report.png import draw_picture
+
+__all__ = ["build_report"]
+
+
+def build_report(runs: Sequence[Path], *, html: Path, png: Path | None = None) -> list[ReportRun]:
+    """Write a self-contained HTML page about runs, and on request a picture of its plots.
+
+    Args:
+        runs: Output directories. Those of the stock Trainer are understood too; then the plots
+            go over updates, since it does not count target tokens.
+        html: Where the page goes; its directory is made.
+        png: Where the picture goes. Needs matplotlib, the extra ``plot``.
+
+    Returns:
+        What was read, in the order given.
+
+    Raises:
+        ConfigError: If no run is given, or matplotlib is missing.
+        DataError: If a directory holds no run, or a run has no row yet.
+    """
+    if not runs:
+        raise ConfigError("runs is empty: give at least one output directory.")
+    loaded = load_runs([Path(run) for run in runs])
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(render_page(loaded), "utf-8")
+    if png is not None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        draw_picture(loaded, png)
+    return loaded

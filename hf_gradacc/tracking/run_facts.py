@@ -1,0 +1,133 @@
+"""What a run is, in a dictionary: batch, plan, versions, hardware, model, parity check."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from hf_gradacc.tracking.mfu import count_parameters
+from hf_gradacc.tracking.parity_file import read_parity
+
+__all__ = ["describe_batch", "describe_hardware", "describe_model", "describe_run", "versions"]
+
+BATCH_OPTIONS = (
+    "effective_batch_size",
+    "tokens_per_update",
+    "max_tokens_per_micro_batch",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "incomplete_update",
+    "layout",
+    "target_only_logits",
+    "accumulate_grads_in_fp32",
+    "on_non_finite",
+    "noise_scale_every",
+)
+"""Options that say how an update is made; those a version of the package lacks are left out."""
+
+
+PACKAGES = ("hf_gradacc", "torch", "transformers", "accelerate", "datasets", "peft", "trl", "wandb")
+
+
+def describe_run(
+    args: Any, *, state: Any = None, model: Any = None, train_dataloader: Any = None
+) -> dict[str, Any]:
+    """Gather all facts of a run.
+
+    Args:
+        args: A `TrainingArguments`, with `GradAccOptions` or without.
+        state: The `TrainerState`, for the number of updates planned.
+        model: The model, wrapped or not.
+        train_dataloader: What the stock Trainer hands to callbacks.
+    """
+    facts: dict[str, Any] = {
+        "batch": describe_batch(args, train_dataloader),
+        "versions": versions(),
+        "hardware": describe_hardware(args),
+        "parity": read_parity(args.output_dir, model=model),
+    }
+    if state is not None:
+        facts["updates"] = state.max_steps
+    if model is not None:
+        facts["model"] = describe_model(model)
+    return facts
+
+
+def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
+    """Say what an update is: as requested, and as it came out for this run.
+
+    Returns:
+        "requested": the options as the user wrote them; "effective_batch_size" or
+        "tokens_per_update": the one that decides, over all ranks; "world_size"; and, where the
+        loader is ours, "max_sequences_per_micro_batch" and "max_tokens_per_micro_batch".
+    """
+    requested = {name: getattr(args, name) for name in BATCH_OPTIONS if hasattr(args, name)}
+    facts: dict[str, Any] = {"requested": requested, "world_size": getattr(args, "world_size", 1)}
+    sampler = getattr(train_dataloader, "batch_sampler", None)
+    if requested.get("tokens_per_update"):
+        facts["tokens_per_update"] = requested["tokens_per_update"]
+    elif getattr(sampler, "effective_batch_size", None):
+        facts["effective_batch_size"] = sampler.effective_batch_size  # type: ignore[union-attr]
+    else:
+        facts["effective_batch_size"] = requested.get("effective_batch_size") or (
+            args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * facts["world_size"]
+        )
+    collator = getattr(train_dataloader, "collate_fn", None)
+    for ours, theirs in (
+        ("max_sequences_per_micro_batch", "max_sequences"),
+        ("max_tokens_per_micro_batch", "max_tokens"),
+    ):
+        if hasattr(collator, theirs):
+            facts[ours] = getattr(collator, theirs)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of what decides a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_hardware(args: Any) -> dict[str, Any]:
+    """Name the devices and how many there are of them."""
+    facts: dict[str, Any] = {
+        "device": str(getattr(args, "device", "cpu")),
+        "world_size": getattr(args, "world_size", 1),
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["device_name"] = properties.name
+        facts["device_memory_bytes"] = properties.total_memory
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Name the model and count its parameters."""
+    while hasattr(model, "module"):
+        model = model.module
+    total, trained = count_parameters(model)
+    config = getattr(model, "config", None)
+    name = config.get("name_or_path") if isinstance(config, Mapping) else None
+    name = name or getattr(config, "_name_or_path", None) or None
+    return {
+        "class": type(model).__name__,
+        "name_or_path": name,
+        "num_parameters": total,
+        "num_trainable_parameters": trained,
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
+    }

@@ -1,0 +1,243 @@
+"""Weights & Biases: never a prompt, never a failed run, one run over all resumes.
+
+Rows of the training data as the loss sees them: text with its targets marked, and lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers.integrations import WandbCallback
+from transformers.utils import logging
+
+from hf_gradacc.safety.run_state import remember
+from hf_gradacc.tracking.run_facts import describe_run
+from hf_gradacc.tracking.wandb_start import start_run, sync_folder, why_silent
+
+__all__ = ["PREVIEW_COLUMNS", "GradAccWandbCallback", "mark_targets", "preview_rows", "row_lengths"]
+
+logger = logging.get_logger(__name__)
+
+
+def _never_fail(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn an exception of W&B into one line; training and the run's own file go on."""
+
+    @functools.wraps(method)
+    def guarded(self: GradAccWandbCallback, *args: Any, **kwargs: Any) -> Any:
+        if self.gave_up:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:  # whatever a tracker throws, the run is worth more
+            if "DataLoader worker" in str(error):
+                raise  # torch's SIGCHLD handler: a worker died while we happened to be here
+            self.give_up(f"{type(error).__name__} in {method.__name__}: {error}")
+            return None
+
+    return guarded
+
+
+class GradAccWandbCallback(WandbCallback):
+    """The stock callback with an offline default, resumes that continue a run, and the plan.
+
+    It takes the stock callback's place, so `isinstance(callback, WandbCallback)` and
+    `trainer.remove_callback(WandbCallback)` mean what they meant.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gave_up = False
+        self._last_tokens_seen: float | None = None
+
+    def give_up(self, why: str) -> None:
+        """Send nothing more to W&B, and say so once."""
+        if not self.gave_up:  # a method called by the one that fails has said it already
+            logger.warning(
+                f"W&B: {why.splitlines()[0]}. Training goes on without it; every number is in "
+                "the run's gradacc_log.jsonl."
+            )
+        self.gave_up = True
+
+    @_never_fail
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        """Begin the W&B run, or take up the one that the checkpoint names."""
+        if not state.is_world_process_zero:
+            self._initialized = True
+            return
+        if self._wandb.run is None:
+            start_run(args, state)
+        super().setup(args, state, model, **kwargs)
+        run = self._wandb.run
+        remember(state, wandb_run_id=run.id, wandb_step=run.step)
+        facts = describe_run(
+            args, state=state, model=model, train_dataloader=kwargs.get("train_dataloader")
+        )
+        run.config.update({"hf_gradacc": facts}, allow_val_change=True)
+        # Every row carries both, so each plot can be drawn over updates or over target tokens.
+        run.define_metric("train/target_tokens_seen")
+        if state.global_step == 0:
+            try:
+                self._log_preview(run, **kwargs)
+            except Exception as error:  # a dataset's own; not worth the run's numbers
+                logger.warning(f"W&B: no preview of the rows ({type(error).__name__}: {error}).")
+
+    def _log_preview(self, run: Any, **kwargs: Any) -> None:
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        table = preview_rows(dataset, tokenizer=kwargs.get("processing_class"))
+        lengths = row_lengths(dataset)
+        preview: dict[str, Any] = {}
+        if table:
+            preview["data/rows"] = self._wandb.Table(columns=PREVIEW_COLUMNS, data=table)
+        if lengths:
+            preview["data/input_tokens"] = self._wandb.Histogram(lengths)
+        if preview:
+            run.log({**preview, "train/global_step": 0})
+
+    @_never_fail
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Begin or continue the run."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        # An evaluation before training has begun the run already, under a state now replaced.
+        if state.is_world_process_zero and self._wandb.run is not None:
+            remember(state, wandb_run_id=self._wandb.run.id)
+
+    @_never_fail
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Send a row, evaluation rows with the target tokens seen so far."""
+        row = dict(logs or {})
+        self._last_tokens_seen = row.get("target_tokens_seen", self._last_tokens_seen)
+        if self._last_tokens_seen is not None and "train_runtime" not in row:
+            row.setdefault("target_tokens_seen", self._last_tokens_seen)
+        super().on_log(args, state, control, model=model, logs=row, **kwargs)
+        if state.is_world_process_zero:
+            remember(state, wandb_step=self._wandb.run.step)
+
+    @_never_fail
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Upload the model, where WANDB_LOG_MODEL asks for it; say if the server is gone."""
+        super().on_train_end(args, state, control, **kwargs)
+        run = self._wandb.run
+        why = why_silent(run) if state.is_world_process_zero and run is not None else None
+        if why is not None:
+            folder = sync_folder(run)
+            remember(state, wandb_sync=[folder])
+            print(f"W&B: the server does not answer ({why}). {folder} holds what it has not got.")
+
+    @_never_fail
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Upload the checkpoint, where WANDB_LOG_MODEL asks for it."""
+        super().on_save(args, state, control, **kwargs)
+
+    @_never_fail
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        """Send the metrics of a prediction."""
+        super().on_predict(args, state, control, metrics, **kwargs)
+
+    @_never_fail
+    def alert(self, *, title: str, text: str, level: str, count_key: str, count: int) -> None:
+        """Send an alert, at most one a minute under one title, and keep a count in the summary."""
+        run = self._wandb.run
+        if run is not None:
+            run.alert(title=title, text=text, level=level, wait_duration=60)
+            run.summary[count_key] = count
+
+    @_never_fail
+    def log_files(self, paths: list[Path]) -> None:
+        """Upload a report and its picture as one artifact of type "report"."""
+        run = self._wandb.run
+        if run is not None:
+            artifact = self._wandb.Artifact(name=f"report-{run.id}", type="report")
+            for path in paths:
+                artifact.add_file(str(path))
+            run.log_artifact(artifact)
+
+
+IGNORE_INDEX = -100
+
+
+PREVIEW_COLUMNS = ["row", "text, targets in ⟦ ⟧", "input tokens", "target tokens"]
+
+
+def mark_targets(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any = None) -> str:
+    """Write a causal LM's row as text, with the parts that enter the loss between ⟦ and ⟧.
+
+    Args:
+        input_ids: Token ids ``[seq]``.
+        labels: Labels ``[seq]``; position 0 predicts nothing and is never marked.
+        tokenizer: Decodes the ids; without it the ids themselves are shown.
+
+    >>> mark_targets([5, 6, 7, 8], [-100, -100, 7, 8])
+    '5 6 ⟦7 8⟧'
+    """
+    pieces: list[tuple[bool, list[int]]] = []
+    for position, (token, label) in enumerate(zip(input_ids, labels, strict=False)):
+        is_target = position > 0 and label != IGNORE_INDEX
+        if not pieces or pieces[-1][0] != is_target:
+            pieces.append((is_target, []))
+        pieces[-1][1].append(int(token))
+    texts = []
+    for is_target, ids in pieces:
+        text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+        texts.append(f"⟦{text}⟧" if is_target else text)
+    return ("" if tokenizer is not None else " ").join(texts)
+
+
+def preview_rows(dataset: Any, *, tokenizer: Any = None, num_rows: int = 8) -> list[list[Any]]:
+    """Show a few rows spread evenly over a map dataset, under `PREVIEW_COLUMNS`.
+
+    Rows that are not causal LM rows (labels as long as the input) are shown without marks.
+    """
+    table = []
+    for index in _spread(dataset, num_rows):
+        row = dataset[index]
+        ids = _ids(row)
+        if ids is None:
+            continue
+        labels = row.get("labels")
+        aligned = hasattr(labels, "__len__") and len(labels) == len(ids)
+        marked = [int(label) for label in labels] if aligned else [IGNORE_INDEX] * len(ids)
+        num_targets = sum(label != IGNORE_INDEX for label in marked[1:])
+        text = mark_targets(ids, marked, tokenizer)
+        table.append([index, text, len(ids), num_targets if aligned else None])
+    return table
+
+
+def row_lengths(dataset: Any, *, num_rows: int = 256) -> list[int]:
+    """Measure the input tokens of at most `num_rows` rows spread evenly over a map dataset."""
+    ids = (_ids(dataset[index]) for index in _spread(dataset, num_rows))
+    return [len(row) for row in ids if row is not None]
+
+
+def _spread(dataset: Any, num_rows: int) -> range:
+    # A stream is left alone: looking at its rows would use them up. It may have a length, or
+    # methods that only raise, so asking what it has does not tell.
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return range(0)
+    try:
+        size = len(dataset)
+    except (TypeError, NotImplementedError):
+        return range(0)
+    return range(0, size, max(1, -(-size // num_rows))) if size else range(0)
+
+
+def _ids(row: Any) -> list[int] | None:
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    if ids is None or not hasattr(ids, "__len__"):
+        return None
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    return None if ids and not isinstance(ids[0], int) else list(ids)

@@ -1,0 +1,4 @@
+"""The stock Trainer's hooks, and the parts they call. Only this folder touches its internals.
+
+Read `mixin` (every hook, in the order the stock loop calls them), then `runner` and `step`.
+"""

@@ -1,0 +1,243 @@
+"""Find the fastest token budget by trying some on the first updates.
+
+The cut of an update never changes its gradient, so trying costs nothing but a few slower updates.
+Pure bookkeeping: who times and who plans is in `hf_gradacc.trainer.budget`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+__all__ = ["BudgetTuner", "MemoryBudget"]
+
+_SMALLEST = 256
+
+
+_TRIES_ON_THE_WAY_UP = 2
+
+
+_TRIES_OF_THE_BEST = 3
+
+
+_CLEARLY_SLOWER = 1.05
+
+
+_ENOUGH_UPDATES = 20
+
+
+@dataclass
+class BudgetTuner:
+    """Chooses the budget of the next update from how long the last ones took.
+
+    Budgets double from the smallest that holds the longest sequence, two updates each, until one
+    is clearly slower, does not fit, or holds the whole update. The two best then take turns, three
+    updates each, and the one with the smaller median wins.
+
+    Times are compared per input token, since updates hold different sequences. The first update
+    warms up and counts for nothing.
+
+    >>> tuner = BudgetTuner()
+    >>> while not tuner.settled:
+    ...     per_token = {512: 3.0, 1024: 2.0, 2048: 2.2}[tuner.budget]
+    ...     tuner.note(tuner.budget, seconds=per_token * 9000, num_tokens=9000, longest=400)
+    >>> tuner.budget, tuner.num_updates
+    (1024, 13)
+
+    Attributes:
+        budget: Tokens to plan the next update with.
+        settled: Nothing is tried any more.
+        tried: Seconds per input token of each budget, in the order of the updates.
+        num_updates: Updates it took so far.
+    """
+
+    budget: int = 1024
+    settled: bool = False
+    tried: dict[int, list[float]] = field(default_factory=dict)
+    num_updates: int = 0
+    _finals: dict[int, list[float]] = field(default_factory=dict)
+    _limit: int | None = None
+    _whole: int = 0
+    _proposed: int = 0
+
+    def note(self, planned: int | None, *, seconds: float, num_tokens: int, longest: int) -> None:
+        """Take in one finished update and choose the budget of the next.
+
+        Args:
+            planned: The budget it was planned with; loader workers plan ahead, so it may be an
+                older one. None if it was not planned with any.
+            seconds: How long it took.
+            num_tokens: Tokens fed in, without padding.
+            longest: Tokens of its longest sequence.
+        """
+        if self.settled:
+            return
+        self.num_updates += 1
+        if self.num_updates == 1:
+            self.budget = max(_SMALLEST, _power_of_two_from(longest))
+            self._whole = _power_of_two_from(num_tokens)
+            return
+        if planned is not None and num_tokens > 0:
+            self.tried.setdefault(planned, []).append(seconds / num_tokens)
+            if planned in self._finals:
+                self._finals[planned].append(seconds / num_tokens)
+        self._proposed += 1
+        if self._finals:
+            self._take_turns()
+        elif self._proposed >= _TRIES_ON_THE_WAY_UP:
+            self._climb()
+        if self.num_updates >= _ENOUGH_UPDATES and self.tried:
+            self._settle()
+
+    def adopt(self, budget: int) -> None:
+        """Settle on a budget that an earlier run found."""
+        self.budget, self.settled = budget, True
+
+    def forbid(self, budget: int) -> None:
+        """Hear that a budget does not fit into memory: stay below it."""
+        self._limit = budget - 1 if self._limit is None else min(self._limit, budget - 1)
+        self.tried = {b: times for b, times in self.tried.items() if b <= self._limit}
+        self._finals = {b: times for b, times in self._finals.items() if b <= self._limit}
+        if self.budget > self._limit:
+            self.budget = max(self.tried, default=max(1, self._limit))
+            if not self.settled and self.tried and not self._finals:
+                self._choose_finalists()
+
+    def describe(self) -> str:
+        """Say what was tried and what came out, in one line."""
+        if not self.tried:
+            return f"max_tokens_per_micro_batch = {self.budget}, as an earlier run tuned it"
+        best = min(statistics.median(times) for times in self.tried.values())
+        tried = ", ".join(
+            f"{budget}: {statistics.median(times) / best:.2f}"
+            for budget, times in sorted(self.tried.items())
+        )
+        return (
+            f"max_tokens_per_micro_batch = {self.budget} after {self.num_updates} updates; time "
+            f"per token relative to the fastest: {tried}"
+        )
+
+    def _climb(self) -> None:
+        # The faster of two: what else the machine does only ever adds to a time. Workers plan
+        # ahead, so the last budgets proposed may not have been measured yet.
+        times = {
+            budget: min(tries)
+            for budget, tries in sorted(self.tried.items())
+            if len(tries) >= _TRIES_ON_THE_WAY_UP
+        }
+        largest = max(times, default=0)
+        smaller = [seconds for budget, seconds in times.items() if budget < largest]
+        slower = bool(smaller) and times[largest] > _CLEARLY_SLOWER * min(smaller)
+        following = self.budget * 2
+        at_end = self.budget >= self._whole or bool(self._limit and following > self._limit)
+        if slower or (at_end and self.budget in times):
+            self._choose_finalists()
+        elif not at_end:
+            self.budget, self._proposed = following, 0
+
+    def _choose_finalists(self) -> None:
+        best = sorted(self.tried, key=lambda budget: min(self.tried[budget]))
+        self._finals = {budget: [] for budget in best[:2]}
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        if len(self._finals) < 2 or min(map(len, self._finals.values())) >= _TRIES_OF_THE_BEST:
+            self._settle()
+        else:
+            first, second = self._finals
+            self.budget = first if self.budget == second else second
+
+    def _settle(self) -> None:
+        among = {budget: times for budget, times in self._finals.items() if times} or self.tried
+        self.budget = min(among, key=lambda budget: statistics.median(among[budget]))
+        self.settled = True
+
+
+def _power_of_two_from(number: int) -> int:
+    """Give the smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@dataclass(eq=False)
+class MemoryBudget(TrainerCallback, ExportableState):
+    """The size of micro-batch that memory turned out to allow. Saved with every checkpoint.
+
+    What somebody asked for is a limit as well; this one comes on top. It halves with each failure
+    until the micro-batch that failed no longer fits, and tries the next larger size again after
+    many updates without one: what used the memory may have gone.
+
+    Attributes:
+        cap: Most tokens a micro-batch may compute, as the planner counts; None for no limit.
+        ceiling: What failed first; a cap that has grown back to that is dropped.
+        clean_updates: Updates since the last failure or growth.
+        patience: Updates to wait before the next try. Doubles whenever a try fails.
+        on_trial: The cap has grown since the last failure.
+    """
+
+    cap: int | None = None
+    ceiling: int | None = None
+    clean_updates: int = 0
+    patience: int = 256
+    on_trial: bool = False
+
+    def propose(self, cost: int, *, num_rows: int, asked: int | None) -> int | None:
+        """Halve until a micro-batch of this cost is cut; None if it is a single row.
+
+        Args:
+            cost: Tokens of the micro-batch that failed, as the planner counts them.
+            num_rows: Its sequences.
+            asked: The user's own limit on tokens, if there is one.
+
+        >>> MemoryBudget().propose(3000, num_rows=4, asked=8192)
+        2048
+        >>> MemoryBudget().propose(3000, num_rows=4, asked=None)
+        1500
+        """
+        if num_rows <= 1:
+            return None
+        limits = [limit for limit in (asked, self.cap) if limit is not None]
+        cap = min(limits, default=cost)
+        while cap >= cost:
+            cap //= 2
+        return max(cap, 1)
+
+    def shrink_to(self, cap: int, *, asked: int | None = None, cost: int | None = None) -> None:
+        """Take a smaller cap, the same on all ranks.
+
+        Args:
+            cap: See `propose`.
+            asked: The user's own limit on tokens.
+            cost: Tokens of the micro-batch that failed.
+        """
+        if self.on_trial:
+            self.patience, self.on_trial = self.patience * 2, False
+        if self.ceiling is None:
+            self.ceiling = asked or cost or cap * 2
+        self.cap, self.clean_updates = cap, 0
+
+    def note_success(self) -> None:
+        """Count an update that went through; after many, allow twice as much."""
+        if self.cap is None:
+            return
+        self.clean_updates += 1
+        if self.clean_updates < self.patience:
+            return
+        self.cap, self.clean_updates, self.on_trial = self.cap * 2, 0, True
+        if self.ceiling is not None and self.cap >= self.ceiling:
+            self.cap = self.ceiling = None
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps."""
+        kept = ("cap", "ceiling", "clean_updates", "patience", "on_trial")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in kept}}
+
+    def restore(self, saved: dict[str, Any] | None) -> None:
+        """Begin a run, with what a checkpoint kept if there is one."""
+        fresh = MemoryBudget()
+        attributes = (saved or fresh.state())["attributes"]
+        for name, value in attributes.items():
+            setattr(self, name, value)

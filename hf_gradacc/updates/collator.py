@@ -1,0 +1,275 @@
+"""From dataset rows to an `Update`: leave out what has no target, plan, collate.
+
+Runs in the DataLoader's workers, so that planning and padding cost the training loop nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_gradacc.errors import DataError
+from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
+from hf_gradacc.updates.dealing import is_measured
+from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.planner import plan_micro_batches, plan_packed_micro_batches
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_all_targets, may_have_target
+from hf_gradacc.updates.update import MicroBatch, Update
+
+__all__ = ["UpdateCollator", "make_micro_batch"]
+
+
+class UpdateCollator:
+    """Turn the rows of one rank's share of an update into an `Update`.
+
+    Args:
+        data_collator: Any Hugging Face data collator: a list of rows to a mapping of tensors.
+        max_sequences: Most sequences in a micro-batch.
+        max_tokens: Most tokens in a micro-batch, padding included.
+        main_input: The feature that holds the sequence.
+        encoder_decoder: Labels cost tokens of their own.
+        seed: Seed of collators that draw random numbers (masked language modelling): what they
+            draw is a function of seed, epoch and update, not of what ran before.
+
+    Attributes:
+        rule: What counts as a target, once the model has been asked; None before that.
+        pad_alike: Pad all micro-batches of an update to one width, for models that let padding
+            into their result. Collates the share once and cuts it by rows.
+        packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
+        copies: Collated rows that each dataset row becomes; 2 for pairs, see `slice_rows`; 0 if
+            they cannot be told apart.
+        overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
+            padding where there is a token budget, or many ranks.
+        num_ranks: Ranks that share an update.
+        noise_scale_every: Every so many updates of an epoch, cut in the order given instead of by
+            length: a noise estimate needs micro-batches that are random samples of the update, and
+            the rows of such an update are dealt in random order.
+    """
+
+    def __init__(
+        self,
+        data_collator: Callable[[list[Any]], Any],
+        *,
+        max_sequences: int | None = None,
+        max_tokens: int | None = None,
+        main_input: str = "input_ids",
+        encoder_decoder: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.data_collator = data_collator
+        self.max_sequences = max_sequences
+        self._budget: Tensor | int | None = max_tokens
+        self.main_input = main_input
+        self.encoder_decoder = encoder_decoder
+        self.seed = seed
+        self.rule: TargetRule | None = None
+        self.pad_alike = False
+        self.packed = False
+        self.overhead_tokens = 64
+        self.num_ranks = 1
+        self.copies = 1
+        self.noise_scale_every: int | None = None
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens in a micro-batch, padding included; None for no limit."""
+        return int(self._budget) if isinstance(self._budget, Tensor) else self._budget
+
+    @max_tokens.setter
+    def max_tokens(self, value: int | None) -> None:
+        if isinstance(self._budget, Tensor) and value is not None:
+            self._budget.fill_(value)
+        else:
+            self._budget = value
+
+    @property
+    def tunes_budget(self) -> bool:
+        """Whether the budget changes while training."""
+        return isinstance(self._budget, Tensor)
+
+    def share_budget(self) -> None:
+        """Put the budget where the loader's workers see it change."""
+        if isinstance(self._budget, int):
+            self._budget = torch.tensor(self._budget)
+            self._budget.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __call__(self, share: Sequence[Any]) -> Update:
+        """Plan and collate one share.
+
+        Args:
+            share: Rows, or ``(dataset index, row)`` pairs as `stream.Rows` holds them.
+        """
+        epoch, index = getattr(share, "epoch", 0), getattr(share, "update", 0)
+        pairs: list[tuple[int, Any]] = (
+            list(zip(share.indices, share, strict=True))
+            if hasattr(share, "indices")
+            else list(enumerate(share))
+        )
+        kept = [(i, row) for i, row in pairs if may_have_target(row, rule=self.rule)]
+        num_left_out = len(pairs) - len(kept)
+        rows = [row for _, row in kept]
+        lengths = self.measure(rows)
+        with _seeded(self.seed, epoch, index):
+            inputs = self._collate(kept, self.cut(lengths, at_random=self.cuts_at_random(index)))
+        micro_batches = [
+            make_micro_batch(
+                batch,
+                [rows[i] for i in piece],
+                indices=tuple(kept[i][0] for i in piece),
+                lengths=tuple(lengths[i] for i in piece),
+                places=tuple(piece),
+                main_input=self.main_input,
+                encoder_decoder=self.encoder_decoder,
+                copies=self.copies,
+            )
+            for piece, batch in inputs
+        ]
+        if self.packed:
+            for micro_batch in micro_batches:
+                micro_batch.num_padding_tokens = 0
+        position = getattr(share, "position", None)
+        # A cut at random says nothing about how fast a budget is.
+        budget = None if self.cuts_at_random(index) else self.max_tokens
+        return Update(micro_batches, epoch, index, num_left_out, position, budget)
+
+    def plan(self, rows: Sequence[Any]) -> list[list[int]]:
+        """Cut rows into micro-batches; see `plan_micro_batches`."""
+        return self.cut(self.measure(rows))
+
+    def measure(self, rows: Sequence[Any]) -> list[int]:
+        """Measure what each row will cost; see `measure_length`."""
+        return [
+            measure_length(row, main_input=self.main_input, add_labels=self.encoder_decoder)
+            for row in rows
+        ]
+
+    def cuts_at_random(self, index: int) -> bool:
+        """Say whether this update of an epoch is one whose noise is measured."""
+        return is_measured(index, every=self.noise_scale_every)
+
+    def cut(
+        self, lengths: Sequence[int], *, cap: int | None = None, at_random: bool = False
+    ) -> list[list[int]]:
+        """Cut sequences of given length.
+
+        Args:
+            lengths: Tokens of each sequence, in the order they were dealt.
+            cap: A token limit that memory turned out to set.
+            at_random: Keep that order, which then is random, and cut into at least four pieces.
+        """
+        lengths = list(lengths)
+        limits = [limit for limit in (self.max_tokens, cap) if limit is not None]
+        max_tokens = min(limits, default=None)
+        if self.packed and any(lengths) and not at_random:
+            return plan_packed_micro_batches(
+                lengths, max_tokens=max_tokens, max_sequences=self.max_sequences
+            )
+        if self.pad_alike and max_tokens is not None:
+            lengths = [max(lengths, default=0)] * len(lengths)
+        # On one rank whoever counts sequences is given the number of micro-batches they asked for.
+        weighs = max_tokens is not None or (self.num_ranks > 1 and not self.pad_alike)
+        max_sequences = self.max_sequences
+        if at_random:
+            max_sequences = min(max_sequences or len(lengths), max(1, -(-len(lengths) // 4)))
+        return plan_micro_batches(
+            lengths,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            keep_order=at_random or not any(lengths),
+            overhead_tokens=self.overhead_tokens if weighs else None,
+        )
+
+    def _collate(self, kept: list[tuple[int, Any]], plan: list[list[int]]) -> list[Any]:
+        rows, collated = [row for _, row in kept], []
+        if self.pad_alike and rows and self.copies == 1:
+            whole = self.data_collator(rows)
+            if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(rows):
+                return [(piece, slice_rows(whole, piece)) for piece in plan]
+        for piece in plan:
+            try:
+                collated.append((piece, self.data_collator([rows[i] for i in piece])))
+            except Exception as error:
+                names = ", ".join(str(kept[i][0]) for i in piece)
+                what = f"the data collator failed on rows {names} of the training dataset"
+                raise DataError(f"{what}: {type(error).__name__}: {error}") from error
+        return collated
+
+
+def make_micro_batch(
+    inputs: Any,
+    rows: Sequence[Any] | None = None,
+    *,
+    indices: tuple[int, ...] = (),
+    lengths: tuple[int, ...] = (),
+    places: tuple[int, ...] = (),
+    main_input: str = "input_ids",
+    encoder_decoder: bool = False,
+    copies: int = 1,
+) -> MicroBatch:
+    """Count what a collated batch holds.
+
+    Args:
+        inputs: What a data collator returned.
+        rows: The rows it was made of, if they are known.
+        indices: Their places in the dataset.
+        lengths: What the planner took each row to cost.
+        places: Their places in the rank's share of the update.
+        main_input: The feature that holds the sequence.
+        encoder_decoder: Labels are fed in too, and cost tokens of their own.
+        copies: Collated rows of each sequence.
+    """
+    mapping = inputs if isinstance(inputs, Mapping) else {}
+    num_sequences = count_rows(mapping, main_input) // copies if rows is None else len(rows)
+    used, computed = _count_tokens(mapping, rows or (), main_input, encoder_decoder)
+    targets = count_all_targets(mapping, num_sequences=num_sequences, num_input_tokens=used)
+    return MicroBatch(
+        inputs,
+        targets,
+        num_sequences,
+        used,
+        computed - used,
+        indices,
+        lengths,
+        places,
+        copies=copies,
+    )
+
+
+def _count_tokens(
+    inputs: Mapping[str, Any], rows: Sequence[Any], main_input: str, encoder_decoder: bool
+) -> tuple[int, int]:
+    """Count tokens fed in without padding, and tokens computed with it."""
+    main = find_main_input(inputs, main_input)
+    if main is None:
+        return 0, 0
+    computed = main.numel() if not main.is_floating_point() else int(main.shape[0])
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == main.shape:
+        used, computed = int(mask.ne(0).sum()), main.numel()
+    else:
+        used = sum(measure_length(row, main_input=main_input) for row in rows) or computed
+        used = min(used, computed)
+    labels = inputs.get("labels")
+    if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
+        used += int(labels.ne(IGNORE_INDEX).sum())
+        computed += labels.numel()
+    return used, computed
+
+
+class _seeded:  # noqa: N801  (a context manager, used as a function)
+    """Run with torch's CPU generator seeded by (seed, epoch, update), and put it back after."""
+
+    def __init__(self, *words: int) -> None:
+        self.words = words
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        seed = np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]
+        torch.default_generator.manual_seed(int(seed >> np.uint64(1)))
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self.state)

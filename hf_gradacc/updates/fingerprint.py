@@ -1,0 +1,104 @@
+"""Tell whether a dataset is still the one a run began with.
+
+``datasets.Dataset`` has a fingerprint of its own, but it describes how the dataset was made and is
+a random number where that cannot be hashed. This one is a hash of what is in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from hf_gradacc.updates.stream import is_stream
+
+__all__ = ["count_rows_of", "fingerprint"]
+
+_BLOCK = 1000
+
+
+_MOST_BLOCKS = 100
+
+
+_FIRST_ROWS = 16
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """Hash the rows of a dataset, None if that would cost or consume them.
+
+    Of a ``datasets.Dataset`` or a list with more than 100,000 rows, 100 evenly spaced blocks of
+    1,000 are hashed; of a stream its first 16 rows. Any other map dataset may compute its rows, or
+    draw them at random, and is not asked.
+
+    >>> rows = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
+    >>> fingerprint(rows) == fingerprint(datasets.Dataset.from_list(rows))
+    False
+    >>> fingerprint(rows) == fingerprint([*rows])
+    True
+    """
+    digest = xxhash.xxh3_128()
+    if isinstance(dataset, datasets.Dataset):
+        table = dataset.with_format("arrow")
+        for start, stop in _blocks(len(dataset)):
+            block: pa.Table = table[start:stop]
+            for name in sorted(block.column_names):
+                digest.update(name.encode())
+                for piece in _bytes_of(block.column(name).combine_chunks()):
+                    digest.update(piece)
+    elif isinstance(dataset, (list, tuple)):
+        for start, stop in _blocks(len(dataset)):
+            digest.update(_json_of(dataset[start:stop]))
+    elif is_stream(dataset):
+        iterator = iter(dataset)
+        if iterator is dataset:
+            return None  # a one-shot stream: looking would lose its first rows
+        digest.update(_json_of(itertools.islice(iterator, _FIRST_ROWS)))
+    else:
+        return None
+    return digest.hexdigest()
+
+
+def count_rows_of(dataset: Any) -> int | None:
+    """Count the rows of a dataset, None if it does not know itself."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+def _blocks(num_rows: int) -> list[tuple[int, int]]:
+    """Give row ranges, evenly spaced, the first and the last row among them."""
+    starts = range(0, num_rows, _BLOCK)
+    if len(starts) > _MOST_BLOCKS:
+        last = num_rows - _BLOCK
+        starts = [round(i * last / (_MOST_BLOCKS - 1)) for i in range(_MOST_BLOCKS)]  # type: ignore[assignment]
+    return [(start, min(start + _BLOCK, num_rows)) for start in starts]
+
+
+def _bytes_of(column: Any) -> Iterable[bytes]:
+    """Give a column's values as bytes that do not depend on how Arrow happens to store them."""
+    kind = column.type
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if nested and pa.types.is_integer(kind.value_type) and not column.null_count:
+        yield pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64).tobytes()
+        values = pc.list_flatten(column)
+        if not values.null_count:
+            yield values.to_numpy(zero_copy_only=False).astype(np.int64).tobytes()
+            return
+    yield _json_of(column.to_pylist())
+
+
+def _json_of(rows: Iterable[Any]) -> bytes:
+    return json.dumps(list(rows), default=_plain, sort_keys=True).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Turn tensors and arrays into lists; of anything else only its type is stable."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__

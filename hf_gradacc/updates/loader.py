@@ -1,0 +1,306 @@
+"""The DataLoader whose items are updates, over map datasets and over streams.
+
+Build the loader of updates from a dataset, and choose the rows to ask the model with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from hf_gradacc.errors import DataError
+from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.sampler import Share, UpdateSampler
+from hf_gradacc.updates.stream import Rows, UpdateStream, is_stream, take_until
+from hf_gradacc.updates.targets import count_row_targets, may_have_target
+from hf_gradacc.updates.update import Update
+
+__all__ = [
+    "GroupedBatches",
+    "IndexedRows",
+    "UpdateLoader",
+    "build_loader",
+    "count_targets_of",
+    "deal_update",
+    "make_generator",
+    "read_row",
+    "read_rows",
+]
+
+
+class IndexedRows(Dataset[Any]):
+    """A map dataset that is asked for whole shares and remembers their indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, share: Share) -> Rows:
+        """Fetch all rows of a share at once where the dataset can do that."""
+        try:
+            if share and hasattr(self.dataset, "__getitems__"):
+                rows = self.dataset.__getitems__(list(share))
+            else:
+                rows = [self.dataset[i] for i in share]
+        except Exception:
+            rows = [read_row(self.dataset, i) for i in share]  # to name the one that fails
+        return Rows(rows, indices=share, epoch=share.epoch, update=share.update)
+
+
+def read_row(dataset: Any, index: int) -> Any:
+    """Read a row; one that cannot be read is an error that names it."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        what = f"row {index} of the training dataset cannot be read"
+        raise DataError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+class UpdateLoader(DataLoader[Any]):
+    """A DataLoader that yields one `Update` per optimizer step.
+
+    It is not handed to ``accelerator.prepare``: membership is already cut by rank, and preparing
+    would move all micro-batches of an update to the device at once.
+    """
+
+    @classmethod
+    def over_dataset(
+        cls, dataset: Any, *, sampler: UpdateSampler, collate_fn: Any, **options: Any
+    ) -> UpdateLoader:
+        """Load updates of a map dataset."""
+        return cls(IndexedRows(dataset), batch_sampler=sampler, collate_fn=collate_fn, **options)
+
+    @classmethod
+    def over_stream(cls, stream: UpdateStream, *, collate_fn: Any, **options: Any) -> UpdateLoader:
+        """Load updates of a stream.
+
+        One worker at most reads it, since several would each make updates of their own; and it
+        does not persist, since a new pass has to hear of its epoch.
+        """
+        if options.get("num_workers", 0) > 0:
+            options["num_workers"] = 1
+            options["persistent_workers"] = False
+        return cls(stream, batch_size=None, collate_fn=collate_fn, **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell sampler or stream which epoch comes next; the stock training loop calls this."""
+        parts: tuple[Any, ...] = (self.batch_sampler, self.dataset)
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        # A generator of our own: creating an iterator must not move torch's global one.
+        if self.generator is not None:
+            self.generator.manual_seed(self.generator.initial_seed())
+
+
+def make_generator(seed: int) -> torch.Generator:
+    """Make the generator that seeds loader workers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def build_loader(
+    dataset: Any,
+    collator: UpdateCollator,
+    *,
+    effective_batch_size: int | None,
+    tokens_per_update: int | None,
+    incomplete_update: Literal["keep", "drop"],
+    seed: int,
+    shuffle: bool = True,
+    sampler: Any = None,
+    rank: int = 0,
+    world_size: int = 1,
+    hidden_size: int | None = None,
+    in_step: bool = False,
+    **options: Any,
+) -> UpdateLoader:
+    """Build the DataLoader whose items are updates.
+
+    Args:
+        dataset: Map dataset, list, or stream.
+        collator: Makes updates of rows, and knows which of them are measured.
+        effective_batch_size: Sequences in an update, over all ranks.
+        tokens_per_update: Target tokens an update must reach, instead.
+        incomplete_update: What to do with a short last update.
+        seed: Seed of the shuffling.
+        shuffle: False keeps the dataset's order.
+        sampler: A user's own sampler of indices, instead of shuffling by seed.
+        rank: This rank.
+        world_size: Ranks that share an update.
+        hidden_size: Width of the model, which says how much attention weighs in a row's cost.
+        in_step: Ranks wait for each other in every micro-batch.
+        **options: Passed on to ``torch.utils.data.DataLoader``.
+
+    Raises:
+        DataError: If the dataset is empty.
+    """
+    count = partial(count_targets_of, collator=collator)
+
+    def length_of(row: Any) -> int:
+        # What has no target is left out before planning.
+        return collator.measure([row])[0] if may_have_target(row, rule=collator.rule) else 0
+
+    collator.num_ranks = world_size
+    deal = partial(
+        deal_update,
+        collator,
+        # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
+        attention_length=6 * hidden_size if hidden_size else None,
+        in_step=in_step,
+    )
+    options["generator"] = make_generator(seed)
+    if is_stream(dataset):
+        take = take_until(
+            effective_batch_size=effective_batch_size,
+            tokens_per_update=tokens_per_update,
+            count=count,
+        )
+        stream = UpdateStream(
+            dataset,
+            take=take,
+            length_of=length_of,
+            deal=deal,
+            keep_incomplete=incomplete_update == "keep",
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            noise_scale_every=collator.noise_scale_every,
+        )
+        return UpdateLoader.over_stream(stream, collate_fn=collator, **options)
+    update_sampler = UpdateSampler(
+        len(dataset) if sampler is None else len(sampler),
+        effective_batch_size=effective_batch_size,
+        tokens_per_update=tokens_per_update,
+        target_counts=None if tokens_per_update is None else [count(r) for r in read_rows(dataset)],
+        seed=seed,
+        shuffle=shuffle,
+        order=None if sampler is None else partial(_order_of, sampler),
+        incomplete_update=incomplete_update,
+        rank=rank,
+        world_size=world_size,
+        lengths=_known_lengths(dataset, length_of) if world_size > 1 else None,
+        deal=deal,
+        noise_scale_every=collator.noise_scale_every,
+    )
+    return UpdateLoader.over_dataset(
+        dataset, sampler=update_sampler, collate_fn=collator, **options
+    )
+
+
+def count_targets_of(row: Any, collator: UpdateCollator) -> int:
+    """Count a row's targets by its labels; without any, all of its tokens are."""
+    shifted = not collator.encoder_decoder
+    targets = count_row_targets(row, shifted=shifted) if isinstance(row, Mapping) else None
+    return measure_length(row, main_input=collator.main_input) if targets is None else targets
+
+
+def _order_of(sampler: Any, epoch: int) -> list[int]:
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def read_rows(dataset: Any) -> Iterator[Any]:
+    """Read all rows of a map dataset in its own order, one at a time."""
+    return (read_row(dataset, i) for i in range(len(dataset)))
+
+
+def _known_lengths(dataset: Any, length_of: Callable[[Any], int]) -> np.ndarray | None:
+    """Measure rows where reading them all is cheap: columns in memory and plain lists."""
+    if isinstance(dataset, (datasets.Dataset, list)):
+        return np.fromiter((length_of(row) for row in read_rows(dataset)), dtype=np.int64)
+    return None
+
+
+def deal_update(
+    collator: UpdateCollator,
+    lengths: Sequence[int],
+    num_ranks: int,
+    *,
+    attention_length: int | None = None,
+    in_step: bool = False,
+) -> list[list[int]]:
+    """Deal an update to ranks by what its rows cost in the layout they will have.
+
+    It goes by settings and rows alone, never by a budget that tunes itself or shrank: those may
+    differ between ranks, which would then no longer deal alike.
+
+    Args:
+        collator: Plans the shares later.
+        lengths: Tokens of each row.
+        num_ranks: Ranks that share the update.
+        attention_length: See `deal_rows`.
+        in_step: See `deal_rows`.
+    """
+    if collator.pad_alike or not any(lengths):
+        return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
+    if collator.packed:
+        attends = attention_length or 0
+        costs = [length * (attends + length if attends else 1) for length in lengths]
+        return deal_by_cost(costs, num_ranks)
+    max_tokens = collator.max_tokens
+    if collator.tunes_budget:
+        max_tokens = max(1024, 4 * max(lengths, default=0))
+    return deal_rows(
+        lengths,
+        num_ranks,
+        max_tokens=max_tokens,
+        max_sequences=collator.max_sequences,
+        overhead_tokens=collator.overhead_tokens,
+        attention_length=attention_length,
+        in_step=in_step,
+    )
+
+
+class GroupedBatches(IterableDataset[Update]):
+    """Make updates of the micro-batches of somebody else's loader.
+
+    For trainers that override ``get_train_dataloader``: the plan is theirs, the weights are exact
+    all the same.
+    """
+
+    def __init__(self, loader: Any, *, micro_batches_per_update: int, main_input: str) -> None:
+        self.loader = loader
+        self.size = micro_batches_per_update
+        self.main_input = main_input
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.loader) // self.size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on."""
+        self.epoch = epoch
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Update]:
+        batches = iter(self.loader)
+        for index in itertools.count():
+            group = list(itertools.islice(batches, self.size))
+            if not group:
+                return
+            micro_batches = [make_micro_batch(b, main_input=self.main_input) for b in group]
+            yield Update(micro_batches, self.epoch, index)
+
+    def as_loader(self) -> UpdateLoader:
+        """Wrap into a DataLoader, which resuming knows how to fast-forward."""
+        return UpdateLoader(self, batch_size=None, collate_fn=_identity)
+
+
+def _identity(update: Any) -> Any:
+    return update

@@ -1,0 +1,300 @@
+"""Read a stream alike in every process, and know whether it can go back to a place in it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import IterableDataset
+
+from hf_gradacc.errors import DataError
+from hf_gradacc.updates.dealing import deal_at_random, is_measured
+from hf_gradacc.updates.sampler import Deal
+
+__all__ = [
+    "Rows",
+    "UpdateStream",
+    "as_only_reader",
+    "fixed_size",
+    "is_stream",
+    "read",
+    "state_of",
+    "take_until",
+]
+
+
+def read(rows: Iterator[Any], *, first: int, epoch: int) -> Iterator[Any]:
+    """Give a stream's rows, each read as `as_only_reader`.
+
+    Args:
+        rows: The stream.
+        first: How many rows of this pass were read before.
+        epoch: The number of this pass.
+
+    Raises:
+        DataError: If the stream fails; says how far it was read.
+    """
+    for done in itertools.count(first):
+        with as_only_reader():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                what = f"the training stream failed after {done} rows of epoch {epoch}"
+                raise DataError(f"{what}: {type(error).__name__}: {error}") from error
+        yield row
+
+
+@contextlib.contextmanager
+def as_only_reader() -> Iterator[None]:
+    """Let a stream not see that it is read in a loader worker: there is one, and it reads all.
+
+    ``datasets`` draws a worker's shuffle buffer from other random numbers than it draws without
+    workers, even if there is but one: the rows of an update would depend on it.
+    """
+    worker: Any = torch.utils.data._utils.worker
+    info, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = info
+
+
+def state_of(dataset: Any) -> dict[str, Any] | None:
+    """Give where a ``datasets.IterableDataset`` stands, None if going back there is not exact."""
+    if not _can_seek(dataset):
+        return None
+    try:
+        state: dict[str, Any] = json.loads(json.dumps(dataset.state_dict()))
+    except (TypeError, ValueError):
+        return None
+    return state
+
+
+def _can_seek(dataset: Any) -> bool:
+    """Say whether a stream gives the same rows after seeking as without.
+
+    A shuffle buffer does not: it is refilled with other rows, so such a stream is read again.
+    """
+    parts = [getattr(dataset, "_ex_iterable", None)]
+    if parts[0] is None or not hasattr(dataset, "load_state_dict"):
+        return False
+    while parts:
+        part = parts.pop()
+        if "BufferShuffled" in type(part).__name__:
+            return False
+        for value in vars(part).values():
+            nested = value if isinstance(value, list) else [value]
+            parts += [v for v in nested if hasattr(v, "_init_state_dict")]
+    return True
+
+
+def is_stream(dataset: Any) -> bool:
+    """Say whether rows can only be had in the dataset's own order."""
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
+
+
+class Rows(list[Any]):
+    """Dataset rows of one share, with where they came from.
+
+    Attributes:
+        position: Where a stream stands behind them: ``rows`` read in this pass and, if the stream
+            can seek, its ``state``.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        *,
+        indices: Sequence[int],
+        epoch: int,
+        update: int,
+        position: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(rows)
+        self.indices = list(indices)
+        self.epoch = epoch
+        self.update = update
+        self.position = position
+
+
+class UpdateStream(IterableDataset[Rows]):
+    """Cut a stream into updates; every rank reads it whole and keeps its own part.
+
+    Membership then depends neither on ranks nor on workers. A new pass begins a new update, so no
+    gradient leaks from one epoch into the next.
+
+    Args:
+        dataset: Any iterable over rows.
+        take: Called with the rows of the update so far; True once it is complete.
+        length_of: Tokens of a row, to balance ranks by.
+        deal: See `UpdateSampler`.
+        keep_incomplete: Whether the rows left at the end make an update.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Of the order in which a measured update is dealt.
+        noise_scale_every: As in `UpdateSampler`.
+    """
+
+    def __init__(
+        self,
+        dataset: Iterable[Any],
+        *,
+        take: Callable[[list[Any]], bool],
+        length_of: Callable[[Any], int],
+        deal: Deal,
+        keep_incomplete: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        noise_scale_every: int | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.take = take
+        self.length_of = length_of
+        self.deal = deal
+        self.keep_incomplete = keep_incomplete
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.noise_scale_every = noise_scale_every
+        self.epoch = 0
+        self._start: tuple[int, int, dict[str, Any]] | None = None
+        self._begun: Iterator[Any] | None = None
+        self._first_epoch: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass that has begun stays here; a worker that is not a fork begins one of its own.
+        return {**self.__dict__, "_begun": None}
+
+    def peek(self, count: int) -> list[Any]:
+        """Look at the first rows. The first pass then goes on behind them.
+
+        A generator or an open file gives its rows once, and would be short of these.
+        """
+        rows = iter(self.dataset)
+        first = list(itertools.islice(rows, count))
+        if not hasattr(self.dataset, "set_epoch"):  # such streams are told their epoch, then begin
+            self._begun = itertools.chain(first, rows)
+        return first
+
+    def _begin(self) -> Iterator[Any]:
+        """Begin a pass over the dataset's rows, or go on with the one that `peek` began."""
+        begun, self._begun = self._begun, None
+        return iter(self.dataset) if begun is None else begun
+
+    def __len__(self) -> int:
+        """Count the updates, if the dataset knows its length and updates have a fixed size."""
+        size = getattr(self.take, "keywords", {}).get("effective_batch_size")
+        if size is None:
+            raise TypeError("a stream whose updates are drawn by tokens has no length")
+        full, rest = divmod(len(self.dataset), size)  # type: ignore[arg-type]
+        return full + int(rest > 0 and self.keep_incomplete)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to streams that shuffle by it (``datasets.IterableDataset``)."""
+        if self._first_epoch not in (None, epoch):
+            self._begun = None  # it was used up by a worker's copy
+        self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def start_at(self, epoch: int, *, updates: int, position: dict[str, Any] | None) -> None:
+        """Begin a pass behind updates that are done.
+
+        The skipped updates are handed out empty, because whoever resumes a DataLoader asks for
+        them and throws them away; no row of theirs is collated. A stream that can seek is not
+        read up to there either.
+
+        Args:
+            epoch: The pass this is about; others begin at their beginning.
+            updates: How many updates are done.
+            position: What the last of them carried.
+        """
+        self._start = (epoch, updates, position or {})
+
+    def _share(self, members: list[Any], first: int, update: int) -> Rows:
+        mine: Sequence[int] = range(len(members))
+        if is_measured(update, every=self.noise_scale_every):
+            seed = (self.seed, self.epoch, update)
+            mine = deal_at_random(len(members), self.world_size, seed=seed)[self.rank]
+        elif self.world_size > 1:
+            lengths = [self.length_of(row) for row in members]
+            mine = sorted(self.deal(lengths, self.world_size)[self.rank])
+        return Rows(
+            (members[i] for i in mine),
+            indices=[first + i for i in mine],
+            epoch=self.epoch,
+            update=update,
+            position={"rows": first + len(members), "state": state_of(self.dataset)},
+        )
+
+    def _skip(self, updates: int, position: dict[str, Any]) -> Iterator[Any]:
+        """Give the rows behind a position."""
+        if position.get("state") is not None:
+            self.dataset.load_state_dict(position["state"])  # type: ignore[attr-defined]
+            return iter(self.dataset)
+        rows = self._begin()
+        for _ in range(updates if "rows" not in position else 0):
+            members = [next(rows)]  # no position is known: draw the updates again
+            while not self.take(members):
+                members.append(next(rows))
+        return itertools.islice(rows, position.get("rows", 0), None)
+
+    def __iter__(self) -> Iterator[Rows]:
+        first = update = 0
+        if self._start is not None and self._start[0] == self.epoch:
+            _, skipped, position = self._start
+            for update in range(skipped):
+                yield Rows((), indices=(), epoch=self.epoch, update=update)
+            first, update = position.get("rows", 0), skipped
+            with as_only_reader():
+                rows = self._skip(skipped, position)
+        else:
+            with as_only_reader():
+                rows = self._begin()
+        members: list[Any] = []
+        for row in read(rows, first=first, epoch=self.epoch):
+            members.append(row)
+            if self.take(members):
+                yield self._share(members, first, update)
+                first, update, members = first + len(members), update + 1, []
+        if members and self.keep_incomplete:
+            yield self._share(members, first, update)
+
+
+def fixed_size(rows: list[Any], *, effective_batch_size: int) -> bool:
+    """Complete an update after a number of sequences."""
+    return len(rows) >= effective_batch_size
+
+
+def take_until(
+    *, effective_batch_size: int | None, tokens_per_update: int | None, count: Callable[[Any], int]
+) -> Callable[[list[Any]], bool]:
+    """Make the rule that says when a stream's update is complete."""
+    if tokens_per_update is None:
+        assert effective_batch_size is not None
+        return partial(fixed_size, effective_batch_size=effective_batch_size)
+    return _TokensReached(tokens_per_update, count)
+
+
+class _TokensReached:
+    """Complete an update once its rows hold enough target tokens."""
+
+    def __init__(self, tokens_per_update: int, count: Callable[[Any], int]) -> None:
+        self.tokens_per_update = tokens_per_update
+        self.count = count
+        self.reached = 0
+
+    def __call__(self, rows: list[Any]) -> bool:
+        # Only the row that came last is counted anew.
+        self.reached = (self.reached if len(rows) > 1 else 0) + self.count(rows[-1])
+        return self.reached >= self.tokens_per_update

@@ -1,0 +1,143 @@
+"""An update as an object: its micro-batches, and what it consumed as a row of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradacc.updates.targets import TargetCounts, TargetRule
+
+__all__ = ["MicroBatch", "Update", "UpdateStats"]
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """One forward and backward on one rank.
+
+    Attributes:
+        inputs: What the model's forward takes, on the CPU until its turn.
+        targets: Targets under each rule.
+        num_sequences: Rows.
+        num_input_tokens: Tokens fed in that are not padding.
+        num_padding_tokens: Tokens computed and thrown away.
+        rows: Dataset indices of the rows, empty for streams.
+        lengths: What the planner took each row to cost, empty where somebody else planned.
+        places: Each row's place in this rank's share, likewise; with it and `lengths` the share
+            can be planned again.
+        weightless: Run for its collectives alone, where ranks have to run in step; adds nothing.
+        copies: Rows of the inputs that each sequence became; 2 for pairs, see `slice_rows`; 0 if
+            they cannot be told apart.
+    """
+
+    inputs: Any
+    targets: TargetCounts
+    num_sequences: int
+    num_input_tokens: int
+    num_padding_tokens: int
+    rows: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    weightless: bool = False
+    copies: int = 1
+
+    def pin_memory(self) -> MicroBatch:
+        """Let the DataLoader pin the tensors, as it does for plain dicts."""
+        from torch.utils.data._utils.pin_memory import pin_memory
+
+        self.inputs = pin_memory(self.inputs)  # type: ignore[no-untyped-call]
+        return self
+
+
+@dataclass(eq=False)
+class Update:
+    """One rank's share of one optimizer step. The DataLoader yields these, one per step.
+
+    Attributes:
+        micro_batches: The plan, collated; empty on a rank that has no sequence in this update.
+        epoch: Epoch the update belongs to.
+        index: Which update of the epoch.
+        num_left_out: Sequences left out because nothing in them is a target.
+        position: Where a stream stands after this update, see `UpdateStream.start_at`.
+        max_tokens: The token budget it was planned with, if any.
+    """
+
+    micro_batches: list[MicroBatch]
+    epoch: int = 0
+    index: int = 0
+    num_left_out: int = 0
+    position: dict[str, Any] | None = None
+    max_tokens: int | None = None
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def with_targets(self, rule: TargetRule) -> Update:
+        """Leave out micro-batches in which `rule` finds no target: their mean would be NaN."""
+        kept = [mb for mb in self if mb.targets.under(rule) > 0]
+        left_out = sum(mb.num_sequences for mb in self if mb.targets.under(rule) == 0)
+        return Update(kept, self.epoch, self.index, self.num_left_out + left_out)
+
+    def stats(self, rule: TargetRule) -> UpdateStats:
+        """Add up what this rank's share holds."""
+        return UpdateStats(
+            num_targets=sum(mb.targets.under(rule) for mb in self),
+            num_sequences=sum(mb.num_sequences for mb in self),
+            num_input_tokens=sum(mb.num_input_tokens for mb in self),
+            num_padding_tokens=sum(mb.num_padding_tokens for mb in self),
+            num_micro_batches=len(self),
+            num_left_out=self.num_left_out,
+        )
+
+    def pin_memory(self) -> Update:
+        """Let the DataLoader pin every micro-batch."""
+        for micro_batch in self.micro_batches:
+            micro_batch.pin_memory()
+        return self
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What an update consumed, over the ranks it was summed over.
+
+    Attributes:
+        num_targets: Positions whose prediction entered the loss.
+        num_sequences: Sequences with at least one target.
+        num_input_tokens: Tokens fed in, without padding.
+        num_padding_tokens: Tokens computed and thrown away.
+        num_micro_batches: Forward and backward passes.
+        num_left_out: Sequences without a target.
+        step_seconds: Wall time from asking for the data to the end of the optimizer step.
+    """
+
+    num_targets: int = 0
+    num_sequences: int = 0
+    num_input_tokens: int = 0
+    num_padding_tokens: int = 0
+    num_micro_batches: int = 0
+    num_left_out: int = 0
+    step_seconds: float = 0.0
+
+    def __add__(self, other: UpdateStats) -> UpdateStats:
+        return UpdateStats(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def counts(self) -> Tensor:
+        """Give the integer fields as one int64 vector, summed over ranks in one collective."""
+        return torch.tensor(
+            [getattr(self, f.name) for f in fields(self) if f.name != "step_seconds"],
+            dtype=torch.int64,
+        )
+
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> UpdateStats:
+        """Undo `counts`."""
+        names = [f.name for f in fields(cls) if f.name != "step_seconds"]
+        return cls(**dict(zip(names, map(int, counts.tolist()), strict=True)))

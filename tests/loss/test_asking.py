@@ -1,0 +1,170 @@
+"""How the trainer asks the model: in the precision it computes in, and about its own loss."""
+
+import pytest
+import torch
+from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_gradacc import ConfigError, DataError
+from hf_gradacc.loss.probe_rows import choose_probe_rows
+from hf_gradacc.updates.loader import build_loader
+from hf_gradacc.updates.targets import TargetRule
+
+ROWS = ragged_rows(12, seed=61)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "expected"),
+    [
+        (torch.float32, {}, torch.float32),
+        (torch.float32, {"bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.float64, {}, torch.float64),
+    ],
+    ids=str,
+)
+def test_rounding_is_expected_of_the_dtype_a_forward_runs_in(tmp_path, weights, options, expected):
+    model = tiny_llama(dtype=weights)
+    trainer = make_trainer(tmp_path, ROWS, model=model, effective_batch_size=6, **options)
+    assert trainer._dtype_computed_in(model) == expected
+    trainer.train()
+    facts = trainer._facts
+    assert facts.rule is TargetRule.NEXT_TOKEN
+    assert not facts.pads_alike
+    assert not facts.warnings
+
+
+def test_one_coarse_weight_is_enough_to_expect_coarse_rounding(tmp_path):
+    model = tiny_llama(dtype=torch.float32)
+    model.lm_head.to(torch.bfloat16)
+    assert make_trainer(tmp_path, ROWS)._dtype_computed_in(model) == torch.bfloat16
+
+
+def test_label_smoothing_does_not_disturb_the_answer(tmp_path):
+    trainer = make_trainer(tmp_path, ROWS, effective_batch_size=6, label_smoothing_factor=0.3)
+    trainer.train()
+    assert trainer._facts.rule is TargetRule.NEXT_TOKEN
+    assert not trainer._facts.warnings
+
+
+# ---- what a few rows may hide ------------------------------------------------------------------
+
+
+def mean_of_row_means(outputs, labels, num_items_in_batch=None):
+    """Rows without a target left out, as careful people write it."""
+    rows = zip(outputs["logits"].float(), labels, strict=True)
+    return torch.stack([cross_entropy(x[:-1], y[1:]) for x, y in rows if y[1:].max() >= 0]).mean()
+
+
+def alike(count):
+    """Rows of one length that all have four targets, but for one that is not among those asked."""
+    row = {"input_ids": list(range(3, 11)), "attention_mask": [1] * 8}
+    rows = [{**row, "labels": [-100] * 4 + [7 + i % 5, 8, 9, 10]} for i in range(count)]
+    rows[10] = {**row, "labels": [-100] * 7 + [10]}
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [alike(30), ROWS], ids=["alike", "ragged"])
+def test_a_mean_over_rows_is_told_from_one_over_tokens(tmp_path, rows, dtype):
+    """Where all rows asked have as many targets, the two are one figure."""
+    for function, rule in ((mean_of_row_means, "sequence"), (None, "next_token")):
+        trainer = make_trainer(
+            tmp_path,
+            rows,
+            model=tiny_llama(dtype=dtype),
+            trainer_options={"compute_loss_func": function},
+            max_steps=1,
+        )
+        trainer.train()
+        assert trainer._facts.rule == rule
+        assert not trainer._facts.warnings
+
+
+def classes(count, *, sort):
+    rows = [{**row, "labels": i % 3} for i, row in enumerate(ragged_rows(count, seed=3))]
+    return sorted(rows, key=lambda row: row["labels"]) if sort else rows
+
+
+def collate_classes(rows):
+    ids = pad([{**row, "labels": row["input_ids"]} for row in rows])
+    return {**ids, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 5.0, 0.2)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_class_weights_are_said_to_be_no_mean_over_rows(tmp_path, weights, sort, dtype):
+    """The head is zero, as some begin: all losses are log 3, and only gradients tell."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        weight = None if weights is None else torch.tensor(weights)
+        return cross_entropy(outputs["logits"].float(), labels, weight=weight)
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=64, num_attention_heads=2, num_labels=3, **sizes)
+    model = BertForSequenceClassification(config).to(dtype)
+    torch.nn.init.zeros_(model.classifier.weight)
+    trainer = make_trainer(
+        tmp_path,
+        classes(60, sort=sort),
+        model=model,
+        data_collator=collate_classes,
+        trainer_options={"compute_loss_func": loss},
+        max_steps=1,
+    )
+    trainer.train()
+    assert trainer._facts.rule is TargetRule.SEQUENCE
+    said = " ".join(trainer._facts.warnings)
+    assert ("with class weights it is none" in said) is (weights is not None)
+
+
+def test_rows_to_ask_are_unlike_each_other_and_from_all_over(tmp_path):
+    from hf_gradacc.updates.collator import UpdateCollator
+
+    rows = [{"input_ids": [1] * 4, "label": 0} for _ in range(50)]
+    rows += [{"input_ids": [1] * 9, "label": 1}, *[{"input_ids": [1] * 4, "label": 1}] * 49]
+    rows += [{"input_ids": [1] * 6, "label": 2}]
+    collator = UpdateCollator(list, max_sequences=2)
+    loader = build_loader(
+        rows,
+        collator,
+        effective_batch_size=4,
+        tokens_per_update=None,
+        incomplete_update="keep",
+        seed=0,
+    )
+    chosen = choose_probe_rows(loader, collator)
+    assert [row["label"] for row in chosen] in ([0, 2, 1], [1, 2, 0], [0, 1, 2])
+    assert {len(row["input_ids"]) for row in chosen} > {4}
+
+
+def test_rows_whose_only_label_is_the_first_are_refused_before_training(tmp_path):
+    """They have a label, and a causal LM predicts none of it."""
+    rows = [{**row, "labels": [5] + [-100] * (len(row["input_ids"]) - 1)} for row in ROWS]
+    trainer = make_trainer(tmp_path, rows)
+    with pytest.raises(DataError, match="none of the 12 training rows has a target: all labels"):
+        trainer.train()
+    make_trainer(tmp_path, [*rows, ROWS[0]]).train()
+
+
+def test_smoothing_what_are_no_classes_is_refused(tmp_path):
+    config = BertConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_labels=1,
+    )  # fmt: skip
+
+    def collate(rows):
+        batch = collate_classes(rows)
+        return {**batch, "labels": batch["labels"].double()}
+
+    trainer = make_trainer(
+        tmp_path,
+        classes(6, sort=False),
+        model=BertForSequenceClassification(config).double(),
+        data_collator=collate,
+        label_smoothing_factor=0.1,
+    )
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor = 0.1: there is nothing"):
+        trainer.train()

@@ -1,0 +1,85 @@
+"""The rule of imports: a folder imports from lower lines only; two folders of one line not at all.
+
+Read from the source as text, imports inside functions and under TYPE_CHECKING too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_gradacc
+
+PACKAGE = Path(hf_gradacc.__file__).parent
+ROOMS = {
+    "errors": set(),
+    "text": set(),
+    "_doors": set(),
+    "arguments": {"errors"},
+    "updates": {"errors", "text", "arguments"},
+}
+ROOMS["loss"] = ROOMS["ranks"] = ROOMS["data"] = ROOMS["updates"] | {"updates"}
+ROOMS["safety"] = ROOMS["loss"] | {"loss", "ranks"}
+ROOMS["tracking"] = ROOMS["loss"] | {"ranks", "safety"}
+ROOMS["trainer"] = ROOMS["safety"] | {"safety", "tracking"}
+ROOMS["verify"] = ROOMS["trainer"] | {"trainer"}
+ROOMS["recipe"] = ROOMS["verify"] | {"verify", "data"}
+ROOMS["cli"] = ROOMS["recipe"] | {"recipe"}
+ROOMS["__main__"] = {"cli"}
+DOORS = ("data", "recipe", "tracking", "verify")
+for _door in DOORS:
+    ROOMS[_door] = ROOMS[_door] | {"_doors"}
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(path, package):
+    """Yield (line, module) of every import of `package` in a file, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            if node.module == package:
+                yield from ((node.lineno, f"{package}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == package:
+                    yield node.lineno, alias.name
+
+
+def test_the_rule_knows_every_room():
+    rooms = {room_of(path) for path in files()} - {"__init__"}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_lower_lines_only(room):
+    wrong = []
+    for path in files():
+        if room_of(path) != room:
+            continue
+        for line, module in imports_of(path, "hf_gradacc"):
+            target = module.split(".")[1] if "." in module else "__init__"
+            if target != room and target not in ROOMS[room]:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_wrong_import_would_be_seen(tmp_path):
+    file = tmp_path / "loss.py"
+    file.write_text("def f():\n    from hf_gradacc.trainer.mixin import GradAccMixin\n")
+    assert list(imports_of(file, "hf_gradacc")) == [(2, "hf_gradacc.trainer.mixin")]
+
+
+def test_only_recipe_and_data_know_yaml():
+    for path in files():
+        if room_of(path) not in ("recipe", "data"):
+            assert not list(imports_of(path, "yaml")), path
+            assert not list(imports_of(path, "omegaconf")), path

@@ -1,0 +1,192 @@
+"""The mixin before the trainers of sentence-transformers: the real library, a tiny BERT."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from support.bytes_tokenizer import bytes_tokenizer
+from support.reference import assert_same_updates, float64_everywhere
+from support.tiny import PLAIN, Recorder
+from torch import nn
+from transformers import BertConfig, BertModel
+
+pytest.importorskip("sentence_transformers")
+
+import sentence_transformers as st
+from sentence_transformers.cross_encoder import losses as pair_losses
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sparse_encoder import losses as sparse_losses
+
+from hf_gradacc import GradAccMixin, GradAccOptions
+from hf_gradacc.errors import LossError
+from hf_gradacc.loss.refusals import _ROW_BY_ROW, refuse_by_name
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+PIECES = {"per_device_train_batch_size": 3, "effective_batch_size": 14}
+WHOLE = {"per_device_train_batch_size": 14}
+
+
+@dataclass
+class Arguments(GradAccOptions, st.SentenceTransformerTrainingArguments):
+    pass
+
+
+class Mixed(GradAccMixin, st.SentenceTransformerTrainer):
+    pass
+
+
+@dataclass
+class PairArguments(GradAccOptions, st.CrossEncoderTrainingArguments):
+    pass
+
+
+class MixedPairs(GradAccMixin, st.CrossEncoderTrainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=272,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def rows_of(num_texts, label):
+    draw = random.Random(0)
+
+    def text():
+        return "".join(draw.choice("abcdef ") for _ in range(draw.randint(2, 20)))
+
+    return datasets.Dataset.from_list(
+        [{f"text{n}": text() for n in range(num_texts)} | label(draw) for _ in range(14)]
+    )
+
+
+def matryoshka(model):
+    return losses.MatryoshkaLoss(model, losses.CosineSimilarityLoss(model), matryoshka_dims=[16, 8])
+
+
+SCORE = rows_of(2, lambda draw: {"score": draw.random()})
+CASES = {
+    "CosineSimilarityLoss": (losses.CosineSimilarityLoss, SCORE),
+    "ContrastiveLoss": (losses.ContrastiveLoss, rows_of(2, lambda d: {"label": d.randrange(2)})),
+    "TripletLoss": (losses.TripletLoss, rows_of(3, lambda draw: {})),
+    "MSELoss": (losses.MSELoss, rows_of(1, lambda d: {"label": [d.random() for _ in range(16)]})),
+    "MarginMSELoss": (losses.MarginMSELoss, rows_of(3, lambda d: {"label": d.random()})),
+    "SoftmaxLoss": (
+        lambda model: losses.SoftmaxLoss(model, embedding_dimension=16, num_labels=3),
+        rows_of(2, lambda draw: {"label": draw.randrange(3)}),
+    ),
+    "DistillKLDivLoss": (
+        losses.DistillKLDivLoss,
+        rows_of(3, lambda draw: {"label": [draw.random(), draw.random()]}),
+    ),
+    "MatryoshkaLoss": (matryoshka, SCORE),
+}
+
+
+def train(trainer_class, arguments, model, make_loss, rows, out, **options):
+    recorder = Recorder()
+    torch.manual_seed(1)  # some losses have weights of their own
+    trainer = trainer_class(
+        model=model.double(),
+        args=arguments(output_dir=str(out), **PLAIN | options),
+        train_dataset=rows,
+        loss=make_loss(model).double(),
+        callbacks=[recorder],
+    )
+    with float64_everywhere():
+        trainer.train()
+    return recorder.gradients
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_of_single_rows_give_the_gradient_of_the_whole_update(name, bert, tmp_path):
+    make_loss, rows = CASES[name]
+
+    def model():
+        return st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
+
+    stock = st.SentenceTransformerTrainer, st.SentenceTransformerTrainingArguments
+    whole = train(*stock, model(), make_loss, rows, tmp_path, **WHOLE)
+    pieces = train(Mixed, Arguments, model(), make_loss, rows, tmp_path, **PIECES)
+    assert_same_updates(pieces, whole)
+
+
+@pytest.mark.parametrize("name", ["BinaryCrossEntropyLoss", "CrossEntropyLoss"])
+def test_cross_encoders_give_the_gradient_of_the_whole_update(name, bert, tmp_path):
+    num_labels = 1 if name == "BinaryCrossEntropyLoss" else 3
+    rows = rows_of(2, lambda draw: {"label": draw.randrange(max(2, num_labels))})
+
+    def model():
+        torch.manual_seed(2)
+        return st.CrossEncoder(bert, num_labels=num_labels, device="cpu")
+
+    stock = st.CrossEncoderTrainer, st.CrossEncoderTrainingArguments
+    make_loss = getattr(pair_losses, name)
+    whole = train(*stock, model(), make_loss, rows, tmp_path, **WHOLE)
+    pieces = train(MixedPairs, PairArguments, model(), make_loss, rows, tmp_path, **PIECES)
+    assert_same_updates(pieces, whole)
+
+
+def every_loss():
+    """The losses of the library, by module and name; schemes and wrappers are no losses."""
+    for home in (losses, pair_losses, sparse_losses):
+        for name, kind in inspect.getmembers(home, inspect.isclass):
+            if issubclass(kind, nn.Module) and name.endswith("Loss"):
+                yield pytest.param(kind, id=f"{home.__name__.split('.')[1]}-{name}")
+
+
+@pytest.mark.parametrize("kind", list(every_loss()))
+def test_every_loss_of_the_library_is_known_to_be_of_single_rows_or_refused_by_name(kind):
+    loss = kind.__new__(kind)
+    nn.Module.__init__(loss)
+    name = kind.__name__
+    if name in _ROW_BY_ROW:
+        refuse_by_name(SimpleNamespace(loss=loss))
+    elif name == "MatryoshkaLoss":
+        loss.loss, loss.n_dims_per_step = losses.CoSENTLoss.__new__(losses.CoSENTLoss), -1
+        nn.Module.__init__(loss.loss)
+        with pytest.raises(LossError, match="CoSENTLoss is not known to be a mean over rows"):
+            refuse_by_name(SimpleNamespace(loss={"a": loss}))
+    else:
+        with pytest.raises(LossError, match=f"{name} is not known to be a mean over rows"):
+            refuse_by_name(SimpleNamespace(loss=loss))
+
+
+def test_a_loss_that_draws_its_dimensions_for_each_micro_batch_is_refused(bert):
+    model = st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
+    loss = matryoshka(model)
+    loss.n_dims_per_step = 1
+    with pytest.raises(LossError, match="MatryoshkaLoss with n_dims_per_step = 1 draws"):
+        refuse_by_name(SimpleNamespace(loss=loss))
+
+
+def test_a_sum_over_rows_is_found_by_asking(bert, tmp_path):
+    def summed(model):
+        return losses.ContrastiveLoss(model, size_average=False)
+
+    model = st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
+    rows = CASES["ContrastiveLoss"][1]
+    with pytest.raises(LossError, match="sum"):
+        train(Mixed, Arguments, model, summed, rows, tmp_path, **PIECES)

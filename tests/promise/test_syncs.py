@@ -1,0 +1,127 @@
+"""Nothing per micro-batch makes the host wait for the device.
+
+There is no accelerator in the tests, so what would wait on one is counted on the CPU instead:
+reading a number of a tensor, asking whether it is true, or moving it to the host. Layout happens
+on the CPU by design and is left out of the count.
+"""
+
+import collections
+import contextlib
+import itertools
+
+import pytest
+import torch
+from support.tiny import make_trainer, ragged_rows, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_gradacc import GradAccTrainer
+from hf_gradacc.loss.shortcuts import Shortcuts
+
+ROWS = ragged_rows(12, seed=3)
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
+
+
+class Waits(TorchDispatchMode):
+    """Count the operations that need a value on the host, by who asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+        self.paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in WAITS and not self.paused:
+            self.counts[name] += 1
+        return func(*args, **kwargs or {})
+
+
+def count_waits(tmp_path, monkeypatch, *, size, **options):
+    """Count over one update, from its first micro-batch to its last."""
+    model = tiny_llama(attn_implementation=options.pop("attention", "sdpa"))
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        model=model,
+        effective_batch_size=12,
+        per_device_train_batch_size=size,
+        max_steps=1,
+        **options,
+    )
+    waits, stock_run, stock_shape = Waits(), trainer._run_update, Shortcuts.shape
+
+    def shape(self, inputs):
+        waits.paused = True
+        try:
+            return stock_shape(self, inputs)
+        finally:
+            waits.paused = False
+
+    def run(*args, **kwargs):
+        with waits:
+            return stock_run(*args, **kwargs)
+
+    monkeypatch.setattr(Shortcuts, "shape", shape)
+    monkeypatch.setattr(trainer, "_run_update", run)
+    trainer.train()
+    return sum(waits.counts.values())
+
+
+def per_micro_batch(tmp_path, monkeypatch, **options):
+    """Waits that each further micro-batch adds: 12 of them against 2."""
+    with monkeypatch.context() as patch:
+        many = count_waits(tmp_path, patch, size=1, **options)
+    with monkeypatch.context() as patch:
+        few = count_waits(tmp_path, patch, size=6, **options)
+    return (many - few) / 10
+
+
+def test_we_add_no_wait_per_micro_batch_to_what_the_model_does(tmp_path, monkeypatch):
+    model = tiny_llama(attn_implementation="sdpa", use_cache=False)
+    labels = torch.tensor([[3, 4, 5]])
+    with contextlib.ExitStack() as stack:
+        waits = stack.enter_context(Waits())
+        model(input_ids=labels, labels=labels).loss.backward()
+    own = sum(waits.counts.values())  # Transformers looks for packed rows in position_ids
+    assert per_micro_batch(tmp_path, monkeypatch) <= own
+
+
+def test_a_wait_per_micro_batch_would_be_seen(tmp_path, monkeypatch):
+    plain = per_micro_batch(tmp_path, monkeypatch)
+    hook = torch.nn.Module.__call__
+
+    def call(self, *args, **kwargs):
+        out = hook(self, *args, **kwargs)
+        if type(self).__name__ == "LlamaForCausalLM" and self.training:
+            float(out["loss"].detach())
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "__call__", call)
+        assert per_micro_batch(tmp_path, monkeypatch) == pytest.approx(plain + 1)
+
+
+def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path):
+    """Stock moves all micro-batches of an update at once."""
+    events = []
+
+    class Watched(GradAccTrainer):
+        def _start_copy(self, value):
+            events.append("copy")
+            return super()._start_copy(value)
+
+        def compute_loss(self, *args, **kwargs):
+            if self.model.training:
+                events.append("forward")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        trainer_class=Watched,
+        effective_batch_size=12,
+        per_device_train_batch_size=4,
+    )
+    trainer.train()
+    turns = [event for event, _ in itertools.groupby(events)]
+    assert turns == ["copy", "forward"] * 3

@@ -1,0 +1,335 @@
+"""The mixin before TRL's trainers: gradients and metrics of the whole batch at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Trainer
+
+pytest.importorskip("trl")
+
+import trl
+from support.ranks import run_ranks
+from support.reference import float64_everywhere
+from support.trl_cases import (
+    CASES,
+    IN_PIECES,
+    IN_STOCK_PIECES,
+    ROWS_PER_UPDATE,
+    WHOLE,
+    chat_rows,
+    language_model,
+    run,
+    run_as_rank,
+    sft_rows,
+    tokenize,
+    tokenizer,
+)
+from trl import GRPOTrainer, RLOOTrainer
+
+from hf_gradacc.errors import LossError
+from hf_gradacc.loss.refusals import _MEANS_OVER_ROWS, refuse_by_name
+
+# TRL's fused head gives float32 gradients of its own weights, whatever the model is in.
+TOLERANCE = dict.fromkeys(CASES, 1e-6) | {"reward": 1e-12, "dpo_lora": 1e-12}
+OUR_OWN = {"grad_norm", "epoch", "step", "learning_rate"}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
+    pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def assert_same(actual, expected, tolerance):
+    """Compare gradients, each tensor relative to its largest entry."""
+    assert len(actual) == len(expected) > 0
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            scale = float(gradient.abs().max()) or 1.0
+            assert float((mine[name] - gradient).abs().max()) <= tolerance * scale, name
+
+
+def metrics_of(row):
+    return {key: value for key, value in row.items() if key not in OUR_OWN}
+
+
+def is_a_time(key):
+    return key.endswith(("_runtime", "_time", "_per_second"))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """TRL's own trainers on the whole update at once, where they are right."""
+    done = {}
+
+    def get(name):
+        if name not in done:
+            done[name] = run(name, mixed=False, evaluates=True, **WHOLE)
+        return done[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    done = {}
+
+    def get(name):
+        if name not in done:
+            done[name] = run(
+                name, mixed=True, evaluates=True, per_device_eval_batch_size=2, **IN_PIECES
+            )
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unequal_micro_batches_give_the_gradient_of_trl_on_the_whole_update(name, whole, pieces):
+    assert pieces(name).num_micro_batches == [3, 3]  # of 3, 3 and 1 rows
+    assert_same(pieces(name).gradients, whole(name).gradients, TOLERANCE[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_those_of_trl_on_the_whole_update(name, whole, pieces):
+    for mine, theirs in zip(pieces(name).rows, whole(name).rows, strict=True):
+        expected = metrics_of(theirs)
+        assert len(expected) >= 4
+        assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward"])
+def test_trl_itself_averages_metrics_per_micro_batch(name, whole):
+    """If this fails, TRL has mended its means, and the tests above prove less than they say."""
+    stock = run(name, mixed=False, **IN_STOCK_PIECES)
+    assert_same(stock.gradients, whole(name).gradients, TOLERANCE[name])
+    row, truth = metrics_of(stock.rows[0]), metrics_of(whole(name).rows[0])
+    off = [key for key in truth if row[key] != pytest.approx(truth[key], rel=1e-4)]
+    wanted = {"sft": "mean_token_accuracy", "dpo": "logits/rejected", "reward": "max_reward"}
+    assert wanted[name] in off
+
+
+def test_token_accuracy_and_entropy_are_what_the_logits_say(pieces):
+    """Nothing of TRL here: plain softmax over the rows of the first update."""
+    correct = tokens = 0
+    entropy = 0.0
+    end = tokenizer().eos_token
+    with float64_everywhere():  # weights are drawn in the default dtype
+        model = language_model()
+    for row in sft_rows()[:ROWS_PER_UPDATE]:
+        prompt, answer = tokenize(row["prompt"]), tokenize(row["completion"] + end)
+        with float64_everywhere():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits
+        logits = logits[0, len(prompt) - 1 : -1]
+        log_probs = logits.detach().log_softmax(-1)
+        correct += int(log_probs.argmax(-1).eq(torch.tensor(answer)).sum())
+        entropy -= float((log_probs.exp() * log_probs).sum())
+        tokens += len(answer)
+    row = pieces("sft").rows[0]
+    assert 0 < correct < tokens == row["tokens_per_update"]
+    assert row["mean_token_accuracy"] == pytest.approx(correct / tokens, rel=1e-6)
+    assert row["entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "kto"])
+def test_evaluation_does_not_depend_on_its_batch_size(name, whole, pieces):
+    """Five rows: TRL in one batch of 8, the mixin in batches of 2, 2 and 1."""
+    theirs, mine = whole(name).evaluation, pieces(name).evaluation
+    expected = {key: value for key, value in theirs.items() if not is_a_time(key)}
+    expected.pop("eval_num_tokens")  # what was trained so far: nothing
+    assert len(expected) >= 4
+    assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"padding_free": True}, {"packing": True, "max_length": 40}])
+def test_padding_free_rows_give_the_gradient_of_the_same_padded_rows(options):
+    """Laid end to end, the first token of each sequence is no target, in TRL's count and ours."""
+    rows = {"per_device_train_batch_size": 2, "effective_batch_size": 5, "max_steps": 1}
+    end_to_end = run("sft", mixed=True, **rows | options)
+    assert end_to_end.num_micro_batches[0] > 1
+    stock = dict(options, per_device_train_batch_size=5, max_steps=1)
+    if "padding_free" in options:
+        stock.pop("padding_free")
+    expected = run("sft", mixed=False, **stock)
+    assert_same(end_to_end.gradients, expected.gradients, 1e-6)
+    for key in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert end_to_end.rows[0][key] == pytest.approx(expected.rows[0][key], rel=1e-6)
+
+
+def test_label_smoothing_stays_trls_own():
+    smoothed = {"label_smoothing_factor": 0.2, "max_steps": 1}
+    expected = run("sft", mixed=False, **WHOLE, **smoothed)
+    plain = run("sft", mixed=False, **WHOLE, max_steps=1)
+    actual = run("sft", mixed=True, **IN_PIECES, **smoothed)
+    assert_same(actual.gradients, expected.gradients, 1e-6)
+    with pytest.raises(AssertionError):
+        assert_same(plain.gradients, expected.gradients, 1e-3)
+
+
+def test_pairs_are_planned_by_what_both_answers_cost():
+    """Each row of a DPO batch is two, as wide as the longest of both."""
+    seen = []
+
+    def note(trainer):
+        def hook(module, args, kwargs):
+            if module.training:
+                seen.append(tuple(kwargs["input_ids"].shape))
+
+        trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    run("dpo", mixed=True, prepare=note, effective_batch_size=7, max_tokens_per_micro_batch=120)
+    assert max(rows * width for rows, width in seen) <= 120
+    assert max(rows for rows, _ in seen) > 2
+    first = [width for _, width in seen[: len(seen) // 2]]
+    assert first == sorted(first) or first == sorted(first, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_pairs_stay_together_when_an_update_is_cut_again_for_memory(name, whole):
+    failed = []
+
+    def break_once(trainer):
+        def hook(module, args, kwargs):
+            rows = kwargs["input_ids"].shape[0]
+            if module.training and rows > 4:
+                failed.append(rows)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+        trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    pieces = dict(IN_PIECES, max_tokens_per_micro_batch=10_000)
+    actual = run(name, mixed=True, prepare=break_once, **pieces)
+    assert failed
+    assert_same(actual.gradients, whole(name).gradients, TOLERANCE[name])
+    for mine, theirs in zip(actual.rows, whole(name).rows, strict=True):
+        expected = metrics_of(theirs)  # num_tokens among them: nothing counted twice
+        assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_asking_the_model_before_training_leaves_no_metrics():
+    kept = []
+    run("sft", mixed=True, prepare=kept.append, max_steps=1, **IN_PIECES)
+    assert not kept[0]._metrics["eval"]
+
+
+def test_a_skipped_update_leaves_no_metrics(whole):
+    spoilt = []
+
+    def spoil_first(trainer):
+        def hook(module, args, output):
+            if module.training and not spoilt:
+                spoilt.append(True)
+                output.last_hidden_state = output.last_hidden_state * torch.nan
+            return output
+
+        trainer.model.model.register_forward_hook(hook)
+
+    options = dict(IN_PIECES, on_non_finite="skip")
+    skipped, trained = run("sft", mixed=True, prepare=spoil_first, **options).rows
+    assert spoilt
+    assert "entropy" not in skipped
+    first, second = (row["num_tokens"] for row in whole("sft").rows)
+    assert trained["num_tokens"] == second - first
+    assert 0 < trained["entropy"] < 6
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Seven rows on two ranks: four against three, so the ranks run different numbers of passes."""
+    return run_ranks(
+        run_as_rank,
+        2,
+        names=["sft", "dpo"],
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=2,
+        effective_batch_size=ROWS_PER_UPDATE,
+    )
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_two_ranks_agree_with_one(name, ranks, pieces):
+    for rank in ranks:
+        gradients, rows, evaluation = rank[name]
+        assert_same(gradients, pieces(name).gradients, 1e-6)
+        for mine, theirs in zip(rows, pieces(name).rows, strict=True):
+            keys = {"loss", "entropy", "mean_token_accuracy", "num_tokens"} & set(theirs)
+            keys |= {key for key in theirs if "/" in key}
+            assert len(keys) >= 4
+            assert {k: mine[k] for k in keys} == pytest.approx(
+                {k: theirs[k] for k in keys}, rel=1e-6, abs=1e-9
+            )
+        for key, value in pieces(name).evaluation.items():
+            if not is_a_time(key):  # the last batches are filled up with rows that count already
+                assert evaluation[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("kto", {"loss_type": "kto"}, "mean KL of the micro-batch"),
+        ("dpo", {"loss_type": ["aot"]}, "sorts the pairs"),
+        ("dpo", {"loss_type": ["aot_unpaired"]}, "sorts the answers"),
+        ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}, "mean over tokens"),
+        ("tpo", {"tpo_alpha": 0.5}, "TPOTrainer with tpo_alpha = 0.5 adds a mean over the tokens"),
+    ],
+)
+def test_losses_that_compare_rows_are_refused_by_name(tmp_path, name, options, reason):
+    with pytest.raises(LossError, match=reason):
+        CASES[name].make(tmp_path, mixed=True, **options)
+
+
+def trainers_of_trl():
+    """The name of every trainer in TRL's source, `trl.experimental` included."""
+    found = set()
+    for path in Path(trl.__file__).parent.rglob("*.py"):
+        if {"trainer", "experimental"} & set(path.parts[-4:]):
+            found |= set(re.findall(r"^class ([A-Z]\w*Trainer)\(", path.read_text("utf-8"), re.M))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", trainers_of_trl())
+def test_every_trainer_of_trl_is_tested_to_be_exact_or_refused_by_name(name):
+    page = Path(__file__).resolve().parents[2] / "docs" / "subclassing.md"
+    assert f"`{name}`" in page.read_text("utf-8"), "and the page says which"
+    if name in _MEANS_OVER_ROWS:
+        assert name in {f"{case.trainer}Trainer" for case in CASES.values()}
+        return
+    kind = type(name, (Trainer,), {"__module__": "trl.experimental"})
+    with pytest.raises(LossError, match=f"{name} (generates what it trains on|adds a mean over)"):
+        refuse_by_name(kind.__new__(kind))
+
+
+def test_a_trainer_that_a_later_trl_brings_is_refused_until_it_has_been_looked_at():
+    unseen = type("NewTrainer", (Trainer,), {"__module__": "trl.trainer.new_trainer"})
+    own = type("OwnTrainer", (unseen,), {"__module__": "elsewhere"})
+    for kind in (unseen, own):
+        with pytest.raises(LossError, match="NewTrainer is a trainer of TRL that is not known"):
+            refuse_by_name(kind.__new__(kind))
+    refuse_by_name(SimpleNamespace())
+    assert len(trainers_of_trl()) >= 20
+
+
+def test_only_what_the_assistant_says_is_counted_and_trained(pieces):
+    """All tokens: prompt and answer. The assistant's: its words and the end of its turn."""
+    told = [
+        [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        for row in chat_rows()[:ROWS_PER_UPDATE]
+    ]
+    words = sum(len(tokenize(text)) + 1 for turns in told for text in turns)
+    assert pieces("sft_assistant").rows[0]["tokens_per_update"] == words
+    rows = sft_rows()[:ROWS_PER_UPDATE]
+    # The first token of a row has nothing before it; the end of the answer is a target.
+    every = sum(len(tokenize(row["prompt"] + row["completion"])) for row in rows)
+    assert pieces("sft_all_tokens").rows[0]["tokens_per_update"] == every
+
+
+@pytest.mark.parametrize("stock", [GRPOTrainer, RLOOTrainer])
+def test_trainers_that_generate_are_refused_by_name(stock):
+    with pytest.raises(LossError, match=f"{stock.__name__} generates what it trains on"):
+        refuse_by_name(stock.__new__(stock))

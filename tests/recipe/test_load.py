@@ -1,0 +1,481 @@
+"""A recipe is read strictly, and everything wrong with it is said in one report."""
+
+import copy
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
+from hf_gradacc.recipe.problems import RecipeError
+from hf_gradacc.recipe.run import resolved_recipe, save_recipe
+from hf_gradacc.recipe.schema import export_schema
+
+GOOD = """\
+model:
+  config: {model_type: llama, hidden_size: 16}
+tokenizer:
+  train: {vocab_size: 400}
+data:
+  train: rows.jsonl
+  format: question_answer
+train:
+  learning_rate: 1e-3
+  max_steps: 2
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+
+    def write_recipe(text, name="mine.yaml"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(textwrap.dedent(text))
+        return file
+
+    return write_recipe
+
+
+def problems(path, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides=overrides)
+    return caught.value.problems
+
+
+def test_a_good_recipe_loads_with_paths_relative_to_its_file(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    recipe = load_recipe(write(GOOD))
+    assert recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
+    assert recipe.train == {"learning_rate": 0.001, "max_steps": 2}
+    assert recipe.output.dir == "runs/mine"
+    assert recipe.wandb.name == "mine"
+    assert recipe_arguments(recipe, use_cpu=True).max_steps == 2
+
+
+def test_an_override_path_is_relative_to_the_current_folder(write, tmp_path, monkeypatch):
+    file = write(GOOD, "deep/mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(file, overrides=["data.train=rows.jsonl"])
+    assert recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
+    (found,) = problems(file)
+    assert (found.key, found.why) == ("data.train", "no such file")
+
+
+def test_all_problems_come_in_one_report_with_file_line_key_value_and_way_out(write):
+    file = write("""\
+        model:
+          config: {model_type: llama}
+          dtyp: float32
+        tokenizer:
+          train: {vocab_size: 40}
+        data:
+          train: rows.jsonl
+          format: questions
+        train:
+          learning_rat: 0.001
+          max_steps: many
+          lr_scheduler_type: cosin
+        wandbb: {}
+        """)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    found = [(p.origin.line, p.key, p.value) for p in caught.value.problems]
+    assert found == [
+        (3, "model.dtyp", "float32"),
+        (5, "tokenizer.train.vocab_size", 40),
+        (8, "data.format", "questions"),
+        (10, "train.learning_rat", 0.001),
+        (11, "train.max_steps", "many"),
+        (12, "train.lr_scheduler_type", "cosin"),
+        (13, "wandbb", {}),
+    ]
+    report = str(caught.value)
+    assert report.startswith("7 problems in this recipe:")
+    assert f"{file}:10: train.learning_rat = 0.001: no such key" in report
+    for way_out in (
+        "model.dtype?",
+        "train.learning_rate?",
+        "question_answer?",
+        "cosine?",
+        "wandb?",
+    ):
+        assert f"did you mean {way_out}" in report
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "fix"),
+    [
+        ("learning_rate: 0.1", "learning_rate", "train.learning_rate"),
+        ("lora: {r: 4}", "lora", "known keys"),
+        ("train: {output_dir: here}", "train.output_dir", "output.dir"),
+        ("train: {hub_token: hf_abc}", "train.hub_token", "holds no secret"),
+        ("wandb: {api_key: hf_abc}", "wandb.api_key", "known keys"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_the_right_one(write, change, key, fix):
+    text = GOOD if not change.startswith("train") else GOOD[: GOOD.index("train:\n  learning")]
+    found = problems(write(text + change + "\n"))
+    assert key in {problem.key for problem in found}
+    assert any(fix in problem.fix for problem in found)
+    assert "hf_abc" not in str(RecipeError(found))
+
+
+def test_a_misspelt_section_is_one_problem_not_two(write):
+    (found,) = problems(write(GOOD.replace("data:", "daat:")))
+    assert found.key == "daat"
+    assert "data" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("model: [1, 2", "YAML"),
+        ("- a\n- b\n", "not a mapping"),
+        ("just text", "not a mapping"),
+        ("", "missing"),
+        ("model: &m {a: *m}", "itself"),
+        ("model: {a: 1, a: 2}", "twice"),
+        ("1: 2", "not a word"),
+        ("? [a, b]\n: c", "not a word"),
+        ("model: !!python/object/apply:os.system ['true']", "YAML"),
+        ("model: {name: '${nothing.here}'}", "nothing"),
+        ("model: {name: '${oc.env:HF_TOKEN}'}", "secret"),
+        ("model: {name: '${oc.create:1}'}", "calls"),
+        ("model: {name: '${unclosed'}", ""),
+        ("base: [a]", "not a path"),
+        ("base: nowhere.yaml", "not a recipe"),
+        ("base: mine.yaml", "itself"),
+        ("model:\n\t- tab", "YAML"),
+        ("model: null\ndata: null", ""),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_report(write, text, why):
+    report = str(RecipeError(problems(write(text))))
+    assert why in report
+    assert "mine.yaml" in report
+
+
+def test_a_file_that_is_not_there_or_not_text_is_one_report(tmp_path):
+    assert "No such file" in str(RecipeError(problems(tmp_path / "none.yaml")))
+    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00model")
+    assert "UTF-8" in str(RecipeError(problems(tmp_path / "bin.yaml")))
+    assert "directory" in str(RecipeError(problems(tmp_path)))
+
+
+@pytest.mark.parametrize("override", ["nonsense", "=1", "a b=1", "train.max_steps=[1", "model=3"])
+def test_an_override_that_cannot_be_is_one_report(write, override):
+    assert all(p.origin.file == "command line" for p in problems(write(GOOD), override))
+
+
+def test_overrides_win_over_the_file_and_null_takes_a_value_back(write):
+    recipe = load_recipe(
+        write(GOOD),
+        overrides=["train.max_steps=null", "peft=lora", "peft.r=4", "train.eval_strategy=no"],
+    )
+    assert recipe_arguments(recipe, use_cpu=True).max_steps == -1
+    assert (recipe.peft.method, recipe.peft.r) == ("lora", 4)
+    assert recipe.train["eval_strategy"] == "no"
+
+
+def test_a_recipe_inherits_and_its_lines_are_those_of_the_file_that_said_it(write):
+    write(GOOD + "  warmup_stepz: 3\n", "base.yaml")
+    file = write("base: base.yaml\ntrain:\n  max_steps: 9\n  bogus_key: 1\n")
+    found = {p.key: p.origin for p in problems(file)}
+    assert Path(found["train.warmup_stepz"].file).name == "base.yaml"
+    assert found["train.warmup_stepz"].line == 11
+    assert (Path(found["train.bogus_key"].file).name, found["train.bogus_key"].line) == (
+        "mine.yaml",
+        4,
+    )
+
+
+def test_an_interpolation_reads_another_key(write):
+    recipe = load_recipe(write(GOOD + "output: {dir: 'runs/lr-${train.learning_rate}'}\n"))
+    assert recipe.output.dir == "runs/lr-0.001"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["model.name=gpt2"], "either `name` or `config`"),
+        (["data.eval=rows.jsonl", "data.holdout=3"], "either `eval` or `holdout`"),
+        (["data.holdout=1.5"], "share below 1.0"),
+        (["peft.merge_on_save=true"], "nothing to merge"),
+        (["model.task=seq2seq"], "cannot learn from data.format = question_answer"),
+        (["data.format=classification"], "set model.task to classification"),
+        (["peft=lora", "tokenizer.add_tokens=[<new>]"], "peft.modules_to_save"),
+        (["data.columns={quesion: q}"], "did you mean question?"),
+        (["peft=qlora", "peft.merge_on_save=true"], "round the update away"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_reported(write, tmp_path, monkeypatch, overrides, why):
+    monkeypatch.chdir(tmp_path)
+    assert why in str(RecipeError(problems(write(GOOD), *overrides)))
+
+
+def test_training_options_that_contradict_each_other_are_reported(write):
+    found = problems(write(GOOD), "train.effective_batch_size=8", "train.tokens_per_update=9")
+    (problem,) = found
+    assert (problem.key, problem.value) == ("train.effective_batch_size", 8)
+    assert "tokens_per_update = 9 both say how large an update is" in problem.why
+
+
+def test_missing_files_and_refused_values_stand_in_the_report_of_the_schema(write):
+    file = write("""\
+        model:
+          name: ./nowhere
+          dtyp: float32
+        data:
+          train:
+            - rows.jsonl
+            - path: gone.jsonl
+            - parts/*.csv
+          format: question_answer
+        train:
+          max_steps: -5
+          learning_rate: -1.0
+          lr_scheduler_type: cosin
+          optim: adamw_torchh
+          logging_steps: 0
+          warmup_steps: -3
+          layout: dense
+          noise_scale_every: 0
+          bf16: true
+          deepspeed: zero9.json
+        """)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    found = [(p.origin.line, p.key, p.value) for p in caught.value.problems]
+    assert found == [
+        (2, "model.name", "./nowhere"),
+        (3, "model.dtyp", "float32"),
+        (7, "data.train[1].path", "gone.jsonl"),
+        (8, "data.train[2]", "parts/*.csv"),
+        (11, "train.max_steps", -5),
+        (12, "train.learning_rate", -1.0),
+        (13, "train.lr_scheduler_type", "cosin"),
+        (14, "train.optim", "adamw_torchh"),
+        (15, "train.logging_steps", 0),
+        (16, "train.warmup_steps", -3),
+        (17, "train.layout", "dense"),
+        (18, "train.noise_scale_every", 0),
+        (20, "train.deepspeed", "zero9.json"),
+    ]
+    assert all(problem.fix for problem in caught.value.problems)
+
+
+def test_checking_a_recipe_starts_no_device(write, monkeypatch):
+    from transformers import TrainingArguments
+
+    def refuse(_self):
+        raise AssertionError("a device was asked for")
+
+    monkeypatch.setattr(TrainingArguments, "device", property(refuse))
+    load_recipe(write(GOOD))
+
+
+def test_a_saved_recipe_loads_to_the_same_recipe(write, tmp_path):
+    recipe = load_recipe(write(GOOD), overrides=["peft=dora"])
+    recipe.data.system = "it costs ${5}"
+    recipe.peft.options = {"hub_token": "hf_secret"}
+    saved = save_recipe(recipe, tmp_path / "out")
+    assert "hf_secret" not in saved.read_text()
+    again = load_recipe(saved)
+    recipe.peft.options = {}
+    assert again == recipe
+    assert resolved_recipe(again) == resolved_recipe(recipe)
+
+
+def test_the_schema_accepts_what_loads_and_refuses_a_misspelt_key():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = export_schema()
+    json.dumps(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    root = Path(__file__).parents[2] / "recipes"
+    for path in sorted(root.rglob("*.yaml")):
+        values = yaml.safe_load(path.read_text())
+        # YAML 1.1 as PyYAML reads it takes 1e-3 for text; OmegaConf and editors do not.
+        values = json.loads(json.dumps(values), object_hook=_numbers)
+        assert not list(validator.iter_errors(values)), path
+    for accepted in (
+        {"data": {"columns": None, "max_length": "${train.max_steps}"}, "wandb": None},
+        {"peft": "dora", "data": {"train": ["a.jsonl", {"path": "b", "weight": 2}]}},
+        {"train": {"eval_steps": "${train.save_steps}", "lr_scheduler_type": "cosine"}},
+    ):
+        assert not list(validator.iter_errors(accepted)), accepted
+    for refused in (
+        {"train": {"learning_rat": 1}},
+        {"train": {"max_steps": "many"}},
+        {"train": {"lr_scheduler_type": "cosin"}},
+        {"modle": {}},
+        {"model": {"dtype": "float23"}},
+        {"peft": "lora2"},
+        {"data": {"train": 5}},
+        {"data": {"max_length": 1}},
+    ):
+        assert list(validator.iter_errors(refused)), refused
+
+
+def test_every_key_of_the_schema_says_what_it_means():
+    schema = export_schema()
+    sections = [schema["properties"]["train"]["anyOf"][0], *schema["$defs"].values()]
+    keys = {
+        key: field for section in sections for key, field in section.get("properties", {}).items()
+    }
+    assert len(keys) > 150
+    assert [key for key, field in keys.items() if not field.get("description")] == []
+
+
+def test_null_takes_what_a_base_says_back_to_the_default(write):
+    rest = "  columns: {question: q}\n  too_long: drop\n  seed: 7\n"
+    text = GOOD.replace("train:\n  learning", f"{rest}train:\n  learning")
+    extra = "peft: {method: lora, r: 4}\nwandb: {tags: [a], project: p}\noutput: {dir: there}\n"
+    write(text + extra, "base.yaml")
+    child = "base: base.yaml\ndata: {columns: null, too_long: null, seed: null}\n"
+    child += "peft: {r: null}\nwandb: null\noutput: null\ntokenizer: {add_tokens: null}\n"
+    recipe = load_recipe(write(child))
+    assert (recipe.data.columns, recipe.data.too_long, recipe.data.seed) == ({}, "truncate", 0)
+    assert (recipe.peft.method, recipe.peft.r) == ("lora", 16)
+    assert (recipe.wandb.tags, recipe.wandb.project) == ([], "hf-gradacc")
+    assert recipe.output.dir == "runs/mine"
+
+
+def _numbers(values):
+    def number(value):
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    fixed = {key: number(value) for key, value in values.items()}
+    for key in ("eval_strategy", "save_strategy"):
+        if fixed.get(key) is False:
+            fixed[key] = "no"
+    return fixed
+
+
+def test_wandb_settings_reach_the_environment_unless_they_are_there(write, monkeypatch):
+    import os
+
+    for name in ("PROJECT", "ENTITY", "TAGS", "NOTES", "RUN_GROUP", "MODE"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.setenv("WANDB_ENTITY", "mine")
+    recipe = load_recipe(
+        write(GOOD), overrides=["wandb.project=p", "wandb.entity=e", "wandb.tags=[a,b]"]
+    )
+    before = dict(os.environ)
+    try:
+        configure_wandb(recipe)
+        assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_TAGS"]) == ("p", "a,b")
+        assert os.environ["WANDB_ENTITY"] == "mine"
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+FULL = {
+    "model": {
+        "config": {"model_type": "llama", "hidden_size": 16},
+        "dtype": "float32",
+        "overrides": {"attention_dropout": 0.1},
+    },
+    "tokenizer": {"train": {"vocab_size": 400}, "add_tokens": ["<a>"], "chat_template": "{{ 1 }}"},
+    "data": {
+        "train": [{"path": "rows.jsonl", "weight": 2.0}, "rows.jsonl"],
+        "holdout": 0.5,
+        "format": "question_answer",
+        "columns": {"question": "q"},
+        "max_length": 64,
+        "template_options": {"enable_thinking": False},
+        "document": "line",
+    },
+    "peft": {"method": "lora", "r": 4, "modules_to_save": ["lm_head"], "options": {"bias": "none"}},
+    "train": {
+        "learning_rate": 0.001,
+        "max_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "effective_batch_size": 4,
+        "logging_steps": 1,
+    },
+    "wandb": {"tags": ["a"]},
+    "output": {"dir": "out"},
+}
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def places(value, path=()):
+    """Every place in a nested value, from the outside in."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*path, key))
+    elif isinstance(value, list):
+        for index in range(len(value)):
+            yield from places(value[index], (*path, index))
+
+
+def try_to_load(file, *overrides):
+    try:
+        load_recipe(file, overrides=overrides)
+    except RecipeError as error:
+        return str(error)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_spoilt_recipe_loads_or_is_one_report_never_anything_else(write, data):
+    spoilt = copy.deepcopy(FULL)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(list(places(spoilt))))
+        parent = spoilt
+        for step in path[:-1]:
+            parent = parent[step]
+        action = data.draw(st.sampled_from(["drop", "misspell", "mistype", "nest"]))
+        value = parent[path[-1]]
+        if action == "mistype":
+            parent[path[-1]] = data.draw(ANYTHING)
+        elif action == "nest":
+            parent[path[-1]] = data.draw(st.sampled_from([[value], {"nested": value}]))
+        elif isinstance(parent, dict):
+            del parent[path[-1]]
+            if action == "misspell":
+                parent[data.draw(st.text(min_size=1, max_size=8)) + str(path[-1])[1:]] = value
+        if not list(places(spoilt)):
+            break
+    file = write(yaml.safe_dump(spoilt, allow_unicode=True))
+    report = try_to_load(file)
+    assert report is None or report.splitlines()[0].endswith("in this recipe:")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.text(max_size=60), overrides=st.lists(st.text(max_size=20), max_size=2))
+def test_any_text_at_all_is_one_report(write, text, overrides):
+    file = write("")
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError):
+        load_recipe(file, overrides=overrides)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    key=st.sampled_from([".".join(map(str, path)) for path in places(FULL)] + ["train.nothing"]),
+    value=st.text(max_size=12),
+)
+def test_any_override_is_applied_or_is_one_report(write, key, value):
+    file = write(yaml.safe_dump(FULL))
+    report = try_to_load(file, f"{key}={value}")
+    assert report is None or report.splitlines()[0].endswith("in this recipe:")

@@ -1,0 +1,170 @@
+"""A plan's figures can be worked out by hand, and its memory counts what a real model has."""
+
+import pytest
+
+from hf_gradacc import GradAccArguments
+from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
+from hf_gradacc.recipe.model import apply_peft, load_model
+from hf_gradacc.recipe.plan import plan_recipe
+from hf_gradacc.recipe.plan_screen import give_advice
+from hf_gradacc.recipe.sections import PeftSection, Recipe
+
+LENGTHS = [2, 3, 4, 5, 6, 7, 30]
+
+
+def rows(*, first_label=True):
+    return [
+        {"input_ids": [1] * n, "labels": ([1] if first_label else [-100]) + [1] * (n - 1)}
+        for n in LENGTHS
+    ]
+
+
+def arguments(**options):
+    settings = {"output_dir": "out", "use_cpu": True, "report_to": "none", "num_train_epochs": 2}
+    return GradAccArguments(**settings | {"effective_batch_size": 4} | options)
+
+
+@pytest.mark.parametrize("first_label", [True, False])
+def test_a_causal_model_has_no_target_at_its_first_token(first_label):
+    plan = plan_recipe(rows(first_label=first_label), arguments=arguments(), task="causal_lm")
+    assert plan.targets.tolist() == [n - 1 for n in LENGTHS]
+
+
+def test_other_tasks_count_their_own_targets():
+    seq2seq = plan_recipe(rows(), arguments=arguments(), task="seq2seq")
+    assert seq2seq.targets.tolist() == LENGTHS
+    classes = [{"input_ids": [1] * n, "labels": 0} for n in LENGTHS]
+    assert plan_recipe(classes, arguments=arguments(), task="classification").targets.sum() == 7
+
+
+def test_updates_are_those_of_two_epochs():
+    plan = plan_recipe(rows(), arguments=arguments(), task="causal_lm")
+    assert (plan.updates_per_epoch, plan.num_updates, plan.last_update) == (2, 4, 3)
+    assert plan.longest[:2] == (6, 5)
+    dropped = plan_recipe(rows(), arguments=arguments(incomplete_update="drop"), task="causal_lm")
+    assert (dropped.updates_per_epoch, dropped.last_update) == (1, 4)
+
+
+def test_an_update_of_all_rows_is_padded_as_counted_by_hand():
+    options = {"effective_batch_size": 7, "per_device_train_batch_size": 7}
+    plan = plan_recipe(rows(), arguments=arguments(**options), task="causal_lm")
+    stock, by_size, _, packed = plan.ways
+    assert stock.padding_fraction == by_size.padding_fraction == (7 * 30 - 57) / (7 * 30)
+    assert stock.largest == 7 * 30
+    options["max_tokens_per_micro_batch"] = 30
+    plan = plan_recipe(rows(), arguments=arguments(**options), task="causal_lm")
+    chosen = plan.chosen
+    # 30 alone, then 7 6 5 and 4 3 2: 30 + 21 + 12 computed for 57; 7 6 5 4 and 3 2 is 1 more.
+    assert chosen.micro_batches.mean == 3
+    assert chosen.padding_fraction == (30 + 21 + 12 - 57) / 63
+    assert packed.padding_fraction == 0
+
+
+def test_two_ranks_have_half_of_each_update():
+    plan = plan_recipe(rows(), arguments=arguments(), task="causal_lm", world_size=2)
+    assert plan.sequences_per_update.most == 4
+    assert plan.ways[0].micro_batches.most == 1
+
+
+def test_a_stream_is_planned_by_a_sample():
+    plan = plan_recipe(iter(rows()), arguments=arguments(), task="causal_lm")
+    assert plan.is_sample
+    assert plan.num_sequences == 7
+
+
+def test_advice_names_a_budget_where_padding_is_high_and_none_where_it_is_low():
+    padded = plan_recipe(rows(), arguments=arguments(), task="causal_lm")
+    assert any("max_tokens_per_micro_batch: " in line for line in give_advice(padded))
+    equal = [{"input_ids": [1] * 8, "labels": [1] * 8}] * 8
+    assert not list(give_advice(plan_recipe(equal, arguments=arguments(), task="causal_lm")))
+    too_long = arguments(max_tokens_per_micro_batch=8)
+    advice = list(give_advice(plan_recipe(rows(), arguments=too_long, task="causal_lm")))
+    assert any("30" in line and "planned alone" in line for line in advice)
+
+
+@pytest.mark.parametrize(
+    ("usable", "recomputed", "peft", "advice"),
+    [
+        (400_000, False, "none", None),
+        (300_000, False, "none", "train.max_tokens_per_micro_batch: 30 "),
+        (270_000, False, "none", "train.activation_checkpointing: true"),
+        (270_000, True, "none", "data.max_length: 23 "),
+        (190_000, True, "none", "peft.method: lora"),
+        (190_000, True, "lora", "peft.method: qlora, model.name: a smaller one"),
+        (190_000, True, "qlora", "model.name: a smaller one"),
+    ],
+)
+def test_advice_makes_a_run_fit_a_gpu(usable, recomputed, peft, advice):
+    options = {"max_tokens_per_micro_batch": 60, "effective_batch_size": 7}
+    plan = plan_recipe(rows(), arguments=arguments(**options), task="causal_lm")
+    assert (plan.chosen.largest, plan.lengths.max()) == (42, 30)
+    # 200 000 bytes of state, and 3 000 for each of the 42 tokens of the largest micro-batch.
+    state = {"weights": 100_000, "gradients": 60_000, "optimizer": 40_000}
+    rest = {"activations": 84_000, "logits": 42_000, "recomputed": recomputed}
+    memory = MemoryEstimate(1, 1, **state, **rest)
+    # Nine tenths of a GPU are usable, and a byte more against rounding.
+    found = list(give_advice(plan, memory=memory, gpu_memory=usable / 0.9 + 1, peft=peft))
+    about_memory = [line for line in found if " GB" in line]
+    assert len(about_memory) == (advice is not None)
+    assert advice is None or found[0].startswith(advice)
+
+
+class Tokenizer:
+    """As much of a tokenizer as a config asks for."""
+
+    bos_token_id = None
+    eos_token_id = pad_token_id = 0
+
+    def __len__(self):
+        return 100
+
+
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_memory_counts_the_weights_that_a_real_model_has(method):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    recipe = Recipe.model_validate(
+        {
+            "model": {"config": {"model_type": "llama", **sizes}},
+            "data": {"train": "rows.jsonl"},
+            "peft": method,
+        }
+    )
+    model = load_model(recipe.model, tokenizer=Tokenizer())
+    total = sum(p.numel() for p in model.parameters())
+    model = apply_peft(model, recipe.peft)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = estimate_memory(recipe, tokenizer=Tokenizer(), arguments=arguments(), largest=64)
+    assert (memory.num_parameters, memory.num_trainable) == (total, trained)
+    assert memory.gradients == 4 * trained
+    assert memory.optimizer == 8 * trained
+    assert memory.logits == 64 * 100 * 12
+    sharded = recipe.model_copy(update={"train": {"fsdp": True}})
+    spread = estimate_memory(
+        sharded, tokenizer=Tokenizer(), arguments=arguments(), largest=64, world_size=4
+    )
+    assert spread.total < memory.total
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "bytes_each"),
+    [
+        ({}, {}, 4),  # summed in float32, each cast as it goes to the optimizer
+        ({"accumulate_grads_in_fp32": False}, {}, 2),
+        ({}, {"train": {"fsdp": True}}, 2),  # the engine reduces in a type of its own
+        ({}, {"peft": PeftSection(method="lora")}, 4),  # peft keeps adapters in float32
+    ],
+    ids=["summed in float32", "asked not to", "sharded", "adapters"],
+)
+def test_memory_counts_float32_sums_of_bfloat16_weights(options, changes, bytes_each):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "dtype": "bfloat16"}
+    model = {"config": {"model_type": "llama", **sizes}, "dtype": "bfloat16"}
+    recipe = Recipe.model_validate({"model": model, "data": {"train": "rows.jsonl"}})
+    recipe = recipe.model_copy(update=changes)
+    memory = estimate_memory(
+        recipe, tokenizer=Tokenizer(), arguments=arguments(**options), largest=64
+    )
+    assert memory.gradients == bytes_each * memory.num_trainable
+    beyond = 2 if bytes_each == 4 and not changes else 0
+    assert memory.float32_sums == beyond * memory.num_trainable

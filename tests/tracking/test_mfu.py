@@ -1,0 +1,121 @@
+"""The FLOPs formula against a count by torch itself, and the table of peaks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from hf_gradacc.tracking.mfu import (
+    PEAK_FLOPS,
+    CostMeter,
+    ModelFlops,
+    find_peak_flops,
+    peak_flops_of_this_device,
+)
+
+SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(**options):
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **options}, attn_implementation="eager"))
+
+
+def counted(model, *, rows=2, length=32):
+    """What torch counts in one forward and backward, per token. It counts attention in full."""
+    ids = torch.randint(0, 200, (rows, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return counter.get_total_flops() / (rows * length)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_formula_counts_what_torch_counts(tied):
+    model = llama(tie_word_embeddings=tied)
+    flops = ModelFlops(model)
+    # torch multiplies out the half of the attention that the mask throws away.
+    expected = flops.per_token(mean_length=32) + flops.attention * 32
+    assert counted(model) == pytest.approx(expected, rel=0.03)
+
+
+def test_frozen_weights_cost_no_weight_gradient():
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    flops = ModelFlops(model)
+    assert flops.trained < 0.1 * flops.used
+    expected = flops.per_token(mean_length=32) + flops.attention * 32
+    assert counted(model) == pytest.approx(expected, rel=0.05)
+    everything_trained = 6 * flops.used + 2 * flops.attention * 32
+    assert counted(model) < 0.8 * everything_trained
+
+
+def test_of_experts_only_those_a_token_visits_count():
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2))
+    flops = ModelFlops(model)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    rest = sum(p.numel() for n, p in model.named_parameters() if ".experts." not in n)
+    assert experts > rest
+    assert flops.used == pytest.approx(rest - 200 * 64 + experts / 4)
+
+
+def test_the_utilization_of_many_devices_is_shared_by_them():
+    flops = ModelFlops(llama())
+    options = {"input_tokens_per_second": 1000.0, "mean_length": 10.0, "peak_flops": 1e12}
+    alone = flops.utilization(**options)
+    assert flops.utilization(**options, num_devices=4) == pytest.approx(alone / 4)
+    assert alone == pytest.approx(flops.per_token(mean_length=10) * 1000 / 1e12)
+
+
+def test_an_unknown_device_has_no_utilization():
+    model = llama()
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=True)
+    assert peak_flops_of_this_device(args, model) is None
+    options = {"input_tokens_per_second": 1.0, "mean_length": 1.0}
+    assert ModelFlops(model).utilization(**options, peak_flops=None) is None
+
+
+def test_a_log_row_holds_only_what_the_device_tells(monkeypatch):
+    model, args = llama(), SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    window = {"num_input_tokens": 4000, "num_sequences": 100, "seconds": 2.0}
+    assert CostMeter(args, model).metrics(**window) == {}
+    monkeypatch.setattr("hf_gradacc.tracking.mfu.peak_flops_of_this_device", lambda *_: 1e12)
+    row = CostMeter(args, model).metrics(**window)
+    per_token = ModelFlops(model).per_token(mean_length=40)
+    assert row == {"mfu": pytest.approx(per_token * 2000 / 2e12)}
+    assert CostMeter(args, model).metrics(**{**window, "seconds": 0.0}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "expected"),
+    [
+        ("NVIDIA H200", torch.bfloat16, False, 989.4e12),
+        ("NVIDIA H100 80GB HBM3", torch.float16, False, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, False, 756e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, True, 156e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, False, 19.5e12),
+        ("NVIDIA L40S", torch.bfloat16, False, 362e12),
+        ("NVIDIA A10G", torch.bfloat16, False, 70e12),
+        ("Tesla V100-SXM2-16GB", torch.bfloat16, False, None),
+        ("Tesla T4", torch.float16, False, 65e12),
+        ("NVIDIA H200", torch.float64, False, None),
+        ("Some Other Accelerator", torch.bfloat16, False, None),
+    ],
+)
+def test_peaks_are_found_by_the_name_torch_gives(name, dtype, tf32, expected):
+    assert find_peak_flops(name, dtype=dtype, tf32=tf32) == expected
+
+
+def test_no_name_in_the_table_hides_a_longer_one():
+    names = list(PEAK_FLOPS)
+    for place, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:place] if earlier != name)

@@ -1,0 +1,187 @@
+"""A budget that tunes itself ends near the fastest one, soon, and leaves the gradient alone."""
+
+import json
+import random
+
+import pytest
+from support.reference import float64_everywhere, reference_gradient, relative_error
+from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
+
+from hf_gradacc import GradAccArguments
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.updates import remembered_budgets as budget_memory
+from hf_gradacc.updates.budget import BudgetTuner
+
+
+def tune(seconds_per_token, *, num_tokens=9000, longest=300, lag=0, fits=None):
+    """Run a tuner against a made-up machine; `lag` updates are planned ahead by loader workers."""
+    tuner, planned = BudgetTuner(), []
+    while not tuner.settled:
+        planned.append(tuner.budget)
+        budget = planned[max(0, len(planned) - 1 - lag)]
+        if fits is not None and budget > fits:
+            tuner.forbid(budget)
+            continue
+        seconds = seconds_per_token(budget) * num_tokens
+        tuner.note(budget, seconds=seconds, num_tokens=num_tokens, longest=longest)
+        assert tuner.num_updates <= 20
+    return tuner
+
+
+def like_a_cpu(budget):
+    """Small micro-batches cost calls, large ones fall out of the cache."""
+    return 1 + 150 / budget + budget / 8000
+
+
+def like_a_gpu(budget):
+    return 1 + 900 / budget
+
+
+@pytest.mark.parametrize("machine", [like_a_cpu, like_a_gpu])
+@pytest.mark.parametrize("lag", [0, 2])
+def test_it_ends_within_five_per_cent_of_the_best(machine, lag):
+    budgets = [2**k for k in range(9, 15)]
+    tuner = tune(machine, lag=lag)
+    assert machine(tuner.budget) <= 1.05 * min(map(machine, budgets))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_ten_per_cent_costs_little(seed):
+    draw = random.Random(seed)
+    tuner = tune(lambda budget: like_a_cpu(budget) * (1 + 0.1 * draw.random()))
+    assert like_a_cpu(tuner.budget) <= 1.1 * min(like_a_cpu(2**k) for k in range(9, 15))
+
+
+def test_it_stays_below_what_does_not_fit():
+    tuner = tune(like_a_gpu, fits=3000)
+    assert tuner.budget == 2048
+    tuner.forbid(2048)  # later, when a longer sequence comes along
+    assert tuner.budget < 2048
+
+
+def test_it_says_what_it_tried():
+    line = tune(like_a_cpu).describe()
+    assert "max_tokens_per_micro_batch = 1024 after" in line
+    assert "2048: 1." in line
+
+
+ROWS = ragged_rows(24, seed=7)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tuning_never_changes_a_gradient(tmp_path, workers):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        callbacks=[recorder],
+        learning_rate=0.0,
+        effective_batch_size=12,
+        max_tokens_per_micro_batch="auto",
+        num_train_epochs=12,
+        dataloader_num_workers=workers,
+    )
+    model = tiny_llama().train()
+    with float64_everywhere():
+        trainer.train()
+        assert trainer._tuner.settled
+        sampler = trainer.get_train_dataloader().batch_sampler
+        for epoch in (0, 11):
+            for gradient, members in zip(
+                recorder.gradients[2 * epoch :], sampler.membership(epoch), strict=False
+            ):
+                expected = reference_gradient(model, [ROWS[i] for i in members], pad)
+                assert relative_error(gradient, expected) <= 1e-10
+
+
+def test_updates_are_planned_with_what_was_chosen(tmp_path):
+    seen = []
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        effective_batch_size=12,
+        max_tokens_per_micro_batch="auto",
+        num_train_epochs=12,
+        learning_rate=0.0,
+    )
+    stock = trainer.training_step
+    trainer.training_step = lambda model, update, n=None: (
+        seen.append(update.max_tokens) or stock(model, update, n)
+    )
+    trainer.train()
+    assert seen[0] == BudgetTuner.budget
+    assert seen[-1] == trainer._tuner.budget
+    assert len(set(seen)) > 1
+
+
+def test_a_budget_is_a_number_or_auto(tmp_path):
+    arguments = GradAccArguments(output_dir=str(tmp_path), max_tokens_per_micro_batch="1024")
+    assert arguments.max_tokens_per_micro_batch == 1024
+    with pytest.raises(ConfigError, match=r"max_tokens_per_micro_batch = 'most': use a whole"):
+        GradAccArguments(output_dir=str(tmp_path), max_tokens_per_micro_batch="most")
+
+
+# ---- remembered --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget_memory.constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hf_gradacc" / "token_budgets.json"
+
+
+def tune_for_real(tmp_path, rows=ROWS, **options):
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        **{
+            "effective_batch_size": 12,
+            "max_tokens_per_micro_batch": "auto",
+            "remember_tuned_budget": True,
+            "num_train_epochs": 12,
+            **options,
+        },
+    )
+    trainer.train()
+    return trainer._tuner
+
+
+def test_a_budget_is_tuned_once_per_model_device_and_range_of_lengths(tmp_path, cache):
+    first = tune_for_real(tmp_path)
+    assert first.num_updates > 1
+    again = tune_for_real(tmp_path)
+    assert (again.budget, again.num_updates, again.settled) == (first.budget, 1, True)
+    assert "as an earlier run tuned it" in again.describe()
+    for other in (
+        {"rows": ragged_rows(24, seed=7, longest=40)},
+        {"model": tiny_llama(num_hidden_layers=1)},
+        {"target_only_logits": False},
+    ):
+        assert tune_for_real(tmp_path, **other).num_updates > 1
+    assert len(json.loads(cache.read_text())) == 4
+
+
+def test_nothing_is_remembered_unless_asked(tmp_path, cache):
+    tune_for_real(tmp_path, remember_tuned_budget=False)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": "b"}', "\ud800"])
+def test_a_file_that_says_nothing_is_tuned_over(tmp_path, cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert tune_for_real(tmp_path).num_updates > 1
+    assert tune_for_real(tmp_path).num_updates == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, cache, caplog):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file where the folder should be")
+    assert tune_for_real(tmp_path).settled
+
+
+def test_remembering_without_tuning_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="tunes nothing: set it to 'auto'"):
+        GradAccArguments(
+            output_dir=str(tmp_path), remember_tuned_budget=True, max_tokens_per_micro_batch=512
+        )

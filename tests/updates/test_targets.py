@@ -1,0 +1,61 @@
+"""Targets: what a loss takes its mean over."""
+
+import pytest
+import torch
+
+from hf_gradacc.updates.targets import TargetRule, count_all_targets, count_targets, may_have_target
+
+LABELS = torch.tensor([[5, 6, 7, -100], [-100, -100, 8, 9], [4, -100, -100, -100]])
+
+
+def count(rule, **inputs):
+    return count_all_targets(inputs, num_sequences=3, num_input_tokens=10).under(rule)
+
+
+def test_a_causal_lm_never_predicts_the_first_label_of_a_row():
+    assert count_targets(LABELS).item() == 4
+    assert count_targets(LABELS, shifted=True).item() == 6
+    assert count(TargetRule.NEXT_TOKEN, labels=LABELS) == 4
+    assert count(TargetRule.SAME_TOKEN, labels=LABELS) == 6
+
+
+def test_shift_labels_already_stand_where_they_are_predicted():
+    assert count(TargetRule.NEXT_TOKEN, labels=LABELS, shift_labels=LABELS) == 6
+
+
+def test_labels_without_a_batch_dimension_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[batch, seq\]"):
+        count_targets(torch.tensor([1, 2]))
+
+
+def test_a_classifier_has_one_target_per_labelled_sequence():
+    assert count(TargetRule.SEQUENCE, labels=torch.tensor([1, 0, 2])) == 3
+    assert count(TargetRule.SEQUENCE, labels=torch.tensor([1, -100, 2])) == 2
+    assert count(TargetRule.SEQUENCE, labels=torch.zeros(3, 4)) == 3
+    assert count(TargetRule.SEQUENCE) == 3
+
+
+def test_an_answer_outside_of_the_text_is_no_target():
+    inputs = {"input_ids": torch.zeros(3, 6, dtype=torch.int64)}
+    starts = torch.tensor([0, 5, 6])
+    assert count(TargetRule.SEQUENCE, start_positions=starts, **inputs) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "rule", "expected"),
+    [
+        ({"labels": [-100, -100]}, None, False),
+        ({"labels": [-100, 3]}, None, True),
+        ({"labels": [3, -100]}, TargetRule.NEXT_TOKEN, False),
+        ({"labels": [3, -100]}, TargetRule.SAME_TOKEN, True),
+        ({"labels": torch.tensor([-100, 3])}, None, True),
+        ({"labels": torch.tensor(-100)}, None, False),
+        ({"labels": 0}, None, True),
+        ({"labels": []}, None, False),
+        ({"input_ids": [1]}, None, True),
+        ("text that a collator will tokenize", None, True),
+    ],
+    ids=str,
+)
+def test_a_row_is_left_out_only_if_its_own_labels_rule_it_out(row, rule, expected):
+    assert may_have_target(row, rule=rule) is expected
