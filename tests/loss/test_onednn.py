@@ -225,7 +225,7 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
     rows = ragged_rows(4, seed=1, longest=40)
     chosen = []
     for here in (True, False):
-        monkeypatch.setattr("hf_gradacc.trainer.speed.suits_here", lambda here=here: here)
+        monkeypatch.setattr("hf_gradacc.loss.shortcuts.suits_here", lambda here=here: here)
         chosen.append(first_gradient(tmp_path, wide_llama(), rows)[1] > 0)
     assert chosen == [True, False]
 
@@ -242,7 +242,7 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
 def test_asked_for_where_it_cannot_be_is_an_error_and_left_to_us_is_none(
     tmp_path, monkeypatch, model, options, why
 ):
-    monkeypatch.setattr("hf_gradacc.trainer.speed.suits_here", lambda: True)
+    monkeypatch.setattr("hf_gradacc.loss.shortcuts.suits_here", lambda: True)
     rows = ragged_rows(4, seed=1)
     with pytest.raises(ConfigError, match=f"onednn_linear = True: .*{why}"):
         first_gradient(tmp_path, model(), rows, onednn_linear=True, **options)

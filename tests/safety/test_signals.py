@@ -309,7 +309,7 @@ def test_a_loader_worker_that_dies_is_a_clear_error(tmp_path):
         dataloader_num_workers=1,
         train_sampling_strategy="sequential",
     )
-    trainer._collate_probe = lambda rows: pad(ROWS[:3])
+    trainer._training_data.collate_sample = lambda trainer, rows: pad(ROWS[:3])
     with pytest.raises(
         DataError, match=r"(?s)loader worker died at update \d+.*dataloader_num_workers"
     ):

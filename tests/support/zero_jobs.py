@@ -99,7 +99,7 @@ class ZeroTrainer(GradAccTrainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _note_gradient(self) -> None:
-        if self._global_stats.num_targets:
+        if self.last_update.stats.num_targets:
             self.gradients.append(
                 {
                     name: gradient.clone()
@@ -163,7 +163,7 @@ def make_rows(scenario: dict[str, Any]) -> Any:
 
 def break_on_purpose(mistake: str) -> None:
     """Make one of the mistakes that are easily made with this engine."""
-    import hf_gradacc.trainer.zero as module
+    import hf_gradacc.ranks.deepspeed as module
     from hf_gradacc.ranks.engine import Engine
 
     class SteppingInBackward(UpdateEngine):
