@@ -57,7 +57,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 @functools.cache
 def runs(world_size: int, *, sharded: bool = False) -> list[dict[str, Any]]:
     chosen = {name: s for name, s in SCENARIOS.items() if name in SHARDED or not sharded}
-    return run_ranks(train_scenarios, world_size, timeout=400, scenarios=chosen, sharded=sharded)
+    return run_ranks(train_scenarios, world_size, scenarios=chosen, sharded=sharded)
 
 
 @pytest.mark.parametrize(

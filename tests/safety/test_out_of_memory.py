@@ -271,7 +271,7 @@ def test_no_rank_hangs_when_another_cannot_go_on(tmp_path):
         "no row fits": {**base, "on_ranks": (1,), "limit": 2},
         "some other error": {**base, "on_ranks": (0,), "limit": 2, "error": KeyError("oops")},
     }
-    first, second = run_ranks(train_ranks, 2, scenarios=scenarios, timeout=100)
+    first, second = run_ranks(train_ranks, 2, scenarios=scenarios)
     # The rank that ran out has heard the allocator's words; the others say the same without them.
     said = "  The allocator said: CUDA out of memory. Tried to allocate 2 GiB.\n"
     assert second["no row fits"]["text"].replace(said, "") == first["no row fits"]["text"]
@@ -298,7 +298,7 @@ def test_of_three_ranks_one_may_run_out_where_another_has_nothing_to_do(tmp_path
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_inside_a_collective_all_ranks_stop_and_say_which_failed(where):
-    first, second = run_ranks(run_out_of_memory_while_sharded, 2, where=where, timeout=100)
+    first, second = run_ranks(run_out_of_memory_while_sharded, 2, where=where)
     assert second[0] == "MemoryBudgetError"
     assert "cannot be undone" in second[1]
     assert "smaller max_tokens_per_micro_batch" in second[1]
