@@ -1,4 +1,4 @@
-# Four words: demo, test, lint, bench. Each sets up what it needs on a fresh machine.
+# Five words: demo, test, lint, docs, bench. Each sets up what it needs on a fresh machine.
 PYTHON ?= python3.11
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint bench
+.PHONY: demo test test-oldest lint docs bench
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -34,6 +34,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Into site/, without the network; a broken link or a docstring that cannot be read is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py

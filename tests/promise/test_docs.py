@@ -1,17 +1,25 @@
-"""The examples of the documentation, run from top to bottom."""
+"""The documentation: examples run, links and file names lead somewhere, nothing is said twice."""
 
 from __future__ import annotations
 
+import collections
+import copy
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+TEXTS = [*FRONT, *sorted(DOCS.rglob("*.md"))]
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```python" in page.read_text())
 
 
@@ -88,3 +96,104 @@ def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     assert vars(module)["report"].passed
     assert vars(module)["trainer"].state.global_step == 3
     assert issubclass(vars(module)["ExactSFTTrainer"], trl.SFTTrainer)
+    whole, cut = (
+        gradient_of_an_update(vars(module), per_device_train_batch_size=size) for size in (6, 2)
+    )
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
+
+
+def gradient_of_an_update(given, **options):
+    """What the README's trainer with a loss of its own hands to the optimizer, in one vector."""
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    arguments = given["GradAccArguments"](
+        output_dir="out",
+        effective_batch_size=6,
+        max_steps=1,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to="none",
+        **options,
+    )
+    given["ZLossTrainer"](
+        model=copy.deepcopy(given["model"]),
+        args=arguments,
+        train_dataset=given["dataset"],
+        data_collator=given["collator"],
+        callbacks=[Watch],
+    ).train()
+    return seen[0]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+WORDS_IN_A_ROW = 10
+
+
+def runs_of_words(text):
+    """Every run of ten words of a text, within a paragraph, list item or row of a table."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    for part in re.split(r"\n\s*\n|\n(?=[|#-])", text):
+        words = re.findall(r"\w+", part)
+        for i in range(len(words) - WORDS_IN_A_ROW + 1):
+            yield " ".join(words[i : i + WORDS_IN_A_ROW])
+
+
+def said_twice(texts):
+    """The runs of words that stand in more than one of the named texts."""
+    found = collections.defaultdict(set)
+    for name, text in texts.items():
+        for run in runs_of_words(text):
+            found[run].add(name)
+    return {run: sorted(names) for run, names in found.items() if len(names) > 1}
+
+
+def test_each_thing_is_said_once():
+    texts = {str(page.relative_to(ROOT)): page.read_text("utf-8") for page in TEXTS}
+    assert said_twice(texts) == {}
+
+
+def test_a_sentence_that_is_copied_to_another_page_is_found():
+    sentence = next(runs_of_words((DOCS / "speed.md").read_text("utf-8")))
+    texts = {"speed.md": f"- More. {sentence}, too.", "other.md": sentence, "third.md": "No."}
+    assert said_twice(texts) == {sentence: ["other.md", "speed.md"]}
+
+
+@pytest.mark.parametrize("page", FRONT, ids=lambda page: page.name)
+def test_links_of_the_front_pages_lead_to_files(page):
+    """Those between pages of the site are checked where it is built."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
+    missing = [to for to in links if "://" not in to and not (ROOT / to).is_file()]
+    assert missing == []
+
+
+def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path):
+    pytest.importorskip("mkdocs")
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(site)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        html = page.read_text("utf-8")
+        fetched = re.findall(r"<(?:script|img|source)\b[^>]*\bsrc=[\"']?(https?:[^\"'\s>]+)", html)
+        fetched += re.findall(
+            r"<link\b(?![^>]*rel=[\"']?canonical)[^>]*\bhref=[\"']?(https?:[^\"'\s>]+)", html
+        )
+        assert fetched == [], page
+    home = (site / "index.html").read_text("utf-8")
+    assert "ExactSFTTrainer" in home
+    assert "effective_batch_size" in (site / "api" / "hf_gradacc.html").read_text("utf-8")

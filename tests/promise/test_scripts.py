@@ -92,8 +92,8 @@ def test_a_script_is_short(script):
 
 
 def printed_launches():
-    """The commands of the README that start two processes."""
-    lines = (SCRIPTS.parent / "README.md").read_text().splitlines()
+    """The commands of the documentation that start two processes."""
+    lines = (SCRIPTS.parent / "docs" / "ranks.md").read_text().splitlines()
     return [line for line in lines if line.endswith("recipes/quickstart.yaml") and " 2 " in line]
 
 
@@ -111,7 +111,7 @@ atexit.register(tell)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", printed_launches(), ids=lambda line: line.split()[0])
-def test_the_launches_the_readme_prints_start_two_processes(command, tmp_path):
+def test_the_launches_that_are_documented_start_two_processes(command, tmp_path):
     """As printed, but for one update instead of 500.
 
     They have to end their process group: gloo aborts some of the processes that exit with one.
@@ -138,5 +138,5 @@ def test_the_launches_the_readme_prints_start_two_processes(command, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_the_readme_prints_both_launchers():
+def test_both_launchers_are_documented():
     assert [line.split()[0] for line in printed_launches()] == ["torchrun", "accelerate"]
