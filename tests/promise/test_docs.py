@@ -64,7 +64,8 @@ config = LlamaConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
 )
 model = LlamaForCausalLM(config)
-dataset = rows = [{"input_ids": [3] * n, "labels": [3] * n} for n in (2, 5, 3, 9, 4, 7)]
+words = [[3 + 7 * n * i % 40 for i in range(n)] for n in (2, 5, 3, 9, 4, 7)]
+dataset = rows = [{"input_ids": row, "labels": row} for row in words]
 
 
 def collator(rows):
