@@ -175,6 +175,40 @@ def test_links_of_the_front_pages_lead_to_files(page):
     assert missing == []
 
 
+PACKAGE = ROOT / "hf_gradacc"
+FOLDERS = "|".join(
+    sorted({p.name for p in PACKAGE.iterdir() if p.is_dir()} | {"tests", "benchmarks", "recipes"})
+)
+
+
+# These come with the trainer's parts; take them out when they have.
+COMING = {"trainer/runner", "trainer/step", "trainer/log_row", "trainer/as_requested.py"}
+
+
+def named_files(text):
+    """Files that a page names in code, such as `updates/sampler` or `benchmarks/speed.py`."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for name in re.findall(rf"(?<![\w./-])(?:hf_gradacc/)?(?:{FOLDERS})/[\w./-]+", code):
+            yield name.removeprefix("hf_gradacc/")
+
+
+def test_every_file_that_the_documentation_names_exists():
+    missing = []
+    for page in TEXTS:
+        for name in named_files(page.read_text("utf-8")):
+            places = [ROOT / name, PACKAGE / name, PACKAGE / f"{name}.py", ROOT / f"{name}.yaml"]
+            if name not in COMING and not any(place.exists() for place in places):
+                missing.append((str(page.relative_to(ROOT)), name))
+    assert missing == []
+
+
+def test_files_are_looked_for_in_code_alone():
+    text = "`python benchmarks/speed.py --quick` of tests/test_x.py, `updates/sampler`"
+    assert set(named_files(text)) >= {"benchmarks/speed.py"}
+    assert "tests/test_x.py" not in set(named_files(text))
+
+
 def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path):
     pytest.importorskip("mkdocs")
     site = tmp_path / "site"
