@@ -48,8 +48,8 @@ def find_main_input(inputs: Any, name: str = "input_ids") -> Tensor | None:
 def find_labels(inputs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
     """Find the labels of a collated batch: ``labels``, or the one integer tensor so named.
 
-    Whoever writes a loss of their own may call them ``targets`` or ``lm_labels``; what the loss
-    makes of them is asked, not guessed from the name.
+    A loss of your own may call them ``targets`` or ``lm_labels``. What the loss does with them is
+    asked, not guessed from the name.
 
     Returns:
         Name and tensor, or ``("labels", None)``.
@@ -143,8 +143,8 @@ def slice_rows(
 def first_rows(inputs: Mapping[str, Any], num_sequences: int, *, copies: int = 1) -> dict[str, Any]:
     """Keep the first rows of a batch: slice them out, or mask the labels of the others.
 
-    Where images of all rows lie in one tensor, rows cannot be taken away, but without labels they
-    are no part of the loss.
+    If the images of all rows lie in one tensor, rows cannot be removed. Without labels they do not
+    enter the loss.
 
     >>> first_rows({"input_ids": torch.ones(2, 2), "labels": torch.ones(2, 2).long(),
     ...             "pixel_values": torch.zeros(9, 4)}, 1)["labels"].tolist()
@@ -161,7 +161,7 @@ def first_rows(inputs: Mapping[str, Any], num_sequences: int, *, copies: int = 1
 
 
 def order_blocks(inputs: Mapping[str, Any], sizes: Sequence[int], *, copies: int) -> dict[str, Any]:
-    """Undo what concatenating batches does to sequences of several rows: all blocks first again.
+    """Restore the block order of sequences of several rows after batches were concatenated.
 
     Args:
         inputs: Concatenated batches, each with its own `copies` blocks.

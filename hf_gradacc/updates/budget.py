@@ -100,7 +100,7 @@ class BudgetTuner:
         self.budget, self.settled = budget, True
 
     def forbid(self, budget: int) -> None:
-        """Hear that a budget does not fit into memory: stay below it."""
+        """Record that a budget does not fit into memory, and stay below it."""
         self._limit = budget - 1 if self._limit is None else min(self._limit, budget - 1)
         self.tried = {b: times for b, times in self.tried.items() if b <= self._limit}
         self._finals = {b: times for b, times in self._finals.items() if b <= self._limit}

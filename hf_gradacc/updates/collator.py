@@ -92,7 +92,7 @@ class UpdateCollator:
         return isinstance(self._budget, Tensor)
 
     def share_budget(self) -> None:
-        """Put the budget where the loader's workers see it change."""
+        """Share the budget with the loader's workers, so that they see it change."""
         if isinstance(self._budget, int):
             self._budget = torch.tensor(self._budget)
             self._budget.share_memory_()  # type: ignore[no-untyped-call]
@@ -158,7 +158,7 @@ class UpdateCollator:
 
         Args:
             lengths: Tokens of each sequence, in the order they were dealt.
-            cap: A token limit that memory turned out to set.
+            cap: A token limit found by running out of memory.
             at_random: Keep that order, which then is random, and cut into at least four pieces.
         """
         lengths = list(lengths)
@@ -216,7 +216,7 @@ def make_micro_batch(
         inputs: What a data collator returned.
         rows: The rows it was made of, if they are known.
         indices: Their places in the dataset.
-        lengths: What the planner took each row to cost.
+        lengths: Cost of each row as the planner saw it.
         places: Their places in the rank's share of the update.
         main_input: The feature that holds the sequence.
         encoder_decoder: Labels are fed in too, and cost tokens of their own.

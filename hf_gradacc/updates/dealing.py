@@ -1,9 +1,9 @@
-"""How an update's sequences are dealt to ranks, so that all of them are done at the same time.
+"""Assign an update's sequences to ranks, so that all ranks finish at about the same time.
 
-Pure functions on integers, and every rank computes all shares by itself: nothing is sent. Which
-rank trains a sequence never changes the gradient, so it is dealt to wherever it costs least. A
-rank's cost is that of the micro-batches it will run, padding included, and the update takes as
-long as its slowest rank.
+Pure functions on integers. Every rank computes the same assignment, without communication. Which
+rank trains a sequence never changes the gradient, so each goes where it costs least. A rank's cost
+is that of the micro-batches it will run, padding included, and the update takes as long as its
+slowest rank.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _deal_runs(widths: Sequence[int], num_ranks: int, price: _Price) -> Iterator
 
 
 def _find_least(attempt: Callable[[int], _Found | None], *, least: int, most: int) -> _Found | None:
-    """Give what `attempt` makes of the smallest limit it succeeds with, to within a thousandth."""
+    """Return the result of `attempt` for the smallest limit it succeeds with, to a thousandth."""
     found = attempt(most)
     if found is None:
         return None

@@ -31,7 +31,7 @@ _FIRST_ROWS = 16
 
 
 def fingerprint(dataset: Any) -> str | None:
-    """Hash the rows of a dataset, None if that would cost or consume them.
+    """Hash the rows of a dataset; None if that would be expensive or use them up.
 
     Of a ``datasets.Dataset`` or a list with more than 100,000 rows, 100 evenly spaced blocks of
     1,000 are hashed; of a stream its first 16 rows. Any other map dataset may compute its rows, or
@@ -66,7 +66,7 @@ def fingerprint(dataset: Any) -> str | None:
 
 
 def count_rows_of(dataset: Any) -> int | None:
-    """Count the rows of a dataset, None if it does not know itself."""
+    """Count the rows of a dataset; None if it does not know its length."""
     try:
         return len(dataset)
     except TypeError:

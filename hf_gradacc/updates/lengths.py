@@ -12,7 +12,7 @@ __all__ = ["measure_length"]
 
 
 def measure_length(row: Any, *, main_input: str = "input_ids", add_labels: bool = False) -> int:
-    """Measure how many tokens a dataset row will cost, 0 if that cannot be told.
+    """Measure how many tokens a dataset row will cost, 0 if that is unknown.
 
     Args:
         row: A dataset row.

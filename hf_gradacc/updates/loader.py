@@ -62,7 +62,7 @@ class IndexedRows(Dataset[Any]):
 
 
 def read_row(dataset: Any, index: int) -> Any:
-    """Read a row; one that cannot be read is an error that names it."""
+    """Read a row; if that fails, raise an error that names the row."""
     try:
         return dataset[index]
     except Exception as error:
@@ -88,8 +88,8 @@ class UpdateLoader(DataLoader[Any]):
     def over_stream(cls, stream: UpdateStream, *, collate_fn: Any, **options: Any) -> UpdateLoader:
         """Load updates of a stream.
 
-        One worker at most reads it, since several would each make updates of their own; and it
-        does not persist, since a new pass has to hear of its epoch.
+        At most one worker reads it, since several would each make updates of their own. The worker
+        does not persist, since each pass has to be told its epoch.
         """
         if options.get("num_workers", 0) > 0:
             options["num_workers"] = 1
@@ -234,10 +234,10 @@ def deal_update(
     attention_length: int | None = None,
     in_step: bool = False,
 ) -> list[list[int]]:
-    """Deal an update to ranks by what its rows cost in the layout they will have.
+    """Assign an update's rows to ranks by what they cost in the layout they will have.
 
-    It goes by settings and rows alone, never by a budget that tunes itself or shrank: those may
-    differ between ranks, which would then no longer deal alike.
+    The assignment depends on settings and rows only, never on a budget that tunes itself or shrank.
+    Such a budget may differ between ranks, and then their assignments would differ.
 
     Args:
         collator: Plans the shares later.
@@ -267,10 +267,10 @@ def deal_update(
 
 
 class GroupedBatches(IterableDataset[Update]):
-    """Make updates of the micro-batches of somebody else's loader.
+    """Group the batches of a user's own loader into updates.
 
-    For trainers that override ``get_train_dataloader``: the plan is theirs, the weights are exact
-    all the same.
+    For trainers that override ``get_train_dataloader``: they make the plan, and the weights are
+    exact as before.
     """
 
     def __init__(self, loader: Any, *, micro_batches_per_update: int, main_input: str) -> None:

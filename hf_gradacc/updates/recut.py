@@ -1,10 +1,10 @@
 """Cut the micro-batches of an update again, finer, from the tensors they already are.
 
-The rows themselves are not at hand any more: they came out of a loader worker, perhaps out of a
-stream that cannot be asked twice, and a collator that masks at random would mask them anew. So
-rows are sliced out of the collated tensors and put together as the collator would have done: same
-padding, same width. The result equals, tensor for tensor, what a loader with the smaller limit
-would have handed out.
+The dataset rows are no longer available: they came from a loader worker, perhaps from a stream that
+can be read only once, and a collator that masks at random would mask them differently. So rows are
+sliced out of the collated tensors and put together as the collator would have done, with the same
+padding and width. The result equals, tensor for tensor, what a loader with the smaller limit would
+have yielded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CountTokens = Callable[..., MicroBatch]
 
 
 def row_lengths(micro_batch: MicroBatch) -> list[int]:
-    """Give the cost of each row as the planner sees it; 1 each where nobody knows."""
+    """Return the cost of each row as the planner sees it; 1 each if it is unknown."""
     n = micro_batch.num_sequences
     if len(micro_batch.lengths) == n and any(micro_batch.lengths):
         return list(micro_batch.lengths)
@@ -51,7 +51,7 @@ def row_lengths(micro_batch: MicroBatch) -> list[int]:
 
 
 def can_slice(micro_batch: MicroBatch) -> bool:
-    """Say whether rows of a micro-batch can be had by slicing, see `can_slice_rows`."""
+    """Return whether rows can be sliced out of a micro-batch, see `can_slice_rows`."""
     return can_slice_rows(micro_batch.inputs, micro_batch.num_sequences, copies=micro_batch.copies)
 
 
@@ -126,7 +126,7 @@ def cut_to_cap(
     left: bool = False,
     encoder_decoder: bool = False,
 ) -> Update:
-    """Cut an update as its collator would have, had it known of a token limit.
+    """Cut an update as its collator would have done under a token limit.
 
     Args:
         update: As the loader gave it, whole.
@@ -220,7 +220,7 @@ def _is_mapping(micro_batch: MicroBatch) -> bool:
 
 
 def _find_fills(micro_batches: Sequence[MicroBatch], pad_token_id: int) -> dict[str, Any]:
-    """See what the collator puts under a mask of 0; where it padded nothing, what is usual."""
+    """Find the values the collator pads with; the usual ones if it padded nothing."""
     fills: dict[str, Any] = {
         **PAD_VALUES,
         "input_ids": pad_token_id,

@@ -1,4 +1,4 @@
-"""Read a stream alike in every process, and know whether it can go back to a place in it."""
+"""Read a stream the same way in every process, and find out whether it can seek."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def read(rows: Iterator[Any], *, first: int, epoch: int) -> Iterator[Any]:
-    """Give a stream's rows, each read as `as_only_reader`.
+    """Yield a stream's rows, each read inside of `as_only_reader`.
 
     Args:
         rows: The stream.
@@ -54,7 +54,7 @@ def read(rows: Iterator[Any], *, first: int, epoch: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def as_only_reader() -> Iterator[None]:
-    """Let a stream not see that it is read in a loader worker: there is one, and it reads all.
+    """Hide from a stream that a loader worker reads it: the one worker reads all rows.
 
     ``datasets`` draws a worker's shuffle buffer from other random numbers than it draws without
     workers, even if there is but one: the rows of an update would depend on it.
@@ -68,7 +68,7 @@ def as_only_reader() -> Iterator[None]:
 
 
 def state_of(dataset: Any) -> dict[str, Any] | None:
-    """Give where a ``datasets.IterableDataset`` stands, None if going back there is not exact."""
+    """Return the position of a ``datasets.IterableDataset``, None if it cannot seek exactly."""
     if not _can_seek(dataset):
         return None
     try:
@@ -97,7 +97,7 @@ def _can_seek(dataset: Any) -> bool:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Say whether rows can only be had in the dataset's own order."""
+    """Return whether rows can only be read in the dataset's own order."""
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
 
 
@@ -177,7 +177,7 @@ class UpdateStream(IterableDataset[Rows]):
     def peek(self, count: int) -> list[Any]:
         """Look at the first rows. The first pass then goes on behind them.
 
-        A generator or an open file gives its rows once, and would be short of these.
+        A generator or an open file gives its rows only once, so these would be lost.
         """
         rows = iter(self.dataset)
         first = list(itertools.islice(rows, count))
@@ -208,11 +208,11 @@ class UpdateStream(IterableDataset[Rows]):
             self.dataset.set_epoch(epoch)
 
     def start_at(self, epoch: int, *, updates: int, position: dict[str, Any] | None) -> None:
-        """Begin a pass behind updates that are done.
+        """Begin a pass after updates that are done.
 
-        The skipped updates are handed out empty, because whoever resumes a DataLoader asks for
-        them and throws them away; no row of theirs is collated. A stream that can seek is not
-        read up to there either.
+        The skipped updates are yielded empty: code that resumes a DataLoader asks for them and
+        throws them away. None of their rows is collated. A stream that can seek does not read them
+        either.
 
         Args:
             epoch: The pass this is about; others begin at their beginning.

@@ -25,10 +25,10 @@ class MicroBatch:
         num_input_tokens: Tokens fed in that are not padding.
         num_padding_tokens: Tokens computed and thrown away.
         rows: Dataset indices of the rows, empty for streams.
-        lengths: What the planner took each row to cost, empty where somebody else planned.
+        lengths: Cost of each row as the planner saw it, empty if the plan is a user's own.
         places: Each row's place in this rank's share, likewise; with it and `lengths` the share
             can be planned again.
-        weightless: Run for its collectives alone, where ranks have to run in step; adds nothing.
+        weightless: Run only for its collectives, because all ranks run equally many; adds nothing.
         copies: Rows of the inputs that each sequence became; 2 for pairs, see `slice_rows`; 0 if
             they cannot be told apart.
     """
