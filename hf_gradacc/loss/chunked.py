@@ -6,9 +6,9 @@ chunk of rows at a time, and the gradient with it.
 
 Transformers' models call their LM head and hand its result to ``self.loss_function``. Both have a
 public place to put something else, so no model code is patched: for the time of a micro-batch the
-head passes hidden states on, and the loss multiplies by the head's weight itself. Where a model
-does anything to its logits in between (soft-capping, scaling), the loss is not handed what the
-head passed on; that is noticed, and refused.
+head passes hidden states on, and the loss multiplies by the head's weight itself. If a model
+changes its logits in between (soft-capping, scaling), the loss does not get what the head passed
+on. This is noticed and refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What there is to know of a loss, and how alike two of its values have to be."""
+"""What the probe finds out about a loss, and how close two losses have to be."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LossFacts:
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """Say by how much rounding may move a loss of a model that computes in `dtype`, relative."""
+    """Return by how much rounding may move the loss of a model computing in `dtype`, relative."""
     return _ROUNDING.get(dtype, _ROUNDING[torch.float32])
 
 

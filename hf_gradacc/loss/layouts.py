@@ -68,8 +68,8 @@ def keep_targets(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | No
     Returns:
         The inputs with ``shift_labels`` ``[1, targets]`` (and ``labels`` the same, since models
         compute a loss only where they are given ``labels``), and the positions ``[targets]`` in
-        the flattened ``[batch * seq]`` hidden states. The inputs as they were and None if there
-        is nothing to keep by.
+        the flattened ``[batch * seq]`` hidden states. The inputs unchanged and None if they have no
+        labels or no target.
 
     >>> inputs, positions = keep_targets({"labels": torch.tensor([[5, 6, 7], [-100, -100, 8]])})
     >>> inputs["shift_labels"].tolist(), positions.tolist()
@@ -157,7 +157,7 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def kept_rows(head: nn.Module | None, rows: Tensor | None) -> Iterator[None]:
-    """Let only some positions into a head for as long as the context lasts.
+    """Let only some positions through a head while the context lasts.
 
     The backward pass has to run inside too, in case it computes the forward again (gradient
     checkpointing). Nothing of it stays on the model.

@@ -1,4 +1,4 @@
-"""Float32 products of linear layers on CPUs that torch's BLAS does not know well.
+"""Float32 products of linear layers by oneDNN, on CPUs where torch's BLAS is slow.
 
 torch multiplies float32 matrices with MKL, whose AVX-512 kernels run on Intel's processors alone;
 others are given AVX2 kernels. oneDNN, which torch brings along and uses for bfloat16 and for
@@ -37,7 +37,7 @@ _SMALLEST_SIDE, _SMALLEST_WEIGHT, _FEWEST_ROWS = 32, 2**16, 32
 
 
 def why_no_onednn() -> str:
-    """Say why products cannot be taken from oneDNN here, empty if they can."""
+    """Return why oneDNN cannot multiply here, empty if it can."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
     if not torch.backends.mkldnn.enabled:
@@ -50,8 +50,8 @@ def why_no_onednn() -> str:
 def suits(*, vendor: str, instructions: str, has_mkl: bool) -> bool:
     """Say whether oneDNN multiplies faster than torch's BLAS on such a CPU.
 
-    By what is known of it and not by a stopwatch, since a run that is resumed has to choose as
-    before to give the same bits.
+    Decided by what is known of the CPU, not by timing: a resumed run has to choose as before to
+    give the same bits.
 
     Args:
         vendor: As `cpu_vendor` gives it.
@@ -76,7 +76,7 @@ def suits_here() -> bool:
 
 
 def cpu_vendor() -> str:
-    """Give the vendor of the CPU, such as AuthenticAMD or GenuineIntel; empty if nobody says."""
+    """Return the vendor of the CPU, such as AuthenticAMD or GenuineIntel; empty if unknown."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("vendor_id"):
@@ -155,7 +155,7 @@ def _differentiable_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """What a linear layer computes; its own way where that is as good, or all that is allowed."""
+    """Compute a linear layer by oneDNN; by torch if that is as fast or the only way allowed."""
     known = _is_plain(module.weight) and type(x) is Tensor and x.dtype == torch.float32
     few = x.numel() < _FEWEST_ROWS * module.in_features
     if not known or few or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

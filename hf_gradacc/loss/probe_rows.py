@@ -1,8 +1,8 @@
 """The rows the model is asked with, and how to collate some of them by themselves.
 
-Most collators make one row of tensors of each dataset row, and a row is had by slicing. TRL's
-preference collators make two, all chosen answers and then all rejected ones; padding-free ones
-lay all rows end to end, and the images of a batch may be one tensor of patches.
+Most collators make one row of tensors from each dataset row, so rows can be sliced out of the
+batch. TRL's preference collators make two: all chosen answers, then all rejected ones. Padding-free
+ones lay all rows end to end, and the images of a batch may be one tensor of patches.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class ProbeRows:
 
 
 def find_padding_targets(known: ProbeRows | None) -> list[str]:
-    """Say so if the collator pads labels with something that the loss takes for a target.
+    """Warn if the collator pads labels with a value that the loss takes for a target.
 
-    Then how wide a micro-batch is decides what is learned, so all of an update need one width.
-    FSMT does that to the labels it is given, and so does a collator that pads them with the
-    tokenizer's padding token.
+    The width of a micro-batch then decides what is learned, so all micro-batches of an update need
+    one width. FSMT does that to the labels it is given, and so does a collator that pads them with
+    the tokenizer's padding token.
     """
     if known is None or known.copies != 1:
         return []
@@ -118,7 +118,7 @@ def copies_in(loader: Any) -> int:
 
 
 def _is_plain(inputs: Mapping[str, Any], num_rows: int) -> bool:
-    """Say whether a batch is tokens, masks and labels alone, which belong to rows for sure."""
+    """Return whether a batch holds only tokens, masks and labels, which surely belong to rows."""
     return all(
         value.ndim == 0 or (value.ndim <= 2 and len(value) == num_rows)
         for value in inputs.values()
@@ -127,9 +127,9 @@ def _is_plain(inputs: Mapping[str, Any], num_rows: int) -> bool:
 
 
 def _same_shares(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
-    """Say whether a row has as much of each tensor, be it sliced out or collated alone.
+    """Return whether a row has the same shapes sliced out of a batch as collated alone.
 
-    Of images it may not: rows hold none or several, or patches of all rows lie in one tensor.
+    With images it may not: rows hold none or several, or the patches of all rows are one tensor.
     """
 
     def shares(part: Mapping[str, Any]) -> dict[str, int]:
@@ -151,10 +151,10 @@ def choose_probe_rows(
     tokens_per_update: int | None = None,
     count: int = 3,
 ) -> list[Any]:
-    """Choose a few short rows to ask the model with, as unlike each other as there are.
+    """Choose a few short rows to ask the model with, as different from each other as possible.
 
-    A weight shows only between rows of different length, label and number of targets. A dataset
-    may be sorted by any of them, so rows are looked at from all over it.
+    A wrong weight shows only between rows of different length, label or number of targets. A
+    dataset may be sorted by any of these, so candidates are taken from all over it.
 
     Raises:
         DataError: If no row of a map dataset has a target.

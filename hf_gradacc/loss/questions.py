@@ -1,10 +1,10 @@
-"""Ask a loss what it divides by, moving nothing but labels.
+"""Find out what a loss divides by, changing nothing but labels.
 
-A row sliced out of a batch goes through the model in another shape, and in bfloat16 the rounding
-that makes hides a wrong denominator. With the labels of all other rows masked the forward is the
-same bit for bit, and only the loss's own mean can differ.
+A row sliced out of a batch runs in another shape, and in bfloat16 the different rounding hides a
+wrong denominator. If the labels of all other rows are masked instead, the forward is the same bit
+for bit, and only the loss's own mean can differ.
 
-Ask for gradients where losses say nothing: those of an untrained head are all alike.
+Compare gradients if losses tell nothing: those of an untrained head are all alike.
 
 Ask whether padding changes the loss of a row.
 """
@@ -34,9 +34,9 @@ _RULES = (TargetRule.NEXT_TOKEN, TargetRule.SAME_TOKEN, TargetRule.SEQUENCE)
 
 
 def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give rows different numbers of targets, where all have the same.
+    """Make rows differ in their number of targets, if all have the same.
 
-    A mean over tokens and a mean over rows are the same figure if all rows hold as many tokens.
+    If all rows have equally many targets, a mean over tokens equals a mean over rows.
 
     Args:
         inputs: Collated rows; integer labels ``[rows, seq]``, else they are left as they are.
@@ -84,7 +84,7 @@ def find_rule_by_masks(
     coarse: float,
     has_router_loss: bool = False,
 ) -> TargetRule | None:
-    """Find the rule under which the rows' own losses add up to that of all, if there is one.
+    """Find the rule, if any, under which the losses of single rows add up to the loss of all.
 
     Args:
         inputs: Rows collated together, with integer labels ``[rows, seq]``.
@@ -92,7 +92,7 @@ def find_rule_by_masks(
         wants_own_count: It has to be told its count.
         first: The rule to prefer where several fit.
         coarse: How far apart two equal losses may be if the loss itself is in half precision.
-        has_router_loss: A loss without any target need not be nothing.
+        has_router_loss: A loss without any target need not be zero or NaN.
 
     Returns:
         The rule; None if labels do not decide what counts, or no rule fits.
@@ -174,7 +174,7 @@ def probe_in_place(
 
 
 def _split_targets(labels: Tensor) -> list[Tensor]:
-    """Mask all rows but one, each in turn; of a single row all targets but the last, then that."""
+    """Split the targets: one row each; if only one row has any, its last one and the others."""
     is_target = labels.ne(IGNORE_INDEX)
     index = torch.arange(len(labels), device=labels.device).unsqueeze(1)
     rows = [is_target & (index == i) for i in range(len(labels))]
@@ -215,12 +215,12 @@ def find_rule_by_gradients(
         inputs: Rows collated together.
         rows: Each of them by itself.
         counts: Their targets under each rule, in the order in which rules are tried.
-        gradient_of: Gives the gradient ``[numbers]`` of inputs that hold so many targets.
+        gradient_of: Computes the gradient ``[numbers]`` of a batch, given its target count.
         tolerance: How far apart rounding may bring two gradients, relative.
 
     Returns:
-        The rule and by how much it is off; None and the first rule's error if none fits. The first
-        rule with an error of 0 where no gradient is to be had.
+        The rule and its error; None and the first rule's error if none fits. The first rule with an
+        error of 0 if there is no gradient.
     """
     first, first_error = next(iter(counts)), math.inf
     for rule, own in counts.items():
