@@ -196,14 +196,14 @@ def record_event(
 ) -> None:
     """Report something that happened: to the run's file and, as an alert, to W&B.
 
-    Call it on every rank; rank 0 writes. It never raises over a tracker's troubles.
+    Call it on every rank; rank 0 writes. A failing tracker does not make it raise.
 
     Args:
         trainer: The trainer.
         name: What kind of event, a short identifier: "out_of_memory", "skipped_update".
         text: One sentence for people.
         title: The alert's title; W&B sends at most one a minute under the same title.
-        alert: False for what is worth a line but no message.
+        alert: False writes the line without sending an alert.
         **data: Figures, kept in the file beside the text.
     """
     if not trainer.state.is_world_process_zero:

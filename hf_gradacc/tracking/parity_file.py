@@ -1,4 +1,4 @@
-"""The result of the parity check, kept beside the run it speaks for.
+"""The result of the parity check, kept beside the run it belongs to.
 
 `hf-gradacc verify` writes it into the recipe's output folder, `record_parity` does for a check of
 your own; training then files it with the run's settings, in W&B and in `gradacc_run.json`.

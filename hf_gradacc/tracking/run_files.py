@@ -48,7 +48,7 @@ class RunFile:
         self.run_path = directory / RUN_NAME
 
     def start(self, *, step: int, history: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Begin a run, or take one up after update `step`.
+        """Begin a run, or continue one after update `step`.
 
         Args:
             step: Updates already done: 0 for a fresh run, whose predecessor's file is kept
@@ -70,7 +70,7 @@ class RunFile:
         self._replace(self.log_path, "".join(_to_line(row) for row in rows))
 
     def read_or_set_aside(self) -> list[dict[str, Any]] | None:
-        """Read the log; a damaged one is no reason not to train, so it only steps aside."""
+        """Read the log. A damaged one is only renamed: it is no reason not to train."""
         if not self.log_path.exists():
             return None
         try:

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: its plan before, one line per log row, and what came of it.
+"""What a run prints on the terminal: its plan, one line per log row, and a summary.
 
 The words of a run's plan, rows and summary, as text that fits a terminal.
 """
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def _if_it_can_be_written(method: Callable[..., None]) -> Callable[..., None]:
-    """Leave words unsaid that cannot be written: output may go to a file on a full disk."""
+    """Drop output that cannot be written: it may go to a file on a full disk."""
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -77,14 +77,14 @@ class ShowPlan(TrainerCallback):
 
 
 class ShowSummary(TrainerCallback):
-    """Print what was trained, where it lies, and what to run next. Rank 0 only, after the bar."""
+    """Print what was trained, where it is saved, and what to run next. Rank 0 only."""
 
     def __init__(self) -> None:
         self._started = 0.0
         self._first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the clock."""
+        """Note the time."""
         self._started, self._first_step = time.monotonic(), state.global_step
 
     @_if_it_can_be_written
@@ -246,7 +246,7 @@ def number(value: float) -> str:
 
 
 def table(head: str, rows: Iterator[tuple[str, str]]) -> str:
-    """Write a line and, indented below it, names and what is to be said of each."""
+    """Write a line and, indented below it, names with their values."""
     listed, columns = list(rows), terminal_width()
     width = max((len(name) for name, _ in listed), default=0)
     lines = [fold(head, width=columns, indent=2)]
@@ -263,7 +263,7 @@ _TO_COPY = ("files", "checkpoint", "model", "report", "W&B")
 def plan_rows(
     args: Any, state: Any, facts: dict[str, Any], train_dataloader: Any
 ) -> Iterator[tuple[str, str]]:
-    """Give what is about to be trained, and how, as names and words."""
+    """List what is about to be trained, and how, as names and values."""
     model, batch = facts.get("model"), facts["batch"]
     if model:
         total, trained = model["num_parameters"], model["num_trainable_parameters"]
@@ -306,7 +306,7 @@ def plan_rows(
 
 
 def result_line(state: Any, *, seconds: float, first_step: int) -> str:
-    """Say in a line what was trained and what came of it."""
+    """Say in one line what was trained and with what result."""
     losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
     held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
     seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
@@ -324,7 +324,7 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
 
 
 def next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
-    """Give where things lie, and what to run next."""
+    """List where the files are, and what to run next."""
     known = recall(state)
     if "verdict" in known:
         yield "batch size", known["verdict"]

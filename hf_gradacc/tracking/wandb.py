@@ -64,7 +64,7 @@ class GradAccWandbCallback(WandbCallback):
 
     @_never_fail
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
-        """Begin the W&B run, or take up the one that the checkpoint names."""
+        """Begin the W&B run, or continue the one that the checkpoint names."""
         if not state.is_world_process_zero:
             self._initialized = True
             return

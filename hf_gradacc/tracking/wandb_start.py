@@ -1,4 +1,4 @@
-"""How a W&B run begins: online, or offline without a question; anew, or where it was left."""
+"""How a W&B run begins: online or offline, without a prompt; new or continued."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def ensure_wandb_mode(args: Any = None) -> str | None:
 
 
 def start_run(args: Any, state: Any) -> None:
-    """Begin a W&B run, or take up the one that the checkpoint names.
+    """Begin a W&B run, or continue the one that the checkpoint names.
 
     Args:
         args: The `TrainingArguments`.
@@ -138,7 +138,7 @@ def start_run(args: Any, state: Any) -> None:
 
 
 def start_rank_run(args: Any, *, run_id: str, name: str, group: str, config: dict[str, Any]) -> Any:
-    """Begin the run of another rank than the first, or take it up again.
+    """Begin or continue the run of a rank other than the first.
 
     Args:
         args: The `TrainingArguments`.
@@ -190,8 +190,7 @@ def _try_to_connect(url: str) -> None:
 def why_silent(run: Any) -> str | None:
     """Say why the server of an online run does not answer now, None if it does.
 
-    wandb itself takes everything, writes it to its file, and says nothing of what it could not
-    upload by the end.
+    wandb accepts everything, writes it to its file, and does not report what it could not upload.
     """
     if run.settings.mode != "online":
         return None

@@ -39,7 +39,7 @@ class StatsWindow:
             self.skipped_updates += 1
 
     def metrics(self) -> dict[str, float]:
-        """Give the log row of this window; the README states key, unit and formula of each."""
+        """Compute the log row of this window; `docs/logged.md` has unit and formula of each key."""
         sums, n = self.total, max(self.num_updates, 1)
         computed = sums.num_input_tokens + sums.num_padding_tokens
         row: dict[str, float] = {
