@@ -6,8 +6,8 @@ Two ways, the first where the template allows it:
 2. Otherwise each assistant turn is found in the rendered text: it starts where the template,
    given only the turns before and asked to prompt for an answer, ends; and it ends where the
    template, given the turns up to this one, ends. Templates render a turn differently once others
-   follow (Qwen3 drops its thinking, Phi-3 the token that closes the conversation): then what is
-   left of it has to stand there, with all its own words. What follows the end-of-turn token,
+   follow (Qwen3 drops its thinking, Phi-3 the token that closes the conversation): then the rest of
+   the turn, with all its own words, has to be found there. What follows the end-of-turn token,
    usually a line break, is never generated and no target.
 
 Where neither way is certain the row is refused: a wrong mask trains on the wrong words silently.
@@ -29,7 +29,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatError(ValueError):
-    """A conversation that the template cannot render, or whose targets cannot be told."""
+    """A conversation that the template cannot render, or whose targets cannot be found."""
 
 
 def has_generation_tags(tokenizer: Any) -> bool:

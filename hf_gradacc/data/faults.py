@@ -1,4 +1,4 @@
-"""Say where a bad row or a broken file is at fault: file, line and column.
+"""Find where a bad row or a broken file is wrong: file, line and column.
 
 Everything here reads files again, slowly, and only once something has gone wrong.
 """
@@ -227,7 +227,7 @@ def _is_utf8(value: bytes) -> bool:
 
 
 def locate_row(source: SourceSection, index: int) -> str:
-    """Where row `index` of a source stands: `file:line` for text, `file: row n` for the rest."""
+    """Where row `index` of a source is: `file:line` for text, `file: row n` for the rest."""
     whole = not source.split.endswith("]")
     files = local_files(source) if whole and not is_saved(source) else []
     for file in files:
@@ -250,7 +250,7 @@ def locate_row(source: SourceSection, index: int) -> str:
 
 
 def _row_lines(file: Path) -> list[int] | int | None:
-    """The line each row starts on, or the number of rows where they stand on none."""
+    """The line each row starts on, or the number of rows if the format has no lines."""
     if file.suffix in _CSV:
         return [line for line, _ in _csv_rows(file)][1:]
     if file.suffix in _JSON:

@@ -10,8 +10,8 @@
 | classification | text, label | the label |
 | seq2seq | source, target | the target and EOS |
 
-Question/answer and instruction rows become chats where the tokenizer has a chat template, so that
-what was trained is what a chat application will send; else they are written out plainly. Prompt
+Question/answer and instruction rows become chats if the tokenizer has a chat template, so that
+training sees what a chat application will send. Otherwise they are written as plain text. Prompt
 and target are then tokenized apart, exactly as they are when the model generates.
 """
 
@@ -250,7 +250,7 @@ def _classification(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
 
 
 def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """A prompt that its tokenizer closed with EOS, open again."""
+    """Remove the EOS that the tokenizer put after a prompt."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 

@@ -83,7 +83,7 @@ def _load(
 def _text_cells(files: list[Path]) -> dict[str, Any]:
     """Options by which csv files give their cells as they are written: `007` stays, as does `NA`.
 
-    Left to guess, pandas makes numbers, booleans and nulls of them. Only an empty cell is null.
+    By default pandas guesses numbers, booleans and nulls. Here only an empty cell is null.
     """
     separator = "\t" if files[0].suffix == ".tsv" else ","
     header = _header(files[0], separator)
@@ -154,7 +154,7 @@ class ExplainedStream(datasets.IterableDataset):
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a failure comes out of this package, and so is no fault of a file."""
+    """Whether an error is raised by this package, so that no file is at fault."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -164,7 +164,7 @@ def _is_ours(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _without_complaints() -> Iterator[None]:
-    """Readers log what they then raise, and it would be said twice."""
+    """Silence readers that log what they then raise, so that it is said once."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
