@@ -1,8 +1,8 @@
-"""Hold the values of a recipe against its sections, and word every disagreement.
+"""Compare the values of a recipe with its sections, and describe every mismatch.
 
 The local files and folders a recipe names: made absolute, or reported where they are not there.
 
-Works on the values as written, so that a missing file is told together with a misspelt key.
+Works on the values as written, so that a missing file is reported together with a misspelt key.
 """
 
 from __future__ import annotations

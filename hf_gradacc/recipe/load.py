@@ -93,7 +93,7 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
 
 
 def configure_wandb(recipe: Recipe) -> None:
-    """Tell W&B where the recipe wants its run; what the environment already says stays.
+    """Pass the recipe's W&B settings to W&B; environment variables win.
 
     Call it before the trainer is made.
     """

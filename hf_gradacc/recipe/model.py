@@ -94,7 +94,7 @@ def load_model(
 def check_model(
     section: ModelSection, peft: PeftSection, *, tokenizer: Any, here: bool = True
 ) -> None:
-    """Put the model and its adapter together without their weights, before anything takes long.
+    """Build the model and its adapter without weights, to find what does not fit early.
 
     Args:
         section: The recipe's `model`.
@@ -159,7 +159,7 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     """Save weights (safetensors) and tokenizer into the trainer's output folder.
 
     Call it on every rank: sharded weights have to be gathered from all of them. With
-    `merge_on_save` the adapter becomes part of the weights, and the trainer has done its work.
+    `merge_on_save` the adapter becomes part of the weights, and the trainer cannot go on training.
 
     Returns:
         The folder.
@@ -345,10 +345,10 @@ def given(**options: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _unsharded() -> Iterator[None]:
-    """Keep ZeRO-3 from sharding a model that one rank alone looks at: it would wait for the others.
+    """Keep ZeRO-3 from sharding a model that only one rank makes: it would wait for the others.
 
-    Transformers makes a model sharded while such a configuration is alive, and gives no other way
-    to leave one out than to take it back for a moment.
+    Transformers shards every model it makes while such a configuration exists, so the configuration
+    is removed for a moment.
     """
     from transformers.integrations import deepspeed
 

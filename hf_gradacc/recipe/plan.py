@@ -121,7 +121,7 @@ def plan_recipe(
         arguments: The `GradAccArguments` of the recipe.
         task: The recipe's `model.task`, which decides what a target is.
         world_size: Ranks to plan for.
-        on_gpu: Whether a micro-batch more costs what it does on a GPU.
+        on_gpu: Whether one more micro-batch costs what it costs on a GPU.
     """
     is_sample = not hasattr(rows, "__len__")
     if is_sample:

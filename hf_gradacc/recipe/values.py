@@ -1,4 +1,4 @@
-"""Values of the `train` section that have the right type and still cannot be.
+"""Values of the `train` section that have the right type and are still impossible.
 
 Some are out of range, some contradict each other. The training arguments themselves are asked,
 but only up to the point where they would look for a device: checking a recipe must not start
