@@ -19,7 +19,7 @@ __all__ = ["compared_in", "own_log_level", "without_autocast", "without_dropout"
 
 @contextlib.contextmanager
 def own_log_level() -> Iterator[None]:
-    """Put Transformers' verbosity back, which every trainer sets to that of its arguments."""
+    """Restore Transformers' verbosity, which every trainer sets from its arguments."""
     before = logging.get_verbosity()
     try:
         yield

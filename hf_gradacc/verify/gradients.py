@@ -99,7 +99,7 @@ def scale(actual: Gradient, expected: Gradient) -> float:
 
 
 class _StopBeforeStep(Exception):  # noqa: N818  (control flow, not an error)
-    """Leaves the training loop with the gradient in hand."""
+    """Leaves the training loop once the gradient is complete."""
 
 
 class _KeepGradient(TrainerCallback):
@@ -122,7 +122,7 @@ def copy_gradient(model: nn.Module) -> Gradient:
 
 
 def stock_class_of(trainer_class: type[Any]) -> type[Any]:
-    """The nearest base of a trainer class that knows nothing of updates."""
+    """The nearest base class of a trainer that is not ours."""
     return next(
         base
         for base in trainer_class.__mro__

@@ -81,8 +81,8 @@ def verify_parity(
             time; `rows` themselves if empty, nothing if None.
 
     Returns:
-        The figures. ``report.passed`` says whether training with them is exact;
-        ``report.raise_if_failed()`` makes it loud.
+        The figures. ``report.passed`` says whether accumulation is exact;
+        ``report.raise_if_failed()`` raises if it is not.
 
     Raises:
         ConfigError: If `arguments` ask for several ranks, DeepSpeed or FSDP.
