@@ -83,7 +83,7 @@ def test_train_leaves_a_model_a_tokenizer_and_the_recipe(run, recipe, tmp_path):
     assert code == 0, out
     folder = tmp_path / "runs" / "mine"
     assert "saved: runs/mine" in out
-    assert "saved once this run has ended, unless a signal ends it" in out
+    assert "runs/mine, saved at the end of the run" in out
     assert "in memory" not in out
     assert "hf-gradacc report runs/mine" in out
     assert 'load it: transformers.AutoModelForCausalLM.from_pretrained("runs/mine")' in out

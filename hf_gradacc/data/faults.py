@@ -113,11 +113,11 @@ def _json_faults(file: Path, text: str, columns: list[str]) -> Iterator[Fault]:
 
 def _value_fault(column: str, value: Any, row: list[tuple[str, Any]], known: list[str]) -> str:
     if sum(name == column for name, _ in row) > 1:
-        return "stands there twice; rename one of them"
+        return "appears twice; rename one of them"
     if _holds_surrogate(value):
         return "has half a surrogate pair, which is no character; remove it"
     return (
-        f"is none of the file before ({', '.join(known)})" if known and column not in known else ""
+        f"is not in the file before ({', '.join(known)})" if known and column not in known else ""
     )
 
 
@@ -170,7 +170,7 @@ def _csv_faults(file: Path) -> Iterator[Fault]:
     _, header = next(rows, (1, []))
     for line, row in rows:
         if isinstance(row, str):
-            yield f"{file}:{line}", f"is no row of a csv ({row}); close its quotes"
+            yield f"{file}:{line}", f"is not a row of a csv ({row}); close its quotes"
         elif len(row) > len(header):
             many = f"has {len(row)} cells, and the header {len(header)} columns"
             yield f"{file}:{line}", f"{many}; quote cells that hold the separator"
@@ -199,12 +199,15 @@ def _parquet_faults(file: Path, columns: list[str]) -> Iterator[Fault]:
     try:
         table = pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        yield str(file), f"is no whole parquet file ({str(error).splitlines()[0].rstrip('.')})"
+        yield (
+            str(file),
+            f"is not a whole parquet file ({str(error).splitlines()[0].rstrip('.')})",
+        )
         return
     names = table.column_names
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        yield str(file), f"column {twice!r} stands there twice; rename one of them"
+        yield str(file), f"column {twice!r} appears twice; rename one of them"
     if columns and set(names) != set(columns):
         yield str(file), f"its columns are {names}, but {columns} in the file before; use the same"
     columns[:] = names

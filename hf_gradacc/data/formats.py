@@ -152,7 +152,7 @@ def _tools(column: str, row: Mapping[str, Any]) -> list[Any]:
         try:
             tools = json.loads(tools or "[]")
         except json.JSONDecodeError as error:
-            raise RowError(column, f"is no JSON: {error.msg} at {error.pos + 1}") from None
+            raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
     if not isinstance(tools, list | None):
         raise RowError(column, f"is {_kind(tools)}, not a list of tools")
     return [_without_nulls(tool) for tool in tools or []]

@@ -93,7 +93,7 @@ def _known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
         if name not in known:
             guess = nearest(name, known)
             hint = f"did you mean {guess}?" if guess else f"known: {', '.join(sorted(set(known)))}"
-            raise ValueError(f"{name} is a column of no format; {hint}")
+            raise ValueError(f"{name} is not a column of any format; {hint}")
     return columns
 
 
@@ -172,7 +172,7 @@ class DataSection(Section):
     def _leave_rendering_alone(cls, options: dict[str, Any]) -> dict[str, Any]:
         for name in options:
             if name in _RENDERING:
-                raise ValueError(f"{name} says how to render, which is not for a recipe to change")
+                raise ValueError(f"{name} says how to render; a recipe cannot change that")
         return options
 
     @model_validator(mode="after")

@@ -111,7 +111,7 @@ def _header(file: Path, separator: str) -> list[str]:
         header, first = next(rows, []), next(rows, [])
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"{file}:1: column {twice!r} stands there twice: rename one of them.")
+        raise DataError(f"{file}:1: column {twice!r} appears twice: rename one of them.")
     if len(first) > len(header):  # pandas would take the first cell for a row's name
         raise DataError(
             f"{file}:2: has {len(first)} cells, and the header {len(header)} columns: quote cells "

@@ -121,7 +121,7 @@ def _named_tokenizer(section: TokenizerSection, model: ModelSection) -> Any:
     name = section.name or model.name
     if name is None:
         raise ConfigError(
-            "model.config starts from nothing, so there is no tokenizer to take: "
+            "model.config makes a new model, which has no tokenizer: "
             "set tokenizer.name, or tokenizer.train.vocab_size to train one on the data."
         )
     try:

@@ -37,7 +37,7 @@ _BYTES_ELSEWHERE = 256 * 2**20
 
 
 def rows_per_chunk(vocab_size: int, *, device_type: str) -> int:
-    """Say how many rows of logits to hold at once.
+    """Return how many rows of logits to hold at once.
 
     >>> rows_per_chunk(150_000, device_type="cpu"), rows_per_chunk(150_000, device_type="cuda")
     (256, 447)
@@ -58,7 +58,7 @@ def find_owner(model: nn.Module, head: nn.Module | None) -> PreTrainedModel | No
 
 
 def why_not_chunked(owner: PreTrainedModel | None, head: nn.Module | None) -> str:
-    """Say why a loss cannot be computed from a head's input, empty if it may be tried."""
+    """Return why a loss cannot be computed from a head's input, empty if it may be tried."""
     if owner is None or head is None:
         return "no model was found that calls its LM head itself"
     if type(head) is not nn.Linear or "forward" in vars(head):
@@ -108,7 +108,7 @@ def without_logits(
         if logits is not hidden or logits._version != version or vocab_size != weight.shape[0]:
             raise RuntimeError("the model does something to its logits before the loss")
         if shift_labels is None or isinstance(weight, DTensor):
-            raise RuntimeError("the loss has no shift_labels, or no whole weight, to go by")
+            raise RuntimeError("the loss got no shift_labels, or the head's weight is sharded")
         return _mean_loss(
             logits,
             shift_labels,
@@ -140,7 +140,7 @@ def _mean_loss(
     num_items: Tensor | int | None,
     onednn: bool = False,
 ) -> Tensor:
-    """Give what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``."""
+    """Return what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):  # as the head's own product would be
@@ -175,7 +175,7 @@ class ChunkedLoss(torch.autograd.Function):
         wants_grad: bool,
         onednn: bool = False,
     ) -> Tensor:
-        """Give the summed loss, a scalar in float32 or wider.
+        """Return the summed loss, a scalar in float32 or wider.
 
         Args:
             ctx: Of autograd.
@@ -244,7 +244,7 @@ def _add_products(
 
 
 def _grad_dtype(x: Tensor | None) -> torch.dtype | None:
-    """Give the type autograd wants a gradient in: a weight may sum up in float32."""
+    """Return the type autograd wants a gradient in: a weight may sum up in float32."""
     if x is None:
         return None
     return (x.grad_dtype if x.is_leaf else None) or x.dtype

@@ -34,7 +34,7 @@ __all__ = [
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Say whether every row of a mask is ones, then zeros.
+    """Return whether every row of a mask is ones, then zeros.
 
     >>> is_right_padded(torch.tensor([[1, 1, 1], [1, 0, 0]]))
     True

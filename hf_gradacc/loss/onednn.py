@@ -48,7 +48,7 @@ def why_no_onednn() -> str:
 
 
 def suits(*, vendor: str, instructions: str, has_mkl: bool) -> bool:
-    """Say whether oneDNN multiplies faster than torch's BLAS on such a CPU.
+    """Return whether oneDNN multiplies faster than torch's BLAS on such a CPU.
 
     Decided by what is known of the CPU, not by timing: a resumed run has to choose as before to
     give the same bits.
@@ -67,7 +67,7 @@ def suits(*, vendor: str, instructions: str, has_mkl: bool) -> bool:
 
 
 def suits_here() -> bool:
-    """Say whether oneDNN multiplies faster than torch's BLAS on this machine."""
+    """Return whether oneDNN multiplies faster than torch's BLAS on this machine."""
     return suits(
         vendor=cpu_vendor(),
         instructions=torch.backends.cpu.get_cpu_capability(),

@@ -124,16 +124,16 @@ def probe_loss(
             warnings.append(
                 f"the gradient of {n} rows together differs from the weighted mean of the gradient "
                 f"of each by {error:.1e} (relative; rounding explains {limit:.0e}). Rows of a "
-                f"batch influence each other, or the loss is no mean over its targets (with class "
-                f"weights it is none): how an update is cut will show in its gradient."
+                f"batch influence each other, or the loss is not a mean over its targets (as with "
+                f"class weights): the gradient of an update depends on how it is cut."
             )
     if not rule_error <= tolerance and not warnings:
         cause = (
             "The router loss of a mixture of experts is not a mean over targets; its weight in the "
             "update is right, what is left is its own nonlinearity."
             if has_router_loss
-            else "Rows of a batch influence each other, or the loss is no mean over its targets: "
-            "how an update is cut will show in its gradient."
+            else "Rows of a batch influence each other, or the loss is not a mean over its "
+            "targets: the gradient of an update depends on how it is cut."
         )
         warnings.append(
             f"the loss of {n} rows together differs from the weighted mean of the loss of each by "
@@ -167,7 +167,7 @@ def _count(part: Mapping[str, Any], main_input: str, rule: TargetRule) -> int:
 
 
 def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
-    """Say whether labels go with tokens rather than with rows."""
+    """Return whether labels go with tokens rather than with rows."""
     if isinstance(inputs.get("shift_labels"), Tensor):
         return True
     labels, main = find_labels(inputs)[1], find_main_input(inputs, main_input)
@@ -180,7 +180,7 @@ def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
 def _find_way_to_call(
     inputs: Mapping[str, Any], twice: Mapping[str, Any], loss_of: LossOf, main_input: str
 ) -> bool:
-    """Say whether the loss is a mean only when it is told its own count."""
+    """Return whether the loss is a mean only when it is told its own count."""
     n = count_rows(inputs, main_input)
     token_level = _is_token_level(inputs, main_input)
     seen: list[str] = []

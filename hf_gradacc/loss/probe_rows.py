@@ -75,7 +75,7 @@ class ProbeRows:
         return cls(rows, inputs, collate, copies)
 
     def take(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Give some of the rows, collated together."""
+        """Return some of the rows, collated together."""
         if self.copies:
             return slice_rows(self.inputs, indices, copies=self.copies)
         return dict(self.collate([self.rows[i] for i in indices]))
@@ -139,7 +139,7 @@ def _same_shares(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
 
 
 def _alike(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
-    """Say whether two batches hold the same sequences, whatever they are padded with."""
+    """Return whether two batches hold the same sequences, whatever they are padded with."""
     a, b = (find_main_input(trim_padding(part)) for part in (sliced, alone))
     return a is not None and b is not None and a.shape == b.shape and bool(a.eq(b).all())
 
@@ -181,8 +181,8 @@ def choose_probe_rows(
     if candidates and not any(collator.measure(candidates)) and any(unknown.values()):
         asked = " and ".join(f"{name} = {value}" for name, value in unknown.items() if value)
         raise ConfigError(
-            f"{asked}: rows do not say how many tokens they hold before the data collator has made "
-            f"them ({describe(candidates[0])}). Tokenize the dataset first, or count sequences: "
+            f"{asked}: how many tokens a row has is unknown until the data collator has run "
+            f"({describe(candidates[0])}). Tokenize the dataset first, or count sequences: "
             f"per_device_train_batch_size and effective_batch_size."
         )
     traits = [_traits(row, collator.main_input) for row in candidates]
@@ -198,7 +198,7 @@ def choose_probe_rows(
 
 
 def _traits(row: Any, main_input: str) -> tuple[int, int | None, str]:
-    """Give length, number of targets and, of a row that has one label, that label."""
+    """Return length, number of targets and, of a row that has one label, that label."""
     labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
     is_many = hasattr(labels, "__len__") and getattr(labels, "ndim", 1) > 0
     is_many = is_many and not isinstance(labels, str)
@@ -212,7 +212,7 @@ def _unlike(one: tuple[Any, ...], others: list[tuple[Any, ...]]) -> int:
 
 
 def describe(row: Any) -> str:
-    """Say what a dataset row is, for an error."""
+    """Return what a dataset row is, for an error."""
     return f"the keys {sorted(row)}" if isinstance(row, Mapping) else f"type {type(row).__name__}"
 
 

@@ -167,8 +167,8 @@ def probe_in_place(
     labels = find_labels(inputs)[1]
     is_token_level = labels is not None and labels.ndim == 2
     warning = (
-        "rows of its batches cannot be told apart (images in one tensor?), and masking labels did "
-        "not show what its loss is a mean over: how an update is cut may show in its gradient."
+        "rows cannot be separated in a batch (images in one tensor?), and masking labels did not "
+        "show what the loss is a mean over: the gradient of an update may depend on how it is cut."
     )
     return LossFacts(first if is_token_level else TargetRule.SEQUENCE, warnings=(warning,))
 
@@ -194,7 +194,7 @@ def _count(labels: Tensor, rule: TargetRule) -> int:
 
 
 def _is_coarse(values: list[float]) -> bool:
-    """Say whether losses look as if they were computed in bfloat16 or float16."""
+    """Return whether losses look as if they were computed in bfloat16 or float16."""
     return any(
         all(float(torch.tensor(v).to(dtype)) == v for v in values)
         for dtype in (torch.bfloat16, torch.float16)

@@ -122,7 +122,7 @@ def refuse_by_name(trainer: Any) -> None:
         if getattr(loss, "n_dims_per_step", -1) > 0:
             raise LossError(
                 f"{type(loss).__name__} with n_dims_per_step = {loss.n_dims_per_step} draws other "
-                f"dimensions in every micro-batch: how an update is cut shows in its gradient.\n"
+                f"dimensions in every micro-batch: the gradient depends on how an update is cut.\n"
                 f"  Set n_dims_per_step = -1, which takes all of them."
             )
         # A sum over embeddings cut to several sizes: what counts is the loss inside.
@@ -139,7 +139,7 @@ def refuse_by_name(trainer: Any) -> None:
 
 
 def _own_losses(trainer: Any) -> Iterable[Any]:
-    """Give the losses of a sentence-transformers trainer: one, or one for each dataset."""
+    """Return the losses of a sentence-transformers trainer: one, or one for each dataset."""
     loss = getattr(trainer, "loss", None)
     losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
     return [x for x in losses if isinstance(x, nn.Module)]

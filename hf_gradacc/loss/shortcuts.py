@@ -106,7 +106,7 @@ class Shortcuts:
         return keep_targets(shaped) if self.target_only_logits else (shaped, None)
 
     def reason(self, name: str) -> str:
-        """Say why a shortcut is not taken, empty if it is."""
+        """Return why a shortcut is not taken, empty if it is."""
         return dict(self.refused).get(name, "")
 
 
@@ -137,7 +137,7 @@ class Trial:
             return "its LM head is not fed one row per input token (virtual tokens in front?)"
         all_targets = self._run(*keep_targets(self.inputs))[0]
         if self._differs(all_targets, loss):
-            return f"its loss does not go by shift_labels: {all_targets:.7g} instead of {loss:.7g}"
+            return f"its loss ignores shift_labels: {all_targets:.7g} instead of {loss:.7g}"
         # One target alone. A loss that shifts what it is given would find none.
         labels = self.inputs["labels"]
         one = torch.full_like(labels, IGNORE_INDEX)
@@ -146,7 +146,7 @@ class Trial:
         alone = {**self.inputs, "labels": one}
         expected, actual = self._run(alone)[0], self._run(*keep_targets(alone))[0]
         if self._differs(actual, expected):
-            return f"its loss does not go by shift_labels: {actual:.7g} instead of {expected:.7g}"
+            return f"its loss ignores shift_labels: {actual:.7g} instead of {expected:.7g}"
         return ""
 
     def try_chunked_loss(self) -> str:
@@ -178,7 +178,7 @@ class Trial:
         other = torch.where(padded["attention_mask"].ne(0), bare["input_ids"], _others(bare))
         _, other_hidden = self._run({**bare, "input_ids": other})
         if self._moved(other_hidden, bare_hidden, real, limits=_NO_FLOW):
-            return "padding reaches real tokens in it once there is no mask"
+            return "without a mask, padding changes the hidden states of real tokens"
         return ""
 
     def try_packed(self, *, varlen: bool = False) -> str:
@@ -205,11 +205,11 @@ class Trial:
         _, moved = self._run({**packed, "input_ids": ids})
         rest = torch.arange(ids.shape[1]) >= first
         if self._moved(moved, packed_hidden, rest, limits=_NO_FLOW):
-            return "the first sequence of a packed row reaches those behind it"
+            return "in a packed row the first sequence changes the hidden states of the others"
         return ""
 
     def _run(self, inputs: Mapping[str, Any], rows: Tensor | None = None) -> tuple[float, Tensor]:
-        """Give the loss, and what the model feeds its head: ``[batch * seq, hidden]``."""
+        """Return the loss, and what the model feeds its head: ``[batch * seq, hidden]``."""
         device = next((p.device for p in self.head.parameters()), torch.device("cpu"))
         count = _count_targets(inputs) if self.wants_own_count else None
         on_device = None if rows is None else rows.to(device)
@@ -229,7 +229,7 @@ class Trial:
         *,
         limits: Mapping[torch.dtype, float] = _ROUNDING,
     ) -> bool:
-        """Say whether any row of hidden states moved by more than rounding explains."""
+        """Return whether any row of hidden states moved by more than rounding explains."""
         if actual.shape != expected.shape:
             return True
         if rows is not None:
@@ -435,7 +435,7 @@ def _attempt(check: Callable[[], str]) -> str:
 
 
 def can_try(inputs: Any) -> bool:
-    """Say whether rows are fit for a `Trial`: two or more of a causal LM, one with a target."""
+    """Return whether rows are fit for a `Trial`: two or more of a causal LM, one with a target."""
     if not isinstance(inputs, Mapping) or count_rows(inputs) < 2:
         return False
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
@@ -456,7 +456,7 @@ def _count_targets(inputs: Mapping[str, Any]) -> int:
 
 
 def _others(inputs: Mapping[str, Any]) -> Tensor:
-    """Give other tokens in every place, from the same range of the vocabulary."""
+    """Return other tokens in every place, from the same range of the vocabulary."""
     ids = inputs["input_ids"]
     low, high = int(ids.min()), int(ids.max())
     if low == high:

@@ -61,8 +61,8 @@ def load_model(
         except (ValueError, TypeError, ImportError) as error:
             why = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"model.config = {section.config!r} makes no model ({why}): check its sizes, "
-                "model.task and model.attn_implementation."
+                f"model.config = {section.config!r} does not make a model ({why}): check its "
+                "sizes, model.task and model.attn_implementation."
             ) from error
     options = given(
         revision=section.revision,
@@ -262,7 +262,7 @@ def model_config(
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         value = section.name if section.name is not None else section.config
         raise ConfigError(
-            f"{name} = {value!r} is no model that transformers knows ({why}): check the name or "
+            f"{name} = {value!r} is not a model that transformers knows ({why}): check the name or "
             "the sizes, that you are online or have it cached, and `hf auth login` if it is gated."
         ) from error
     if section.name is None:
@@ -307,8 +307,8 @@ def empty_model(
         why = str(error).strip().splitlines()[0]
         name = "name" if section.config is None else "config"
         raise ConfigError(
-            f"model.{name} = {getattr(section, name)!r} makes no model ({why}): check its sizes, "
-            "model.task and model.attn_implementation."
+            f"model.{name} = {getattr(section, name)!r} does not make a model ({why}): check its "
+            "sizes, model.task and model.attn_implementation."
         ) from error
 
 
@@ -324,7 +324,7 @@ def _check_known(config: Any, changes: dict[str, Any], *, key: str) -> None:
             hint = f"did you mean {guess}?" if guess else "see the model's config class."
             shown = "" if SECRET_KEY.search(name) else f" = {value!r}"
             raise ConfigError(
-                f"{key}.{name}{shown} is no value of a {config.model_type} config: {hint}"
+                f"{key}.{name}{shown} is not a key of a {config.model_type} config: {hint}"
             )
 
 

@@ -20,8 +20,8 @@ def export_schema() -> dict[str, Any]:
     schema["properties"]["train"] = train
     schema["properties"]["base"] = {
         "type": "string",
-        "description": "Another recipe, relative to this one, whose values hold where this one "
-        "says nothing.",
+        "description": "Another recipe, by its path relative to this one; its values are used for "
+        "keys that are missing here.",
     }
     # With a base, what is missing here may stand there.
     for section in (schema, *schema["$defs"].values()):

@@ -177,7 +177,7 @@ def machine_problems(recipe: Recipe, arguments: Any) -> Iterator[Problem]:
         why = f"loads the model in 4 bits with {missing}, not installed here"
         yield Problem("peft.method", why, "`pip install bitsandbytes`, or use lora", _HERE, "qlora")
     if arguments.fsdp and arguments.world_size == 1:
-        why = "spreads a model over several processes, and this is one"
+        why = "spreads a model over several processes, and this run has one"
         fix = (
             "start it with `torchrun --nproc-per-node 8 -m hf_gradacc train ...`, or set it to null"
         )

@@ -98,7 +98,7 @@ class ModelFlops:
         self.attention = 12 * layers * heads * head_size / 2
 
     def per_token(self, *, mean_length: float) -> float:
-        """Give ``F``, for sequences of a mean length in input tokens."""
+        """Return ``F``, for sequences of a mean length in input tokens."""
         return 4 * self.used + 2 * self.trained + self.attention * mean_length
 
     def utilization(
@@ -109,7 +109,7 @@ class ModelFlops:
         peak_flops: float | None,
         num_devices: int = 1,
     ) -> float | None:
-        """Give the MFU, None where the device's peak is not known.
+        """Return the MFU, None where the device's peak is not known.
 
         Args:
             input_tokens_per_second: Of all ranks, without padding.
@@ -142,7 +142,7 @@ class CostMeter:
     def metrics(
         self, *, num_input_tokens: int, num_sequences: int, seconds: float
     ) -> dict[str, float]:
-        """Give a window's keys, leaving out what this device does not tell.
+        """Return a window's keys, leaving out what this device does not tell.
 
         Args:
             num_input_tokens: Of the window, all ranks, without padding.

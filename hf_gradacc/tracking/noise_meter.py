@@ -157,7 +157,7 @@ class NoiseScaleMeter:
         return smooth_noise_scale(list(self.measurements), decay=self.decay)
 
     def metrics(self) -> dict[str, float]:
-        """Give the log row's keys; what is not known yet, or infinite, is left out."""
+        """Return the log row's keys; what is not known yet, or infinite, is left out."""
         scale = self.scale
         if scale is None:
             return {}
@@ -178,7 +178,7 @@ class NoiseScaleMeter:
         return judge_batch(scale, tokens_per_update=sum(sizes) / len(sizes))
 
     def state(self) -> list[list[float]]:
-        """Give what has to survive in a checkpoint, as plain numbers."""
+        """Return what has to survive in a checkpoint, as plain numbers."""
         return [list(astuple(m)) for m in self.measurements]
 
     def load_state(self, state: list[list[float]]) -> None:
@@ -207,7 +207,7 @@ class NoiseRecord(TrainerCallback, ExportableState):
         self.meter = NoiseScaleMeter()
 
     def state(self) -> dict[str, Any]:
-        """Give what `restore` needs; JSON only."""
+        """Return what `restore` needs; JSON only."""
         return {"args": {}, "attributes": {"measurements": self.meter.state()}}
 
     def restore(self, saved: dict[str, Any] | None) -> None:

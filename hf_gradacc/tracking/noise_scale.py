@@ -230,7 +230,7 @@ FAR = 4.0
 
 
 def judge_batch(scale: NoiseScale, *, tokens_per_update: float) -> Verdict:
-    """Say whether an update is too small, right, or larger than useful.
+    """Return whether an update is too small, right, or larger than useful.
 
     Too small means: even the band's lower end is more than four times the update, so that an
     update four times as large would still use its targets well. Larger than useful is the mirror

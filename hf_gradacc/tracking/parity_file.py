@@ -47,7 +47,7 @@ def record_parity(report: Any, *, output_dir: str | Path, model: Any) -> Path:
 
 
 def read_parity(output_dir: str | Path, *, model: Any = None) -> dict[str, Any] | None:
-    """Give what `record_parity` kept, None where nothing was checked.
+    """Return what `record_parity` kept, None where nothing was checked.
 
     Args:
         output_dir: Of the run.
@@ -80,7 +80,7 @@ def describe_parity(parity: dict[str, Any]) -> str:
             f", relative error {parity['error']:.1e} (rounding in {parity['dtype']} explains "
             f"{parity['tolerance']:.0e})"
         )
-    return text if parity["matches_run"] else f"{text}; but the model or a version was another one"
+    return text if parity["matches_run"] else f"{text}; but the model or a version has changed"
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:

@@ -40,13 +40,13 @@ class DeviceEvent(Protocol):
         """Mark this place in the stream."""
 
     def query(self) -> bool:
-        """Say whether the device has come this far."""
+        """Return whether the device has come this far."""
 
     def synchronize(self) -> None:
         """Wait until it has."""
 
     def elapsed_time(self, end_event: Any, /) -> float:
-        """Give the milliseconds from here to there."""
+        """Return the milliseconds from here to there."""
 
 
 class PhaseClock:
@@ -110,7 +110,7 @@ class PhaseClock:
         self._current = None
 
     def take(self) -> dict[str, float]:
-        """Give each phase's seconds per update since the last call, {} if there was no update."""
+        """Return each phase's seconds per update since the last call, {} if there was no update."""
         self._read(wait=True)
         row = {}
         if self._num_updates:

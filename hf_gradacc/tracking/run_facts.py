@@ -90,7 +90,7 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of what decides a run's numbers."""
+    """Return the versions of what decides a run's numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -236,7 +236,7 @@ def fold(text: str, *, width: int | None, indent: int) -> str:
 
 
 def terminal_width() -> int | None:
-    """Give the columns of the terminal, None where output goes elsewhere."""
+    """Return the columns of the terminal, None where output goes elsewhere."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -336,7 +336,7 @@ def next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
     if checkpoint:
         yield "checkpoint", checkpoint
     if known.get("saves_model"):
-        yield "model", f"{args.output_dir}, saved once this run has ended, unless a signal ends it"
+        yield "model", f"{args.output_dir}, saved at the end of the run"
     elif not checkpoint:
         yield "model", f"in memory; trainer.save_model() writes it to {args.output_dir}"
     if (RunFile(Path(args.output_dir)).directory / RUN_NAME).exists():

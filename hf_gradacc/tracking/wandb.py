@@ -135,7 +135,7 @@ class GradAccWandbCallback(WandbCallback):
         if why is not None:
             folder = sync_folder(run)
             remember(state, wandb_sync=[folder])
-            print(f"W&B: the server does not answer ({why}). {folder} holds what it has not got.")
+            print(f"W&B: the server does not answer ({why}). {folder} holds what was not uploaded.")
 
     @_never_fail
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ class RankRuns(TrainerCallback):
 
 
 def find_rank_runs(trainer: Any) -> RankRuns | None:
-    """Give the callback of a trainer that was asked for a run per rank."""
+    """Return the callback of a trainer that was asked for a run per rank."""
     callbacks = trainer.callback_handler.callbacks
     return next((callback for callback in callbacks if isinstance(callback, RankRuns)), None)
 

@@ -188,7 +188,7 @@ def _try_to_connect(url: str) -> None:
 
 
 def why_silent(run: Any) -> str | None:
-    """Say why the server of an online run does not answer now, None if it does.
+    """Return why the server of an online run does not answer now, None if it does.
 
     wandb accepts everything, writes it to its file, and does not report what it could not upload.
     """
@@ -204,7 +204,7 @@ def why_silent(run: Any) -> str | None:
 
 
 def sync_folder(run: Any) -> str:
-    """Give the folder that `wandb sync` takes, relative to here if it lies below."""
+    """Return the folder that `wandb sync` takes, relative to here if it lies below."""
     folder = Path(str(run.settings.sync_dir))
     return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
 

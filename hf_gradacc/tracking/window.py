@@ -67,7 +67,7 @@ class StatsWindow:
         self.grad_norms, self.num_grad_norms = 0.0, 0
 
     def state(self) -> dict[str, int]:
-        """Give what has to survive in a checkpoint."""
+        """Return what has to survive in a checkpoint."""
         return {
             "target_tokens_seen": self.target_tokens_seen,
             "skipped_updates": self.skipped_updates,

@@ -91,7 +91,7 @@ def count_copies(inputs: Any, num_sequences: int, *, name: str = "input_ids") ->
 
 
 def can_slice_rows(inputs: Any, num_sequences: int, *, copies: int = 1) -> bool:
-    """Say whether every tensor of a collated batch belongs to its rows one by one.
+    """Return whether every tensor of a collated batch belongs to its rows one by one.
 
     Images often do not: a vision model's patches of all rows lie in one tensor.
 

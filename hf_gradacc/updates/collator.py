@@ -148,7 +148,7 @@ class UpdateCollator:
         ]
 
     def cuts_at_random(self, index: int) -> bool:
-        """Say whether this update of an epoch is one whose noise is measured."""
+        """Return whether this update of an epoch is one whose noise is measured."""
         return is_measured(index, every=self.noise_scale_every)
 
     def cut(

@@ -139,7 +139,7 @@ class _Price:
         return min(self.max_sequences, max(1, self.max_tokens // max(width, 1)))
 
     def plan(self, widths: Sequence[int]) -> list[int]:
-        """Give the cost of each micro-batch the planner makes of one share, costliest first."""
+        """Return the cost of each micro-batch the planner makes of one share, costliest first."""
         if not widths:
             return []
         cuts = cut_sorted(widths, self.max_tokens, self.max_sequences, self.overhead_tokens)
@@ -148,7 +148,7 @@ class _Price:
 
 
 def _deal_runs(widths: Sequence[int], num_ranks: int, price: _Price) -> Iterator[_Shares]:
-    """Give deals of runs of neighbours; see `deal_rows`."""
+    """Return deals of runs of neighbours; see `deal_rows`."""
     least = price.row(widths[0]) + price.overhead
     most = len(widths) * least
     mean = sum(map(price.row, widths)) // num_ranks
@@ -264,7 +264,7 @@ def deal_at_random(num_sequences: int, num_ranks: int, *, seed: Sequence[int]) -
 
 
 def is_measured(update: int, *, every: int | None) -> bool:
-    """Say whether an update of an epoch is one whose noise is measured.
+    """Return whether an update of an epoch is one whose noise is measured.
 
     >>> [update for update in range(6) if is_measured(update, every=2)]
     [0, 2, 4]

@@ -74,7 +74,7 @@ def count_rows_of(dataset: Any) -> int | None:
 
 
 def _blocks(num_rows: int) -> list[tuple[int, int]]:
-    """Give row ranges, evenly spaced, the first and the last row among them."""
+    """Return row ranges, evenly spaced, the first and the last row among them."""
     starts = range(0, num_rows, _BLOCK)
     if len(starts) > _MOST_BLOCKS:
         last = num_rows - _BLOCK
@@ -83,7 +83,7 @@ def _blocks(num_rows: int) -> list[tuple[int, int]]:
 
 
 def _bytes_of(column: Any) -> Iterable[bytes]:
-    """Give a column's values as bytes that do not depend on how Arrow happens to store them."""
+    """Return a column's values as bytes that do not depend on how Arrow happens to store them."""
     kind = column.type
     nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if nested and pa.types.is_integer(kind.value_type) and not column.null_count:

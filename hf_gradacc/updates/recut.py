@@ -238,7 +238,7 @@ def _find_fills(micro_batches: Sequence[MicroBatch], pad_token_id: int) -> dict[
 
 
 def _trims(micro_batches: Sequence[MicroBatch], multiple_of: int) -> bool:
-    """Say whether the collator pads no wider than it has to."""
+    """Return whether the collator pads no wider than it has to."""
     for micro_batch in micro_batches:
         mask = micro_batch.inputs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim < 2:

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 def budget_file() -> Path:
-    """Give the file: ``hf_gradacc/token_budgets.json`` under ``HF_HOME``."""
+    """Return the file: ``hf_gradacc/token_budgets.json`` under ``HF_HOME``."""
     return Path(constants.HF_HOME) / "hf_gradacc" / "token_budgets.json"
 
 
@@ -54,7 +54,7 @@ def describe_setting(
 
 
 def recall_budget(setting: str) -> int | None:
-    """Give the budget remembered for a setting, None if there is none."""
+    """Return the budget remembered for a setting, None if there is none."""
     budget = _read().get(setting)
     return budget if isinstance(budget, int) and budget > 0 else None
 

@@ -132,7 +132,7 @@ class UpdateSampler:
         self.epoch = epoch
 
     def order(self, epoch: int) -> np.ndarray:
-        """Give the epoch's order of dataset indices, the same on every rank."""
+        """Return the epoch's order of dataset indices, the same on every rank."""
         if self._order is not None:
             if self._drawn is None or self._drawn[0] != epoch:
                 # Once: a sampler without a seed of its own would draw another order each time.
@@ -143,7 +143,7 @@ class UpdateSampler:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
 
     def bounds(self, order: np.ndarray) -> np.ndarray:
-        """Give the positions in `order` at which updates begin, and the end of the last one."""
+        """Return the positions in `order` at which updates begin, and the end of the last one."""
         drop = self.incomplete_update == "drop"
         if self.tokens_per_update is not None:
             assert self._target_counts is not None
@@ -164,7 +164,7 @@ class UpdateSampler:
         return len(self.bounds(self.order(epoch))) - 1
 
     def membership(self, epoch: int) -> list[list[int]]:
-        """Give the sequences of every update of an epoch, over all ranks."""
+        """Return the sequences of every update of an epoch, over all ranks."""
         order = self.order(epoch)
         bounds = self.bounds(order)
         return [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]

@@ -79,7 +79,7 @@ def state_of(dataset: Any) -> dict[str, Any] | None:
 
 
 def _can_seek(dataset: Any) -> bool:
-    """Say whether a stream gives the same rows after seeking as without.
+    """Return whether a stream gives the same rows after seeking as without.
 
     A shuffle buffer does not: it is refilled with other rows, so such a stream is read again.
     """
@@ -238,7 +238,7 @@ class UpdateStream(IterableDataset[Rows]):
         )
 
     def _skip(self, updates: int, position: dict[str, Any]) -> Iterator[Any]:
-        """Give the rows behind a position."""
+        """Return the rows behind a position."""
         if position.get("state") is not None:
             self.dataset.load_state_dict(position["state"])  # type: ignore[attr-defined]
             return iter(self.dataset)

@@ -60,7 +60,7 @@ class TargetCounts:
     next_input_token: int = 0
 
     def under(self, rule: TargetRule) -> int:
-        """Give the count under one rule."""
+        """Return the count under one rule."""
         return int(getattr(self, rule.value))
 
 
@@ -130,7 +130,7 @@ def count_all_targets(
 
 
 def may_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
-    """Say whether a dataset row can contribute to the loss, before it is collated.
+    """Return whether a dataset row can contribute to the loss, before it is collated.
 
     Only rows whose own labels rule it out are answered with False; where the collator makes the
     labels, the answer is True.
@@ -152,7 +152,7 @@ def may_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
 
 
 def _labels_of_row(row: Mapping[str, Any]) -> Any:
-    """Give the labels of a dataset row; under another name than ``labels`` one for each token."""
+    """Return the labels of a dataset row; under another name than ``labels`` one for each token."""
     if "labels" in row:
         return row["labels"]
     named = [value for key, value in row.items() if "label" in key or "target" in key]
@@ -164,7 +164,7 @@ def _labels_of_row(row: Mapping[str, Any]) -> Any:
 
 
 def has_target(inputs: Mapping[str, Any]) -> bool:
-    """Say whether a collated batch can tell anything about how its loss counts."""
+    """Return whether a collated batch can tell anything about how its loss counts."""
     labels = find_labels(inputs)[1]
     if labels is None or labels.is_floating_point():
         return True

@@ -130,7 +130,7 @@ class UpdateStats:
         )
 
     def counts(self) -> Tensor:
-        """Give the integer fields as one int64 vector, summed over ranks in one collective."""
+        """Return the integer fields as one int64 vector, summed over ranks in one collective."""
         return torch.tensor(
             [getattr(self, f.name) for f in fields(self) if f.name != "step_seconds"],
             dtype=torch.int64,

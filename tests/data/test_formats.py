@@ -149,7 +149,7 @@ CHAT_ROW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
             "messages",
             "unknown role 'assistent' in turn 2; did you mean assistant",
         ),
-        ("chat", {"messages": CHAT_ROW, "tools": "[{"}, "tools", "is no JSON"),
+        ("chat", {"messages": CHAT_ROW, "tools": "[{"}, "tools", "is not JSON"),
         ("chat", {"messages": CHAT_ROW, "tools": {"a": 1}}, "tools", "is an object, not a list"),
         ("question_answer", {"question": 1.5, "answer": "a"}, "question", "write it in quotes"),
         ("classification", {"text": "a", "label": None}, "label", "is null"),

@@ -130,7 +130,7 @@ def prepare(path, **options):
         ("a.tsv", "question\tanswer\na\tb\tc\n", "a.tsv:2", "3 cells"),
         ("a.csv", "question,answer\n".encode("utf-16"), "a.csv:1", "UTF-8"),
         ("a.parquet", b"", "a.parquet", "empty"),
-        ("a.parquet", b"not a parquet file", "a.parquet", "no whole parquet file"),
+        ("a.parquet", b"not a parquet file", "a.parquet", "not a whole parquet file"),
         ("a.arrow", b"not an arrow file", "a.arrow", "cannot be read"),
         ("a.xlsx", b"PK\x03\x04", "a.xlsx", ".xlsx"),
     ],
@@ -181,7 +181,7 @@ def test_a_file_without_rows_is_an_error(tmp_path, name, content, why):
             "jsonl",
             lines(GOOD[0]),
             lines({"question": "a", "answr": "b"}),
-            "2.jsonl:1: column 'answr' is none of the file before",
+            "2.jsonl:1: column 'answr' is not in the file before",
         ),
     ],
 )
@@ -213,10 +213,10 @@ def broken_parquet(kind):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("twice", "a.parquet: column 'answer' stands there twice"),
+        ("twice", "a.parquet: column 'answer' appears twice"),
         ("no rows", "a.parquet: has no rows"),
         ("not UTF-8", "a.parquet: row 2: column 'question' is not UTF-8"),
-        ("cut", "a.parquet: is no whole parquet file"),
+        ("cut", "a.parquet: is not a whole parquet file"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])

@@ -216,8 +216,8 @@ def test_labels_may_have_another_name(tmp_path, shifts, drawn):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_tokens_per_micro_batch": 40}, "max_tokens_per_micro_batch = 40: rows do not say"),
-        ({"tokens_per_update": 60}, "tokens_per_update = 60: rows do not say how many tokens"),
+        ({"max_tokens_per_micro_batch": 40}, "max_tokens_per_micro_batch = 40: how many tokens"),
+        ({"tokens_per_update": 60}, "tokens_per_update = 60: how many tokens a row has is unknown"),
     ],
 )
 def test_tokens_that_only_the_collator_knows_of_cannot_be_counted(tmp_path, options, words):

@@ -55,7 +55,7 @@ def test_a_check_of_another_model_says_so(tmp_path):
     assert parity["matches_run"] is False
     said = describe_parity(parity)
     assert said.startswith("failed on ")
-    assert said.endswith("the model or a version was another one")
+    assert said.endswith("the model or a version has changed")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"passed": true}'])
