@@ -10,12 +10,17 @@ import sys
 import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from hf_gradacc import GradAccTrainer
+from hf_gradacc import GradAccError, GradAccTrainer
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
-from hf_gradacc.errors import GradAccError
-from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
-from hf_gradacc.recipe.model import apply_peft, load_model, save_model
-from hf_gradacc.recipe.run import RecipeCallback
+from hf_gradacc.recipe import (
+    RecipeCallback,
+    apply_peft,
+    configure_wandb,
+    load_model,
+    load_recipe,
+    recipe_arguments,
+    save_model,
+)
 
 
 def main(path: str, overrides: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import copy
 import importlib.util
@@ -207,6 +208,36 @@ def test_files_are_looked_for_in_code_alone():
     text = "`python benchmarks/speed.py --quick` of tests/test_x.py, `updates/sampler`"
     assert set(named_files(text)) >= {"benchmarks/speed.py"}
     assert "tests/test_x.py" not in set(named_files(text))
+
+
+DOORS = ("hf_gradacc", *(f"hf_gradacc.{door}" for door in ("data", "recipe", "tracking", "verify")))
+
+
+def imported_modules(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "README.md", *PAGES, *sorted((ROOT / "recipes").glob("*.py"))],
+    ids=lambda f: f.name,
+)
+def test_what_people_copy_imports_from_the_doors_alone(file):
+    source = file.read_text("utf-8")
+    if file.suffix == ".md":
+        source = "\n".join(code for _, code in examples(file))
+    inner = {name for name in imported_modules(source) if name.split(".")[0] == "hf_gradacc"}
+    assert inner <= set(DOORS)
+
+
+def test_every_design_note_is_in_the_list_of_them():
+    notes = {note.name for note in (DOCS / "design-notes").glob("2*.md")}
+    index = (DOCS / "design-notes" / "index.md").read_text("utf-8")
+    assert set(re.findall(r"\]\((2[^)]*\.md)\)", index)) == notes
 
 
 def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path):
