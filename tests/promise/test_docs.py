@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import collections
 import copy
+import dataclasses
+import importlib
 import importlib.util
 import os
 import re
@@ -16,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
+from hf_gradacc import GradAccOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -262,4 +266,11 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path):
         assert fetched == [], page
     home = (site / "index.html").read_text("utf-8")
     assert "ExactSFTTrainer" in home
-    assert "effective_batch_size" in (site / "api" / "hf_gradacc.html").read_text("utf-8")
+    listed = re.findall(
+        r"<tr>\s*<td><code>(\w+)</code>", (site / "options.html").read_text("utf-8")
+    )
+    assert listed == [field.name for field in dataclasses.fields(GradAccOptions)]
+    for door in DOORS:
+        page = site / "api" / f"{door.removeprefix('hf_gradacc.')}.html"
+        shown = re.findall(rf'id="{re.escape(door)}\.(\w+)"', page.read_text("utf-8"))
+        assert set(importlib.import_module(door).__all__) == set(shown)
