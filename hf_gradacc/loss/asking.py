@@ -71,7 +71,7 @@ class Loss:
 def sample_of(
     inputs: Mapping[str, Any], known: ProbeRows | None
 ) -> tuple[Mapping[str, Any], ProbeRows | None]:
-    """Give what a model is asked with: a few rows, collated together.
+    """Return what a model is asked with: a few rows, collated together.
 
     Args:
         inputs: Collated rows.
@@ -169,7 +169,7 @@ def with_warnings(facts: LossFacts, model: nn.Module, sample: ProbeRows | None) 
 
 
 def dtype_computed_in(model: nn.Module, *, bf16: bool, fp16: bool) -> torch.dtype:
-    """Give the coarsest dtype of a forward: it says how much two evaluations may differ.
+    """Return the coarsest dtype of a forward: it says how much two evaluations may differ.
 
     Args:
         model: The bare model.
@@ -205,7 +205,7 @@ def held_in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_mixing(model: nn.Module) -> list[str]:
-    """Say so of models whose rows influence each other in training, unseen in evaluation mode."""
+    """Warn of models whose rows influence each other in training but not in evaluation mode."""
     warnings = []
     config = getattr(model, "config", None)
     if getattr(config, "moe_eval_capacity_token_fraction", None) is not None:

@@ -3,13 +3,13 @@
 Four shortcuts, each used only where a check on the actual model passes:
 
 * **target-only logits**: the LM head sees only positions whose prediction enters the loss;
-* **chunked loss**: of these, only some logits are there at once;
+* **chunked loss**: the logits of these positions are computed some at a time;
 * **no mask**: right-padded rows of a causal model need none;
 * **packed**: the rows of a micro-batch as one row without padding.
 
-A loss is too blunt to see a leak between sequences: in bfloat16 a small one drowns in rounding. So
-where no information may flow, the checks change the tokens it could come from and compare hidden
-states. The shapes stay as they were, hence rounding does too, and what moves is a leak.
+A loss does not show a small leak between sequences: in bfloat16 it drowns in rounding. So the
+checks change the tokens from which no information may flow, and compare hidden states. Shapes stay
+the same, so rounding does too, and any difference is a leak.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Shortcuts:
         drop_mask: Right-padded micro-batches are given no mask.
         packed: Micro-batches are one row.
         varlen: Packed rows name their boundaries, for flash attention.
-        refused: Reason by shortcut, in plain words.
+        refused: Why each other shortcut is not taken, in plain words.
         head: The LM head.
         owner: The model that computes a loss from its logits, see `find_owner`.
         linears: Layers that multiply by oneDNN.
@@ -165,7 +165,7 @@ class Trial:
         return ""
 
     def try_without_mask(self) -> str:
-        """See whether right padding reaches a real token once the mask is gone."""
+        """Check that right padding does not reach a real token without the mask."""
         padded = _with_padding(self.inputs)
         if padded is None:
             return "its rows are not padded on the right"
@@ -182,7 +182,7 @@ class Trial:
         return ""
 
     def try_packed(self, *, varlen: bool = False) -> str:
-        """See whether sequences laid end to end keep to themselves."""
+        """Check that sequences laid end to end do not influence each other."""
         try:
             packed = pack_rows(self.inputs, varlen=varlen)
         except ValueError as error:
@@ -263,7 +263,7 @@ class Setting:
     lockstep: bool = False
 
     def why_none(self, inputs: Any) -> str:
-        """Say why no shortcut at all may be tried, empty if they may."""
+        """Return why no shortcut at all may be tried, empty if they may."""
         if self.facts.rule is not TargetRule.NEXT_TOKEN:
             return "the model is no causal LM whose loss shifts its labels"
         if self.facts.pads_alike:
@@ -273,7 +273,7 @@ class Setting:
         return ""
 
     def why_not(self, name: str, model: nn.Module) -> str:
-        """Say why one shortcut may not be tried, empty if it may."""
+        """Return why one shortcut may not be tried, empty if it may."""
         if name == "target_only_logits":
             if self.has_loss_func:
                 return "compute_loss_func may want all logits"

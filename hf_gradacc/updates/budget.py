@@ -160,7 +160,7 @@ class BudgetTuner:
 
 
 def _power_of_two_from(number: int) -> int:
-    """Give the smallest power of two that is at least `number`."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
@@ -254,7 +254,7 @@ class TokenBudget(TrainerCallback, ExportableState):
             self.cap = self.ceiling = None
 
     def state(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"args": {}, "attributes": {name: getattr(self, name) for name in _KEPT}}
 
     def restore(self, saved: dict[str, Any] | None) -> None:

@@ -119,7 +119,7 @@ def test_class_weights_are_said_to_be_no_mean_over_rows(tmp_path, weights, sort,
     trainer.train()
     assert trainer.facts.rule is TargetRule.SEQUENCE
     said = " ".join(trainer.facts.warnings)
-    assert ("with class weights it is none" in said) is (weights is not None)
+    assert ("as with class weights" in said) is (weights is not None)
 
 
 def test_rows_to_ask_are_unlike_each_other_and_from_all_over(tmp_path):

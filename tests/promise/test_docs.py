@@ -186,10 +186,6 @@ FOLDERS = "|".join(
 )
 
 
-# These come with the trainer's parts; take them out when they have.
-COMING = {"trainer/runner", "trainer/step", "trainer/log_row", "trainer/as_requested.py"}
-
-
 def named_files(text):
     """Files that a page names in code, such as `updates/sampler` or `benchmarks/speed.py`."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -203,7 +199,7 @@ def test_every_file_that_the_documentation_names_exists():
     for page in TEXTS:
         for name in named_files(page.read_text("utf-8")):
             places = [ROOT / name, PACKAGE / name, PACKAGE / f"{name}.py", ROOT / f"{name}.yaml"]
-            if name not in COMING and not any(place.exists() for place in places):
+            if not any(place.exists() for place in places):
                 missing.append((str(page.relative_to(ROOT)), name))
     assert missing == []
 
