@@ -42,6 +42,7 @@ def commands(*, quick: bool) -> list[list[str]]:
         *tuning,
         ["memory.py", *out("memory")],
         ["scaling.py", *smaller, *out("scaling")],
+        ["one_curve.py", *(["--quick"] if quick else [])],
     ]
 
 

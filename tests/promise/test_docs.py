@@ -262,6 +262,7 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path):
         assert fetched == [], page
     home = (site / "index.html").read_text("utf-8")
     assert "ExactSFTTrainer" in home
+    assert "one_curve.png" in home
     listed = re.findall(
         r"<tr>\s*<td><code>(\w+)</code>", (site / "options.html").read_text("utf-8")
     )
