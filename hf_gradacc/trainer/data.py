@@ -18,10 +18,9 @@ from transformers.trainer_utils import seed_worker
 from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.trainer.position import ExactResume
-from hf_gradacc.updates.budget import BudgetTuner
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
-from hf_gradacc.updates.loader import GroupedBatches, UpdateLoader, build_loader
+from hf_gradacc.updates.loader import GroupedBatches, ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import is_stream
 
@@ -53,37 +52,18 @@ class UpdateLoading(ExactResume):
             raise ValueError("Trainer: training requires a train_dataset.")
         args = self.args
         dataset, data_collator = self._drop_unused_columns(self.train_dataset)
-        budget = args.max_tokens_per_micro_batch
-        config = getattr(self.model, "config", None)
-        self._collator = UpdateCollator(
-            data_collator,
-            # A token budget replaces the count of sequences, whose default of 8 nobody chose.
-            max_sequences=None if budget is not None else self._train_batch_size,
-            # "auto" tunes itself from here: see `hf_gradacc.updates.budget`.
-            max_tokens=BudgetTuner.budget if budget == "auto" else budget,
-            main_input=getattr(self.model, "main_input_name", "input_ids"),
-            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-            seed=args.seed,
-        )
-        if budget == "auto":
-            self._collator.share_budget()
-        if args.device.type != "cpu":
-            self._collator.overhead_tokens = 1024  # kernels take time to launch, however small
-        self._collator.noise_scale_every = args.noise_scale_every
-        sampler = None if is_stream(dataset) else self._user_sampler()
-        loader = build_loader(
+        loader = load_updates(
             dataset,
-            self._collator,
+            data_collator,
+            args,
+            model=ModelFacts.of(self.model),
             effective_batch_size=self._effective_batch_size,
-            tokens_per_update=args.tokens_per_update,
-            incomplete_update="keep" if args.keeps_incomplete_update else "drop",
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-            sampler=sampler,
+            max_sequences=self._train_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
-            hidden_size=getattr(config, "hidden_size", None),
-            in_step=self.is_fsdp_enabled,
+            on_accelerator=args.device.type != "cpu",
+            lockstep=self.is_fsdp_enabled,
+            sampler=None if is_stream(dataset) else self._user_sampler(),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
@@ -93,6 +73,7 @@ class UpdateLoading(ExactResume):
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
         )
+        self._collator = loader.collator
         rows = choose_probe_rows(loader, self._collator, tokens_per_update=args.tokens_per_update)
         self._probe_inputs = self._collate_probe(rows)
         return loader
