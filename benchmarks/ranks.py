@@ -43,10 +43,10 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_gradacc import GradAccArguments, GradAccTrainer, UpdateCollator
 from hf_gradacc.updates.loader import deal_update
+from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR, OVERHEAD_ON_CPU
 
 HIDDEN = 1024
 MICRO_BATCH = 8
-OVERHEAD_ON_CPU, OVERHEAD_ON_GPU = 64, 1024  # tokens, see `UpdateCollator.overhead_tokens`
 
 Share = list[list[int]]  # the micro-batches of one rank, as lengths
 
@@ -137,7 +137,7 @@ def print_spread() -> None:
 
 def print_row(kind: str, updates: list[list[int]], ranks: int, budget: int) -> None:
     """Sum one row of the table over its updates."""
-    cpu, gpu = OVERHEAD_ON_CPU, OVERHEAD_ON_GPU
+    cpu, gpu = OVERHEAD_ON_CPU, OVERHEAD_ON_ACCELERATOR
     idles, ours, theirs = np.zeros(4), np.zeros(5), np.zeros(5)
     seconds = 0.0
     for update in updates:

@@ -13,7 +13,11 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["BudgetTuner", "MemoryBudget"]
+__all__ = ["FIRST_BUDGET", "BudgetTuner", "MemoryBudget"]
+
+FIRST_BUDGET = 1024
+"""Tokens that "auto" plans with before it has seen an update."""
+
 
 _SMALLEST = 256
 
@@ -55,7 +59,7 @@ class BudgetTuner:
         num_updates: Updates it took so far.
     """
 
-    budget: int = 1024
+    budget: int = FIRST_BUDGET
     settled: bool = False
     tried: dict[int, list[float]] = field(default_factory=dict)
     num_updates: int = 0

@@ -16,7 +16,11 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import is_measured
 from hf_gradacc.updates.lengths import measure_length
-from hf_gradacc.updates.planner import plan_micro_batches, plan_packed_micro_batches
+from hf_gradacc.updates.planner import (
+    OVERHEAD_ON_CPU,
+    plan_micro_batches,
+    plan_packed_micro_batches,
+)
 from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_all_targets, may_have_target
 from hf_gradacc.updates.update import MicroBatch, Update
 
@@ -69,7 +73,7 @@ class UpdateCollator:
         self.rule: TargetRule | None = None
         self.pad_alike = False
         self.packed = False
-        self.overhead_tokens = 64
+        self.overhead_tokens = OVERHEAD_ON_CPU
         self.num_ranks = 1
         self.copies = 1
         self.noise_scale_every: int | None = None

@@ -18,10 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_gradacc.errors import DataError
-from hf_gradacc.updates.budget import BudgetTuner
+from hf_gradacc.updates.budget import FIRST_BUDGET
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_stream, take_until
 from hf_gradacc.updates.targets import count_row_targets, may_have_target
@@ -195,7 +196,7 @@ def load_updates(
         # A token budget replaces the count of sequences, whose default of 8 nobody chose.
         max_sequences=None if budget is not None else max_sequences,
         # "auto" tunes itself from here: see `hf_gradacc.updates.budget`.
-        max_tokens=BudgetTuner.budget if budget == "auto" else budget,
+        max_tokens=FIRST_BUDGET if budget == "auto" else budget,
         main_input=model.main_input,
         encoder_decoder=model.encoder_decoder,
         seed=arguments.seed,
@@ -203,7 +204,7 @@ def load_updates(
     if budget == "auto":
         collator.share_budget()
     if on_accelerator:
-        collator.overhead_tokens = 1024  # kernels take time to launch, however small
+        collator.overhead_tokens = OVERHEAD_ON_ACCELERATOR
     collator.noise_scale_every = arguments.noise_scale_every
     return build_loader(
         dataset,
@@ -375,7 +376,7 @@ def deal_update(
         return deal_by_cost(costs, num_ranks)
     max_tokens = collator.max_tokens
     if collator.tunes_budget:
-        max_tokens = max(1024, 4 * max(lengths, default=0))
+        max_tokens = max(FIRST_BUDGET, 4 * max(lengths, default=0))
     return deal_rows(
         lengths,
         num_ranks,

@@ -12,7 +12,22 @@ import numpy as np
 
 from hf_gradacc.errors import ConfigError
 
-__all__ = ["count_padding", "cut_sorted", "plan_micro_batches", "plan_packed_micro_batches"]
+__all__ = [
+    "OVERHEAD_ON_ACCELERATOR",
+    "OVERHEAD_ON_CPU",
+    "count_padding",
+    "cut_sorted",
+    "plan_micro_batches",
+    "plan_packed_micro_batches",
+]
+
+OVERHEAD_ON_CPU = 64
+"""What one more micro-batch costs on a CPU, in computed tokens: Python's way through the model."""
+
+OVERHEAD_ON_ACCELERATOR = 1024
+"""The same on a GPU, which would compute that many tokens while the kernels of one more
+micro-batch are launched, however small it is. Both are estimates of a magnitude: they weigh padding
+against the number of micro-batches and never touch the gradient."""
 
 
 def plan_micro_batches(
