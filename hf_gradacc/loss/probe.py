@@ -109,7 +109,7 @@ def probe_loss(
     tolerance = rounding_of(dtype)
     warnings = []
     if shown is None and gradient_of is not None and not has_router_loss:
-        limit = 100 * tolerance if tolerance < 1e-3 else 0.1
+        limit = rounding_of(dtype, "rows_gradient")
         found, error = find_rule_by_gradients(
             inputs,
             rows,

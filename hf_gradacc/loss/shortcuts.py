@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_gradacc.loss.chunked import why_not_chunked, without_logits
+from hf_gradacc.loss.facts import Compared, rounding_of
 from hf_gradacc.loss.layouts import (
     is_right_padded,
     keep_targets,
@@ -35,14 +36,6 @@ from hf_gradacc.updates.batch import count_rows, slice_rows
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = ["Shortcuts", "Trial", "can_try"]
-
-# Relative differences that rounding explains, by what the model computes in: of a loss or hidden
-# states computed another way, and of hidden states computed the same way from other neighbours
-# (zero but for the experts of a mixture, whose batches are then composed differently).
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-_NO_FLOW = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 @dataclass(frozen=True)
@@ -150,7 +143,7 @@ class Trial:
             return f"its loss moves without the mask: {bare_loss:.7g} instead of {loss:.7g}"
         other = torch.where(padded["attention_mask"].ne(0), bare["input_ids"], _others(bare))
         _, other_hidden = self._run({**bare, "input_ids": other})
-        if self._moved(other_hidden, bare_hidden, real, limits=_NO_FLOW):
+        if self._moved(other_hidden, bare_hidden, real, kind="isolation"):
             return "padding reaches real tokens in it once there is no mask"
         return ""
 
@@ -177,7 +170,7 @@ class Trial:
         ids[0, :first] = _others(packed)[0, :first]
         _, moved = self._run({**packed, "input_ids": ids})
         rest = torch.arange(ids.shape[1]) >= first
-        if self._moved(moved, packed_hidden, rest, limits=_NO_FLOW):
+        if self._moved(moved, packed_hidden, rest, kind="isolation"):
             return "the first sequence of a packed row reaches those behind it"
         return ""
 
@@ -191,7 +184,7 @@ class Trial:
         return loss, seen[0] if seen else torch.empty(0, 0)
 
     def _differs(self, actual: float, expected: float) -> bool:
-        limit = _ROUNDING.get(self.dtype, 5e-5)
+        limit = rounding_of(self.dtype, "shortcut")
         return not abs(actual - expected) <= limit * max(abs(expected), 1e-12)
 
     def _moved(
@@ -200,7 +193,7 @@ class Trial:
         expected: Tensor,
         rows: Tensor | None = None,
         *,
-        limits: Mapping[torch.dtype, float] = _ROUNDING,
+        kind: Compared = "shortcut",
     ) -> bool:
         """Say whether any row of hidden states moved by more than rounding explains."""
         if actual.shape != expected.shape:
@@ -212,7 +205,7 @@ class Trial:
         moved = (actual.to(wide) - expected.to(wide)).norm(dim=-1) / size
         # Row by row, since a leak reaches some rows only. Rounding of a hidden state is allowed
         # four times that of a loss, which is a mean over many.
-        return not float(moved.max()) <= 4 * limits.get(self.dtype, limits[torch.float32])
+        return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
 
 
 def can_try(inputs: Any) -> bool:
