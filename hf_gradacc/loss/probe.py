@@ -31,7 +31,7 @@ from hf_gradacc.updates.batch import (
     pad_columns,
     slice_rows,
 )
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_all_targets
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
 __all__ = ["guess_rule", "probe_loss"]
 
@@ -76,10 +76,11 @@ def probe_loss(
     n = num_rows or count_rows(inputs, main_input)
     take = take or partial(slice_rows, inputs)
     twice = take([*range(n), *range(n)])
+    count = partial(count_targets, main_input=main_input)
     wants_own_count = _find_way_to_call(inputs, twice, loss_of, main_input)
 
     def mean_of(part: Mapping[str, Any], rule: TargetRule) -> float:
-        return loss_of(part, _count(part, main_input, rule) if wants_own_count else None)
+        return loss_of(part, count(part, rule) if wants_own_count else None)
 
     rule = guess_rule(
         inputs,
@@ -100,7 +101,7 @@ def probe_loss(
         )
     rows = [dict(take([i])) for i in range(n)]
     candidates = [shown] if shown else [rule, *(r for r in TargetRule if r is not rule)]
-    counts = {r: [_count(row, main_input, r) for row in rows] for r in candidates}
+    counts = {r: [count(row, r) for row in rows] for r in candidates}
     alone = rows
     if shown is None and dtype in (torch.bfloat16, torch.float16):
         # As many copies of a row as there are rows: a batch of one shape is rounded in one way.
@@ -156,16 +157,6 @@ def probe_loss(
     )
 
 
-def _count(part: Mapping[str, Any], main_input: str, rule: TargetRule) -> int:
-    mask = part.get("attention_mask")
-    main = find_main_input(part, main_input)
-    used = (
-        int(mask.ne(0).sum()) if isinstance(mask, Tensor) else 0 if main is None else main.numel()
-    )
-    rows = count_rows(part, main_input)
-    return count_all_targets(part, num_sequences=rows, num_input_tokens=used).under(rule)
-
-
 def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
     """Say whether labels go with tokens rather than with rows."""
     if isinstance(inputs.get("shift_labels"), Tensor):
@@ -183,12 +174,13 @@ def _find_way_to_call(
     """Say whether the loss is a mean only when it is told its own count."""
     n = count_rows(inputs, main_input)
     token_level = _is_token_level(inputs, main_input)
+    count = partial(count_targets, main_input=main_input)
     seen: list[str] = []
     for own_count in (False, True):
         rule = TargetRule.SAME_TOKEN if token_level else TargetRule.SEQUENCE
         try:
-            once_loss = loss_of(inputs, _count(inputs, main_input, rule) if own_count else None)
-            twice_loss = loss_of(twice, _count(twice, main_input, rule) if own_count else None)
+            once_loss = loss_of(inputs, count(inputs, rule) if own_count else None)
+            twice_loss = loss_of(twice, count(twice, rule) if own_count else None)
         except (TypeError, AttributeError) as error:  # "unsupported operand ...: NoneType"
             seen.append(f"{type(error).__name__}: {error}")
             continue

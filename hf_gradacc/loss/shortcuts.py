@@ -33,7 +33,7 @@ from hf_gradacc.loss.layouts import (
     without_mask,
 )
 from hf_gradacc.updates.batch import count_rows, slice_rows
-from hf_gradacc.updates.targets import IGNORE_INDEX
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
 __all__ = ["Shortcuts", "Trial", "can_try"]
 
@@ -177,7 +177,7 @@ class Trial:
     def _run(self, inputs: Mapping[str, Any], rows: Tensor | None = None) -> tuple[float, Tensor]:
         """Give the loss, and what the model feeds its head: ``[batch * seq, hidden]``."""
         device = next((p.device for p in self.head.parameters()), torch.device("cpu"))
-        count = _count_targets(inputs) if self.wants_own_count else None
+        count = count_targets(inputs, TargetRule.NEXT_TOKEN) if self.wants_own_count else None
         on_device = None if rows is None else rows.to(device)
         with kept_rows(self.head, on_device), seen_rows(self.head) as seen:
             loss = self.loss_of(inputs, count)
@@ -223,12 +223,6 @@ def can_try(inputs: Any) -> bool:
     )
 
 
-def _count_targets(inputs: Mapping[str, Any]) -> int:
-    if isinstance(inputs.get("shift_labels"), Tensor):
-        return int(inputs["shift_labels"].ne(IGNORE_INDEX).sum())
-    return int(inputs["labels"][:, 1:].ne(IGNORE_INDEX).sum())
-
-
 def _others(inputs: Mapping[str, Any]) -> Tensor:
     """Give other tokens in every place, from the same range of the vocabulary."""
     ids = inputs["input_ids"]
@@ -251,4 +245,4 @@ def _with_padding(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     longest = int(mask.ne(0).sum(1).argmax())
     for key, value in (("attention_mask", 0), ("labels", IGNORE_INDEX)):
         padded[key][longest, width - width // 3 :] = value
-    return padded if _count_targets(padded) else None
+    return padded if count_targets(padded, TargetRule.NEXT_TOKEN) else None

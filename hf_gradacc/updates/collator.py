@@ -21,7 +21,13 @@ from hf_gradacc.updates.planner import (
     plan_micro_batches,
     plan_packed_micro_batches,
 )
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_all_targets, may_have_target
+from hf_gradacc.updates.targets import (
+    IGNORE_INDEX,
+    TargetRule,
+    count_all_targets,
+    count_input_tokens,
+    may_have_target,
+)
 from hf_gradacc.updates.update import MicroBatch, Update
 
 __all__ = ["UpdateCollator", "make_micro_batch"]
@@ -250,13 +256,12 @@ def _count_tokens(
     main = find_main_input(inputs, main_input)
     if main is None:
         return 0, 0
-    computed = main.numel() if not main.is_floating_point() else int(main.shape[0])
     mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == main.shape:
-        used, computed = int(mask.ne(0).sum()), main.numel()
-    else:
-        used = sum(measure_length(row, main_input=main_input) for row in rows) or computed
-        used = min(used, computed)
+    has_mask = isinstance(mask, Tensor) and mask.shape == main.shape
+    computed = main.numel() if has_mask or not main.is_floating_point() else int(main.shape[0])
+    used = count_input_tokens(inputs, main_input=main_input)
+    if not has_mask:  # padding then shows only in the rows it was added to
+        used = min(sum(measure_length(row, main_input=main_input) for row in rows) or used, used)
     labels = inputs.get("labels")
     if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
         used += int(labels.ne(IGNORE_INDEX).sum())
