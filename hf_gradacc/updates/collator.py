@@ -162,17 +162,17 @@ class UpdateCollator:
         return is_measured(index, every=self.noise_scale_every)
 
     def cut(
-        self, lengths: Sequence[int], *, cap: int | None = None, at_random: bool = False
+        self, lengths: Sequence[int], *, max_tokens: int | None = None, at_random: bool = False
     ) -> list[list[int]]:
         """Cut sequences of given length.
 
         Args:
             lengths: Tokens of each sequence, in the order they were dealt.
-            cap: A token limit that memory turned out to set.
+            max_tokens: A token limit that memory turned out to set, beside the collator's own.
             at_random: Keep that order, which then is random, and cut into at least four pieces.
         """
         lengths = list(lengths)
-        limits = [limit for limit in (self.max_tokens, cap) if limit is not None]
+        limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
         max_tokens = min(limits, default=None)
         if self.packed and any(lengths) and not at_random:
             return plan_packed_micro_batches(
