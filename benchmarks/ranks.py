@@ -102,14 +102,14 @@ def deal_ours(
     *,
     budget: int | None = None,
     overhead: int = OVERHEAD_ON_CPU,
-    in_step: bool = False,
+    lockstep: bool = False,
 ) -> list[Share]:
     """What the trainer does: the loader's deal, then each rank's collator plans its share."""
     collator = UpdateCollator(
         list, max_tokens=budget, max_sequences=None if budget else MICRO_BATCH
     )
     collator.overhead_tokens, collator.num_ranks = overhead, ranks
-    dealt = deal_update(collator, lengths, ranks, attention_length=6 * HIDDEN, in_step=in_step)
+    dealt = deal_update(collator, lengths, ranks, attention_length=6 * HIDDEN, lockstep=lockstep)
     shares = []
     for members in dealt:
         own = [lengths[i] for i in members]
@@ -148,14 +148,14 @@ def print_row(kind: str, updates: list[list[int]], ranks: int, budget: int) -> N
         seconds += time.process_time() - started
         by_tokens = deal_ours(update, ranks, budget=budget)
         on_gpu = deal_ours(update, ranks, **same_memory)
-        in_step = deal_ours(update, ranks, **same_memory, in_step=True)
-        for shares in (random, peer, by_rows, by_tokens, on_gpu, in_step):
+        lockstep = deal_ours(update, ranks, **same_memory, lockstep=True)
+        for shares in (random, peer, by_rows, by_tokens, on_gpu, lockstep):
             assert sorted(n for s in shares for p in s for n in p) == sorted(update)
         idles += [idle(shares, cpu) for shares in (random, peer, by_rows, by_tokens)]
         ours += [
             *(slowest(shares, cpu) for shares in (random, by_rows, by_tokens)),
             slowest(on_gpu, gpu),
-            slowest_in_step(in_step, gpu),
+            slowest_in_step(lockstep, gpu),
         ]
         theirs += [*[slowest(peer, cpu)] * 3, slowest(peer, gpu), slowest_in_step(peer, gpu)]
     cells = [f"{value / len(updates):.1%}" for value in idles]

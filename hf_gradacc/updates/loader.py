@@ -218,7 +218,7 @@ def load_updates(
         rank=rank,
         world_size=world_size,
         hidden_size=model.hidden_size,
-        in_step=lockstep,
+        lockstep=lockstep,
         lengths=lengths,
         target_counts=target_counts,
         **options,
@@ -238,7 +238,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     hidden_size: int | None = None,
-    in_step: bool = False,
+    lockstep: bool = False,
     lengths: Sequence[int] | np.ndarray | None = None,
     target_counts: Sequence[int] | None = None,
     **options: Any,
@@ -257,7 +257,7 @@ def build_loader(
         rank: This rank.
         world_size: Ranks that share an update.
         hidden_size: Width of the model, which says how much attention weighs in a row's cost.
-        in_step: Ranks wait for each other in every micro-batch.
+        lockstep: Ranks wait for each other in every micro-batch.
         lengths: Tokens that each row costs, 0 without a target, if they are known without reading
             the dataset's rows one by one.
         target_counts: Targets of each row, likewise.
@@ -278,7 +278,7 @@ def build_loader(
         collator,
         # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
         attention_length=6 * hidden_size if hidden_size else None,
-        in_step=in_step,
+        lockstep=lockstep,
     )
     options["generator"] = make_generator(seed)
     if is_stream(dataset):
@@ -354,7 +354,7 @@ def deal_update(
     num_ranks: int,
     *,
     attention_length: int | None = None,
-    in_step: bool = False,
+    lockstep: bool = False,
 ) -> list[list[int]]:
     """Deal an update to ranks by what its rows cost in the layout they will have.
 
@@ -366,7 +366,7 @@ def deal_update(
         lengths: Tokens of each row.
         num_ranks: Ranks that share the update.
         attention_length: See `deal_rows`.
-        in_step: See `deal_rows`.
+        lockstep: See `deal_rows`.
     """
     if collator.pad_alike or not any(lengths):
         return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
@@ -384,7 +384,7 @@ def deal_update(
         max_sequences=collator.max_sequences,
         overhead_tokens=collator.overhead_tokens,
         attention_length=attention_length,
-        in_step=in_step,
+        lockstep=lockstep,
     )
 
 
