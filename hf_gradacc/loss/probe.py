@@ -26,8 +26,8 @@ from hf_gradacc.loss.facts import LossFacts, LossOf, differ, rounding_of
 from hf_gradacc.loss.questions import find_rule_by_gradients, find_rule_by_masks, measure_padding
 from hf_gradacc.updates.batch import (
     count_rows,
-    find_labels,
     find_main_input,
+    labels_of,
     pad_columns,
     slice_rows,
 )
@@ -161,7 +161,7 @@ def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
     """Say whether labels go with tokens rather than with rows."""
     if isinstance(inputs.get("shift_labels"), Tensor):
         return True
-    labels, main = find_labels(inputs)[1], find_main_input(inputs, main_input)
+    labels, main = labels_of(inputs)[1], find_main_input(inputs, main_input)
     if labels is None or labels.is_floating_point() or labels.ndim < 2:
         return False
     # [rows, classes] of a multi-label classifier that was given integers is not token level.
@@ -208,7 +208,7 @@ def guess_rule(
     """Find out whether a token-level loss shifts; other losses are taken to count sequences."""
     if not _is_token_level(inputs, main_input):
         return TargetRule.SEQUENCE
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if encoder_decoder or labels is None or "shift_labels" in inputs:
         return TargetRule.SAME_TOKEN
     valid = labels[labels.ne(IGNORE_INDEX)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_gradacc.loss.facts import LossFacts, LossOf, differ, rounding_of
-from hf_gradacc.updates.batch import find_labels, trim_padding
+from hf_gradacc.updates.batch import labels_of, trim_padding
 from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
 __all__ = [
@@ -46,7 +46,7 @@ def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
     >>> varied["labels"].tolist()
     [[-100, 5, -100, -100], [-100, 8, 9, 4]]
     """
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if labels is None or labels.ndim != 2 or labels.is_floating_point() or "shift_labels" in inputs:
         return dict(inputs)
     counts = labels[:, 1:].ne(IGNORE_INDEX).sum(1).tolist()
@@ -97,7 +97,7 @@ def find_rule_by_masks(
     Returns:
         The rule; None if labels do not decide what counts, or no rule fits.
     """
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if labels is None or labels.ndim != 2 or labels.is_floating_point() or "shift_labels" in inputs:
         return None
     parts = [{**inputs, name: own} for own in _split_targets(labels)]
@@ -171,7 +171,7 @@ def probe_in_place(
         )
         if rule is not None:
             return LossFacts(rule, wants_own_count=own)
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     is_token_level = labels is not None and labels.ndim == 2
     warning = (
         "rows of its batches cannot be told apart (images in one tensor?), and masking labels did "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradacc.updates.batch import count_rows, find_labels, find_main_input
+from hf_gradacc.updates.batch import count_rows, find_main_input, labels_of
 
 __all__ = [
     "IGNORE_INDEX",
@@ -112,11 +112,11 @@ def count_all_targets(
 
     Args:
         inputs: What the model's forward takes; labels under ``shift_labels``, a name that
-            `find_labels` finds, or ``start_positions``, if any.
+            `labels_of` finds, or ``start_positions``, if any.
         num_sequences: Rows of the micro-batch.
         num_input_tokens: Tokens fed in, without padding.
     """
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     sequences = num_sequences
     next_token = same_token = 0
     shift_labels = inputs.get("shift_labels")
@@ -179,7 +179,7 @@ def _labels_of_row(row: Mapping[str, Any]) -> Any:
 
 def has_target(inputs: Mapping[str, Any]) -> bool:
     """Say whether a collated batch can tell anything about how its loss counts."""
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     if labels is None or labels.is_floating_point():
         return True
     return bool(labels.ne(IGNORE_INDEX).any())
