@@ -82,7 +82,7 @@ class RecipePlan:
         updates_cut: Updates of the epoch whose micro-batches were planned.
         ways: The same updates cut in several ways.
         longest: Row numbers of the longest rows, longest first.
-        budget: `max_tokens_per_micro_batch`, where it is a number.
+        max_tokens: `max_tokens_per_micro_batch`, where it is a number.
     """
 
     num_sequences: int
@@ -99,7 +99,7 @@ class RecipePlan:
     updates_cut: int
     ways: tuple[WayToPlan, ...]
     longest: tuple[int, ...]
-    budget: int | None
+    max_tokens: int | None
 
     @property
     def chosen(self) -> WayToPlan:
@@ -179,7 +179,7 @@ def plan_recipe(
         updates_cut=min(per_epoch, MOST_UPDATES_CUT),
         ways=_ways(load, arguments, costs=costs),
         longest=tuple(np.argsort(-lengths, kind="stable")[:5].tolist()),
-        budget=budget if isinstance(budget, int) else None,
+        max_tokens=budget if isinstance(budget, int) else None,
     )
 
 

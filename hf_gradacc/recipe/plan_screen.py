@@ -230,13 +230,13 @@ def give_advice(
             f"train.max_tokens_per_micro_batch: {budget}   # padding is "
             f"{by_size.padding_fraction:.0%}; a token budget cuts it, the gradient stays the same"
         )
-    if plan.budget is not None and plan.lengths.max() > plan.budget:
+    if plan.max_tokens is not None and plan.lengths.max() > plan.max_tokens:
         yield (
             f"train.max_tokens_per_micro_batch: {plan.lengths.max()}   # the longest row does not "
-            f"fit {plan.budget} and is planned alone; or cut rows with data.max_length"
+            f"fit {plan.max_tokens} and is planned alone; or cut rows with data.max_length"
         )
-    if plan.budget is not None and by_tokens.padding_fraction > 0.25:
-        smaller = max(int(plan.lengths.max()), plan.budget // 2)
+    if plan.max_tokens is not None and by_tokens.padding_fraction > 0.25:
+        smaller = max(int(plan.lengths.max()), plan.max_tokens // 2)
         yield (
             f"train.max_tokens_per_micro_batch: {smaller}   # smaller micro-batches hold rows of "
             f"more equal length (padding is {by_tokens.padding_fraction:.0%} now)"
@@ -289,8 +289,8 @@ def draw_plan(plan: RecipePlan, path: Path) -> None:
     figure, (lengths, ways) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     lengths.hist(plan.lengths, bins=40, color="#4477aa")
     lengths.set(title="Tokens in a row", xlabel="input tokens", ylabel="rows")
-    if plan.budget is not None:
-        lengths.axvline(plan.budget, color="#ee6677", label="token budget")
+    if plan.max_tokens is not None:
+        lengths.axvline(plan.max_tokens, color="#ee6677", label="token budget")
         lengths.legend()
     names = [way.name for way in plan.ways]
     shares = [100 * way.padding_fraction for way in plan.ways]
