@@ -229,7 +229,7 @@ def _cut(loader: UpdateLoader, costs: np.ndarray) -> Cut:
     for shares in itertools.islice(sampler.shares(0), MOST_UPDATES_CUT):
         for share in shares:
             lengths = [int(cost) for cost in costs[list(share)] if cost]
-            at_random = collator.cuts_at_random(share.update)
+            at_random = collator.measures_noise(share.update)
             found.append((lengths, collator.cut(lengths, at_random=at_random)))
     return found
 

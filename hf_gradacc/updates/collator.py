@@ -124,7 +124,7 @@ class UpdateCollator:
         rows = [row for _, row in kept]
         lengths = self.measure(rows)
         with _seeded(self.seed, epoch, index):
-            inputs = self._collate(kept, self.cut(lengths, at_random=self.cuts_at_random(index)))
+            inputs = self._collate(kept, self.cut(lengths, at_random=self.measures_noise(index)))
         micro_batches = [
             make_micro_batch(
                 batch,
@@ -143,7 +143,7 @@ class UpdateCollator:
                 micro_batch.num_padding_tokens = 0
         position = getattr(share, "position", None)
         # A cut at random says nothing about how fast a budget is.
-        budget = None if self.cuts_at_random(index) else self.max_tokens
+        budget = None if self.measures_noise(index) else self.max_tokens
         return Update(micro_batches, epoch, index, num_left_out, position, budget)
 
     def plan(self, rows: Sequence[Any]) -> list[list[int]]:
@@ -157,7 +157,7 @@ class UpdateCollator:
             for row in rows
         ]
 
-    def cuts_at_random(self, index: int) -> bool:
+    def measures_noise(self, index: int) -> bool:
         """Say whether this update of an epoch is one whose noise is measured."""
         return is_measured(index, every=self.noise_scale_every)
 

@@ -162,7 +162,7 @@ def cut_to_cap(
 
     return cut_again(
         update,
-        partial(collator.cut, max_tokens=cap, at_random=collator.cuts_at_random(update.index)),
+        partial(collator.cut, max_tokens=cap, at_random=collator.measures_noise(update.index)),
         count=count_as_collated,
         multiple_of=getattr(collator.data_collator, "pad_to_multiple_of", None) or 1,
         alike=collator.pad_alike,
