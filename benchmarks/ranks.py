@@ -43,10 +43,10 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_gradacc import GradAccArguments, GradAccTrainer, UpdateCollator
 from hf_gradacc.updates.loader import deal_update
+from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR, OVERHEAD_ON_CPU
 
 HIDDEN = 1024
 MICRO_BATCH = 8
-OVERHEAD_ON_CPU, OVERHEAD_ON_GPU = 64, 1024  # tokens, see `UpdateCollator.overhead_tokens`
 
 Share = list[list[int]]  # the micro-batches of one rank, as lengths
 
@@ -102,14 +102,14 @@ def deal_ours(
     *,
     budget: int | None = None,
     overhead: int = OVERHEAD_ON_CPU,
-    in_step: bool = False,
+    lockstep: bool = False,
 ) -> list[Share]:
     """What the trainer does: the loader's deal, then each rank's collator plans its share."""
     collator = UpdateCollator(
         list, max_tokens=budget, max_sequences=None if budget else MICRO_BATCH
     )
     collator.overhead_tokens, collator.num_ranks = overhead, ranks
-    dealt = deal_update(collator, lengths, ranks, attention_length=6 * HIDDEN, in_step=in_step)
+    dealt = deal_update(collator, lengths, ranks, attention_length=6 * HIDDEN, lockstep=lockstep)
     shares = []
     for members in dealt:
         own = [lengths[i] for i in members]
@@ -137,7 +137,7 @@ def print_spread() -> None:
 
 def print_row(kind: str, updates: list[list[int]], ranks: int, budget: int) -> None:
     """Sum one row of the table over its updates."""
-    cpu, gpu = OVERHEAD_ON_CPU, OVERHEAD_ON_GPU
+    cpu, gpu = OVERHEAD_ON_CPU, OVERHEAD_ON_ACCELERATOR
     idles, ours, theirs = np.zeros(4), np.zeros(5), np.zeros(5)
     seconds = 0.0
     for update in updates:
@@ -148,14 +148,14 @@ def print_row(kind: str, updates: list[list[int]], ranks: int, budget: int) -> N
         seconds += time.process_time() - started
         by_tokens = deal_ours(update, ranks, budget=budget)
         on_gpu = deal_ours(update, ranks, **same_memory)
-        in_step = deal_ours(update, ranks, **same_memory, in_step=True)
-        for shares in (random, peer, by_rows, by_tokens, on_gpu, in_step):
+        lockstep = deal_ours(update, ranks, **same_memory, lockstep=True)
+        for shares in (random, peer, by_rows, by_tokens, on_gpu, lockstep):
             assert sorted(n for s in shares for p in s for n in p) == sorted(update)
         idles += [idle(shares, cpu) for shares in (random, peer, by_rows, by_tokens)]
         ours += [
             *(slowest(shares, cpu) for shares in (random, by_rows, by_tokens)),
             slowest(on_gpu, gpu),
-            slowest_in_step(in_step, gpu),
+            slowest_in_step(lockstep, gpu),
         ]
         theirs += [*[slowest(peer, cpu)] * 3, slowest(peer, gpu), slowest_in_step(peer, gpu)]
     cells = [f"{value / len(updates):.1%}" for value in idles]

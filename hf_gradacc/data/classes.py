@@ -8,7 +8,7 @@ from typing import Any
 from hf_gradacc.data.section import DataSection
 from hf_gradacc.errors import DataError
 
-__all__ = ["Labels", "find_labels"]
+__all__ = ["Labels", "find_classes"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Labels:
     ids: dict[str, int] | None
 
 
-def find_labels(section: DataSection, raw: list[Any]) -> Labels:
+def find_classes(section: DataSection, raw: list[Any]) -> Labels:
     """Read the classes off the label column of the training rows.
 
     A `ClassLabel` column names its classes; text and whole numbers are classes in sorted order;

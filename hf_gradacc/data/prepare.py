@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hf_gradacc.data.classes import find_labels
+from hf_gradacc.data.classes import find_classes
 from hf_gradacc.data.encode import CACHE_VERSION, encode_source, source_columns, source_format
 from hf_gradacc.data.formats import RowReader
 from hf_gradacc.data.lengths import Fate, LengthReport, measure_lengths, pack_blocks
@@ -58,7 +58,7 @@ def prepare_data(section: DataSection, *, tokenizer: Any) -> PreparedData:
     load = partial(load_source, streaming=section.streaming, document=section.document)
     train_raw = [load(source) for source in section.train]
     eval_raw = [load(source) for source in section.eval]
-    labels = find_labels(section, train_raw)
+    labels = find_classes(section, train_raw)
     encode = partial(encode_source, section, tokenizer, labels.ids)
     train = [encode(source, raw) for source, raw in zip(section.train, train_raw, strict=True)]
     held = [encode(source, raw) for source, raw in zip(section.eval, eval_raw, strict=True)]

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_gradacc.loss.onednn import product
+from hf_gradacc.loss.onednn import matmul
 
 __all__ = ["ChunkedLoss", "find_owner", "rows_per_chunk", "why_not_chunked", "without_logits"]
 
@@ -196,7 +196,7 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), size or 1):
             rows, right = hidden[start : start + size], labels[start : start + size, None]
             scores = narrow = None  # those of the chunk before go first
-            logits = product(rows, weight, bias) if onednn else linear(rows, weight, bias)
+            logits = matmul(rows, weight, bias) if onednn else linear(rows, weight, bias)
             scores = logits.to(wide)  # the same memory, unless weights are in half precision
             del logits
             torch.log_softmax(scores, 1, out=scores)
@@ -206,10 +206,10 @@ class ChunkedLoss(torch.autograd.Function):
             scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
             narrow = scores.to(rows.dtype)  # what a linear layer's backward would be handed
             if of_hidden is not None:
-                share = product(narrow, weight.t()) if onednn else narrow @ weight
+                share = matmul(narrow, weight.t()) if onednn else narrow @ weight
                 of_hidden[start : start + size] = share
             if wants[1]:
-                of_weight = _add_products(of_weight, narrow, rows, wide=wide, onednn=onednn)
+                of_weight = _add_matmul(of_weight, narrow, rows, wide=wide, onednn=onednn)
             if wants[2]:
                 of_bias = scores.sum(0) if of_bias is None else of_bias.add_(scores.sum(0))
         ctx.grads = (of_hidden, of_weight, of_bias)
@@ -229,12 +229,12 @@ class ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _add_products(
+def _add_matmul(
     total: Tensor | None, scores: Tensor, rows: Tensor, *, wide: torch.dtype, onednn: bool
 ) -> Tensor:
     """Add ``scores.T @ rows`` to a sum, in place; the first of a sum is the sum."""
     if onednn:
-        share = product(scores.t(), rows.t())
+        share = matmul(scores.t(), rows.t())
         return share if total is None else total.add_(share)
     if total is None:
         return torch.mm(scores.t(), rows).to(wide)

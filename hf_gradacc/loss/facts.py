@@ -5,17 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hf_gradacc.updates.targets import TargetRule
 
-__all__ = ["LossFacts", "LossOf", "differ", "rounding_of"]
+__all__ = ["Compared", "LossFacts", "LossOf", "differ", "rounding_of"]
 
-# How far two evaluations of the same loss may differ through rounding alone, relative. Most losses
-# of transformers are computed in float32 even if the model is float64.
-_ROUNDING = {torch.float64: 5e-7, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+Compared = Literal["loss", "rows_gradient", "shortcut", "isolation", "update_gradient"]
+"""What two evaluations are compared by; `rounding_of` says how far apart they may be.
+
+- ``loss``: the loss of rows together and of each by itself, with padding and without.
+- ``rows_gradient``: the gradient of the last parameters, of rows together and of each by itself.
+- ``shortcut``: a loss or hidden states computed another way.
+- ``isolation``: hidden states computed the same way beside other neighbours, which may not reach
+  them. Rounding is zero but for a mixture of experts, whose batches are then composed otherwise.
+- ``update_gradient``: all of an update's gradient, accumulated and at once (`verify_parity`).
+"""
+
+# Relative. Most losses of transformers are computed in float32 even if the model is float64.
+_ROUNDING: dict[str, dict[torch.dtype, float]] = {
+    kind: dict(
+        zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), limits, strict=True)
+    )
+    for kind, limits in {
+        "loss": (5e-7, 2e-5, 2e-2, 4e-2),
+        "rows_gradient": (5e-5, 2e-3, 1e-1, 1e-1),
+        "shortcut": (1e-6, 5e-5, 5e-3, 3e-2),
+        "isolation": (1e-7, 1e-5, 1e-3, 5e-3),
+        "update_gradient": (1e-6, 1e-4, 2e-2, 5e-2),
+    }.items()
+}
 
 
 LossOf = Callable[[Mapping[str, Any], "int | None"], float]
@@ -45,9 +66,18 @@ class LossFacts:
     warnings: tuple[str, ...] = ()
 
 
-def rounding_of(dtype: torch.dtype) -> float:
-    """Return by how much rounding may move the loss of a model computing in `dtype`, relative."""
-    return _ROUNDING.get(dtype, _ROUNDING[torch.float32])
+def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:
+    """Say how far apart rounding alone may bring two evaluations, relative.
+
+    Args:
+        dtype: What the model computes in; one that is not in the table counts as float32.
+        kind: What is compared.
+
+    >>> rounding_of(torch.bfloat16), rounding_of(torch.float32, "update_gradient")
+    (0.04, 0.0001)
+    """
+    limits = _ROUNDING[kind]
+    return limits.get(dtype, limits[torch.float32])
 
 
 def differ(a: float, b: float) -> float:

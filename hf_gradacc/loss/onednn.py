@@ -24,8 +24,8 @@ from torch import Tensor, nn
 __all__ = [
     "cpu_vendor",
     "find_linears",
+    "matmul",
     "onednn_linears",
-    "product",
     "suits",
     "suits_here",
     "why_no_onednn",
@@ -113,7 +113,7 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b.T + bias`` by oneDNN, without a graph.
 
     Args:
@@ -134,7 +134,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return matmul(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -142,7 +142,7 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         # With create_graph a gradient is differentiated again, which oneDNN's product is not.
-        times = _differentiable_product if torch.is_grad_enabled() else product
+        times = _differentiable_matmul if torch.is_grad_enabled() else matmul
         return (
             times(rows, weight.t()).view(x.shape) if wants_x else None,
             times(rows.t(), flat.t()) if wants_weight else None,
@@ -150,7 +150,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _differentiable_product(a: Tensor, b: Tensor) -> Tensor:
+def _differentiable_matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.t()
 
 

@@ -26,12 +26,12 @@ from hf_gradacc.loss.facts import LossFacts, LossOf, differ, rounding_of
 from hf_gradacc.loss.questions import find_rule_by_gradients, find_rule_by_masks, measure_padding
 from hf_gradacc.updates.batch import (
     count_rows,
-    find_labels,
     find_main_input,
+    labels_of,
     pad_columns,
     slice_rows,
 )
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_all_targets
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
 __all__ = ["guess_rule", "probe_loss"]
 
@@ -76,10 +76,11 @@ def probe_loss(
     n = num_rows or count_rows(inputs, main_input)
     take = take or partial(slice_rows, inputs)
     twice = take([*range(n), *range(n)])
+    count = partial(count_targets, main_input=main_input)
     wants_own_count = _find_way_to_call(inputs, twice, loss_of, main_input)
 
     def mean_of(part: Mapping[str, Any], rule: TargetRule) -> float:
-        return loss_of(part, _count(part, main_input, rule) if wants_own_count else None)
+        return loss_of(part, count(part, rule) if wants_own_count else None)
 
     rule = guess_rule(
         inputs,
@@ -100,7 +101,7 @@ def probe_loss(
         )
     rows = [dict(take([i])) for i in range(n)]
     candidates = [shown] if shown else [rule, *(r for r in TargetRule if r is not rule)]
-    counts = {r: [_count(row, main_input, r) for row in rows] for r in candidates}
+    counts = {r: [count(row, r) for row in rows] for r in candidates}
     alone = rows
     if shown is None and dtype in (torch.bfloat16, torch.float16):
         # As many copies of a row as there are rows: a batch of one shape is rounded in one way.
@@ -109,7 +110,7 @@ def probe_loss(
     tolerance = rounding_of(dtype)
     warnings = []
     if shown is None and gradient_of is not None and not has_router_loss:
-        limit = 100 * tolerance if tolerance < 1e-3 else 0.1
+        limit = rounding_of(dtype, "rows_gradient")
         found, error = find_rule_by_gradients(
             inputs,
             rows,
@@ -156,21 +157,11 @@ def probe_loss(
     )
 
 
-def _count(part: Mapping[str, Any], main_input: str, rule: TargetRule) -> int:
-    mask = part.get("attention_mask")
-    main = find_main_input(part, main_input)
-    used = (
-        int(mask.ne(0).sum()) if isinstance(mask, Tensor) else 0 if main is None else main.numel()
-    )
-    rows = count_rows(part, main_input)
-    return count_all_targets(part, num_sequences=rows, num_input_tokens=used).under(rule)
-
-
 def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
     """Return whether labels go with tokens rather than with rows."""
     if isinstance(inputs.get("shift_labels"), Tensor):
         return True
-    labels, main = find_labels(inputs)[1], find_main_input(inputs, main_input)
+    labels, main = labels_of(inputs)[1], find_main_input(inputs, main_input)
     if labels is None or labels.is_floating_point() or labels.ndim < 2:
         return False
     # [rows, classes] of a multi-label classifier that was given integers is not token level.
@@ -183,12 +174,13 @@ def _find_way_to_call(
     """Return whether the loss is a mean only when it is told its own count."""
     n = count_rows(inputs, main_input)
     token_level = _is_token_level(inputs, main_input)
+    count = partial(count_targets, main_input=main_input)
     seen: list[str] = []
     for own_count in (False, True):
         rule = TargetRule.SAME_TOKEN if token_level else TargetRule.SEQUENCE
         try:
-            once_loss = loss_of(inputs, _count(inputs, main_input, rule) if own_count else None)
-            twice_loss = loss_of(twice, _count(twice, main_input, rule) if own_count else None)
+            once_loss = loss_of(inputs, count(inputs, rule) if own_count else None)
+            twice_loss = loss_of(twice, count(twice, rule) if own_count else None)
         except (TypeError, AttributeError) as error:  # "unsupported operand ...: NoneType"
             seen.append(f"{type(error).__name__}: {error}")
             continue
@@ -216,7 +208,7 @@ def guess_rule(
     """Find out whether a token-level loss shifts; other losses are taken to count sequences."""
     if not _is_token_level(inputs, main_input):
         return TargetRule.SEQUENCE
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if encoder_decoder or labels is None or "shift_labels" in inputs:
         return TargetRule.SAME_TOKEN
     valid = labels[labels.ne(IGNORE_INDEX)]

@@ -18,8 +18,8 @@ from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.updates.batch import (
     count_copies,
     count_rows,
-    find_labels,
     find_main_input,
+    labels_of,
     slice_rows,
     trim_padding,
 )
@@ -90,7 +90,7 @@ def find_padding_targets(known: ProbeRows | None) -> list[str]:
     """
     if known is None or known.copies != 1:
         return []
-    labels = find_labels(known.inputs)[1]
+    labels = labels_of(known.inputs)[1]
     if labels is None or labels.ndim != 2 or labels.is_floating_point():
         return []
     own = [
@@ -223,7 +223,7 @@ def choose_rows_to_ask(inputs: Mapping[str, Any], *, count: int = 3) -> list[int
     [1]
     """
     n = count_rows(inputs)
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     if labels is None or labels.is_floating_point() or labels.ndim != 2:
         return list(range(min(n, count)))
     # Rows that have a target whether or not the loss shifts come first, then any with a target.

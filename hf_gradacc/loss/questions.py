@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hf_gradacc.loss.facts import LossFacts, LossOf, differ, rounding_of
-from hf_gradacc.updates.batch import find_labels, trim_padding
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule
+from hf_gradacc.updates.batch import labels_of, trim_padding
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
 __all__ = [
     "find_rule_by_gradients",
@@ -46,7 +46,7 @@ def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
     >>> varied["labels"].tolist()
     [[-100, 5, -100, -100], [-100, 8, 9, 4]]
     """
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if labels is None or labels.ndim != 2 or labels.is_floating_point() or "shift_labels" in inputs:
         return dict(inputs)
     counts = labels[:, 1:].ne(IGNORE_INDEX).sum(1).tolist()
@@ -97,11 +97,18 @@ def find_rule_by_masks(
     Returns:
         The rule; None if labels do not decide what counts, or no rule fits.
     """
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if labels is None or labels.ndim != 2 or labels.is_floating_point() or "shift_labels" in inputs:
         return None
     parts = [{**inputs, name: own} for own in _split_targets(labels)]
-    counts = {rule: [_count(part[name], rule) for part in parts] for rule in _RULES}
+    counts = {
+        rule: [
+            # Rows whose labels are all masked are no sequences here.
+            count_targets(part, rule, num_sequences=int(part[name].ne(IGNORE_INDEX).any(1).sum()))
+            for part in parts
+        ]
+        for rule in _RULES
+    }
     if sum(n > 0 for n in counts[TargetRule.SAME_TOKEN]) < 2:
         return None
 
@@ -164,7 +171,7 @@ def probe_in_place(
         )
         if rule is not None:
             return LossFacts(rule, wants_own_count=own)
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     is_token_level = labels is not None and labels.ndim == 2
     warning = (
         "rows cannot be separated in a batch (images in one tensor?), and masking labels did not "
@@ -184,13 +191,6 @@ def _split_targets(labels: Tensor) -> list[Tensor]:
         last[row, column] = True
         rows = [is_target & ~last, last]
     return [labels.masked_fill(~kept, IGNORE_INDEX) for kept in rows]
-
-
-def _count(labels: Tensor, rule: TargetRule) -> int:
-    kept = labels.ne(IGNORE_INDEX)
-    if rule is TargetRule.SEQUENCE:
-        return int(kept.any(1).sum())
-    return int(kept[:, 1:].sum() if rule is TargetRule.NEXT_TOKEN else kept.sum())
 
 
 def _is_coarse(values: list[float]) -> bool:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.chunked import find_owner, why_not_chunked, without_logits
-from hf_gradacc.loss.facts import LossFacts
+from hf_gradacc.loss.facts import Compared, LossFacts, rounding_of
 from hf_gradacc.loss.layouts import (
     find_head,
     is_right_padded,
@@ -37,7 +37,7 @@ from hf_gradacc.loss.layouts import (
 )
 from hf_gradacc.loss.onednn import find_linears, suits_here, why_no_onednn
 from hf_gradacc.updates.batch import count_rows, slice_rows
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
 __all__ = [
     "Setting",
@@ -50,14 +50,6 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
-
-# Relative differences that rounding explains, by what the model computes in: of a loss or hidden
-# states computed another way, and of hidden states computed the same way from other neighbours
-# (zero but for the experts of a mixture, whose batches are then composed differently).
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-_NO_FLOW = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 _PACKS_FOR_FREE = ("flash", "flex_attention")
@@ -177,7 +169,7 @@ class Trial:
             return f"its loss moves without the mask: {bare_loss:.7g} instead of {loss:.7g}"
         other = torch.where(padded["attention_mask"].ne(0), bare["input_ids"], _others(bare))
         _, other_hidden = self._run({**bare, "input_ids": other})
-        if self._moved(other_hidden, bare_hidden, real, limits=_NO_FLOW):
+        if self._moved(other_hidden, bare_hidden, real, kind="isolation"):
             return "without a mask, padding changes the hidden states of real tokens"
         return ""
 
@@ -204,21 +196,21 @@ class Trial:
         ids[0, :first] = _others(packed)[0, :first]
         _, moved = self._run({**packed, "input_ids": ids})
         rest = torch.arange(ids.shape[1]) >= first
-        if self._moved(moved, packed_hidden, rest, limits=_NO_FLOW):
+        if self._moved(moved, packed_hidden, rest, kind="isolation"):
             return "in a packed row the first sequence changes the hidden states of the others"
         return ""
 
     def _run(self, inputs: Mapping[str, Any], rows: Tensor | None = None) -> tuple[float, Tensor]:
         """Return the loss, and what the model feeds its head: ``[batch * seq, hidden]``."""
         device = next((p.device for p in self.head.parameters()), torch.device("cpu"))
-        count = _count_targets(inputs) if self.wants_own_count else None
+        count = count_targets(inputs, TargetRule.NEXT_TOKEN) if self.wants_own_count else None
         on_device = None if rows is None else rows.to(device)
         with kept_rows(self.head, on_device), seen_rows(self.head) as seen:
             loss = self.loss_of(inputs, count)
         return loss, seen[0] if seen else torch.empty(0, 0)
 
     def _differs(self, actual: float, expected: float) -> bool:
-        limit = _ROUNDING.get(self.dtype, 5e-5)
+        limit = rounding_of(self.dtype, "shortcut")
         return not abs(actual - expected) <= limit * max(abs(expected), 1e-12)
 
     def _moved(
@@ -227,7 +219,7 @@ class Trial:
         expected: Tensor,
         rows: Tensor | None = None,
         *,
-        limits: Mapping[torch.dtype, float] = _ROUNDING,
+        kind: Compared = "shortcut",
     ) -> bool:
         """Return whether any row of hidden states moved by more than rounding explains."""
         if actual.shape != expected.shape:
@@ -239,7 +231,7 @@ class Trial:
         moved = (actual.to(wide) - expected.to(wide)).norm(dim=-1) / size
         # Row by row, since a leak reaches some rows only. Rounding of a hidden state is allowed
         # four times that of a loss, which is a mean over many.
-        return not float(moved.max()) <= 4 * limits.get(self.dtype, limits[torch.float32])
+        return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
 
 
 @dataclass(frozen=True)
@@ -449,12 +441,6 @@ def can_try(inputs: Any) -> bool:
     )
 
 
-def _count_targets(inputs: Mapping[str, Any]) -> int:
-    if isinstance(inputs.get("shift_labels"), Tensor):
-        return int(inputs["shift_labels"].ne(IGNORE_INDEX).sum())
-    return int(inputs["labels"][:, 1:].ne(IGNORE_INDEX).sum())
-
-
 def _others(inputs: Mapping[str, Any]) -> Tensor:
     """Return other tokens in every place, from the same range of the vocabulary."""
     ids = inputs["input_ids"]
@@ -477,4 +463,4 @@ def _with_padding(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     longest = int(mask.ne(0).sum(1).argmax())
     for key, value in (("attention_mask", 0), ("labels", IGNORE_INDEX)):
         padded[key][longest, width - width // 3 :] = value
-    return padded if _count_targets(padded) else None
+    return padded if count_targets(padded, TargetRule.NEXT_TOKEN) else None

@@ -53,10 +53,15 @@ class Engine:
         lockstep: Forward and backward contain collectives, and gradients come out of them as an
             average over ranks. Otherwise ranks run alone.
         shards_weights: A rank holds a part of the weights only.
+        deals_in_lockstep: Rows are dealt to ranks knowing that they wait for each other in every
+            micro-batch.
+        can_differentiate_outside: A gradient can be computed outside of the wrapped model.
     """
 
     lockstep = False
     shards_weights = False
+    deals_in_lockstep = False
+    can_differentiate_outside = True
 
     def __init__(self, accelerator: Any, args: Any) -> None:
         self.accelerator = accelerator
@@ -181,6 +186,8 @@ class FullySharded(Engine):
 
     lockstep = True
     shards_weights = True
+    deals_in_lockstep = True
+    can_differentiate_outside = False
 
     def find_problems(self) -> Iterator[str]:
         """Yield what of FSDP nobody has compared with the whole batch."""

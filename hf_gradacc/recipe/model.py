@@ -93,7 +93,7 @@ def load_model(
 
 def check_model(
     section: ModelSection, peft: PeftSection, *, tokenizer: Any, here: bool = True
-) -> None:
+) -> Any:
     """Build the model and its adapter without weights, to find what does not fit early.
 
     Args:
@@ -102,11 +102,14 @@ def check_model(
         tokenizer: Its tokenizer.
         here: Whether it will run on this machine.
 
+    Returns:
+        The model, without weights.
+
     Raises:
         ConfigError: If model, head, attention or adapter do not fit.
     """
     model = empty_model(section, tokenizer=tokenizer, here=here)
-    apply_peft(model, peft, task=section.task)
+    return apply_peft(model, peft, task=section.task)
 
 
 def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> Any:

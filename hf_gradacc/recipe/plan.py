@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,12 @@ import numpy as np
 
 from hf_gradacc.data.lengths import measure_lengths, measure_targets
 from hf_gradacc.data.section import Task
-from hf_gradacc.updates.collator import UpdateCollator
-from hf_gradacc.updates.planner import count_padding, plan_micro_batches
-from hf_gradacc.updates.sampler import UpdateSampler
+from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
+from hf_gradacc.updates.planner import plan_micro_batches
 
 __all__ = ["RecipePlan", "Spread", "WayToPlan", "plan_recipe"]
 
 MOST_STREAMED_ROWS = 2000
-
-
-OVERHEAD_ON_CPU, OVERHEAD_ON_GPU = 64, 1024
-"""What one more micro-batch costs, in computed tokens, as the trainer reckons."""
 
 
 MOST_UPDATES_CUT = 200
@@ -86,7 +82,7 @@ class RecipePlan:
         updates_cut: Updates of the epoch whose micro-batches were planned.
         ways: The same updates cut in several ways.
         longest: Row numbers of the longest rows, longest first.
-        budget: `max_tokens_per_micro_batch`, where it is a number.
+        max_tokens: `max_tokens_per_micro_batch`, where it is a number.
     """
 
     num_sequences: int
@@ -103,7 +99,7 @@ class RecipePlan:
     updates_cut: int
     ways: tuple[WayToPlan, ...]
     longest: tuple[int, ...]
-    budget: int | None
+    max_tokens: int | None
 
     @property
     def chosen(self) -> WayToPlan:
@@ -112,41 +108,62 @@ class RecipePlan:
 
 
 def plan_recipe(
-    rows: Any, *, arguments: Any, task: Task, world_size: int = 1, on_gpu: bool = False
+    rows: Any,
+    *,
+    arguments: Any,
+    task: Task,
+    model: ModelFacts | None = None,
+    world_size: int = 1,
+    on_accelerator: bool = False,
+    lockstep: bool = False,
 ) -> RecipePlan:
     """Draw the updates of the first epoch, and cut them in several ways.
+
+    Training builds its loaders with the same function, `load_updates`, so what is planned here is
+    what the ranks will run.
 
     Args:
         rows: The training set, map-style or a stream.
         arguments: The `GradAccArguments` of the recipe.
         task: The recipe's `model.task`, which decides what a target is.
+        model: What of the model decides the cut; of none in particular by default.
         world_size: Ranks to plan for.
-        on_gpu: Whether one more micro-batch costs what it costs on a GPU.
+        on_accelerator: Whether one more micro-batch costs what it costs on a GPU.
+        lockstep: Whether ranks wait for each other in every micro-batch (FSDP).
     """
     is_sample = not hasattr(rows, "__len__")
     if is_sample:
         rows = list(itertools.islice(rows, MOST_STREAMED_ROWS))
+        arguments = _changed(arguments, train_sampling_strategy="sequential")
+    model = model or ModelFacts(encoder_decoder=task == "seq2seq")
     lengths, targets = measure_lengths(rows), measure_targets(rows, task=task)
-    drop = not arguments.keeps_incomplete_update
-    sampler = UpdateSampler(
-        len(lengths),
-        effective_batch_size=arguments.resolve_effective_batch_size(world_size),
-        tokens_per_update=arguments.tokens_per_update,
-        target_counts=None if arguments.tokens_per_update is None else targets.tolist(),
-        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-        incomplete_update="drop" if drop else "keep",
-        world_size=world_size,
-        lengths=lengths,
-    )
+    # An encoder-decoder computes its labels as well.
+    costs = lengths + measure_lengths(rows, column="labels") if model.encoder_decoder else lengths
+    costs = np.where(targets > 0, costs, 0)  # what has no target is left out of an update
+
+    def load(arguments: Any) -> UpdateLoader:
+        loader = load_updates(
+            rows,
+            list,
+            arguments,
+            model=model,
+            effective_batch_size=arguments.resolve_effective_batch_size(world_size),
+            max_sequences=arguments.per_device_train_batch_size,
+            world_size=world_size,
+            on_accelerator=on_accelerator,
+            lockstep=lockstep,
+            lengths=costs,
+            target_counts=targets.tolist(),
+        )
+        loader.collator.packed = arguments.layout == "packed"
+        return loader
+
+    sampler: Any = load(arguments).batch_sampler
     members = sampler.membership(0)
     per_epoch = len(members)
     epochs = arguments.num_train_epochs
     num_updates = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs * per_epoch)
     budget = arguments.max_tokens_per_micro_batch
-    cut = members[:MOST_UPDATES_CUT]
-    # An encoder-decoder computes its labels as well.
-    costs = lengths + measure_lengths(rows, column="labels") if task == "seq2seq" else lengths
-    shares = [[costs[share].tolist() for share in sampler.deal(update)] for update in cut]
     return RecipePlan(
         num_sequences=len(lengths),
         is_sample=is_sample,
@@ -159,76 +176,87 @@ def plan_recipe(
         targets_per_update=Spread.of([targets[update].sum() for update in members]),
         inputs_per_update=Spread.of([lengths[update].sum() for update in members]),
         last_update=len(members[-1]),
-        updates_cut=len(cut),
-        ways=_ways(
-            [share for update in shares for share in update if share],
-            budget=budget if isinstance(budget, int) else None,
-            size=arguments.per_device_train_batch_size,
-            packed=arguments.layout == "packed",
-            facts={
-                "num_ranks": world_size,
-                "overhead_tokens": OVERHEAD_ON_GPU if on_gpu else OVERHEAD_ON_CPU,
-            },
-        ),
+        updates_cut=min(per_epoch, MOST_UPDATES_CUT),
+        ways=_ways(load, arguments, costs=costs),
         longest=tuple(np.argsort(-lengths, kind="stable")[:5].tolist()),
-        budget=budget if isinstance(budget, int) else None,
+        max_tokens=budget if isinstance(budget, int) else None,
     )
+
+
+def _changed(arguments: Any, **changes: Any) -> Any:
+    """Give arguments that differ in some options; the checks of the whole are not run again."""
+    changed = copy.copy(arguments)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def _ways(
-    shares: Sequence[list[int]],
-    *,
-    budget: int | None,
-    size: int,
-    packed: bool,
-    facts: dict[str, int],
+    load: Callable[[Any], UpdateLoader], arguments: Any, *, costs: np.ndarray
 ) -> tuple[WayToPlan, ...]:
-    """Cut every share in each way; shares are the lengths one rank has in one update."""
-    tokens = budget or size * max(max(share) for share in shares)
-
-    def cut(
-        *, max_sequences: int | None = None, max_tokens: int | None = None, packed: bool = False
-    ) -> list[list[list[int]]]:
-        # Training's own, which cuts no other way.
-        collator = UpdateCollator(list, max_sequences=max_sequences, max_tokens=max_tokens)
-        for name, value in {**facts, "packed": packed}.items():
-            setattr(collator, name, value)
-        return [collator.cut(share) for share in shares]
-
-    random = [plan_micro_batches(s, max_sequences=size, keep_order=True) for s in shares]
-    by_size, by_tokens = cut(max_sequences=size), cut(max_tokens=tokens)
-    laid_out = cut(max_tokens=tokens, packed=True)
+    """Cut the updates as the stock Trainer does, and in each way this package knows."""
+    size = arguments.per_device_train_batch_size
+    budget, packed = arguments.max_tokens_per_micro_batch, arguments.layout == "packed"
+    padded = {"layout": "padded"}
+    by_size = load(_changed(arguments, max_tokens_per_micro_batch=None, **padded))
+    ours = _cut(by_size, costs)
+    tokens = budget or max(size * max(share, default=0) for share, _ in ours)
+    by_tokens = load(_changed(arguments, max_tokens_per_micro_batch=tokens, **padded))
+    # A packed recipe without a budget counts rows.
+    as_asked = {} if packed else {"max_tokens_per_micro_batch": tokens, "layout": "packed"}
+    laid_out = load(_changed(arguments, **as_asked))
+    limit = f"{by_tokens.collator.max_tokens:,} tokens"
+    if budget == "auto":
+        limit = f"{limit} (then tuned)"
+    packed_limit = f"{size} rows" if packed and budget is None else limit
     return (
-        _way(f"{size} rows, as drawn (stock)", shares, random),
-        _way(f"{size} rows, sorted", shares, by_size, chosen=budget is None and not packed),
-        _way(f"{tokens:,} tokens, sorted", shares, by_tokens, chosen=bool(budget) and not packed),
-        WayToPlan(
-            name=f"{tokens:,} tokens, packed",
-            micro_batches=Spread.of([len(plan) for plan in laid_out]),
-            padding_fraction=0.0,
-            largest=max(
-                sum(share[i] for i in piece)
-                for share, plan in zip(shares, laid_out, strict=True)
-                for piece in plan
-            ),
-            chosen=packed,
-        ),
+        _way(f"{size} rows, as drawn (stock)", _cut_like_stock(by_size, costs, size=size)),
+        _way(f"{size} rows, sorted", ours, chosen=budget is None and not packed),
+        _way(f"{limit}, sorted", _cut(by_tokens, costs), chosen=bool(budget) and not packed),
+        _way(f"{packed_limit}, packed", _cut(laid_out, costs), chosen=packed, packed=True),
     )
 
 
-def _way(
-    name: str,
-    shares: Sequence[list[int]],
-    plans: Sequence[list[list[int]]],
-    *,
-    chosen: bool = False,
-) -> WayToPlan:
-    padding = sum(count_padding(share, plan) for share, plan in zip(shares, plans, strict=True))
-    real = sum(sum(share) for share in shares)
-    largest = max(
-        len(piece) * max(share[i] for i in piece)
-        for share, plan in zip(shares, plans, strict=True)
-        for piece in plan
+Cut = list[tuple[list[int], list[list[int]]]]
+"""For each rank in each update: what its rows cost, and which of them share a micro-batch."""
+
+
+def _cut(loader: UpdateLoader, costs: np.ndarray) -> Cut:
+    """Cut the first updates of all ranks as the workers of their loaders will."""
+    sampler: Any = loader.batch_sampler
+    collator = loader.collator
+    found: Cut = []
+    for shares in itertools.islice(sampler.shares(0), MOST_UPDATES_CUT):
+        for share in shares:
+            lengths = [int(cost) for cost in costs[list(share)] if cost]
+            at_random = collator.measures_noise(share.update)
+            found.append((lengths, collator.cut(lengths, at_random=at_random)))
+    return found
+
+
+def _cut_like_stock(loader: UpdateLoader, costs: np.ndarray, *, size: int) -> Cut:
+    """Deal rows to ranks in turn and cut them in the order drawn."""
+    sampler: Any = loader.batch_sampler
+    found: Cut = []
+    for members in sampler.membership(0)[:MOST_UPDATES_CUT]:
+        for rank in range(sampler.world_size):
+            lengths = costs[members[rank :: sampler.world_size]].tolist()
+            plan = plan_micro_batches(lengths, max_sequences=size, keep_order=True)
+            found.append((lengths, plan))
+    return found
+
+
+def _way(name: str, cut: Cut, *, chosen: bool = False, packed: bool = False) -> WayToPlan:
+    def computed(share: list[int], piece: list[int]) -> int:
+        lengths = [share[i] for i in piece]
+        return sum(lengths) if packed else len(lengths) * max(lengths)
+
+    sizes = [computed(share, piece) for share, plan in cut for piece in plan]
+    real = sum(sum(share) for share, _ in cut)
+    return WayToPlan(
+        name=name,
+        micro_batches=Spread.of([len(plan) for _, plan in cut]),
+        padding_fraction=(sum(sizes) - real) / max(sum(sizes), 1),
+        largest=max(sizes, default=0),
+        chosen=chosen,
     )
-    spread = Spread.of([len(plan) for plan in plans])
-    return WayToPlan(name, spread, padding / (padding + real), largest, chosen)

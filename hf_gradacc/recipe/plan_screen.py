@@ -22,6 +22,7 @@ from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
 
@@ -62,7 +63,7 @@ def show_plan(
     arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
     texts = iter_texts(recipe.data)
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
-    check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
+    model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
     data = prepare_data(recipe.data, tokenizer=tokenizer)
     for report in data.reports:
         console.print(str(report), highlight=False, soft_wrap=True)
@@ -70,8 +71,10 @@ def show_plan(
         data.train,
         arguments=arguments,
         task=recipe.model.task,
+        model=ModelFacts.of(model),
         world_size=world_size,
-        on_gpu=not recipe.train.get("use_cpu"),
+        on_accelerator=not recipe.train.get("use_cpu"),
+        lockstep=bool(recipe.train.get("fsdp")),
     )
     memory = estimate_memory(
         recipe,
@@ -92,8 +95,6 @@ def show_plan(
     for line in advice:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     if png is not None:
-        pass
-
         draw_plan(plan, png)
         console.print(f"written: {png}", highlight=False)
     return plan
@@ -223,19 +224,19 @@ def give_advice(
     if memory is not None and gpu_memory is not None and memory.total > USABLE_MEMORY * gpu_memory:
         yield _make_it_fit(plan, memory, USABLE_MEMORY * gpu_memory, peft)
     by_size, by_tokens = plan.ways[1], plan.ways[2]
-    if plan.budget is None and by_size.padding_fraction > 0.1:
+    if by_size.chosen and by_size.padding_fraction > 0.1:
         budget = int(max(plan.lengths.max(), 2 ** round(np.log2(by_size.largest / 2))))
         yield (
             f"train.max_tokens_per_micro_batch: {budget}   # padding is "
             f"{by_size.padding_fraction:.0%}; a token budget cuts it, the gradient stays the same"
         )
-    if plan.budget is not None and plan.lengths.max() > plan.budget:
+    if plan.max_tokens is not None and plan.lengths.max() > plan.max_tokens:
         yield (
             f"train.max_tokens_per_micro_batch: {plan.lengths.max()}   # the longest row does not "
-            f"fit {plan.budget} and is planned alone; or cut rows with data.max_length"
+            f"fit {plan.max_tokens} and is planned alone; or cut rows with data.max_length"
         )
-    if plan.budget is not None and by_tokens.padding_fraction > 0.25:
-        smaller = max(int(plan.lengths.max()), plan.budget // 2)
+    if plan.max_tokens is not None and by_tokens.padding_fraction > 0.25:
+        smaller = max(int(plan.lengths.max()), plan.max_tokens // 2)
         yield (
             f"train.max_tokens_per_micro_batch: {smaller}   # smaller micro-batches hold rows of "
             f"more equal length (padding is {by_tokens.padding_fraction:.0%} now)"
@@ -282,8 +283,8 @@ def draw_plan(plan: RecipePlan, path: Path) -> None:
     lengths, ways = figure.subplots(1, 2)
     lengths.hist(plan.lengths, bins=40, color="#4477aa")
     lengths.set(title="Tokens in a row", xlabel="input tokens", ylabel="rows")
-    if plan.budget is not None:
-        lengths.axvline(plan.budget, color="#ee6677", label="token budget")
+    if plan.max_tokens is not None:
+        lengths.axvline(plan.max_tokens, color="#ee6677", label="token budget")
         lengths.legend()
     names = [way.name for way in plan.ways]
     shares = [100 * way.padding_fraction for way in plan.ways]

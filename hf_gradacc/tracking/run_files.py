@@ -17,7 +17,16 @@ from transformers.utils import logging
 
 from hf_gradacc.errors import DataError
 
-__all__ = ["LOG_NAME", "RUN_NAME", "RunFile", "kind_of", "read_log", "read_run", "to_json"]
+__all__ = [
+    "LOG_NAME",
+    "RUN_NAME",
+    "RunFile",
+    "is_training_row",
+    "kind_of",
+    "read_log",
+    "read_run",
+    "to_json",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -159,12 +168,28 @@ def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def kind_of(logs: Mapping[str, Any]) -> str:
-    """Tell what a log row is about: "train", "eval", "end" (the run's totals) or "other"."""
+    """Tell what a log row is about: "train", "eval", "end" (the run's totals) or "other".
+
+    >>> kind_of({"loss": 2.5, "learning_rate": 1e-3}), kind_of({"eval_loss": 2.5, "epoch": 1.0})
+    ('train', 'eval')
+    """
     if any(key.startswith("eval_") for key in logs):
         return "eval"
     if "train_runtime" in logs:
         return "end"
-    return "train" if "loss" in logs else "other"
+    return "train" if is_training_row(logs) else "other"
+
+
+def is_training_row(logs: Mapping[str, Any]) -> bool:
+    """Say whether a log row is one that the training loop itself wrote about its last updates.
+
+    The loop always logs the learning rate beside the loss. Somebody's own ``log({"loss": ...})``
+    has none, and belongs to no updates.
+
+    >>> is_training_row({"loss": 2.5, "learning_rate": 1e-3}), is_training_row({"loss": 2.5})
+    (True, False)
+    """
+    return "loss" in logs and "learning_rate" in logs
 
 
 def _global_step(state: Mapping[str, Any]) -> int:

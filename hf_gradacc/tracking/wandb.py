@@ -18,7 +18,13 @@ from hf_gradacc.safety.run_state import remember
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.wandb_start import start_run, sync_folder, why_silent
 
-__all__ = ["PREVIEW_COLUMNS", "GradAccWandbCallback", "mark_targets", "preview_rows", "row_lengths"]
+__all__ = [
+    "PREVIEW_COLUMNS",
+    "GradAccWandbCallback",
+    "mark_targets",
+    "preview_rows",
+    "sampled_lengths",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +94,7 @@ class GradAccWandbCallback(WandbCallback):
     def _log_preview(self, run: Any, **kwargs: Any) -> None:
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         table = preview_rows(dataset, tokenizer=kwargs.get("processing_class"))
-        lengths = row_lengths(dataset)
+        lengths = sampled_lengths(dataset)
         preview: dict[str, Any] = {}
         if table:
             preview["data/rows"] = self._wandb.Table(columns=PREVIEW_COLUMNS, data=table)
@@ -216,7 +222,7 @@ def preview_rows(dataset: Any, *, tokenizer: Any = None, num_rows: int = 8) -> l
     return table
 
 
-def row_lengths(dataset: Any, *, num_rows: int = 256) -> list[int]:
+def sampled_lengths(dataset: Any, *, num_rows: int = 256) -> list[int]:
     """Measure the input tokens of at most `num_rows` rows spread evenly over a map dataset."""
     ids = (_ids(dataset[index]) for index in _spread(dataset, num_rows))
     return [len(row) for row in ids if row is not None]

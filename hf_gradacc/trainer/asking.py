@@ -82,7 +82,7 @@ def ask_trainer(
             asked,
             known,
             dtype=dtype,
-            can_differentiate=not trainer.is_fsdp_enabled,
+            can_differentiate=engine.can_differentiate_outside,
             **padding_style(trainer),
         )
         if collator is not None:

@@ -16,12 +16,12 @@ from transformers.trainer_utils import seed_worker
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
+from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import AsRequested
 from hf_gradacc.trainer.position import Ledger
-from hf_gradacc.updates.budget import BudgetTuner
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
-from hf_gradacc.updates.loader import GroupedBatches, UpdateLoader, build_loader
+from hf_gradacc.updates.loader import GroupedBatches, ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import is_stream
 
@@ -46,12 +46,13 @@ class TrainingData:
 
     # ---- the loader ----------------------------------------------------------------------------
 
-    def load(self, trainer: Any, *, is_stock_loader: bool) -> UpdateLoader:
+    def load(self, trainer: Any, *, is_stock_loader: bool, engine: Engine) -> UpdateLoader:
         """Build the loader of updates, and collate the rows the model is asked with.
 
         Args:
             trainer: The trainer.
             is_stock_loader: Nobody between the mixin and the stock Trainer loads data his own way.
+            engine: How the ranks work together.
 
         Raises:
             DataError: If no row has a target, or rows cannot be collated.
@@ -60,36 +61,18 @@ class TrainingData:
             raise ValueError("Trainer: training requires a train_dataset.")
         args = trainer.args
         dataset, data_collator = _drop_unused_columns(trainer, is_stock_loader=is_stock_loader)
-        budget = args.max_tokens_per_micro_batch
-        config = getattr(trainer.model, "config", None)
-        self.collator = UpdateCollator(
-            data_collator,
-            # A token budget replaces the count of sequences, whose default of 8 nobody chose.
-            max_sequences=None if budget is not None else trainer._train_batch_size,
-            # "auto" tunes itself from here: see `updates.budget`.
-            max_tokens=BudgetTuner.budget if budget == "auto" else budget,
-            main_input=getattr(trainer.model, "main_input_name", "input_ids"),
-            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-            seed=args.seed,
-        )
-        if budget == "auto":
-            self.collator.share_budget()
-        if args.device.type != "cpu":
-            self.collator.overhead_tokens = 1024  # kernels take time to launch, however small
-        self.collator.noise_scale_every = args.noise_scale_every
-        loader = build_loader(
+        loader = load_updates(
             dataset,
-            self.collator,
+            data_collator,
+            args,
+            model=ModelFacts.of(trainer.model),
             effective_batch_size=self.effective_batch_size(trainer),
-            tokens_per_update=args.tokens_per_update,
-            incomplete_update="keep" if args.keeps_incomplete_update else "drop",
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-            sampler=None if is_stream(dataset) else _users_sampler(trainer),
+            max_sequences=trainer._train_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
-            hidden_size=getattr(config, "hidden_size", None),
-            in_step=trainer.is_fsdp_enabled,
+            on_accelerator=args.device.type != "cpu",
+            lockstep=engine.deals_in_lockstep,
+            sampler=None if is_stream(dataset) else _users_sampler(trainer),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
@@ -99,6 +82,7 @@ class TrainingData:
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
         )
+        self.collator = loader.collator
         rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
         self.sample_inputs = self.collate_sample(trainer, rows)
         return loader

@@ -27,7 +27,7 @@ from hf_gradacc.safety.out_of_memory import (
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
-from hf_gradacc.updates.targets import TargetRule, has_target
+from hf_gradacc.updates.targets import TargetRule, count_targets, has_target
 
 __all__ = ["EvalLoss", "Evaluation", "count_real_rows", "perplexity"]
 
@@ -106,7 +106,7 @@ class Evaluation:
         """
 
         def step(rows: Any, *, loss_only: bool) -> Any:
-            return self._in_pieces(trainer, stock_step, model, rows, loss_only, ignore_keys)
+            return self._in_pieces(trainer, engine, stock_step, model, rows, loss_only, ignore_keys)
 
         if self._loss is None or not isinstance(inputs, Mapping):
             return step(inputs, loss_only=prediction_loss_only)
@@ -140,6 +140,7 @@ class Evaluation:
     def _in_pieces(
         self,
         trainer: Any,
+        engine: Engine,
         stock_step: Predict,
         model: nn.Module,
         inputs: Any,
@@ -163,7 +164,7 @@ class Evaluation:
                 ]
                 return results[0] if len(results) == 1 else self._join(trainer, parts, results)
             except Exception as error:
-                if num_rows == 0 or not _may_split(trainer, error):
+                if num_rows == 0 or not _may_split(trainer, engine, error):
                     raise
                 if self._num_rows_that_fit is None:
                     # Preferences lie in blocks, chosen rows before rejected ones.
@@ -207,10 +208,10 @@ class Evaluation:
         return loss, joined[0], joined[1]
 
     def _count_targets(self, trainer: Any, part: Any) -> int:
-        micro_batch = make_micro_batch(part, copies=self._rows_per_sequence)
+        num_sequences = count_rows(part) // self._rows_per_sequence
         if trainer.facts is None:
-            return micro_batch.num_sequences
-        return micro_batch.targets.under(trainer.facts.rule)
+            return num_sequences
+        return count_targets(part, trainer.facts.rule, num_sequences=num_sequences)
 
 
 def count_real_rows(trainer: Any, num_rows: int) -> int:
@@ -227,11 +228,11 @@ def _is_filled(trainer: Any) -> bool:
     return trainer.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
 
 
-def _may_split(trainer: Any, error: Exception) -> bool:
+def _may_split(trainer: Any, engine: Engine, error: Exception) -> bool:
     """Say whether fewer rows may help and other ranks are not waiting inside the forward."""
     return (
         bool(getattr(trainer.args, "recover_from_out_of_memory", True))
-        and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        and engine.can_roll_back
         and is_out_of_memory(error)
     )
 

@@ -10,12 +10,13 @@ from typing import Any
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.tracking.mfu import CostMeter
 from hf_gradacc.tracking.phases import PhaseClock
+from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import RankRuns
 from hf_gradacc.tracking.window import StatsWindow
 from hf_gradacc.trainer.runner import UpdateResult
 from hf_gradacc.updates.update import Update, UpdateStats
 
-__all__ = ["LogBook", "is_training_row"]
+__all__ = ["LogBook"]
 
 
 class LogBook:
@@ -43,8 +44,9 @@ class LogBook:
 
     def open(self) -> float:
         """Begin with the wait for an update's data; gives the time."""
+        started = time.perf_counter()
         self.clock.enter("data")
-        return time.perf_counter()
+        return started
 
     def begin_update(self, started: float, *, has_data: bool) -> None:
         """Go on with the update whose data have come, if any came.
@@ -119,11 +121,6 @@ class LogBook:
             self._local_window = StatsWindow(target_tokens_seen=int(local["target_tokens_seen"]))
             self._rank_runs.send(local, step=trainer.state.global_step)
         return logs
-
-
-def is_training_row(logs: dict[str, float]) -> bool:
-    """Say whether a log row is one of training updates, not an evaluation or the run's end."""
-    return "loss" in logs and "learning_rate" in logs
 
 
 def _local_stats(result: UpdateResult, facts: LossFacts | None) -> UpdateStats:

@@ -34,6 +34,7 @@ from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
 from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.phases import PhaseClock
+from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import AsRequested
 from hf_gradacc.trainer.asking import ask_trainer, refuse_data_without_targets
@@ -42,7 +43,7 @@ from hf_gradacc.trainer.data import TrainingData
 from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
-from hf_gradacc.trainer.log_row import LogBook, is_training_row
+from hf_gradacc.trainer.log_row import LogBook
 from hf_gradacc.trainer.noise import NoiseListener
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
@@ -165,6 +166,11 @@ class GradAccMixin(Trainer):
         return self._training_data.collator
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds a part of the weights only."""
+        return bool(self._rank_engine.shards_weights)
+
+    @property
     def sample(self) -> Any:
         """The rows the model is asked with; None if they are not known."""
         return self._training_data.sample
@@ -201,7 +207,7 @@ class GradAccMixin(Trainer):
         """Load updates instead of micro-batches."""
         behind: Any = super().get_train_dataloader
         is_stock = behind.__func__ is Trainer.get_train_dataloader
-        return self._training_data.load(self, is_stock_loader=is_stock)
+        return self._training_data.load(self, is_stock_loader=is_stock, engine=self._rank_engine)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Give the effective batch size."""

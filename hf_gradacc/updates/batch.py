@@ -17,9 +17,9 @@ __all__ = [
     "can_slice_rows",
     "count_copies",
     "count_rows",
-    "find_labels",
     "find_main_input",
     "first_rows",
+    "labels_of",
     "order_blocks",
     "pad_columns",
     "slice_rows",
@@ -45,7 +45,7 @@ def find_main_input(inputs: Any, name: str = "input_ids") -> Tensor | None:
     return next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim >= 1), None)
 
 
-def find_labels(inputs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+def labels_of(inputs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
     """Find the labels of a collated batch: ``labels``, or the one integer tensor so named.
 
     A loss of your own may call them ``targets`` or ``lm_labels``. What the loss does with them is
@@ -54,7 +54,7 @@ def find_labels(inputs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
     Returns:
         Name and tensor, or ``("labels", None)``.
 
-    >>> find_labels({"input_ids": torch.ones(2, 3), "target_ids": torch.ones(2, 3).long()})[0]
+    >>> labels_of({"input_ids": torch.ones(2, 3), "target_ids": torch.ones(2, 3).long()})[0]
     'target_ids'
     """
     if "labels" in inputs:
@@ -152,7 +152,7 @@ def first_rows(inputs: Mapping[str, Any], num_sequences: int, *, copies: int = 1
     """
     if can_slice_rows(inputs, count_rows(inputs) // copies, copies=copies):
         return slice_rows(inputs, range(num_sequences), copies=copies)
-    name, labels = find_labels(inputs)
+    name, labels = labels_of(inputs)
     if labels is None or labels.is_floating_point():
         return slice_rows(inputs, range(num_sequences), copies=copies)
     masked = labels.clone()
@@ -245,7 +245,7 @@ def pad_columns(
     if width <= have:
         return dict(inputs)
     missing = (width - have, 0) if left else (0, width - have)
-    fills = {find_labels(inputs)[0]: -100, **PAD_VALUES, "input_ids": pad_token_id}
+    fills = {labels_of(inputs)[0]: -100, **PAD_VALUES, "input_ids": pad_token_id}
     padded: dict[str, Any] = {}
     for key, value in inputs.items():
         alike = isinstance(value, Tensor) and (value.ndim == main.ndim or key == "position_ids")

@@ -13,7 +13,11 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["BudgetTuner", "TokenBudget"]
+__all__ = ["FIRST_BUDGET", "BudgetTuner", "TokenBudget"]
+
+FIRST_BUDGET = 1024
+"""Tokens that "auto" plans with before it has seen an update."""
+
 
 _SMALLEST = 256
 
@@ -56,7 +60,7 @@ class BudgetTuner:
         setting: What the fastest budget depends on, by which it is remembered; empty for nothing.
     """
 
-    budget: int = 1024
+    budget: int = FIRST_BUDGET
     settled: bool = False
     tried: dict[int, list[float]] = field(default_factory=dict)
     num_updates: int = 0

@@ -16,8 +16,18 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import is_measured
 from hf_gradacc.updates.lengths import measure_length
-from hf_gradacc.updates.planner import plan_micro_batches, plan_packed_micro_batches
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_all_targets, may_have_target
+from hf_gradacc.updates.planner import (
+    OVERHEAD_ON_CPU,
+    plan_micro_batches,
+    plan_packed_micro_batches,
+)
+from hf_gradacc.updates.targets import (
+    IGNORE_INDEX,
+    TargetRule,
+    count_all_targets,
+    count_input_tokens,
+    may_have_target,
+)
 from hf_gradacc.updates.update import MicroBatch, Update
 
 __all__ = ["UpdateCollator", "make_micro_batch"]
@@ -69,7 +79,7 @@ class UpdateCollator:
         self.rule: TargetRule | None = None
         self.pad_alike = False
         self.packed = False
-        self.overhead_tokens = 64
+        self.overhead_tokens = OVERHEAD_ON_CPU
         self.num_ranks = 1
         self.copies = 1
         self.noise_scale_every: int | None = None
@@ -114,7 +124,7 @@ class UpdateCollator:
         rows = [row for _, row in kept]
         lengths = self.measure(rows)
         with _seeded(self.seed, epoch, index):
-            inputs = self._collate(kept, self.cut(lengths, at_random=self.cuts_at_random(index)))
+            inputs = self._collate(kept, self.cut(lengths, at_random=self.measures_noise(index)))
         micro_batches = [
             make_micro_batch(
                 batch,
@@ -133,7 +143,7 @@ class UpdateCollator:
                 micro_batch.num_padding_tokens = 0
         position = getattr(share, "position", None)
         # A cut at random says nothing about how fast a budget is.
-        budget = None if self.cuts_at_random(index) else self.max_tokens
+        budget = None if self.measures_noise(index) else self.max_tokens
         return Update(micro_batches, epoch, index, num_left_out, position, budget)
 
     def plan(self, rows: Sequence[Any]) -> list[list[int]]:
@@ -147,22 +157,22 @@ class UpdateCollator:
             for row in rows
         ]
 
-    def cuts_at_random(self, index: int) -> bool:
+    def measures_noise(self, index: int) -> bool:
         """Return whether this update of an epoch is one whose noise is measured."""
         return is_measured(index, every=self.noise_scale_every)
 
     def cut(
-        self, lengths: Sequence[int], *, cap: int | None = None, at_random: bool = False
+        self, lengths: Sequence[int], *, max_tokens: int | None = None, at_random: bool = False
     ) -> list[list[int]]:
         """Cut sequences of given length.
 
         Args:
             lengths: Tokens of each sequence, in the order they were dealt.
-            cap: A token limit found by running out of memory.
+            max_tokens: A token limit found by running out of memory, beside the collator's own.
             at_random: Keep that order, which then is random, and cut into at least four pieces.
         """
         lengths = list(lengths)
-        limits = [limit for limit in (self.max_tokens, cap) if limit is not None]
+        limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
         max_tokens = min(limits, default=None)
         if self.packed and any(lengths) and not at_random:
             return plan_packed_micro_batches(
@@ -246,13 +256,12 @@ def _count_tokens(
     main = find_main_input(inputs, main_input)
     if main is None:
         return 0, 0
-    computed = main.numel() if not main.is_floating_point() else int(main.shape[0])
     mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == main.shape:
-        used, computed = int(mask.ne(0).sum()), main.numel()
-    else:
-        used = sum(measure_length(row, main_input=main_input) for row in rows) or computed
-        used = min(used, computed)
+    has_mask = isinstance(mask, Tensor) and mask.shape == main.shape
+    computed = main.numel() if has_mask or not main.is_floating_point() else int(main.shape[0])
+    used = count_input_tokens(inputs, main_input=main_input)
+    if not has_mask:  # padding then shows only in the rows it was added to
+        used = min(sum(measure_length(row, main_input=main_input) for row in rows) or used, used)
     labels = inputs.get("labels")
     if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
         used += int(labels.ne(IGNORE_INDEX).sum())

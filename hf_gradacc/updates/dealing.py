@@ -61,7 +61,7 @@ def deal_rows(
     max_sequences: int | None = None,
     overhead_tokens: int = 0,
     attention_length: int | None = None,
-    in_step: bool = False,
+    lockstep: bool = False,
 ) -> list[list[int]]:
     """Deal sequences that are padded to the longest of their micro-batch.
 
@@ -79,7 +79,7 @@ def deal_rows(
         overhead_tokens: What one more micro-batch costs, in computed tokens.
         attention_length: Length at which attending costs a sequence as much as all the rest; six
             times the width of a transformer. None leaves attention out.
-        in_step: Ranks wait for each other in every micro-batch, not once in an update.
+        lockstep: Ranks wait for each other in every micro-batch, not once in an update.
 
     Returns:
         One list of indices per rank; every index in exactly one of them. A rank's list is empty
@@ -108,7 +108,7 @@ def deal_rows(
     def cost(shares: _Shares) -> tuple[int, int]:
         plans = [price.plan([widths[i] for i in sorted(share)]) for share in shares]
         total = sum(map(sum, plans))
-        if in_step:
+        if lockstep:
             passes = itertools.zip_longest(*plans, fillvalue=0)
             return sum(map(max, passes)), total
         return max(map(sum, plans)), total

@@ -1,14 +1,16 @@
 """The DataLoader whose items are updates, over map datasets and over streams.
 
-Build the loader of updates from a dataset, and choose the rows to ask the model with.
+`load_updates` goes from a run's options to its loader. Training calls it, and so does
+`hf-gradacc plan`: what a plan says is what the loaders of a run yield.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import numpy as np
@@ -16,21 +18,28 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_gradacc.errors import DataError
+from hf_gradacc.updates.budget import FIRST_BUDGET
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_stream, take_until
 from hf_gradacc.updates.targets import count_row_targets, may_have_target
 from hf_gradacc.updates.update import Update
 
+if TYPE_CHECKING:
+    from hf_gradacc.arguments import GradAccArguments
+
 __all__ = [
     "GroupedBatches",
     "IndexedRows",
+    "ModelFacts",
     "UpdateLoader",
     "build_loader",
     "count_targets_of",
     "deal_update",
+    "load_updates",
     "make_generator",
     "read_row",
     "read_rows",
@@ -96,6 +105,12 @@ class UpdateLoader(DataLoader[Any]):
             options["persistent_workers"] = False
         return cls(stream, batch_size=None, collate_fn=collate_fn, **options)
 
+    @property
+    def collator(self) -> UpdateCollator:
+        """What makes updates of rows, in a loader that `build_loader` built."""
+        assert isinstance(self.collate_fn, UpdateCollator)
+        return self.collate_fn
+
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler or stream which epoch comes next; the stock training loop calls this."""
         parts: tuple[Any, ...] = (self.batch_sampler, self.dataset)
@@ -112,6 +127,104 @@ def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What of a model decides how rows are measured, dealt and cut; its weights do not.
+
+    Attributes:
+        main_input: The feature that holds the sequence.
+        encoder_decoder: Labels cost tokens of their own.
+        hidden_size: Width, which says how much attention weighs in a row's cost; None if unknown.
+    """
+
+    main_input: str = "input_ids"
+    encoder_decoder: bool = False
+    hidden_size: int | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> ModelFacts:
+        """Read them off any model; one on torch's meta device will do."""
+        config = getattr(model, "config", None)
+        return cls(
+            main_input=getattr(model, "main_input_name", "input_ids"),
+            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+            hidden_size=getattr(config, "hidden_size", None),
+        )
+
+
+def load_updates(
+    dataset: Any,
+    data_collator: Callable[[list[Any]], Any],
+    arguments: GradAccArguments,
+    *,
+    model: ModelFacts,
+    effective_batch_size: int | None,
+    max_sequences: int,
+    rank: int = 0,
+    world_size: int = 1,
+    on_accelerator: bool = False,
+    lockstep: bool = False,
+    sampler: Any = None,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    target_counts: Sequence[int] | None = None,
+    **options: Any,
+) -> UpdateLoader:
+    """Build the loader of a run's updates from its options.
+
+    Args:
+        dataset: Map dataset, list, or stream.
+        data_collator: Makes tensors of rows.
+        arguments: The run's options.
+        model: What of the model decides the cut.
+        effective_batch_size: Sequences in an update, over all ranks; None if tokens decide.
+        max_sequences: Most sequences in a micro-batch, if there is no token budget.
+        rank: This rank.
+        world_size: Ranks that share an update.
+        on_accelerator: Whether it trains elsewhere than on CPUs.
+        lockstep: Ranks wait for each other in every micro-batch.
+        sampler: A user's own sampler of indices, instead of shuffling by seed.
+        lengths: See `build_loader`.
+        target_counts: See `build_loader`.
+        **options: Passed on to ``torch.utils.data.DataLoader``.
+
+    Raises:
+        DataError: If the dataset is empty.
+    """
+    budget: Any = arguments.max_tokens_per_micro_batch
+    collator = UpdateCollator(
+        data_collator,
+        # A token budget replaces the count of sequences, whose default of 8 nobody chose.
+        max_sequences=None if budget is not None else max_sequences,
+        # "auto" tunes itself from here: see `hf_gradacc.updates.budget`.
+        max_tokens=FIRST_BUDGET if budget == "auto" else budget,
+        main_input=model.main_input,
+        encoder_decoder=model.encoder_decoder,
+        seed=arguments.seed,
+    )
+    if budget == "auto":
+        collator.share_budget()
+    if on_accelerator:
+        collator.overhead_tokens = OVERHEAD_ON_ACCELERATOR
+    collator.noise_scale_every = arguments.noise_scale_every
+    return build_loader(
+        dataset,
+        collator,
+        effective_batch_size=effective_batch_size,
+        tokens_per_update=arguments.tokens_per_update,
+        incomplete_update="keep" if arguments.keeps_incomplete_update else "drop",
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        shuffle=arguments.train_sampling_strategy != "sequential",
+        sampler=sampler,
+        rank=rank,
+        world_size=world_size,
+        hidden_size=model.hidden_size,
+        lockstep=lockstep,
+        lengths=lengths,
+        target_counts=target_counts,
+        **options,
+    )
+
+
 def build_loader(
     dataset: Any,
     collator: UpdateCollator,
@@ -125,7 +238,9 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     hidden_size: int | None = None,
-    in_step: bool = False,
+    lockstep: bool = False,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    target_counts: Sequence[int] | None = None,
     **options: Any,
 ) -> UpdateLoader:
     """Build the DataLoader whose items are updates.
@@ -142,7 +257,10 @@ def build_loader(
         rank: This rank.
         world_size: Ranks that share an update.
         hidden_size: Width of the model, which says how much attention weighs in a row's cost.
-        in_step: Ranks wait for each other in every micro-batch.
+        lockstep: Ranks wait for each other in every micro-batch.
+        lengths: Tokens that each row costs, 0 without a target, if they are known without reading
+            the dataset's rows one by one.
+        target_counts: Targets of each row, likewise.
         **options: Passed on to ``torch.utils.data.DataLoader``.
 
     Raises:
@@ -160,7 +278,7 @@ def build_loader(
         collator,
         # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
         attention_length=6 * hidden_size if hidden_size else None,
-        in_step=in_step,
+        lockstep=lockstep,
     )
     options["generator"] = make_generator(seed)
     if is_stream(dataset):
@@ -181,18 +299,22 @@ def build_loader(
             noise_scale_every=collator.noise_scale_every,
         )
         return UpdateLoader.over_stream(stream, collate_fn=collator, **options)
+    if tokens_per_update is not None and target_counts is None:
+        target_counts = [count(row) for row in read_rows(dataset)]
+    if world_size > 1 and lengths is None:
+        lengths = _known_lengths(dataset, length_of)
     update_sampler = UpdateSampler(
         len(dataset) if sampler is None else len(sampler),
         effective_batch_size=effective_batch_size,
         tokens_per_update=tokens_per_update,
-        target_counts=None if tokens_per_update is None else [count(r) for r in read_rows(dataset)],
+        target_counts=target_counts,
         seed=seed,
         shuffle=shuffle,
         order=None if sampler is None else partial(_order_of, sampler),
         incomplete_update=incomplete_update,
         rank=rank,
         world_size=world_size,
-        lengths=_known_lengths(dataset, length_of) if world_size > 1 else None,
+        lengths=lengths,
         deal=deal,
         noise_scale_every=collator.noise_scale_every,
     )
@@ -232,7 +354,7 @@ def deal_update(
     num_ranks: int,
     *,
     attention_length: int | None = None,
-    in_step: bool = False,
+    lockstep: bool = False,
 ) -> list[list[int]]:
     """Assign an update's rows to ranks by what they cost in the layout they will have.
 
@@ -244,7 +366,7 @@ def deal_update(
         lengths: Tokens of each row.
         num_ranks: Ranks that share the update.
         attention_length: See `deal_rows`.
-        in_step: See `deal_rows`.
+        lockstep: See `deal_rows`.
     """
     if collator.pad_alike or not any(lengths):
         return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
@@ -254,7 +376,7 @@ def deal_update(
         return deal_by_cost(costs, num_ranks)
     max_tokens = collator.max_tokens
     if collator.tunes_budget:
-        max_tokens = max(1024, 4 * max(lengths, default=0))
+        max_tokens = max(FIRST_BUDGET, 4 * max(lengths, default=0))
     return deal_rows(
         lengths,
         num_ranks,
@@ -262,7 +384,7 @@ def deal_update(
         max_sequences=collator.max_sequences,
         overhead_tokens=collator.overhead_tokens,
         attention_length=attention_length,
-        in_step=in_step,
+        lockstep=lockstep,
     )
 
 

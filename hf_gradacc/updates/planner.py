@@ -12,7 +12,22 @@ import numpy as np
 
 from hf_gradacc.errors import ConfigError
 
-__all__ = ["count_padding", "cut_sorted", "plan_micro_batches", "plan_packed_micro_batches"]
+__all__ = [
+    "OVERHEAD_ON_ACCELERATOR",
+    "OVERHEAD_ON_CPU",
+    "count_padding",
+    "cut_sorted",
+    "plan_micro_batches",
+    "plan_packed_micro_batches",
+]
+
+OVERHEAD_ON_CPU = 64
+"""What one more micro-batch costs on a CPU, in computed tokens: Python's way through the model."""
+
+OVERHEAD_ON_ACCELERATOR = 1024
+"""The same on a GPU, which would compute that many tokens while the kernels of one more
+micro-batch are launched, however small it is. Both are estimates of a magnitude: they weigh padding
+against the number of micro-batches and never touch the gradient."""
 
 
 def plan_micro_batches(
@@ -62,12 +77,12 @@ def plan_micro_batches(
     if n == 0:
         return []
     order = list(range(n)) if keep_order else sorted(range(n), key=lambda i: (-lengths[i], i))
-    cap = n if max_sequences is None else min(n, max_sequences)
+    max_sequences = n if max_sequences is None else min(n, max_sequences)
     widths = [lengths[i] for i in order]
     cuts = (
-        _cut_in_order(widths, max_tokens, cap)
+        _cut_in_order(widths, max_tokens, max_sequences)
         if keep_order
-        else cut_sorted(widths, max_tokens, cap, overhead_tokens)
+        else cut_sorted(widths, max_tokens, max_sequences, overhead_tokens)
     )
     return [order[start:stop] for start, stop in cuts]
 
@@ -78,13 +93,17 @@ def _check_limits(**limits: int | None) -> None:
             raise ConfigError(f"{name} = {limit} leaves no room for a sequence: use at least 1.")
 
 
-def _cut_in_order(widths: list[int], max_tokens: int | None, cap: int) -> list[tuple[int, int]]:
+def _cut_in_order(
+    widths: list[int], max_tokens: int | None, max_sequences: int
+) -> list[tuple[int, int]]:
     """Cut a run from left to right, each piece as long as it may be."""
     cuts, start, widest = [], 0, 0
     for stop, width in enumerate(widths):
         widest = max(widest, width)
         rows = stop - start + 1
-        if rows > 1 and (rows > cap or (max_tokens is not None and rows * widest > max_tokens)):
+        if rows > 1 and (
+            rows > max_sequences or (max_tokens is not None and rows * widest > max_tokens)
+        ):
             cuts.append((start, stop))
             start, widest = stop, width
     cuts.append((start, len(widths)))
@@ -92,14 +111,14 @@ def _cut_in_order(widths: list[int], max_tokens: int | None, cap: int) -> list[t
 
 
 def cut_sorted(
-    widths: Sequence[int], max_tokens: int | None, cap: int, overhead_tokens: int | None
+    widths: Sequence[int], max_tokens: int | None, max_sequences: int, overhead_tokens: int | None
 ) -> list[tuple[int, int]]:
     """Cut a run sorted from long to short: fewest tokens, `overhead_tokens` of each piece added.
 
     Args:
         widths: Tokens of each sequence, the longest first; at least one.
         max_tokens: As for `plan_micro_batches`.
-        cap: Most sequences in a piece.
+        max_sequences: Most sequences in a piece.
         overhead_tokens: As for `plan_micro_batches`.
 
     Returns:
@@ -108,7 +127,7 @@ def cut_sorted(
     n = len(widths)
     # The first sequence of a piece is its longest, so the piece may hold `rows[start]` sequences.
     width = np.asarray(widths, dtype=np.int64)
-    rows = np.full(n, cap, dtype=np.int64)
+    rows = np.full(n, max_sequences, dtype=np.int64)
     if max_tokens is not None:
         rows = np.minimum(rows, np.maximum(1, max_tokens // np.maximum(width, 1)))
     # best[i]: cost of cutting widths[i:].
@@ -158,21 +177,24 @@ def plan_packed_micro_batches(
     n = len(lengths)
     if n == 0:
         return []
-    cap = n if max_sequences is None else max_sequences
+    max_sequences = n if max_sequences is None else max_sequences
     order = sorted(range(n), key=lambda i: (-lengths[i], i))
     if max_tokens is None:
         # Longest first to the emptiest that still has a place.
-        bins: list[list[int]] = [[] for _ in range(-(-n // cap))]
+        bins: list[list[int]] = [[] for _ in range(-(-n // max_sequences))]
         loads = [0] * len(bins)
         for i in order:
-            k = min((k for k in range(len(bins)) if len(bins[k]) < cap), key=lambda k: loads[k])
+            k = min(
+                (k for k in range(len(bins)) if len(bins[k]) < max_sequences),
+                key=lambda k: loads[k],
+            )
             bins[k].append(i)
             loads[k] += lengths[i]
     else:
         bins, loads = [], []
         for i in order:
             for k, load in enumerate(loads):
-                if load + lengths[i] <= max_tokens and len(bins[k]) < cap:
+                if load + lengths[i] <= max_tokens and len(bins[k]) < max_sequences:
                     break
             else:
                 k = len(bins)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_gradacc.updates.batch import (
     PAD_VALUES,
     can_slice_rows,
-    find_labels,
+    labels_of,
     order_blocks,
     slice_rows,
     trim_padding,
@@ -162,7 +162,7 @@ def cut_to_cap(
 
     return cut_again(
         update,
-        partial(collator.cut, cap=cap, at_random=collator.cuts_at_random(update.index)),
+        partial(collator.cut, max_tokens=cap, at_random=collator.measures_noise(update.index)),
         count=count_as_collated,
         multiple_of=getattr(collator.data_collator, "pad_to_multiple_of", None) or 1,
         alike=collator.pad_alike,
@@ -227,7 +227,7 @@ def _find_fills(micro_batches: Sequence[MicroBatch], pad_token_id: int) -> dict[
         "decoder_input_ids": pad_token_id,
     }
     for micro_batch in micro_batches:
-        fills[find_labels(micro_batch.inputs)[0]] = IGNORE_INDEX
+        fills[labels_of(micro_batch.inputs)[0]] = IGNORE_INDEX
         mask = micro_batch.inputs.get("attention_mask")
         if not isinstance(mask, Tensor) or bool(mask.ne(0).all()):
             continue
@@ -342,7 +342,7 @@ def even_out(
 
 def _row_with_target(inputs: Mapping[str, Any], rule: TargetRule) -> list[int]:
     """Choose one row whose loss is a number."""
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     if rule in (TargetRule.NEXT_TOKEN, TargetRule.SAME_TOKEN) and labels is not None:
         start = 1 if rule is TargetRule.NEXT_TOKEN else 0
         has = labels[..., start:].ne(-100).reshape(len(labels), -1).any(1).nonzero()

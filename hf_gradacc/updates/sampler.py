@@ -182,19 +182,22 @@ class UpdateSampler:
     def __len__(self) -> int:
         return self.num_updates(self.epoch)
 
-    def __iter__(self) -> Iterator[Share]:
-        epoch = self.epoch
+    def shares(self, epoch: int) -> Iterator[list[Share]]:
+        """Give the share of every rank, update by update."""
         order = self.order(epoch)
         bounds = self.bounds(order)
         for update, (start, stop) in enumerate(itertools.pairwise(bounds)):
             members = order[start:stop].tolist()
             if is_measured(update, every=self.noise_scale_every):
                 seed = (self.seed, epoch, update)
-                dealt = deal_at_random(len(members), self.world_size, seed=seed)[self.rank]
-                mine = [members[i] for i in dealt]
+                dealt = deal_at_random(len(members), self.world_size, seed=seed)
+                shares = [[members[i] for i in share] for share in dealt]
             else:
-                mine = self.deal(members)[self.rank]
-            yield Share(mine, epoch=epoch, update=update)
+                shares = self.deal(members)
+            yield [Share(share, epoch=epoch, update=update) for share in shares]
+
+    def __iter__(self) -> Iterator[Share]:
+        return (shares[self.rank] for shares in self.shares(self.epoch))
 
 
 def bound_updates_by_tokens(

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradacc.updates.batch import find_labels
+from hf_gradacc.updates.batch import count_rows, find_main_input, labels_of
 
 __all__ = [
     "IGNORE_INDEX",
     "TargetCounts",
     "TargetRule",
     "count_all_targets",
+    "count_input_tokens",
     "count_row_targets",
     "count_targets",
     "has_target",
@@ -64,31 +65,44 @@ class TargetCounts:
         return int(getattr(self, rule.value))
 
 
-def count_targets(labels: Tensor, *, shifted: bool = False) -> Tensor:
-    """Count the positions of one micro-batch whose prediction enters a causal LM's loss.
-
-    A causal LM predicts label ``t + 1`` at position ``t``, so the first label of each row is
-    never a target.
+def count_targets(
+    inputs: Mapping[str, Any],
+    rule: TargetRule,
+    *,
+    main_input: str = "input_ids",
+    num_sequences: int | None = None,
+) -> int:
+    """Count a collated micro-batch's targets under one rule.
 
     Args:
-        labels: Integer tensor ``[batch, seq]``; ``IGNORE_INDEX`` marks positions left out of the
-            loss.
-        shifted: True when labels already stand at the position that predicts them (``shift_labels``
-            of a padding-free collator, or any loss that does not shift).
+        inputs: What the model's forward takes.
+        rule: What the loss takes its mean over.
+        main_input: The feature that holds the sequence.
+        num_sequences: Its sequences, if there are not as many as rows (two rows of each pair).
 
-    Returns:
-        An int64 scalar on ``labels.device``. It stays a tensor because reading it on the host
-        would make the accelerator wait.
-
-    Raises:
-        ValueError: If ``labels`` is not two-dimensional.
-
-    >>> count_targets(torch.tensor([[5, 6, 7], [-100, -100, 8]])).item()
-    3
+    >>> labels = torch.tensor([[5, 6, 7], [-100, -100, 8]])
+    >>> [count_targets({"input_ids": labels, "labels": labels}, rule) for rule in TargetRule]
+    [3, 4, 2, 6, 4]
     """
-    if labels.ndim != 2:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected [batch, seq].")
-    return labels.ne(IGNORE_INDEX).sum() if shifted else labels[:, 1:].ne(IGNORE_INDEX).sum()
+    return count_all_targets(
+        inputs,
+        num_sequences=count_rows(inputs, main_input) if num_sequences is None else num_sequences,
+        num_input_tokens=count_input_tokens(inputs, main_input=main_input),
+    ).under(rule)
+
+
+def count_input_tokens(inputs: Mapping[str, Any], *, main_input: str = "input_ids") -> int:
+    """Count the tokens a collated micro-batch feeds in, without padding as far as a mask says so.
+
+    A main input of floats (images, audio) counts once per row if there is no mask of its shape.
+    """
+    main = find_main_input(inputs, main_input)
+    if main is None:
+        return 0
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == main.shape:
+        return int(mask.ne(0).sum())
+    return int(main.shape[0]) if main.is_floating_point() else main.numel()
 
 
 def count_all_targets(
@@ -98,11 +112,11 @@ def count_all_targets(
 
     Args:
         inputs: What the model's forward takes; labels under ``shift_labels``, a name that
-            `find_labels` finds, or ``start_positions``, if any.
+            `labels_of` finds, or ``start_positions``, if any.
         num_sequences: Rows of the micro-batch.
         num_input_tokens: Tokens fed in, without padding.
     """
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     sequences = num_sequences
     next_token = same_token = 0
     shift_labels = inputs.get("shift_labels")
@@ -165,7 +179,7 @@ def _labels_of_row(row: Mapping[str, Any]) -> Any:
 
 def has_target(inputs: Mapping[str, Any]) -> bool:
     """Return whether a collated batch can tell anything about how its loss counts."""
-    labels = find_labels(inputs)[1]
+    labels = labels_of(inputs)[1]
     if labels is None or labels.is_floating_point():
         return True
     return bool(labels.ne(IGNORE_INDEX).any())

@@ -18,8 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.trainer.asking import prepared
 from hf_gradacc.updates.batch import slice_rows
-from hf_gradacc.updates.collator import make_micro_batch
-from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.targets import TargetRule, count_targets
 from hf_gradacc.updates.update import Update
 
 __all__ = [
@@ -259,7 +258,7 @@ def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentia
     gradient: dict[str, Tensor] = {}
     losses, counts, seen = [], [], []
     for piece in pieces:
-        count = _count(trainer, piece)
+        count = count_targets(piece, trainer.facts.rule)
         if not count:
             continue
         model.zero_grad(set_to_none=True)
@@ -305,7 +304,3 @@ def _backward(
     level = 2 if trainer.facts.rule is not TargetRule.SEQUENCE else 1
     touched = logits.grad.ne(0).flatten(level).any(-1) if logits.ndim > level else None
     return float(loss.detach()), None if touched is None else int(touched.sum())
-
-
-def _count(trainer: Any, piece: dict[str, Any]) -> int:
-    return make_micro_batch(piece).targets.under(trainer.facts.rule)

@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_gradacc.arguments import GradAccArguments
 from hf_gradacc.errors import ConfigError, DataError, LossError
+from hf_gradacc.loss.facts import rounding_of
 from hf_gradacc.safety.out_of_memory import free_memory, is_out_of_memory
 from hf_gradacc.trainer.mixin import GradAccTrainer
 from hf_gradacc.updates.targets import TargetRule
@@ -41,10 +42,6 @@ from hf_gradacc.verify.preflight import run_preflight
 from hf_gradacc.verify.result import ParityReport
 
 __all__ = ["verify_parity"]
-
-# Largest relative error of a gradient that rounding explains. Transformers computes losses in
-# float32 whatever the model's dtype is, so float64 gains little.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 @own_log_level()
@@ -110,7 +107,8 @@ def verify_parity(
     facts: dict[str, Any] = {"num_sequences": len(rows)}
     problems: list[str] = []
     with compared_in(model) as dtype, without_dropout(model), without_autocast(arguments) as plain:
-        facts |= {"dtype": str(dtype).removeprefix("torch."), "tolerance": TOLERANCE[dtype]}
+        facts["dtype"] = str(dtype).removeprefix("torch.")
+        facts["tolerance"] = rounding_of(dtype, "update_gradient")
         try:
             ours = accumulate(trainer_class, model, rows, plain, parts)
         except LossError as error:

@@ -10,7 +10,7 @@ from torch import nn
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss import onednn
 from hf_gradacc.loss.chunked import ChunkedLoss
-from hf_gradacc.loss.onednn import find_linears, onednn_linears, product, suits, why_no_onednn
+from hf_gradacc.loss.onednn import find_linears, matmul, onednn_linears, suits, why_no_onednn
 
 pytestmark = pytest.mark.skipif(bool(why_no_onednn()), reason=why_no_onednn() or "it is there")
 
@@ -272,4 +272,4 @@ def test_two_runs_have_the_same_bits(tmp_path):
 def test_a_product_is_that_of_torch():
     torch.manual_seed(0)
     a, b = torch.randn(33, 70), torch.randn(41, 70)
-    assert rounding(product(a, b), a.double() @ b.double().t()) <= 1e-6
+    assert rounding(matmul(a, b), a.double() @ b.double().t()) <= 1e-6

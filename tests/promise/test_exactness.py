@@ -16,7 +16,7 @@ from support.reference import (
 )
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 
-from hf_gradacc.updates.targets import count_targets
+from hf_gradacc.updates.targets import TargetRule, count_targets
 
 ROWS = ragged_rows(11, seed=4)
 
@@ -62,7 +62,7 @@ def test_the_cut_does_not_change_the_gradient(tmp_path, cut):
 @pytest.mark.parametrize("wrong", [mean_of_means, sum_of_means, unshifted_count])
 def test_the_usual_mistakes_are_far_outside_of_the_tolerance(wrong):
     batches = [pad(ROWS[a:b]) for a, b in ((0, 3), (3, 7), (7, 8))]
-    counts = [int(count_targets(batch["labels"])) for batch in batches]
+    counts = [count_targets(batch, TargetRule.NEXT_TOKEN) for batch in batches]
     model = tiny_llama()
     with float64_everywhere():
         actual = wrong(model, batches, counts)

@@ -1,13 +1,21 @@
-"""A plan's figures can be worked out by hand, and its memory counts what a real model has."""
+"""A plan's figures are those of the loaders that train, and can be worked out by hand.
+
+Its memory counts what a real model has.
+"""
+
+import random
 
 import pytest
+from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import apply_peft, load_model
-from hf_gradacc.recipe.plan import plan_recipe
+from hf_gradacc.recipe.plan import Spread, plan_recipe
 from hf_gradacc.recipe.plan_screen import give_advice
 from hf_gradacc.recipe.sections import PeftSection, Recipe
+from hf_gradacc.updates.loader import ModelFacts
+from hf_gradacc.updates.targets import TargetRule
 
 LENGTHS = [2, 3, 4, 5, 6, 7, 30]
 
@@ -64,6 +72,63 @@ def test_two_ranks_have_half_of_each_update():
     plan = plan_recipe(rows(), arguments=arguments(), task="causal_lm", world_size=2)
     assert plan.sequences_per_update.most == 4
     assert plan.ways[0].micro_batches.most == 1
+
+
+def rows_of_a_long_tail(count):
+    """Chats: many short rows, few long ones."""
+    draw = random.Random(1)
+    lengths = [min(60, 3 + int(draw.lognormvariate(2, 0.8))) for _ in range(count)]
+    return [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n} for n in lengths]
+
+
+def loaded(tmp_path, monkeypatch, rows, *, world_size, **options):
+    """What the trainer's own loaders yield in an epoch: an update's micro-batches, rank by rank."""
+    trainer = make_trainer(tmp_path, rows, **options)
+    found = []
+    for rank in range(world_size):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.args), "world_size", world_size)
+            patch.setattr(type(trainer.args), "process_index", rank)
+            loader = trainer.get_train_dataloader()
+        loader.collator.rule = TargetRule.NEXT_TOKEN  # as the model says once it is asked
+        loader.collator.packed = options.get("layout") == "packed"
+        found += [update.micro_batches for update in loader]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens_per_micro_batch": 120},
+        {"per_device_train_batch_size": 4},
+        {"max_tokens_per_micro_batch": 120, "layout": "packed"},
+        {"max_tokens_per_micro_batch": "auto"},
+        {"max_tokens_per_micro_batch": 120, "noise_scale_every": 2},
+        {"max_tokens_per_micro_batch": 120, "effective_batch_size": None, "tokens_per_update": 700},
+    ],
+    ids=["tokens", "rows", "packed", "auto", "noise measured", "updates by tokens"],
+)
+def test_a_plan_is_what_the_loaders_of_all_ranks_yield(tmp_path, monkeypatch, world_size, options):
+    rows = rows_of_a_long_tail(300)
+    options = {"effective_batch_size": 64} | options
+    trained = loaded(tmp_path, monkeypatch, rows, world_size=world_size, **options)
+    plan = plan_recipe(
+        rows,
+        arguments=arguments(**options),
+        task="causal_lm",
+        world_size=world_size,
+        model=ModelFacts.of(tiny_llama()),
+    )
+    micro_batches = [micro_batch for update in trained for micro_batch in update]
+    padding = sum(micro_batch.num_padding_tokens for micro_batch in micro_batches)
+    used = sum(micro_batch.num_input_tokens for micro_batch in micro_batches)
+    counts = [len(update) for update in trained]
+    assert plan.chosen.micro_batches == Spread.of(counts)
+    assert plan.chosen.padding_fraction == padding / (padding + used)
+    assert plan.updates_per_epoch == len(trained) / world_size
+    computed = [mb.num_padding_tokens + mb.num_input_tokens for mb in micro_batches]
+    assert plan.chosen.largest == max(computed)
 
 
 def test_a_stream_is_planned_by_a_sample():

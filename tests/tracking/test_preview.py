@@ -6,7 +6,7 @@ import pytest
 from support.tracked import make_rows
 from torch.utils.data import IterableDataset
 
-from hf_gradacc.tracking.wandb import mark_targets, preview_rows, row_lengths
+from hf_gradacc.tracking.wandb import mark_targets, preview_rows, sampled_lengths
 
 
 class Stream(IterableDataset):
@@ -25,7 +25,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize("stream", [Stream(), iter(make_rows())], ids=["dataset", "iterator"])
 def test_a_stream_is_not_used_up_by_the_preview(stream):
     assert preview_rows(stream) == []
-    assert row_lengths(stream) == []
+    assert sampled_lengths(stream) == []
     assert len(list(iter(stream))) == 24
 
 
@@ -37,7 +37,7 @@ def test_the_preview_is_spread_over_the_whole_dataset():
     rows = make_rows(100)
     table = preview_rows(rows, num_rows=8)
     assert [row[0] for row in table] == list(range(0, 100, 13))
-    assert row_lengths(rows, num_rows=50) == [len(row["input_ids"]) for row in rows[::2]]
+    assert sampled_lengths(rows, num_rows=50) == [len(row["input_ids"]) for row in rows[::2]]
 
 
 def test_rows_that_are_not_those_of_a_causal_lm_are_shown_without_marks():

@@ -340,7 +340,10 @@ def test_an_evaluation_stands_at_the_tokens_seen_until_then(tmp_path):
 def test_a_run_of_the_stock_trainer_is_compared_over_updates(tmp_path):
     stock = tmp_path / "stock" / "checkpoint-4"
     stock.mkdir(parents=True)
-    history = [{"loss": 4.0 - step / 2, "step": step, "epoch": 1.0} for step in range(1, 5)]
+    history = [
+        {"loss": 4.0 - step / 2, "grad_norm": 1.0, "learning_rate": 0.1, "epoch": 1.0, "step": step}
+        for step in range(1, 5)
+    ]
     state = {"global_step": 4, "log_history": history}
     (stock / "trainer_state.json").write_text(json.dumps(state))
     runs = build_report([write_run(tmp_path / "ours"), stock.parent], html=tmp_path / "page.html")

@@ -92,6 +92,21 @@ def test_nan_is_written_as_json_that_any_tool_reads(tmp_path):
     assert row["grad_norm"] == 2.0
 
 
+class LogsALossOfItsOwn(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.trainer.log({"loss": 7.0})
+
+
+def test_a_loss_that_somebody_else_logs_makes_no_training_row(tmp_path):
+    callback = LogsALossOfItsOwn()
+    callback.trainer = make_trainer(tmp_path, callbacks=[callback], report_to="none", max_steps=2)
+    callback.trainer.train()
+    rows = read_log(tmp_path / LOG_NAME)
+    found = [(row["kind"], "effective_batch_size" in row) for row in rows if "loss" in row]
+    assert found == [("train", True), ("other", False), ("train", True)]
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / LOG_NAME).write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2"):
@@ -101,8 +116,9 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path):
     run_file = RunFile(tmp_path)
     run_file.log_path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    run_file.start(step=1, history=[{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 2}])
-    assert read_log(run_file.log_path) == [{"kind": "train", "loss": 2.0, "step": 1}]
+    rows = [{"loss": 2.0 / step, "learning_rate": 0.1, "step": step} for step in (1, 2)]
+    run_file.start(step=1, history=rows)
+    assert read_log(run_file.log_path) == [{"kind": "train", **rows[0]}]
     assert "rubbish" in (tmp_path / "gradacc_log.damaged.jsonl").read_text()
 
 

@@ -10,7 +10,7 @@ from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
 
 from hf_gradacc import GradAccTrainer, UpdateSampler
 from hf_gradacc.tracking.noise_scale import measure_noise
-from hf_gradacc.updates.targets import count_targets
+from hf_gradacc.updates.targets import TargetRule, count_targets
 
 
 def train(tmp_path, **options):
@@ -73,7 +73,7 @@ def test_the_figure_is_that_of_the_micro_batches_cut_in_the_order_dealt(tmp_path
     with float64_everywhere():
         for start in range(0, 8, 2):
             batch = [ROWS[i] for i in members[start : start + 2]]
-            counts.append(int(count_targets(pad(batch)["labels"])))
+            counts.append(count_targets(pad(batch), TargetRule.NEXT_TOKEN))
             weighted.append(squared_norm(reference_gradient(model, batch, pad)))
     expected = measure_noise(
         weighted, counts, squared_norm_of_update=squared_norm(gradients[0]), num_sequences=8
@@ -90,7 +90,7 @@ def measured_by_hand(model, orders, per_micro_batch):
     for rows in orders:
         for start in range(0, len(rows), per_micro_batch):
             batch = pad([ROWS[i] for i in rows[start : start + per_micro_batch]])
-            counts.append(int(count_targets(batch["labels"])))
+            counts.append(count_targets(batch, TargetRule.NEXT_TOKEN))
             gradients = torch.autograd.grad(model(**batch).loss, parameters)
             flat = torch.cat([g.flatten().double() for g in gradients])
             squares.append(float(flat @ flat))

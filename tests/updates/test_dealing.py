@@ -21,7 +21,7 @@ ways = st.fixed_dictionaries(
         "max_sequences": st.none() | st.integers(1, 9),
         "overhead_tokens": st.integers(0, 100),
         "attention_length": st.none() | st.integers(1, 500),
-        "in_step": st.booleans(),
+        "lockstep": st.booleans(),
     }
 )
 
@@ -38,7 +38,7 @@ def plan(lengths, share, *, max_tokens=None, max_sequences=None, overhead_tokens
     return [[own[i] for i in piece] for piece in pieces]
 
 
-def seconds(lengths, shares, *, attention_length=None, in_step=False, overhead_tokens=0, **limits):
+def seconds(lengths, shares, *, attention_length=None, lockstep=False, overhead_tokens=0, **limits):
     """What the slowest rank takes; ranks in step wait for the slowest in every micro-batch."""
 
     def cost(piece):
@@ -47,7 +47,7 @@ def seconds(lengths, shares, *, attention_length=None, in_step=False, overhead_t
 
     plans = [plan(lengths, s, overhead_tokens=overhead_tokens, **limits) for s in shares]
     costs = [sorted(map(cost, pieces), reverse=True) for pieces in plans]
-    if in_step:
+    if lockstep:
         return sum(map(max, itertools.zip_longest(*costs, fillvalue=0)))
     return max(map(sum, costs), default=0)
 

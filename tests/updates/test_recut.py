@@ -110,7 +110,7 @@ def test_labels_drawn_at_random_stay_with_their_rows():
     collator = make_collator(Pad(masks=True), {})
     update = collator(share_of(rows_of(17)))
     before = {row: labels for mb in update for row, labels in _labels_by_row(mb).items()}
-    finer = cut_again(update, lambda n: collator.cut(n, cap=9), count=make_micro_batch)
+    finer = cut_again(update, lambda n: collator.cut(n, max_tokens=9), count=make_micro_batch)
     assert len(finer) > len(update)
     assert {row: labels for mb in finer for row, labels in _labels_by_row(mb).items()} == before
 
