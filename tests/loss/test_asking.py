@@ -136,7 +136,7 @@ def test_rows_to_ask_are_unlike_each_other_and_from_all_over(tmp_path):
         seed=0,
     )
     chosen = choose_probe_rows(loader, collator)
-    assert [row["label"] for row in chosen] in ([0, 2, 1], [1, 2, 0], [0, 1, 2])
+    assert sorted(row["label"] for row in chosen) == [0, 1, 2]
     assert {len(row["input_ids"]) for row in chosen} > {4}
 
 

@@ -35,10 +35,11 @@ def test_a_sum_in_float32_is_closer_than_one_in_bfloat16(tmp_path):
 
 
 def test_identical_rows_keep_their_norm():
-    """128 times the same bf16 gradient: the sum stops growing in bf16."""
+    """512 times the same bf16 gradient: the sum stops growing in bf16."""
     weight = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     row = torch.tensor([1.0, 0.3, 0.01, 0.007], dtype=torch.bfloat16)
-    for in_float32, expected in ((True, 1.0), (False, 0.9)):
+    ratios = {}
+    for in_float32 in (True, False):
         weight.grad = None
         sums = Float32Gradients([weight])
         if in_float32:
@@ -46,9 +47,9 @@ def test_identical_rows_keep_their_norm():
         for _ in range(512):
             (weight * row / 512).sum().backward()
         sums.cast_to_weights()
-        ratio = float(weight.grad.float().norm() / row.float().norm())
-        assert (ratio > expected) == in_float32 or ratio == pytest.approx(1.0, abs=4e-3)
-        assert in_float32 or ratio < 0.8
+        ratios[in_float32] = float(weight.grad.float().norm() / row.float().norm())
+    assert ratios[True] == pytest.approx(1.0, abs=4e-3)  # half a step of bf16, at the end
+    assert ratios[False] < 0.8
 
 
 def test_one_micro_batch_costs_no_more_memory(tmp_path):

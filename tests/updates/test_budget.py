@@ -86,10 +86,10 @@ def test_tuning_never_changes_a_gradient(tmp_path, workers):
         trainer.train()
         assert trainer._tuner.settled
         sampler = trainer.get_train_dataloader().batch_sampler
+        assert len(recorder.gradients) == 24
         for epoch in (0, 11):
-            for gradient, members in zip(
-                recorder.gradients[2 * epoch :], sampler.membership(epoch), strict=False
-            ):
+            gradients = recorder.gradients[2 * epoch :][:2]
+            for gradient, members in zip(gradients, sampler.membership(epoch), strict=True):
                 expected = reference_gradient(model, [ROWS[i] for i in members], pad)
                 assert relative_error(gradient, expected) <= 1e-10
 
