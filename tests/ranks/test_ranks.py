@@ -11,8 +11,8 @@ from support.rank_jobs import (
     SCENARIOS,
     ask_for_what_needs_ddp_to_reduce,
     count_collectives,
-    make_rows,
     pad,
+    scenario_rows,
     train_scenarios,
     train_with_batch_normalization,
 )
@@ -50,7 +50,7 @@ def test_any_number_of_ranks_takes_the_steps_of_the_whole_batch(world, name):
     scenario = SCENARIOS[name]
     smoothing = scenario["options"].get("label_smoothing_factor", 0.0)
     results = [rank[name] for rank in runs(world)]
-    rows = list(make_rows(scenario))
+    rows = list(scenario_rows(scenario))
     with float64_everywhere():
         model = tiny_llama()
         trained = 0

@@ -78,9 +78,9 @@ WANDB_SCRIPT = """
 import os
 from pathlib import Path
 from support.disks import Ballast
-from support.tracked import make_trainer
+from support.tracked import tracked_trainer
 disk = Path(os.environ["WANDB_DIR"])
-make_trainer(sys.argv[1], callbacks=[Ballast(disk, full_from=3)], max_steps=60).train()
+tracked_trainer(sys.argv[1], callbacks=[Ballast(disk, full_from=3)], max_steps=60).train()
 print("trained to the end")
 """
 
