@@ -150,8 +150,8 @@ def measure_logging() -> tuple[list[float], list[float]]:
 
         def apply(on: bool) -> None:
             nonlocal clock
-            clock = clock or trainer._clock
-            trainer._clock = clock if on else NoClock(torch.device("cpu"))
+            clock = clock or trainer._log_book.clock
+            trainer._log_book.clock = clock if on else NoClock(torch.device("cpu"))
             trainer.log = (ours if on else Trainer.log).__get__(trainer)
             file.on_log = own_log if on else lambda *args, **kwargs: None
 
@@ -167,7 +167,7 @@ def measure_noise() -> list[float]:
         trainer = make_trainer(folder, noise_scale_every=1)
 
         def apply(on: bool) -> None:
-            trainer.args.noise_scale_every = 1 if on else None
+            trainer._noise_listener.every = 1 if on else None
 
         switch = Switch(apply)
         trainer.add_callback(switch)

@@ -146,7 +146,7 @@ class GradAccOptions:
         default=False,
         metadata={
             "help": "When training ends, write report.html into the output directory (and "
-            "report.png, with matplotlib), and upload both to W&B as an artifact."
+            "report.png), and upload both to W&B as an artifact."
         },
     )
 

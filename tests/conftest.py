@@ -12,8 +12,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# For the processes that tests start: OpenMP threads of several waiting on two cores spin.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For the processes that tests start, whatever the shell says and however many cores there are:
+# other numbers of threads sum in another order, and threads that wait for a core spin.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
 import torch

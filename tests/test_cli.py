@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.patience import HUNG_AFTER_SECONDS
 
 from hf_gradacc import cli
 from hf_gradacc.recipe import shipped as cli_recipes
@@ -526,7 +527,7 @@ def test_a_launcher_starts_a_recipe_on_two_ranks(run, recipe, tmp_path, launcher
         text=True,
         env=environment,
         stdin=subprocess.DEVNULL,
-        timeout=200,
+        timeout=HUNG_AFTER_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert "over 2 ranks" in done.stdout

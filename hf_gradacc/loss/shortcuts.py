@@ -15,15 +15,19 @@ states. The shapes stay as they were, hence rounding does too, and what moves is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from hf_gradacc.loss.chunked import why_not_chunked, without_logits
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.chunked import find_owner, why_not_chunked, without_logits
+from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.layouts import (
+    find_head,
     is_right_padded,
     keep_targets,
     kept_rows,
@@ -31,10 +35,21 @@ from hf_gradacc.loss.layouts import (
     seen_rows,
     without_mask,
 )
+from hf_gradacc.loss.onednn import find_linears, suits_here, why_no_onednn
 from hf_gradacc.updates.batch import count_rows, slice_rows
-from hf_gradacc.updates.targets import IGNORE_INDEX
+from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule
 
-__all__ = ["Shortcuts", "Trial", "can_try"]
+__all__ = [
+    "Setting",
+    "Shortcuts",
+    "Trial",
+    "attention_of",
+    "can_try",
+    "choose_shortcuts",
+    "describe_speed",
+]
+
+logger = logging.get_logger(__name__)
 
 # Relative differences that rounding explains, by what the model computes in: of a loss or hidden
 # states computed another way, and of hidden states computed the same way from other neighbours
@@ -43,6 +58,12 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-5, torch.float16: 5e-3, torc
 
 
 _NO_FLOW = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+_PACKS_FOR_FREE = ("flash", "flex_attention")
+"""Attentions that take the boundaries of packed sequences and compute nothing across them. Under
+the others a packed row is computed whole and masked, which costs more than its padding did.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,9 @@ class Shortcuts:
         packed: Micro-batches are one row.
         varlen: Packed rows name their boundaries, for flash attention.
         refused: Reason by shortcut, in plain words.
+        head: The LM head.
+        owner: The model that computes a loss from its logits, see `find_owner`.
+        linears: Layers that multiply by oneDNN.
     """
 
     target_only_logits: bool = False
@@ -64,6 +88,9 @@ class Shortcuts:
     packed: bool = False
     varlen: bool = False
     refused: tuple[tuple[str, str], ...] = ()
+    head: nn.Module | None = field(default=None, repr=False, compare=False)
+    owner: PreTrainedModel | None = field(default=None, repr=False, compare=False)
+    linears: tuple[nn.Linear, ...] = field(default=(), repr=False, compare=False)
 
     def shape(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """Lay out collated inputs on the CPU.
@@ -213,6 +240,198 @@ class Trial:
         # Row by row, since a leak reaches some rows only. Rounding of a hidden state is allowed
         # four times that of a loss, which is a mean over many.
         return not float(moved.max()) <= 4 * limits.get(self.dtype, limits[torch.float32])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides which shortcuts may be tried, besides the model.
+
+    Attributes:
+        args: The trainer's arguments: what was asked for by name, and mixed precision.
+        facts: What the probe found out about the loss.
+        has_loss_func: ``compute_loss_func`` was given.
+        has_foreign_loss: A subclass overrides ``compute_loss``.
+        smooths_labels: Label smoothing is on.
+        lockstep: The engine puts weights together for each forward.
+    """
+
+    args: Any
+    facts: LossFacts
+    has_loss_func: bool = False
+    has_foreign_loss: bool = False
+    smooths_labels: bool = False
+    lockstep: bool = False
+
+    def why_none(self, inputs: Any) -> str:
+        """Say why no shortcut at all may be tried, empty if they may."""
+        if self.facts.rule is not TargetRule.NEXT_TOKEN:
+            return "the model is no causal LM whose loss shifts its labels"
+        if self.facts.pads_alike:
+            return "padding changes the loss of this model"
+        if not can_try(inputs):
+            return "there are no two rows of {input_ids, labels} to try it on"
+        return ""
+
+    def why_not(self, name: str, model: nn.Module) -> str:
+        """Say why one shortcut may not be tried, empty if it may."""
+        if name == "target_only_logits":
+            if self.has_loss_func:
+                return "compute_loss_func may want all logits"
+            if self.has_foreign_loss and not self.args.target_only_logits:
+                return "a subclass overrides compute_loss, which may want all logits"
+            if self.args.torch_compile and not self.args.target_only_logits:
+                return "torch.compile would compile anew for each number of targets"
+        if name == "chunked_loss":
+            if self.has_loss_func or self.has_foreign_loss:
+                return "a loss of one's own is computed from logits"
+            if self.smooths_labels:
+                return "label smoothing is computed from logits"
+            if self.args.torch_compile:
+                return "torch.compile would compile anew for each number of targets"
+        if name == "drop_attention_mask":
+            if self.has_foreign_loss and not self.args.drop_attention_mask:
+                return "a subclass overrides compute_loss, which may want the mask"
+            config: Any = model.config
+            router = getattr(config, "output_router_logits", False)
+            text = getattr(config, "get_text_config", lambda: None)()
+            if router or getattr(text, "output_router_logits", False):
+                return "the router loss counts tokens by the mask"
+        return ""
+
+    def wanted(self, model: nn.Module) -> dict[str, bool | None]:
+        """Say what was asked for: True and False are the user's, None leaves it to the checks."""
+        packs = {"packed": True, "padded": False}.get(self.args.layout)
+        if packs is None and not attention_of(model).startswith(_PACKS_FOR_FREE):
+            packs = False
+        return {
+            "target_only_logits": self.args.target_only_logits,
+            "chunked_loss": self.args.chunked_loss,
+            "drop_attention_mask": self.args.drop_attention_mask,
+            "layout": packs,
+        }
+
+
+def choose_shortcuts(
+    model: nn.Module,
+    inputs: Any,
+    loss_of: Callable[[Mapping[str, Any], int | None], float],
+    *,
+    setting: Setting,
+    dtype: torch.dtype,
+) -> Shortcuts:
+    """Try each shortcut on the model, in evaluation mode, and take those that are exact.
+
+    Args:
+        model: The bare model.
+        inputs: A few rows, collated together.
+        loss_of: Gives the loss of collated inputs, without gradients.
+        setting: What else decides.
+        dtype: The coarsest dtype of a forward.
+
+    Raises:
+        ConfigError: If one was asked for by name and would not give the same gradient.
+    """
+    wanted = setting.wanted(model)
+    refused: dict[str, str] = dict.fromkeys(wanted, setting.why_none(inputs))
+    taken: dict[str, bool] = {}
+    head = find_head(model)
+    owner = find_owner(model, head)
+    varlen = attention_of(model).startswith("flash")
+    if head is None and not any(refused.values()):
+        refused = dict.fromkeys(wanted, f"{type(model).__name__} names no output embeddings")
+    if head is not None and not any(refused.values()):
+        trial = Trial(inputs, loss_of, head, owner, dtype, setting.facts.wants_own_count)
+        tries: dict[str, Callable[[], str]] = {
+            "target_only_logits": trial.try_target_only_logits,
+            "chunked_loss": trial.try_chunked_loss,
+            "drop_attention_mask": trial.try_without_mask,
+            "layout": lambda: trial.try_packed(varlen=varlen),
+        }
+        for name, asked in wanted.items():
+            refused[name] = setting.why_not(name, model)
+            if name == "chunked_loss" and not taken["target_only_logits"]:
+                refused[name] = refused["target_only_logits"] or "target_only_logits is off"
+            if asked is not False and not refused[name]:
+                refused[name] = _attempt(tries[name])
+            taken[name] = asked is not False and not refused[name]
+    for name, asked in wanted.items():
+        if asked and refused[name]:
+            value, way_out = (
+                ("'packed'", "'padded'") if name == "layout" else ("True", "False or leave out")
+            )
+            raise ConfigError(
+                f"{name} = {value} would not give the same gradient: {refused[name]}.\n"
+                f"  Set {name} = {way_out}."
+            )
+    shortcuts = Shortcuts(
+        target_only_logits=taken.get("target_only_logits", False),
+        chunked_loss=taken.get("chunked_loss", False),
+        drop_mask=taken.get("drop_attention_mask", False),
+        packed=taken.get("layout", False),
+        varlen=varlen,
+        refused=tuple((name, why) for name, why in refused.items() if why),
+        head=head,
+        owner=owner,
+    )
+    logger.info(f"shortcuts to the same loss: {shortcuts}")
+    return replace(shortcuts, linears=_choose_linears(model, shortcuts, setting))
+
+
+def _choose_linears(
+    model: nn.Module, shortcuts: Shortcuts, setting: Setting
+) -> tuple[nn.Linear, ...]:
+    """See which layers may multiply by oneDNN, once the other shortcuts are chosen."""
+    asked = setting.args.onednn_linear
+    if asked is False or not (asked or suits_here()):
+        return ()
+    found = find_linears(model, leave_out=shortcuts.head if shortcuts.chunked_loss else None)
+    why = why_no_onednn()
+    if setting.args.bf16 or setting.args.fp16:
+        why = why or "autocast multiplies in half precision"
+    if setting.args.torch_compile:
+        why = why or "compiled models have products of their own"
+    if setting.lockstep:
+        why = why or "FSDP and DeepSpeed put weights together for torch's own layers"
+    if not found:
+        why = why or "the model has no large linear layer of float32 weights on a CPU"
+    if why and asked:
+        raise ConfigError(
+            f"onednn_linear = True: {why}.\n  Set onednn_linear = False or leave it out."
+        )
+    linears = () if why else tuple(found)
+    logger.info(f"linear layers that multiply by oneDNN: {len(linears)} {why}")
+    return linears
+
+
+def describe_speed(model: nn.Module, shortcuts: Shortcuts | None, args: Any) -> str:
+    """Name what the time of a micro-batch depends on, besides the model and the device."""
+    taken = shortcuts or Shortcuts()
+    words = {
+        "target-only": taken.target_only_logits,
+        "chunked": taken.chunked_loss,
+        "oneDNN": bool(taken.linears),
+        "no mask": taken.drop_mask,
+        "packed": taken.packed,
+        "checkpointing": args.gradient_checkpointing,
+        "compiled": args.torch_compile,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+    }
+    return ", ".join([attention_of(model) or "no attention", *(w for w, on in words.items() if on)])
+
+
+def attention_of(model: nn.Module) -> str:
+    """Name a model's attention implementation, empty if it has none."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", "") or "")
+
+
+def _attempt(check: Callable[[], str]) -> str:
+    """Run a check; a model that breaks on the shortcut refuses it, too."""
+    try:
+        return check()
+    except Exception as error:  # an optional shortcut must not end a run, whatever it trips over
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"it fails with {type(error).__name__}: {first_line}"
 
 
 def can_try(inputs: Any) -> bool:

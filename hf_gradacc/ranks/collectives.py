@@ -24,11 +24,15 @@ from hf_gradacc.updates.update import Update
 __all__ = [
     "agree_on_inputs",
     "all_reduce_gradients",
+    "gather_objects",
     "keep_ranks_apart",
+    "largest_over_ranks",
     "share_first",
+    "share_of_first_rank",
     "share_running_statistics",
     "sum_over_ranks",
     "trainable",
+    "wait_for_ranks",
 ]
 
 _BUCKET_BYTES = 64 * 2**20
@@ -36,7 +40,7 @@ _BUCKET_BYTES = 64 * 2**20
 
 def sum_over_ranks(vector: Tensor, *, device: torch.device) -> Tensor:
     """Sum a small vector over all ranks and give it back on the host. One collective."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _is_alone():
         return vector
     on_device = vector.to(device)
     dist.all_reduce(on_device)
@@ -143,8 +147,44 @@ def agree_on_inputs(update: Update) -> Any:
 
 def share_first(own: Any) -> Any:
     """Give every rank what the first rank that has something has; None where none has."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _is_alone():
         return own
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, send_to_device(own, "cpu"))  # each rank has a device of its own
+    shares = gather_objects(send_to_device(own, "cpu"))  # each rank has a device of its own
     return next((share for share in shares if share is not None), None)
+
+
+def share_of_first_rank(own: Any) -> Any:
+    """Give every rank what rank 0 has. It must be picklable."""
+    if _is_alone():
+        return own
+    told = [own]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """Give every rank what each rank has, in the order of ranks. It must be picklable."""
+    if _is_alone():
+        return [own]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return ranks
+
+
+def largest_over_ranks(number: int, *, device: torch.device) -> int:
+    """Give the largest of the ranks' numbers. One small collective."""
+    if _is_alone():
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank has come here."""
+    if not _is_alone():
+        dist.barrier()
+
+
+def _is_alone() -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1

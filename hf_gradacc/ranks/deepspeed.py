@@ -8,6 +8,7 @@ ranks have said that theirs went through.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import Any
 
 import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_gradacc.errors import CheckpointError, ConfigError
+from hf_gradacc.ranks.engine import Engine
 
 __all__ = [
+    "DeepSpeed",
     "UpdateEngine",
     "complete_config",
     "count_checkpoint_ranks",
@@ -56,6 +61,101 @@ def get_value(config: Mapping[str, Any], key: str) -> Any:
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+class DeepSpeed(Engine):
+    """ZeRO 1, 2 and 3. The engine steps as the Trainer asks for the norm, see `grad_norm`."""
+
+    lockstep = True
+
+    def __init__(self, accelerator: Any, args: Any) -> None:
+        super().__init__(accelerator, args)
+        self._updates: UpdateEngine | None = None
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        return config
+
+    @property
+    def shards_weights(self) -> bool:  # type: ignore[override]
+        """ZeRO-3 shards weights, ZeRO-1 and 2 what is kept beside them."""
+        return int(get_value(self._config, "zero_optimization.stage")) == 3
+
+    @property
+    def searches_loss_scale(self) -> bool:
+        """Whether an overflow may be due to a loss scale that falls by itself."""
+        return self._updates is not None and self._updates.searches_loss_scale
+
+    def find_problems(self) -> Iterator[str]:
+        """Yield what is set that would train a wrong gradient, or one that nobody has compared."""
+        yield from find_config_problems(
+            self._config, sums_in_fp32=self.args.accumulate_grads_in_fp32
+        )
+        if self.args.torch_compile:
+            yield (
+                "torch_compile = True with DeepSpeed was never compared with the gradient of the "
+                "whole batch. Leave out one of the two."
+            )
+
+    def before_wrapping(self, checkpoint: str | None, *, is_wrapped: bool) -> None:
+        """Check the checkpoint, and complete DeepSpeed's configuration."""
+        if is_wrapped:
+            raise ConfigError(
+                "train() or evaluate() was called before on this trainer, and DeepSpeed cannot "
+                "make a second engine from one model. Make a new trainer; with "
+                "resume_from_checkpoint it goes on where this one stopped."
+            )
+        self._check_checkpoint(checkpoint)
+        complete_config(
+            self._config,
+            sums_in_fp32=self.args.accumulate_grads_in_fp32,
+            max_grad_norm=self.args.max_grad_norm,
+        )
+
+    def _check_checkpoint(self, folder: str | None) -> None:
+        """Refuse a checkpoint that DeepSpeed could not load, before it says so in its own words."""
+        if folder is None or get_value(self._config, "checkpoint.load_universal"):
+            return
+        then, now = count_checkpoint_ranks(folder), self.world_size
+        if then is None:
+            raise CheckpointError(
+                f"{Path(folder).name} holds no state of DeepSpeed: it was saved by another engine, "
+                f"or with save_only_model.\n  Resume it with that engine; or begin a run with "
+                f"these weights: model = {folder!r}, without resume_from_checkpoint."
+            )
+        if then != now:
+            raise CheckpointError(
+                f"{Path(folder).name} was saved by {then} ranks and cannot be loaded by {now}: "
+                f"DeepSpeed cuts optimizer state by ranks.\n  Resume with {then}; or convert it "
+                f"with DeepSpeed's ds_to_universal and set checkpoint.load_universal = true in its "
+                f"configuration."
+            )
+
+    def after_wrapping(self, model: nn.Module) -> None:
+        """Take the engine's step out of its backward."""
+        super().after_wrapping(model)
+        self._updates = UpdateEngine(model)
+        self.accelerator.deepspeed_engine_wrapped = self._updates
+
+    def hold_gradients(
+        self, model: nn.Module, *, is_last: bool
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Tell the engine which backward is the update's last."""
+        assert self._updates is not None
+        self._updates.reduces_now = is_last
+        return contextlib.nullcontext()
+
+    def clip(self, model: nn.Module, stock_clip: Callable[[nn.Module], Any]) -> Any:
+        """Leave it to the engine, which clips as it steps."""
+        return None
+
+    def grad_norm(
+        self, model: nn.Module, norm: Any, stock_norm: Callable[[nn.Module, Any], Any]
+    ) -> Any:
+        """Let the engine step: it knows the norm only then, and skips what is not finite."""
+        assert self._updates is not None
+        return self._updates.step()
 
 
 def find_config_problems(config: Mapping[str, Any], *, sums_in_fp32: bool | None) -> Iterator[str]:

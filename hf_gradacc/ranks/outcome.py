@@ -1,10 +1,9 @@
-"""What became of an update on each rank, told to all before anything is reduced.
+"""What became of an update, and of a rank, told to the other ranks.
 
-What a rank that stops tells the others, which would see no more than a broken connection.
-
-Under FSDP2 a rank that fails inside a forward leaves the others in a collective that nobody will
+An attempt's outcome is agreed on before anything is reduced. A rank that stops leaves a reason:
+under FSDP2 a rank that fails inside a forward leaves the others in a collective that nobody will
 complete. They come out of it when its process ends ("Connection closed by peer"), or are ended by
-the launcher. A line left in the store that brought the ranks together says why.
+the launcher. A line in the store that brought the ranks together says why.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from hf_gradacc.errors import GradAccError, RankFailedError
 
-__all__ = ["LastWords", "Outcome"]
+__all__ = ["RankFailure", "UpdateOutcome"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class UpdateOutcome:
     """How one rank's attempt at an update ended; with `agree`, the worst over all ranks.
 
     Attributes:
@@ -58,7 +57,7 @@ class Outcome:
         device: torch.device,
         loss: Tensor | None = None,
         has_grad: Sequence[bool] = (),
-    ) -> tuple[Outcome, list[bool]]:
+    ) -> tuple[UpdateOutcome, list[bool]]:
         """Tell all ranks, in one collective that every rank reaches whatever happened to it.
 
         Args:
@@ -81,14 +80,14 @@ class Outcome:
         dist.all_reduce(vector, op=dist.ReduceOp.MAX)
         worst = vector.tolist()
         worst[2] = -worst[2] if worst[2] > -largest else 0
-        return Outcome(*worst[:n]), list(map(bool, worst[n:]))
+        return UpdateOutcome(*worst[:n]), list(map(bool, worst[n:]))
 
 
 # What a collective says when another rank is gone: gloo, NCCL, and the store itself.
 _BROKEN = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "Socket", "recvValue")
 
 
-class LastWords:
+class RankFailure:
     """The reason a rank stops, for one call of ``train()``.
 
     Args:
@@ -96,7 +95,7 @@ class LastWords:
     """
 
     def __init__(self, run: int) -> None:
-        self._key = f"hf_gradacc/last_words/{run}"
+        self._key = f"hf_gradacc/failure/{run}"
 
     def explain(self, error: Exception) -> Exception:
         """Leave the reason for the others; or learn that this rank stops because of another.

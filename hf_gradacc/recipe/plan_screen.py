@@ -274,18 +274,12 @@ def draw_plan(plan: RecipePlan, path: Path) -> None:
     """Draw the plan into a file whose ending decides its type.
 
     Raises:
-        ConfigError: If matplotlib is not installed, or the ending is not one it writes.
+        ConfigError: If the ending is not one matplotlib writes.
     """
-    try:
-        import matplotlib
+    from matplotlib.figure import Figure  # only here: a plan on the screen does without
 
-        matplotlib.use("Agg")  # no display, no window
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError(
-            "--png needs matplotlib: `pip install 'hf_gradacc[plot]'`, or leave --png out."
-        ) from None
-    figure, (lengths, ways) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    lengths, ways = figure.subplots(1, 2)
     lengths.hist(plan.lengths, bins=40, color="#4477aa")
     lengths.set(title="Tokens in a row", xlabel="input tokens", ylabel="rows")
     if plan.budget is not None:
@@ -303,5 +297,3 @@ def draw_plan(plan: RecipePlan, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except ValueError as error:
         raise ConfigError(f"--png = {str(path)!r}: {error}") from None
-    finally:
-        pyplot.close(figure)

@@ -17,10 +17,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_gradacc.ranks.collectives import largest_over_ranks
 from hf_gradacc.safety.run_state import remember
 
 __all__ = ["EvaluationStopped", "StopSignals"]
@@ -123,9 +123,7 @@ class StopSignals(TrainerCallback):
         if alone:
             self.agreed = self.agreed or self.received
         elif not self.agreed:
-            number = torch.tensor(self.received, device=device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            self.agreed = int(number)
+            self.agreed = largest_over_ranks(self.received, device=device)
         return self.agreed
 
     def on_step_end(

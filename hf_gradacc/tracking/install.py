@@ -6,7 +6,6 @@ beside the numbers (a recovery, a skipped update). Only rank 0 writes.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections import Counter
 from pathlib import Path
@@ -230,8 +229,7 @@ def record_event(
 def attach_report(trainer: Any) -> Path | None:
     """Write the run's report into its output directory, and upload it to W&B as an artifact.
 
-    Call it after `train()`, on every rank; rank 0 writes. With matplotlib installed a picture
-    comes along.
+    Call it after `train()`, on every rank; rank 0 writes. A picture of the plots comes along.
 
     Args:
         trainer: The trainer.
@@ -246,9 +244,8 @@ def attach_report(trainer: Any) -> Path | None:
         return None
     folder = Path(trainer.args.output_dir)
     page, picture = folder / "report.html", folder / "report.png"
-    has_plots = importlib.util.find_spec("matplotlib") is not None
-    build_report([folder], html=page, png=picture if has_plots else None)
+    build_report([folder], html=page, png=picture)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, GradAccWandbCallback):
-            callback.log_files([page, picture] if has_plots else [page])
+            callback.log_files([page, picture])
     return page

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_gradacc.ranks.collectives import share_of_first_rank
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.wandb_start import start_rank_run
 
@@ -27,10 +27,11 @@ class RankRuns(TrainerCallback):
 
     def __init__(self) -> None:
         self._run: Any = None
+        self._is_first_rank = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Learn from rank 0 which run the ranks belong to, and begin this one's."""
-        self._run = None
+        self._run, self._is_first_rank = None, args.process_index == 0
         whole = _agree_on_run(args)
         if whole is None:  # W&B is disabled, or rank 0 could not begin
             return
@@ -57,7 +58,7 @@ class RankRuns(TrainerCallback):
             return
         row = {f"rank/{key}": value for key, value in figures.items()} | {"train/global_step": step}
         try:
-            own = None if _is_first_rank() else step  # rank 0's run has rows of its own between
+            own = None if self._is_first_rank else step  # rank 0's run has rows of its own between
             self._run.log(row, step=own)
         except Exception as error:
             self._give_up(error)
@@ -87,19 +88,13 @@ def find_rank_runs(trainer: Any) -> RankRuns | None:
 
 def _agree_on_run(args: Any) -> dict[str, str] | None:
     """Tell every rank the run of rank 0: its id, its name and its group."""
-    told: list[Any] = [None]
+    own: dict[str, str] | None = None
     if args.process_index == 0:
         import wandb
 
         run = wandb.run
         if run is not None and not run.disabled:
             name = args.run_name or Path(args.output_dir).name
-            told = [{"run_id": run.id, "name": name, "group": run.group or run.id}]
-    if args.world_size > 1:
-        dist.broadcast_object_list(told, src=0)
-    whole: dict[str, str] | None = told[0]
-    return whole
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+            own = {"run_id": run.id, "name": name, "group": run.group or run.id}
+    told: dict[str, str] | None = share_of_first_rank(own)
+    return told

@@ -1,12 +1,11 @@
-"""The Trainer's data side: a loader of updates, the true number of steps, exact resume."""
+"""The training data of a run: its loader of updates, how many there are, and of how many rows."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,8 @@ from transformers.trainer_utils import seed_worker
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
-from hf_gradacc.trainer.position import ExactResume
+from hf_gradacc.trainer.as_requested import AsRequested
+from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.budget import BudgetTuner
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
@@ -25,65 +25,71 @@ from hf_gradacc.updates.loader import GroupedBatches, UpdateLoader, build_loader
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import is_stream
 
-__all__ = ["UpdateLoading"]
-
-# What the stock loop is to see while it runs. One item of the loader is one update, so it must
-# not accumulate. Gradients and losses are averaged over ranks by the weight rule, so the stock
-# factor for that must not come on top. Its filter replaces a NaN by the mean of earlier losses.
-_STOCK_LOOP_SEES = {
-    "gradient_accumulation_steps": 1,
-    "average_tokens_across_devices": False,
-    "logging_nan_inf_filter": False,
-}
+__all__ = ["TrainingData"]
 
 
-class UpdateLoading(ExactResume):
-    """Overrides that make one item of the training loader one update."""
+class TrainingData:
+    """Loads updates instead of micro-batches.
 
-    _collator: UpdateCollator | None = None
-    _probe_inputs: Any = None
-    _probe_rows: ProbeRows | None = None
-    _requested: dict[str, Any] | None = None
+    Attributes:
+        requested: The arguments as the user wrote them.
+        collator: Makes updates of rows; None before there is a loader, or if a subclass built it.
+        sample: A few dataset rows to ask the model with; None if collated rows are no mapping.
+        sample_inputs: The same, collated; None for a stream that cannot be looked into.
+    """
+
+    def __init__(self, requested: AsRequested) -> None:
+        self.requested = requested
+        self.collator: UpdateCollator | None = None
+        self.sample: ProbeRows | None = None
+        self.sample_inputs: Any = None
 
     # ---- the loader ----------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> Any:
-        """Load updates instead of micro-batches."""
-        if self.train_dataset is None:
+    def load(self, trainer: Any, *, is_stock_loader: bool) -> UpdateLoader:
+        """Build the loader of updates, and collate the rows the model is asked with.
+
+        Args:
+            trainer: The trainer.
+            is_stock_loader: Nobody between the mixin and the stock Trainer loads data his own way.
+
+        Raises:
+            DataError: If no row has a target, or rows cannot be collated.
+        """
+        if trainer.train_dataset is None:
             raise ValueError("Trainer: training requires a train_dataset.")
-        args = self.args
-        dataset, data_collator = self._drop_unused_columns(self.train_dataset)
+        args = trainer.args
+        dataset, data_collator = _drop_unused_columns(trainer, is_stock_loader=is_stock_loader)
         budget = args.max_tokens_per_micro_batch
-        config = getattr(self.model, "config", None)
-        self._collator = UpdateCollator(
+        config = getattr(trainer.model, "config", None)
+        self.collator = UpdateCollator(
             data_collator,
             # A token budget replaces the count of sequences, whose default of 8 nobody chose.
-            max_sequences=None if budget is not None else self._train_batch_size,
-            # "auto" tunes itself from here: see `hf_gradacc.updates.budget`.
+            max_sequences=None if budget is not None else trainer._train_batch_size,
+            # "auto" tunes itself from here: see `updates.budget`.
             max_tokens=BudgetTuner.budget if budget == "auto" else budget,
-            main_input=getattr(self.model, "main_input_name", "input_ids"),
+            main_input=getattr(trainer.model, "main_input_name", "input_ids"),
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
             seed=args.seed,
         )
         if budget == "auto":
-            self._collator.share_budget()
+            self.collator.share_budget()
         if args.device.type != "cpu":
-            self._collator.overhead_tokens = 1024  # kernels take time to launch, however small
-        self._collator.noise_scale_every = args.noise_scale_every
-        sampler = None if is_stream(dataset) else self._user_sampler()
+            self.collator.overhead_tokens = 1024  # kernels take time to launch, however small
+        self.collator.noise_scale_every = args.noise_scale_every
         loader = build_loader(
             dataset,
-            self._collator,
-            effective_batch_size=self._effective_batch_size,
+            self.collator,
+            effective_batch_size=self.effective_batch_size(trainer),
             tokens_per_update=args.tokens_per_update,
             incomplete_update="keep" if args.keeps_incomplete_update else "drop",
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
-            sampler=sampler,
+            sampler=None if is_stream(dataset) else _users_sampler(trainer),
             rank=args.process_index,
             world_size=args.world_size,
             hidden_size=getattr(config, "hidden_size", None),
-            in_step=self.is_fsdp_enabled,
+            in_step=trainer.is_fsdp_enabled,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
@@ -93,185 +99,169 @@ class UpdateLoading(ExactResume):
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
         )
-        rows = choose_probe_rows(loader, self._collator, tokens_per_update=args.tokens_per_update)
-        self._probe_inputs = self._collate_probe(rows)
+        rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
+        self.sample_inputs = self.collate_sample(trainer, rows)
         return loader
 
-    def _drop_unused_columns(self, dataset: Any) -> tuple[Any, Any]:
-        """Do what the stock loader does about columns that forward does not take."""
-        if super().get_train_dataloader.__func__ is not Trainer.get_train_dataloader:
-            return dataset, self.data_collator  # not a stock loader: its collator knows the columns
-        if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, description="Training"), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, "Training")
-
-    def _user_sampler(self) -> Any:
-        """Use the sampler of a subclass, if it makes one of its own."""
-        if type(self)._get_train_sampler is Trainer._get_train_sampler:
-            return None
-        sampler = self._get_train_sampler()
-        # The stock one says no more than "shuffle", which the seed does alike on all ranks.
-        plain = (
-            type(sampler) is RandomSampler
-            and not sampler.replacement
-            and sampler.generator is None
-            and sampler.num_samples == len(sampler.data_source)
-        )
-        return None if plain else sampler
-
-    def _collate_probe(self, rows: list[Any]) -> Any:
+    def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:
         """Collate the rows the model is asked with, so that unusable ones show before training."""
         if not rows:
             return None
-        assert self._collator is not None
+        assert self.collator is not None
         try:
-            inputs = self._collator.data_collator(rows)
+            inputs = self.collator.data_collator(rows)
         except Exception as error:
             raise DataError(
-                f"the data collator ({type(self.data_collator).__name__}) failed on rows of the "
+                f"the data collator ({type(trainer.data_collator).__name__}) failed on rows of the "
                 f"training dataset: {type(error).__name__}: {error}\n"
                 f"  the first row has {describe(rows[0])}"
             ) from error
-        main = self._collator.main_input
+        main = self.collator.main_input
         if (
-            hasattr(self.model, "main_input_name")
+            hasattr(trainer.model, "main_input_name")
             and isinstance(inputs, Mapping)
             and not {main, "inputs_embeds"} & set(inputs)
         ):
             raise DataError(
-                f"the training rows give no `{main}`, the input of {type(self.model).__name__}: "
+                f"the training rows give no `{main}`, the input of {type(trainer.model).__name__}: "
                 f"after collating there is {sorted(inputs)}; the first row has "
                 f"{describe(rows[0])}. Tokenize the dataset first, or give a data_collator that "
                 f"does."
             )
         if isinstance(inputs, Mapping):
-            self._probe_rows = ProbeRows.of(rows, inputs, self._collator.data_collator)
-            self._collator.copies = self._probe_rows.copies
+            self.sample = ProbeRows.of(rows, inputs, self.collator.data_collator)
+            self.collator.copies = self.sample.copies
         return inputs
 
-    # ---- how many updates, of how many sequences -----------------------------------------------
+    def as_updates(self, trainer: Any, loader: Any) -> Any:
+        """Make updates of a loader that a subclass built its own way; leave ours as it is."""
+        if isinstance(loader, UpdateLoader):
+            return loader
+        loader = GroupedBatches(
+            loader,
+            micro_batches_per_update=self.requested.arguments["gradient_accumulation_steps"],
+            main_input=getattr(trainer.model, "main_input_name", "input_ids"),
+        ).as_loader()
+        trainer.callback_handler.train_dataloader = loader
+        return loader
 
-    @property
-    def _effective_batch_size(self) -> int | None:
-        with self._as_requested():
-            return self.args.resolve_effective_batch_size(self.args.world_size)
+    def next_update(self, trainer: Any, ledger: Ledger, epoch_iterator: Iterator[Any]) -> list[Any]:
+        """Take the next update, or nothing at the end of the epoch.
 
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """Give the effective batch size; the stock formula knows only its own two options."""
-        return self._effective_batch_size or self._train_batch_size * args.world_size
-
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Count updates and sequences as they will be, epoch by epoch."""
-        if not isinstance(dataloader, UpdateLoader):  # a subclass made its own; see GroupedBatches
-            with self._as_requested():
-                values = list(super().set_initial_training_values(args, dataloader))
-            values[5] = values[1]  # one step of the stock loop is one update
-            return tuple(values)
-        values = list(super().set_initial_training_values(args, dataloader))
-        sampler = dataloader.batch_sampler
-        if isinstance(sampler, UpdateSampler):
-            epochs, per_epoch, max_steps = count_updates(
-                sampler, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
-            )
-            values[0], values[1], values[5], values[6] = epochs, per_epoch, per_epoch, max_steps
-            if args.max_steps > 0 and self._effective_batch_size is not None:
-                values[3] = min(values[3], math.ceil(max_steps / per_epoch * sampler.num_sequences))
-        return tuple(values)
-
-    # ---- where the run stands ------------------------------------------------------------------
-
-    def _membership(self) -> dict[str, Any]:
-        """Say what decides which sequences share an update; a resume must not change it."""
-        return {
-            "effective_batch_size": self._effective_batch_size,
-            "tokens_per_update": self.args.tokens_per_update,
-            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            "order": self._order,
-            "num_sequences": count_rows_of(self.train_dataset),
-            "incomplete_update": "keep" if self.args.keeps_incomplete_update else "drop",
-            "fingerprint": fingerprint(self.train_dataset),
-        }
-
-    @property
-    def _order(self) -> str:
-        """Name what orders the rows: the stream itself, the dataset, the seed, a user's sampler."""
-        if is_stream(self.train_dataset):
-            return "stream"
-        sampler = self._user_sampler()
-        if sampler is not None:
-            return type(sampler).__name__
-        return "sequential" if self.args.train_sampling_strategy == "sequential" else "shuffled"
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Make updates of a loader that a subclass built its own way."""
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        if not isinstance(loader, UpdateLoader):
-            assert self._requested is not None
-            loader = GroupedBatches(
-                loader,
-                micro_batches_per_update=self._requested["gradient_accumulation_steps"],
-                main_input=getattr(self.model, "main_input_name", "input_ids"),
-            ).as_loader()
-            self.callback_handler.train_dataloader = loader
-        return model, loader
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
-    ) -> tuple[list[Any], None]:
-        """Hand out the next update. Its items are counted in `training_step`, once."""
+        Raises:
+            DataError: If a stream gave no update at all.
+            RuntimeError: If a loader worker died.
+        """
         try:
             updates = list(itertools.islice(epoch_iterator, 1))
         except (ConnectionError, EOFError) as error:
-            if self.args.dataloader_num_workers == 0 or "Caught" in str(error):
+            if trainer.args.dataloader_num_workers == 0 or "Caught" in str(error):
                 raise  # the dataset's own, which torch hands on in these words
             # A worker was killed while it handed over a tensor. The system tells of its death a
             # moment later, and torch's handler then raises from here, in words of its own.
             time.sleep(1.0)
             raise RuntimeError(f"DataLoader worker hung up ({error})") from error
-        if not updates and self.ledger.epoch == self.ledger.update == 0:
-            size = self._effective_batch_size
-            what = f"{size} sequences" if size else f"{self.args.tokens_per_update} target tokens"
+        if not updates and ledger.epoch == ledger.update == 0:
+            size = self.effective_batch_size(trainer)
+            tokens = trainer.args.tokens_per_update
+            what = f"{size} sequences" if size else f"{tokens} target tokens"
             raise DataError(
                 f"the stream ended before it gave one update of {what}: it is empty, or shorter "
                 f"than an update while incomplete_update = 'drop'. Use 'keep' or a smaller update."
             )
-        self.ledger.update += len(updates)
+        ledger.update += len(updates)
         if updates:
-            self.ledger.position = getattr(updates[0], "position", None)
-        return updates, None
+            ledger.position = getattr(updates[0], "position", None)
+        return updates
 
-    # ---- what the stock loop sees --------------------------------------------------------------
+    # ---- how many updates, of how many sequences -----------------------------------------------
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Let the stock loop see one batch per step, and everybody else what was asked for."""
-        self._requested = {name: getattr(self.args, name) for name in _STOCK_LOOP_SEES}
-        handler = self.callback_handler
-        stock_call_event = handler.call_event
+    def effective_batch_size(self, trainer: Any) -> int | None:
+        """Resolve the sequences in an update over all ranks; None if it is drawn by tokens."""
+        with self.requested.shown(trainer):
+            size: int | None = trainer.args.resolve_effective_batch_size(trainer.args.world_size)
+            return size
 
-        def call_event(*args: Any, **kwargs: Any) -> Any:
-            with self._as_requested():
-                return stock_call_event(*args, **kwargs)
+    def total_batch_size(self, trainer: Any, args: Any) -> int:
+        """Give the effective batch size; the stock formula knows only its own two options."""
+        size = self.effective_batch_size(trainer)
+        return size or int(trainer._train_batch_size * args.world_size)
 
-        handler.call_event = call_event
-        try:
-            with _set(self.args, _STOCK_LOOP_SEES):
-                return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            del handler.call_event
-            self._requested = None
+    def initial_values(
+        self, trainer: Any, args: Any, loader: Any, stock_values: Callable[..., Any]
+    ) -> tuple[Any, ...]:
+        """Count updates and sequences as they will be, epoch by epoch.
 
-    def _as_requested(self) -> contextlib.AbstractContextManager[None]:
-        """Show the arguments as the user wrote them, for as long as the context lasts."""
-        return _set(self.args, self._requested or {})
+        Args:
+            trainer: The trainer.
+            args: Its arguments.
+            loader: Ours, or one that a subclass made.
+            stock_values: The stock ``set_initial_training_values``.
+
+        Returns:
+            As the stock method: epochs, updates per epoch, examples, samples, batch size, steps in
+            an epoch, most steps.
+        """
+        if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
+            with self.requested.shown(trainer):
+                values = list(stock_values(args, loader))
+            values[5] = values[1]  # one step of the stock loop is one update
+            return tuple(values)
+        values = list(stock_values(args, loader))
+        sampler = loader.batch_sampler
+        if isinstance(sampler, UpdateSampler):
+            epochs, per_epoch, max_steps = count_updates(
+                sampler, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
+            )
+            values[0], values[1], values[5], values[6] = epochs, per_epoch, per_epoch, max_steps
+            if args.max_steps > 0 and self.effective_batch_size(trainer) is not None:
+                values[3] = min(values[3], math.ceil(max_steps / per_epoch * sampler.num_sequences))
+        return tuple(values)
+
+    def membership(self, trainer: Any) -> dict[str, Any]:
+        """Say what decides which sequences share an update; a resume must not change it."""
+        args = trainer.args
+        return {
+            "effective_batch_size": self.effective_batch_size(trainer),
+            "tokens_per_update": args.tokens_per_update,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "order": _order(trainer),
+            "num_sequences": count_rows_of(trainer.train_dataset),
+            "incomplete_update": "keep" if args.keeps_incomplete_update else "drop",
+            "fingerprint": fingerprint(trainer.train_dataset),
+        }
 
 
-@contextlib.contextmanager
-def _set(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
+def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, Any]:
+    """Do what the stock loader does about columns that forward does not take."""
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    if not is_stock_loader:
+        return dataset, collator  # its collator knows the columns
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset, description="Training"), collator
+    return dataset, trainer._get_collator_with_removed_columns(collator, "Training")
+
+
+def _users_sampler(trainer: Any) -> Any:
+    """Use the sampler of a subclass, if it makes one of its own."""
+    if type(trainer)._get_train_sampler is Trainer._get_train_sampler:
+        return None
+    sampler = trainer._get_train_sampler()
+    # The stock one says no more than "shuffle", which the seed does alike on all ranks.
+    plain = (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.generator is None
+        and sampler.num_samples == len(sampler.data_source)
+    )
+    return None if plain else sampler
+
+
+def _order(trainer: Any) -> str:
+    """Name what orders the rows: the stream itself, the dataset, the seed, a user's sampler."""
+    if is_stream(trainer.train_dataset):
+        return "stream"
+    sampler = _users_sampler(trainer)
+    if sampler is not None:
+        return type(sampler).__name__
+    return "sequential" if trainer.args.train_sampling_strategy == "sequential" else "shuffled"

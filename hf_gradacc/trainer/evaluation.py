@@ -1,6 +1,4 @@
-"""Evaluation that goes on with fewer rows at once where a batch does not fit into memory.
-
-Evaluation loss per target token, whatever the evaluation batch size.
+"""Evaluation: the loss per target whatever the batch size, in pieces if a batch does not fit.
 
 The stock Trainer repeats each batch's mean loss once per sequence and averages, so `eval_loss`
 moves with ``per_device_eval_batch_size``. Here it is ``Σ loss·n / Σ n`` over batches and ranks.
@@ -9,49 +7,150 @@ moves with ``per_device_eval_batch_size``. Here it is ``Σ loss·n / Σ n`` over
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
-from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import copies_in
-from hf_gradacc.ranks.collectives import sum_over_ranks
+from hf_gradacc.ranks.collectives import share_first, share_running_statistics, sum_over_ranks
+from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
     free_memory,
     is_out_of_memory,
     single_row_error,
     words_of,
 )
-from hf_gradacc.updates.batch import count_rows, slice_rows
+from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.targets import TargetRule, has_target
 
-__all__ = ["EvalLoss", "SplitEvaluation", "perplexity"]
+__all__ = ["EvalLoss", "Evaluation", "count_real_rows", "perplexity"]
 
 logger = logging.get_logger(__name__)
 
+Predict = Callable[..., Any]
+"""The stock ``prediction_step(model, inputs, prediction_loss_only, ignore_keys)``."""
 
-class SplitEvaluation(Trainer):
-    """Runs an evaluation batch in pieces if it must; losses and predictions stay the same."""
 
-    _facts: LossFacts | None = None
-    _eval_rows: int | None = None  # sequences that are known to fit, None for all of them
-    _rows_per_sequence = 1
+class Evaluation:
+    """The sums of one evaluation, and how many rows are known to fit.
 
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    Attributes:
+        copies: Collated rows of each sequence, where ranks have to know.
+    """
+
+    def __init__(self) -> None:
+        self.copies = 1
+        self._loss: EvalLoss | None = None
+        self._num_rows_that_fit: int | None = None  # None for all of them
+        self._rows_per_sequence = 1
+
+    def run(self, trainer: Any, stock_loop: Callable[[], Any], loader: Any, prefix: str) -> Any:
+        """Report the loss per target over all batches and ranks, and its perplexity.
+
+        Args:
+            trainer: The trainer.
+            stock_loop: The stock ``evaluation_loop``, arguments included.
+            loader: What it evaluates on.
+            prefix: Its ``metric_key_prefix``.
+
+        Returns:
+            What the stock loop returns, with its loss replaced.
+        """
+        is_alone = trainer.args.world_size == 1
+        self._loss, self.copies = EvalLoss(), 1 if is_alone else copies_in(loader)
+        try:
+            if not is_alone:
+                share_running_statistics(trainer.model)
+            output = stock_loop()
+            loss = self._loss.mean(trainer.args.device)
+        finally:
+            self._loss = None
+        if loss is not None and f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = loss
+            if trainer.facts is not None and trainer.facts.rule is not TargetRule.SEQUENCE:
+                output.metrics[f"{prefix}_perplexity"] = perplexity(loss)
+        return output
+
+    def predict(
+        self,
+        trainer: Any,
+        stock_step: Predict,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: Any,
+        *,
+        engine: Engine,
+        ask: Callable[[nn.Module, Any], Any],
     ) -> Any:
-        """Run the stock step, after an allocator gave up on fewer rows at a time."""
-        step = super().prediction_step
+        """Run the stock step, and keep its loss with the number of its targets.
+
+        Args:
+            trainer: The trainer.
+            stock_step: The stock ``prediction_step``.
+            model: As for the stock step.
+            inputs: Likewise.
+            prediction_loss_only: Likewise.
+            ignore_keys: Likewise.
+            engine: How the ranks work together.
+            ask: Asks the model how its loss counts, if training has not.
+
+        Returns:
+            Loss, logits and labels, as the stock step.
+        """
+
+        def step(rows: Any, *, loss_only: bool) -> Any:
+            return self._in_pieces(trainer, stock_step, model, rows, loss_only, ignore_keys)
+
+        if self._loss is None or not isinstance(inputs, Mapping):
+            return step(inputs, loss_only=prediction_loss_only)
+        is_labelled = bool(trainer.label_names) and all(
+            inputs.get(name) is not None for name in trainer.label_names
+        )
+        if is_labelled and trainer.facts is None:
+            asked = inputs if has_target(inputs) else None
+            if engine.lockstep:  # all ranks ask together, so they ask the same
+                asked = share_first(asked)
+            if asked is not None:
+                ask(model, asked)
+        copies = self.copies
+        micro_batch = make_micro_batch(inputs, copies=copies)
+        result = step(inputs, loss_only=prediction_loss_only)
+        loss, real = result[0], count_real_rows(trainer, micro_batch.num_sequences)
+        if loss is None:
+            return result
+        if real < micro_batch.num_sequences or (engine.lockstep and _is_filled(trainer)):
+            # Accelerate filled this rank's last batch with rows of the first: leave them out.
+            micro_batch = make_micro_batch(first_rows(inputs, real, copies=copies), copies=copies)
+            if real or engine.lockstep:  # in step, no rank may sit out a forward
+                again = first_rows(inputs, max(real, 1), copies=copies)
+                loss = step(again, loss_only=True)[0]
+        if trainer.facts is not None:
+            self._loss.add(loss, num_targets=micro_batch.targets.under(trainer.facts.rule))
+        elif not is_labelled:  # preferences, before any training: a mean over rows
+            self._loss.add(loss, num_targets=micro_batch.num_sequences)
+        return result
+
+    def _in_pieces(
+        self,
+        trainer: Any,
+        stock_step: Predict,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: Any,
+    ) -> Any:
+        """Run the stock step, on fewer rows at a time after an allocator gave up."""
         while True:
             copies = self._rows_per_sequence
             num_rows = count_rows(inputs) // copies if isinstance(inputs, Mapping) else 0
-            size = min(num_rows, self._eval_rows or num_rows)
+            size = min(num_rows, self._num_rows_that_fit or num_rows)
             parts = [inputs]
             if size < num_rows:
                 parts = [
@@ -59,19 +158,21 @@ class SplitEvaluation(Trainer):
                     for start in range(0, num_rows, size)
                 ]
             try:
-                results = [step(model, part, prediction_loss_only, ignore_keys) for part in parts]
-                return results[0] if len(results) == 1 else self._join(parts, results)
+                results = [
+                    stock_step(model, part, prediction_loss_only, ignore_keys) for part in parts
+                ]
+                return results[0] if len(results) == 1 else self._join(trainer, parts, results)
             except Exception as error:
-                if not self._may_split(error, num_rows):
+                if num_rows == 0 or not _may_split(trainer, error):
                     raise
-                if self._eval_rows is None:
+                if self._num_rows_that_fit is None:
                     # Preferences lie in blocks, chosen rows before rejected ones.
-                    loader = self.callback_handler.eval_dataloader
+                    loader = trainer.callback_handler.eval_dataloader
                     self._rows_per_sequence = copies = copies_in(loader)
                     num_rows, size = num_rows // copies, size // copies
                 if copies > 1 and not prediction_loss_only:
                     raise  # what such a trainer predicts has no row of its own to go to
-                said = words_of(error)
+                message = words_of(error)
             results = []
             free_memory()
             if size <= 1:
@@ -79,30 +180,21 @@ class SplitEvaluation(Trainer):
                     measure_length({"input_ids": row}) for row in inputs.get("input_ids", [[0]])
                 )
                 raise single_row_error(
-                    length=length, row=None, tried=[], said=said, evaluation=True
+                    length=length, row=None, tried=[], said=message, evaluation=True
                 )
-            self._eval_rows = max(1, size // 2)
+            self._num_rows_that_fit = max(1, size // 2)
             logger.warning(
-                f"evaluation ran out of memory on {size} rows: it goes on with {self._eval_rows} "
-                f"at a time. The results are the same; per_device_eval_batch_size = "
-                f"{self._eval_rows} would spare the attempt."
+                f"evaluation ran out of memory on {size} rows: it goes on with "
+                f"{self._num_rows_that_fit} at a time. The results are the same; "
+                f"per_device_eval_batch_size = {self._num_rows_that_fit} would spare the attempt."
             )
 
-    def _may_split(self, error: Exception, num_rows: int) -> bool:
-        """Say whether fewer rows may help and other ranks are not waiting inside the forward."""
-        return (
-            num_rows > 0
-            and bool(getattr(self.args, "recover_from_out_of_memory", True))
-            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            and is_out_of_memory(error)
-        )
-
-    def _join(self, parts: list[Any], results: list[Any]) -> tuple[Any, Any, Any]:
+    def _join(self, trainer: Any, parts: list[Any], results: list[Any]) -> tuple[Any, Any, Any]:
         """Put the pieces' results together: the loss per target, predictions row by row."""
         losses = [loss for loss, _, _ in results]
         loss: Tensor | None = None
         if losses[0] is not None:
-            counts = [self._count_targets(part) for part in parts]
+            counts = [self._count_targets(trainer, part) for part in parts]
             total = sum(counts)
             # A piece without a target has a loss of NaN and no weight.
             weighted = [a * (n / total) for a, n in zip(losses, counts, strict=True) if n]
@@ -114,11 +206,34 @@ class SplitEvaluation(Trainer):
                     joined[i] = nested_concat(joined[i], tensors, padding_index=-100)
         return loss, joined[0], joined[1]
 
-    def _count_targets(self, part: Any) -> int:
+    def _count_targets(self, trainer: Any, part: Any) -> int:
         micro_batch = make_micro_batch(part, copies=self._rows_per_sequence)
-        if self._facts is None:
+        if trainer.facts is None:
             return micro_batch.num_sequences
-        return micro_batch.targets.under(self._facts.rule)
+        return micro_batch.targets.under(trainer.facts.rule)
+
+
+def count_real_rows(trainer: Any, num_rows: int) -> int:
+    """Count the rows of this rank's evaluation batch that are not repeated to fill it up."""
+    if not _is_filled(trainer):
+        return num_rows
+    remainder = trainer.accelerator.gradient_state.remainder
+    return min(num_rows, max(0, remainder - num_rows * trainer.args.process_index))
+
+
+def _is_filled(trainer: Any) -> bool:
+    """Whether the evaluation batch of some rank holds repeated rows."""
+    state = trainer.accelerator.gradient_state
+    return trainer.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
+
+
+def _may_split(trainer: Any, error: Exception) -> bool:
+    """Say whether fewer rows may help and other ranks are not waiting inside the forward."""
+    return (
+        bool(getattr(trainer.args, "recover_from_out_of_memory", True))
+        and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        and is_out_of_memory(error)
+    )
 
 
 class EvalLoss:

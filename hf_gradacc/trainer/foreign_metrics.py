@@ -1,15 +1,11 @@
 """The metrics that other people's trainers collect: one true mean per update, and per evaluation.
 
 TRL's trainers put a value per micro-batch into ``_metrics["train"]`` or ``_metrics["eval"]`` and
-log the mean of the list. For that they gather over ranks in every ``compute_loss``, where ranks
-that run different numbers of micro-batches would wait forever. Here each micro-batch keeps to
-itself, and its values are taken out, weighted (see `metric_weights`) and put back as one value per
-update when a row is about to be logged, with a single collective.
-
-Means of a trainer's own metrics over an update: each weighted by what it is a mean over.
-
-TRL's trainers append one value per micro-batch to lists, and log the plain mean of each list. That
-is a mean of means: on rows of 3 and 30 tokens it tells the token accuracy of neither.
+log the plain mean of the list. That is a mean of means: on rows of 3 and 30 tokens it tells the
+token accuracy of neither. For it they gather over ranks in every ``compute_loss``, where ranks that
+run different numbers of micro-batches would wait forever. Here each micro-batch keeps to itself.
+Its values are taken out, weighted by what each is a mean over, and put back as one value per update
+when a row is about to be logged, with a single collective.
 """
 
 from __future__ import annotations
@@ -17,25 +13,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import Trainer
+from torch import Tensor
 
-from hf_gradacc.loss.facts import LossFacts
-from hf_gradacc.loss.refusals import refuse_by_name
-from hf_gradacc.updates.batch import count_rows
+from hf_gradacc.ranks.collectives import gather_objects
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.targets import TargetRule
-from hf_gradacc.updates.update import MicroBatch, Update
+from hf_gradacc.updates.update import MicroBatch
 
-__all__ = ["AveragedMetrics", "WeightedValues", "add_value", "count_per_metric", "means_of"]
-
-_ROWS = TargetRule.SEQUENCE
+__all__ = ["ForeignMetrics", "WeightedValues", "add_value", "count_per_metric", "means_of"]
 
 
 @dataclass
@@ -63,168 +53,141 @@ class _Sums:
         self.num_tokens += taken.num_tokens
 
 
-class AveragedMetrics(Trainer):
-    """Overrides that make a trainer's own metrics independent of the cut.
+class ForeignMetrics:
+    """Makes the metrics that a trainer behind the mixin collects independent of the cut."""
 
-    Attributes:
-        _taken: Where ``compute_loss`` leaves what it collected; None to let it be.
-        _metrics_of: What each micro-batch of this update collected, by its identity: one that
-            runs again, after running out of memory, replaces what it said before.
-        _unlogged: This rank's updates since the last log row.
-    """
-
-    _taken: list[_Taken] | None = None
-    _metrics_of: dict[int, _Taken]
-    _unlogged: list[_Sums]
-    _eval_sums: _Sums | None = None
-    _metrics: dict[str, Any]
-    _total_train_tokens = 0
-    _facts: LossFacts | None = None
-    _eval_copies: int
-    _update: Update
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        refuse_by_name(self)
-        self._metrics_of, self._unlogged = {}, []
-
-    @property
-    def _collects(self) -> bool:
-        """Whether this trainer keeps lists of metrics the way TRL's do."""
-        metrics = getattr(self, "_metrics", None)
-        return isinstance(metrics, dict) and {"train", "eval"} <= set(metrics)
+    def __init__(self) -> None:
+        # Where `compute_loss` leaves what it collected; None to let it be.
+        self._taken: list[_Taken] | None = None
+        # What each micro-batch of this update collected, by its identity: one that runs again,
+        # after running out of memory, replaces what it said before.
+        self._of_micro_batch: dict[int, _Taken] = {}
+        # This rank's updates since the last log row.
+        self._unlogged: list[_Sums] = []
+        self._of_evaluation: _Sums | None = None
 
     # ---- taking out what a forward collects ----------------------------------------------------
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, trainer: Any, stock_loss: Callable[[], Any], inputs: Any) -> Any:
         """Take what this forward collects out of the trainer's lists."""
-        if self._taken is None or not self._collects:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        lists, total = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in lists}
+        if self._taken is None or not _collects(trainer):
+            return stock_loss()
+        lists, total = trainer._metrics, getattr(trainer, "_total_train_tokens", 0)
+        trainer._metrics = {mode: defaultdict(list) for mode in lists}
         try:
-            with _without_gathering(self.accelerator):
-                result = super().compute_loss(model, inputs, *args, **kwargs)
-            values = {key: v for own in self._metrics.values() for key, v in own.items()}
+            with _without_gathering(trainer.accelerator):
+                result = stock_loss()
+            values = {key: v for own in trainer._metrics.values() for key, v in own.items()}
             values.pop("num_tokens", None)  # a running total, no mean
-            num_tokens = self._total_train_tokens - total
+            num_tokens = getattr(trainer, "_total_train_tokens", 0) - total
             self._taken.append(_Taken(values, num_tokens, inputs))
         finally:
-            self._metrics, self._total_train_tokens = lists, total
+            trainer._metrics, trainer._total_train_tokens = lists, total
         return result
 
     @contextlib.contextmanager
-    def _taking(self) -> Iterator[list[_Taken]]:
+    def taking(self) -> Iterator[list[_Taken]]:
+        """Keep what forwards inside collect from the trainer; on its own, without a trace."""
         before, self._taken = self._taken, []
         try:
             yield self._taken
         finally:
             self._taken = before
 
-    def _ask(self, model: nn.Module, inputs: Any) -> LossFacts:
-        """Ask the model without a trace in the metrics."""
-        with self._taking():
-            return super()._ask(model, inputs)
-
     # ---- training ------------------------------------------------------------------------------
 
-    def _run_micro_batch(self, model: nn.Module, micro_batch: MicroBatch, targets: int) -> Tensor:
-        """Keep what this micro-batch collects."""
-        with self._taking() as taken:
-            loss = super()._run_micro_batch(model, micro_batch, targets)
+    @contextlib.contextmanager
+    def keeping(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Keep what a micro-batch collects."""
+        with self.taking() as taken:
+            yield
         if taken:
             taken[-1].inputs = None  # on the device; the micro-batch has its own on the host
-            self._metrics_of[id(micro_batch)] = taken[-1]
-        return loss
+            self._of_micro_batch[id(micro_batch)] = taken[-1]
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def end_update(
+        self, trainer: Any, micro_batches: Iterable[MicroBatch], rule: TargetRule
+    ) -> None:
         """Add up what the update's micro-batches collected, as they ran in the end."""
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if isinstance(inputs, Update) and self._collects and self._facts is not None:
-            sums = _Sums()
-            ran = self._update if self._global_stats.num_targets else ()
-            for micro_batch in ran:
-                taken = self._metrics_of.get(id(micro_batch))
-                if taken is not None and not micro_batch.weightless:
-                    own = micro_batch.targets.under(self._facts.rule)
-                    sums.add(taken, num_targets=own, inputs=micro_batch.inputs)
-            self._metrics_of = {}
-            self._unlogged.append(sums)
-        return loss
+        if not _collects(trainer):
+            return
+        sums = _Sums()
+        for micro_batch in micro_batches:
+            taken = self._of_micro_batch.get(id(micro_batch))
+            if taken is not None and not micro_batch.weightless:
+                num_targets = micro_batch.targets.under(rule)
+                sums.add(taken, num_targets=num_targets, inputs=micro_batch.inputs)
+        self._of_micro_batch = {}
+        self._unlogged.append(sums)
 
-    def _forget_update(self) -> None:
+    def forget_update(self) -> None:
         """Forget the metrics of an update that trained nothing."""
-        super()._forget_update()
         if self._unlogged:
             self._unlogged[-1] = _Sums()
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Hand the updates' means to the trainer before it logs or evaluates."""
-        if self.control.should_log or self.control.should_evaluate:
-            self._settle()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Hand over what has not been logged yet."""
-        self._settle()
-        return super()._finalize_training(*args, **kwargs)
-
-    def _settle(self) -> None:
+    def hand_over(self, trainer: Any) -> None:
         """Put one value per update into the trainer's lists: the mean over all ranks."""
-        if not self._collects:
+        if not _collects(trainer):
             return
-        ranks = self._gather(self._unlogged)
+        ranks = gather_objects(self._unlogged)
         self._unlogged = []
         for update in zip(*ranks, strict=True):
             for key, value in means_of([own.values for own in update]).items():
-                self._metrics["train"][key].append(value)
+                trainer._metrics["train"][key].append(value)
         num_tokens = sum(own.num_tokens for rank in ranks for own in rank)
         if num_tokens:
-            self._total_train_tokens += num_tokens
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-
-    def _gather(self, own: Any) -> list[Any]:
-        """Give what every rank has."""
-        if self.args.world_size == 1:
-            return [own]
-        ranks: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(ranks, own)
-        return ranks
+            trainer._total_train_tokens += num_tokens
+            trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
 
     # ---- evaluation ----------------------------------------------------------------------------
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Hand over one mean per metric, over all rows and ranks."""
-        if not self._collects:
-            return super().evaluation_loop(*args, **kwargs)
-        self._eval_sums = _Sums()
+    def evaluate(self, trainer: Any, evaluate: Callable[[], Any]) -> Any:
+        """Run an evaluation; hand over one mean per metric, over all rows and ranks."""
+        if not _collects(trainer):
+            return evaluate()
+        self._of_evaluation = _Sums()
         try:
-            output = super().evaluation_loop(*args, **kwargs)
-            ranks = self._gather(self._eval_sums)
+            output = evaluate()
+            ranks = gather_objects(self._of_evaluation)
         finally:
-            self._eval_sums = None
+            self._of_evaluation = None
         for key, value in means_of([own.values for own in ranks]).items():
-            self._metrics["eval"][key] = [value]
-        if self._total_train_tokens:
-            self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
+            trainer._metrics["eval"][key] = [value]
+        if getattr(trainer, "_total_train_tokens", 0):
+            trainer._metrics["eval"]["num_tokens"] = [trainer._total_train_tokens]
         return output
 
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep what the rows of this batch collect, each row once."""
-        if self._eval_sums is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with self._taking() as taken:
-            result = super().prediction_step(model, inputs, *args, **kwargs)
+    @contextlib.contextmanager
+    def keeping_evaluation(
+        self, *, num_rows: Callable[[], int], copies: int, rule: Callable[[], TargetRule]
+    ) -> Iterator[None]:
+        """Keep what the rows of an evaluation batch collect, each row once.
+
+        Args:
+            num_rows: Gives the rows of the batch that count, once it has run.
+            copies: Collated rows of each sequence.
+            rule: Gives what counts as a target, once the batch has run.
+        """
+        if self._of_evaluation is None:
+            yield
+            return
+        with self.taking() as taken:
+            yield
         # Rows that only fill up the batch, and attempts that ran out of memory, come before the
         # rows as they count.
-        missing = self._count_real_rows(count_rows(inputs) // self._eval_copies)
+        missing = num_rows()
         while taken and missing > 0:
             last = taken.pop()
-            micro_batch = make_micro_batch(last.inputs, copies=self._eval_copies)
-            own = micro_batch.targets.under(self._facts.rule if self._facts else _ROWS)
-            self._eval_sums.add(last, num_targets=own, inputs=last.inputs)
+            micro_batch = make_micro_batch(last.inputs, copies=copies)
+            num_targets = micro_batch.targets.under(rule())
+            self._of_evaluation.add(last, num_targets=num_targets, inputs=last.inputs)
             missing -= micro_batch.num_sequences
-        return result
+
+
+def _collects(trainer: Any) -> bool:
+    """Say whether a trainer keeps lists of metrics the way TRL's do."""
+    metrics = getattr(trainer, "_metrics", None)
+    return isinstance(metrics, dict) and {"train", "eval"} <= set(metrics)
 
 
 @contextlib.contextmanager

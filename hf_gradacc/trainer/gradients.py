@@ -1,165 +1,198 @@
-"""The Trainer's numbers: float32 sums, and no update that is NaN or infinite."""
+"""Between an update's gradient and the optimizer: nothing that is NaN or infinite goes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_gradacc.errors import NonFiniteError
-from hf_gradacc.ranks.outcome import Outcome
+from hf_gradacc.ranks.collectives import gather_objects
 from hf_gradacc.safety.non_finite import describe_rows, find_bad_tensor
-from hf_gradacc.safety.precision import Float32Gradients
-from hf_gradacc.safety.rollback import RandomState, Rollback
+from hf_gradacc.safety.rollback import RandomState
 from hf_gradacc.tracking.install import record_event
-from hf_gradacc.trainer.noise import MeasuredNoise
-from hf_gradacc.updates.update import Update
+from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
+from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 
-__all__ = ["CheckedNumbers"]
+__all__ = ["GradientGate"]
 
 logger = logging.get_logger(__name__)
 
 
-class CheckedNumbers(MeasuredNoise):
-    """Overrides between an update's gradient and the optimizer.
+class GradientGate:
+    """Clips and checks the gradient of an update, and lets it through or not.
+
+    Args:
+        metrics: Forgets what an update that is skipped collected.
 
     Attributes:
-        _update: The update as it ran, `_loss` its loss on this rank, `_outcome` what the ranks
-            said of it, `_loss_before` the sum of losses logged before it, `_grad_norm` its norm.
+        grad_norm: Norm of the last update's gradient before clipping, None if nobody computed it.
     """
 
-    _float32: Float32Gradients | None = None
-    _rollback: Rollback | None = None
-    _skipped_in_a_row = 0
-    _update: Update
-    _loss: Tensor
-    _outcome: Outcome
-    _loss_before: Tensor | None = None
-    _grad_norm: float | None = None
+    def __init__(self, metrics: ForeignMetrics) -> None:
+        self.grad_norm: float | None = None
+        self._metrics = metrics
+        self._num_skipped_in_a_row = 0
+        self._loss_before: Tensor | None = None
 
-    # ---- the dtype of gradients ----------------------------------------------------------------
+    def begin_run(self) -> None:
+        """Begin a call of ``train()``."""
+        self._num_skipped_in_a_row = 0
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Find the weights whose gradients lose most in a sum, once the model is wrapped."""
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        self._float32 = None
-        if self.args.accumulate_grads_in_fp32 is not False and self._can_roll_back:
-            self._float32 = Float32Gradients(model.parameters())
-        return model, loader
+    def begin_update(self, trainer: Any) -> None:
+        """Remember the sum of losses before an update, should it be taken out again."""
+        total = getattr(trainer, "_tr_loss", None)
+        self._loss_before = None if total is None else total.clone()
 
-    @property
-    def _can_roll_back(self) -> bool:
-        """Whether a forward or backward may be left in the middle: not with collectives in it."""
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _choose_precision(self) -> None:
-        """Sum in float32 if asked to, or if there is a sum at all."""
-        wants = self.args.accumulate_grads_in_fp32 or self._global_stats.num_micro_batches > 1
-        if self._float32 is not None and wants:
-            self._float32.begin()
-
-    # ---- bad numbers ---------------------------------------------------------------------------
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip nothing in an update without targets: a GradScaler must not unscale it."""
-        if self._global_stats.num_targets == 0:
-            return torch.zeros((), device=self.args.device)
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Let only finite gradients through to the optimizer, in the dtype of their weights."""
-        if self._global_stats.num_targets == 0:
-            return torch.zeros((), device=self.args.device)
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not self._passes(model, norm):
-            model.zero_grad()
-        if self._float32 is not None:
-            self._float32.cast_to_weights()
+    def take_norm(self) -> float | None:
+        """Give the norm of the update that has just ended, for its log row."""
+        norm, self.grad_norm = self.grad_norm, None
         return norm
 
-    def _passes(self, model: nn.Module, norm: Any) -> bool:
+    def clip(
+        self,
+        trainer: Any,
+        runner: UpdateRunner,
+        result: UpdateResult,
+        model: nn.Module,
+        stock_clip: Callable[[nn.Module], Any],
+    ) -> Any:
+        """Clip nothing in an update without targets: a GradScaler must not unscale it."""
+        if result.stats.num_targets == 0:
+            return torch.zeros((), device=trainer.args.device)
+        return runner.engine.clip(model, stock_clip)
+
+    def check(
+        self,
+        trainer: Any,
+        runner: UpdateRunner,
+        result: UpdateResult,
+        model: nn.Module,
+        norm: Any,
+        stock_norm: Callable[[nn.Module, Any], Any],
+    ) -> Any:
+        """Let only finite gradients through to the optimizer, in the dtype of their weights.
+
+        Args:
+            trainer: The trainer.
+            runner: What ran the update.
+            result: What became of the update.
+            model: The wrapped model.
+            norm: What clipping returned.
+            stock_norm: The stock ``_get_grad_norm``.
+
+        Returns:
+            The norm of the gradient before clipping.
+
+        Raises:
+            NonFiniteError: If it is not finite, and so asked or so too often.
+        """
+        if result.stats.num_targets == 0:
+            return torch.zeros((), device=trainer.args.device)
+        norm = runner.engine.grad_norm(model, norm, stock_norm)
+        if norm is not None and not self._passes(trainer, runner, result, model, norm):
+            model.zero_grad()
+        if runner.float32 is not None:
+            runner.float32.cast_to_weights()
+        return norm
+
+    def _passes(
+        self,
+        trainer: Any,
+        runner: UpdateRunner,
+        result: UpdateResult,
+        model: nn.Module,
+        norm: Any,
+    ) -> bool:
         """Check an update's loss and gradient norm, in one read from the device."""
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-        # Many ranks have told each other already, see `Outcome`.
-        loss = self._loss.to(norm) if self.args.world_size == 1 else torch.zeros_like(norm)
+        # Many ranks have told each other already, see `UpdateOutcome`.
+        is_alone = trainer.args.world_size == 1
+        loss = result.local_loss.to(norm) if is_alone else torch.zeros_like(norm)
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
-        self._grad_norm = norm_value
-        bad_loss = not math.isfinite(loss_value) or bool(self._outcome.bad_loss)
-        largest = min(norm_value, self.args.max_grad_norm or norm_value)
-        overflows = self._float32 is not None and not self._float32.fits(largest)
+        self.grad_norm = norm_value
+        bad_loss = not math.isfinite(loss_value) or bool(result.outcome.bad_loss)
+        largest = min(norm_value, trainer.args.max_grad_norm or norm_value)
+        overflows = runner.float32 is not None and not runner.float32.fits(largest)
         if math.isfinite(norm_value) and not bad_loss and not overflows:
-            self._skipped_in_a_row = 0
+            self._num_skipped_in_a_row = 0
             return True
-        scaler = self.accelerator.scaler
-        searches = scaler is not None and scaler.get_scale() >= 1.0
-        if self._update_engine is not None:
-            searches = self._update_engine.searches_loss_scale
-        if searches and not bad_loss:
+        if runner.engine.searches_loss_scale and not bad_loss:
             # Overflow of scaled gradients is how a GradScaler finds its scale: it skips by itself.
-            self._forget_update()
+            self._forget(trainer, result)
             return True
-        self._refuse(model, loss=loss_value, norm=norm_value)
-        if scaler is not None:
-            scaler.update()  # it has unscaled and would not do so again before this
+        self._refuse(trainer, runner, result, model, norm=norm_value)
+        if trainer.accelerator.scaler is not None:
+            # It has unscaled and would not do so again before this.
+            trainer.accelerator.scaler.update()
         return False
 
-    def _refuse(self, model: nn.Module, *, loss: float, norm: float) -> None:
+    def _refuse(
+        self,
+        trainer: Any,
+        runner: UpdateRunner,
+        result: UpdateResult,
+        model: nn.Module,
+        *,
+        norm: float,
+    ) -> None:
         """Keep an update from the optimizer, and say which rows made it bad."""
-        where = self._explain(model)
+        args, update = trainer.args, result.update
+        where = _explain(trainer, runner, result, model)
         text = (
-            f"update {self._update.index} of epoch {self._update.epoch} (step "
-            f"{self.state.global_step + 1}) is not finite: gradient norm {norm:g}, {where}."
+            f"update {update.index} of epoch {update.epoch} (step "
+            f"{trainer.state.global_step + 1}) is not finite: gradient norm {norm:g}, {where}."
         )
-        if self.args.on_non_finite == "raise":
+        if args.on_non_finite == "raise":
             raise NonFiniteError(
                 f"{text}\n  The optimizer has not seen it. Look at these rows; lower the learning "
                 f"rate; use bf16 instead of fp16; or set on_non_finite = 'skip'."
             )
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.args.max_skipped_updates_in_a_row:
+        self._num_skipped_in_a_row += 1
+        if self._num_skipped_in_a_row >= args.max_skipped_updates_in_a_row:
             raise NonFiniteError(
-                f"{text}\n  That is the {self._skipped_in_a_row}. update in a row "
-                f"(max_skipped_updates_in_a_row = {self.args.max_skipped_updates_in_a_row}): the "
+                f"{text}\n  That is the {self._num_skipped_in_a_row}. update in a row "
+                f"(max_skipped_updates_in_a_row = {args.max_skipped_updates_in_a_row}): the "
                 f"model itself has gone bad. Resume from an earlier checkpoint with a lower "
                 f"learning rate."
             )
-        self.accelerator.gradient_state._set_sync_gradients(False)
-        self._forget_update()
+        trainer.accelerator.gradient_state._set_sync_gradients(False)
+        self._forget(trainer, result)
         logger.warning(f"{text} It is skipped: the optimizer has not seen it.")
-        record_event(self, "skipped_update", text=text)
+        record_event(trainer, "skipped_update", text=text)
 
-    def _forget_update(self) -> None:
+    def _forget(self, trainer: Any, result: UpdateResult) -> None:
         """Take an update that trained nothing out of the logs: loss, targets, sequences."""
         if self._loss_before is not None:
-            self._tr_loss.copy_(self._loss_before)
-        self._global_stats = dataclasses.replace(self._global_stats, num_targets=0, num_sequences=0)
+            trainer._tr_loss.copy_(self._loss_before)
+        result.stats = dataclasses.replace(result.stats, num_targets=0, num_sequences=0)
+        self._metrics.forget_update()
 
-    def _explain(self, model: nn.Module) -> str:
-        """Run this rank's micro-batches again to find the first bad tensor; ask all ranks."""
-        assert self._rollback is not None
-        after = RandomState(self.args.device)
-        self._rollback.restore()
-        rows = "; ".join(describe_rows(mb) for mb in self._update if not mb.weightless)
-        text: str | None = f"its micro-batches held {rows}"  # sharded: no rank can run one alone
-        if self._can_roll_back:
-            bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            try:
-                text = find_bad_tensor(
-                    bare,
-                    self._update.micro_batches,
-                    lambda mb: self._run_micro_batch(model, mb, self._global_stats.num_targets),
-                )
-            except Exception as error:  # the other ranks wait below for what this one found
-                text = f"running it again failed ({type(error).__name__}: {error})"
-            self._rollback.restore()
-        after.restore()
-        if self.args.world_size > 1:
-            texts: list[Any] = [None] * self.args.world_size
-            dist.all_gather_object(texts, text)
-            text = "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t) or None
-        return text or "but each of its micro-batches is finite by itself"
+
+def _explain(trainer: Any, runner: UpdateRunner, result: UpdateResult, model: nn.Module) -> str:
+    """Run this rank's micro-batches again to find the first bad tensor; ask all ranks."""
+    after = RandomState(trainer.args.device)
+    runner.rollback.restore()
+    rows = "; ".join(describe_rows(mb) for mb in result.update if not mb.weightless)
+    text: str | None = f"its micro-batches held {rows}"  # sharded: no rank can run one alone
+    if runner.engine.can_roll_back:
+        bare = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        try:
+            text = find_bad_tensor(
+                bare,
+                result.update.micro_batches,
+                lambda mb: runner.run_micro_batches(trainer, model, [mb], result.stats),
+            )
+        except Exception as error:  # the other ranks wait below for what this one found
+            text = f"running it again failed ({type(error).__name__}: {error})"
+        runner.rollback.restore()
+    after.restore()
+    texts = gather_objects(text)
+    if len(texts) > 1:
+        text = "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t) or None
+    return text or "but each of its micro-batches is finite by itself"

@@ -1,75 +1,116 @@
-"""The stock Trainer, with updates for batches.
+"""The stock Trainer, with updates for batches: every hook of it that is overridden, each once.
 
 One item of the DataLoader is one `Update`, so for the stock loop ``gradient_accumulation_steps``
 is 1, and its steps, schedule, callbacks and epoch ends are right as they are. Inside
-``training_step`` each micro-batch goes through the stock ``training_step`` with the weight
-``n_i / N``: its own targets over those of the whole update on all ranks. Then
+``training_update`` each micro-batch goes through ``training_step``, and so through the stock one,
+with the weight ``n_i / N``: its own targets over those of the whole update on all ranks.
 
-    Σ_i (n_i / N) · mean_i  =  (1 / N) · Σ over all targets
-
-which is the mean of the whole batch at once, and so is its gradient.
-
-``tests/promise/test_stock_contract.py`` asserts what this folder relies on.
+A hook says in what order the parts are called. The parts are held, not inherited: a part overrides
+nothing, calls no ``super()``, and is handed what it needs of the stock Trainer. What the hooks rely
+on is asserted by ``tests/promise/test_stock_contract.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import nested_gather
 
 from hf_gradacc.arguments import GradAccArguments, GradAccOptions
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.facts import LossFacts
+from hf_gradacc.loss.refusals import refuse_by_name
+from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.ranks.collectives import agree_on_inputs
+from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
+from hf_gradacc.safety.precision import Float32Gradients
+from hf_gradacc.safety.rollback import Rollback
+from hf_gradacc.safety.signals import StopSignals
 from hf_gradacc.tracking.install import install_tracking
-from hf_gradacc.tracking.mfu import CostMeter
+from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
-from hf_gradacc.tracking.window import StatsWindow
-from hf_gradacc.trainer.budget import TunedBudget
-from hf_gradacc.trainer.data import UpdateLoading
-from hf_gradacc.trainer.foreign_metrics import AveragedMetrics
-from hf_gradacc.trainer.position import Ledger
-from hf_gradacc.updates.update import Update, UpdateStats
+from hf_gradacc.trainer.as_requested import AsRequested
+from hf_gradacc.trainer.asking import ask_trainer, refuse_data_without_targets
+from hf_gradacc.trainer.budget import timed_for_budget
+from hf_gradacc.trainer.data import TrainingData
+from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
+from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
+from hf_gradacc.trainer.gradients import GradientGate
+from hf_gradacc.trainer.log_row import LogBook, is_training_row
+from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
+from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
+from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
+from hf_gradacc.trainer.step import MicroBatchStep, smoothed_loss
+from hf_gradacc.trainer.stopping import Stopping
+from hf_gradacc.updates.batch import count_rows
+from hf_gradacc.updates.budget import TokenBudget
+from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import Update
 
 __all__ = ["GradAccMixin", "GradAccTrainer"]
 
 
-class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
+class GradAccMixin(Trainer):
     """Put before any ``Trainer`` subclass: ``class MyTrainer(GradAccMixin, SFTTrainer)``.
 
-    What is overridden of the stock Trainer, and why:
+    Override ``training_step`` to see micro-batches, as in the stock Trainer, and
+    ``training_update`` to see whole updates. What is overridden of the stock Trainer, and why, in
+    the order in which it is called:
 
-    ========================================  ====================================================
-    ``__init__``                              refuses engines that cannot be exact; adds the ledger
-    ``get_train_dataloader``                  loads updates
-    ``get_total_train_batch_size``            is the effective batch size
-    ``set_initial_training_values``           counts updates as they will be
-    ``_init_training_state``, ``_run_epoch``  the position in the data, from the ledger
-    ``_inner_training_loop``                  the stock loop sees one batch per step, all others
-                                              what the user asked for
-    ``_prepare_for_training``                 asks the model how its loss counts
-    ``get_batch_samples``                     hands out one update
-    ``train``                                 SIGTERM and SIGINT end it after a whole update,
-    ``_evaluate``, ``_determine_best_metric`` or break an evaluation off
-    ``training_step``                         the weight rule; the time after is the optimizer's
-    ``current_gradient_accumulation_steps``   notes that the stock step read the weight
-    ``_clip_grad_norm``, ``_get_grad_norm``   nothing non-finite goes on to the optimizer
-    ``compute_loss``                          label smoothing that keeps the model's own loss
-    ``_get_num_items_in_batch``               an evaluation batch's loss is a mean over its own
-    ``prediction_step``, ``evaluation_loop``  evaluation loss per target, in pieces if it must
-    ``floating_point_ops``                    adds up an update's micro-batches
-    ``_track_num_input_tokens``               takes the count from the update's one collective
-    ``_maybe_log_save_evaluate``, ``log``     what the updates consumed, in every log row
-    ========================================  ====================================================
+    =======================================  =====================================================
+    ``train``                                resumes from whole checkpoints only; SIGTERM and
+                                             SIGINT end it after a whole, saved update
+    ``_inner_training_loop``                 the stock loop sees one batch per step, all others
+                                             what the user asked for
+    ``get_train_dataloader``                 loads updates
+    ``get_total_train_batch_size``           is the effective batch size
+    ``set_initial_training_values``          counts updates as they will be
+    ``_init_training_state``                 the position in the data, from the ledger
+    ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
+    ``_run_epoch``                           begins where the run stands; makes up for an evaluation
+    ``_load_rng_state``                      goes on from after that evaluation
+    ``get_batch_samples``                    hands out one update
+    ``training_step``                        one micro-batch, laid out the cheapest way
+    ``current_gradient_accumulation_steps``  what its loss is divided by: the weight rule
+    ``compute_loss``                         label smoothing that keeps the model's own loss
+    ``_get_num_items_in_batch``              an evaluation batch's loss is a mean over its own
+    ``floating_point_ops``                   adds up an update's micro-batches
+    ``_track_num_input_tokens``              takes the count from the update's one collective
+    ``_clip_grad_norm``                      clips no update without targets
+    ``_get_grad_norm``                       nothing non-finite goes on to the optimizer
+    ``_maybe_log_save_evaluate``             closes the books of the update; heeds signals
+    ``log``                                  what the updates consumed, in every training row
+    ``_evaluate``                            a signal breaks an evaluation off
+    ``_determine_best_metric``               a broken-off evaluation makes no checkpoint the best
+    ``evaluation_loop``                      evaluation loss per target, over all ranks
+    ``prediction_step``                      counts targets; in pieces if a batch does not fit
+    ``_save_checkpoint``                     written aside, checked, renamed
+    ``_get_output_dir``                      where that is
+    ``_push_from_checkpoint``                uploads nothing that is not whole
+    ``save_model``                           a disk error says where weights can still be found
+    ``_save_optimizer_and_scheduler``        a disk error waits until all ranks have heard of it
+    ``_save_scaler``                         likewise
+    ``_save_rng_state``                      likewise
+    ``_finalize_training``                   losses of all ranks; keeps the newest checkpoint
+    =======================================  =====================================================
+
+    Attributes:
+        facts: What the loss is a mean over; None until the model has been asked.
+        ledger: What the run has consumed, and where it stands.
+        token_budget: The tokens a micro-batch may compute.
+        stop_signals: Which signal the run stops for.
     """
 
-    _costs: CostMeter | None = None
-    _step_started = 0.0
+    control: Any
+    _tr_loss: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Call a subclass's own ``training_step`` once per micro-batch, as stock does."""
@@ -79,74 +120,164 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
             cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.facts: LossFacts | None = None
+        self._micro_batch_step = MicroBatchStep()
+        self._foreign_metrics = ForeignMetrics()
+        self._gradient_gate = GradientGate(self._foreign_metrics)
+        self._exact_evaluation = Evaluation()
+        self._checkpoint_writer = CheckpointWriter()
+        self._as_requested = AsRequested()
+        self._training_data = TrainingData(self._as_requested)
+        self._update_runner: UpdateRunner | None = None
+        self._last_update: UpdateResult | None = None
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, GradAccOptions):
-            name = type(self.args).__name__
-            raise ConfigError(
-                f"args is a {name}, which has none of our options: use GradAccArguments, or "
-                f"class MyArguments(GradAccOptions, {name})."
-            )
-        self._refuse_inexact_engines()
+        _check_arguments(self)
+        refuse_by_name(self)
+        self._rank_engine = self._make_engine()
+        end_group_at_exit()
+        self._noise_listener = NoiseListener(self.args.noise_scale_every)
+        self.stop_signals = StopSignals()
+        self._stopping = Stopping(self.stop_signals)
+        self.token_budget = TokenBudget()
         self.ledger = Ledger()
-        self.add_callback(self.ledger)
+        kept = [self._noise_listener.record, self.stop_signals, self.token_budget, self.ledger]
+        for callback in kept:
+            if callback is not None:
+                self.add_callback(callback)
         install_tracking(self)
-        self._rank_runs = find_rank_runs(self)
-        self._own_window = StatsWindow()
+        self._log_book = LogBook(PhaseClock(self.args.device), find_rank_runs(self))
 
-    def _refuse_inexact_engines(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ConfigError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "
-                f"process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
-            )
-        for kind in ("tp", "cp", "sp"):
-            size = getattr(self, f"get_{kind}_size")()
-            if size > 1:
-                raise ConfigError(
-                    f"{kind}_size = {size}: tensor, context and sequence parallelism share rows or "
-                    f"targets between ranks, which the weight rule does not know yet. Use DDP."
-                )
+    # ---- what others may look at ---------------------------------------------------------------
 
-    # ---- counting what goes through ------------------------------------------------------------
+    @property
+    def shortcuts(self) -> Shortcuts | None:
+        """Which cheaper ways to the same loss are taken, and why not the others."""
+        return self._micro_batch_step.shortcuts
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Add up the stock estimate over an update's micro-batches."""
-        if isinstance(inputs, Update):
-            return sum(super(GradAccMixin, self).floating_point_ops(mb.inputs) for mb in inputs)
-        return super().floating_point_ops(inputs)
+    @property
+    def last_update(self) -> UpdateResult | None:
+        """What became of the update that ran last; None before the first."""
+        return self._last_update
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Count what went in, over all ranks, without a collective per micro-batch."""
-        if not isinstance(inputs, Update):
-            return super()._track_num_input_tokens(inputs)
-        kind = self.args.include_num_input_tokens_seen
-        if kind != "no":
-            stats = self._global_stats
-            padding = 0 if kind == "non_padding" else stats.num_padding_tokens
-            self.state.num_input_tokens_seen += stats.num_input_tokens + padding
-        return None
+    @property
+    def update_collator(self) -> UpdateCollator | None:
+        """What makes updates of rows; None if a subclass built its own loader."""
+        return self._training_data.collator
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
-        """Open the books of an update: they begin with the wait for its data."""
-        started = time.perf_counter()
-        self._clock.enter("data")
-        updates, count = super().get_batch_samples(*args, **kwargs)
-        if updates:
-            self._step_started = started
-            self._clock.enter("forward_backward")
-        else:  # an iterator that is asked past its end starts no update
-            self._clock.drop()
-        return updates, count
+    @property
+    def sample(self) -> Any:
+        """The rows the model is asked with; None if they are not known."""
+        return self._training_data.sample
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run what the loader gave: a whole update, or one micro-batch of it.
+    # ---- the run -------------------------------------------------------------------------------
 
-        An override in a subclass is called for each micro-batch, see `_per_micro_batch`, and comes
-        here from its ``super().training_step``.
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, from a checkpoint if asked to; on SIGTERM or SIGINT stop after a saved update.
+
+        Args:
+            resume_from_checkpoint: A folder; True for the newest whole one in ``output_dir``; or
+                "auto" for that one if there is any, else from the start.
+            *args: As for the stock Trainer.
+            **kwargs: Likewise.
+
+        Raises:
+            CheckpointError: If the one asked for is damaged, or True was asked and none is whole.
+        """
+        checkpoint = choose_checkpoint(self.args, resume_from_checkpoint)
+        self._gradient_gate.begin_run()
+        with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
+            result = super().train(checkpoint, *args, **kwargs)
+            self._stopping.stop_at_end(self, lambda: self._save_unless_saved(self.model_wrapped))
+        self.stop_signals.exit_if_asked()
+        return result
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._as_requested.hidden_from_loop(self):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Load updates instead of micro-batches."""
+        behind: Any = super().get_train_dataloader
+        is_stock = behind.__func__ is Trainer.get_train_dataloader
+        return self._training_data.load(self, is_stock_loader=is_stock)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Give the effective batch size."""
+        return self._training_data.total_batch_size(self, args)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Count updates and sequences as they will be, epoch by epoch."""
+        stock_values = super().set_initial_training_values
+        return self._training_data.initial_values(self, args, dataloader, stock_values)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        self.ledger.restart()  # the new state takes over what callbacks hold of the last train()
+        self._noise_listener.restore(None)
+        epochs, updates = super()._init_training_state(*args, **kwargs)
+        saved = self.state.stateful_callbacks or {}
+        self._noise_listener.take_over(self, saved.get("NoiseRecord"))
+        self.token_budget = restored(self, TokenBudget)
+        self.token_budget.restore(saved.get("TokenBudget"))
+        self.ledger = restored(self, Ledger)
+        membership = self._training_data.membership(self)
+        return find_place(self, self.ledger, membership, epochs=epochs, updates=updates)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        self._rank_engine = self._make_engine()
+        self._log_book.clock = PhaseClock(self.args.device)  # the last run may have ended anywhere
+        self._rank_engine.before_wrapping(
+            resume_from_checkpoint, is_wrapped=getattr(self, "deepspeed", None) is not None
+        )
+        model, loader = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        self._rank_engine.after_wrapping(model)
+        self.facts = None  # the model may be another one than in the last call of train()
+        if self._training_data.sample_inputs is not None:
+            facts = self._ask(model, self._training_data.sample_inputs, sample=self.sample)
+            refuse_data_without_targets(self.train_dataset, self.sample, facts.rule)
+        self._noise_listener.check_engine(self._rank_engine)
+        self._update_runner = self._make_runner(model)
+        return model, self._training_data.as_updates(self, loader)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        begin_epoch(self, self.ledger, kwargs)
+        if self._stopping.make_up_for_evaluation(self, kwargs):
+            super()._run_epoch(**kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._stopping.restore_random_state()
+
+    # ---- an update -----------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any
+    ) -> tuple[list[Any], None]:
+        """Hand out the next update. Its items are counted in `training_update`, once."""
+        started = self._log_book.open()
+        updates = self._training_data.next_update(self, self.ledger, epoch_iterator)
+        self._log_book.begin_update(started, has_data=bool(updates))
+        return updates, None
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward of one micro-batch, as the stock step does.
+
+        An override in a subclass is called for each micro-batch, see `_per_micro_batch`. The stock
+        loop comes here with a whole update, which goes to `training_update`.
         """
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
-        return self._step_micro_batch(model, inputs, *args, **kwargs)
+        step = super().training_step
+        return self._micro_batch_step.run(
+            step, model, inputs, num_items_in_batch, device=self.args.device
+        )
 
     def training_update(self, model: nn.Module, update: Update) -> Tensor:
         """Run an update up to its gradient; the time that follows is the optimizer's.
@@ -158,60 +289,283 @@ class GradAccMixin(AveragedMetrics, UpdateLoading, TunedBudget):
             update: This rank's share.
 
         Returns:
-            The update's mean loss.
+            The update's mean loss, scaled so that the stock average over ranks gives it.
         """
-        loss = super().training_step(model, update)
-        if self._step_started:
-            self._clock.enter("optimizer")
-        return loss
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Close the books of the update that has just ended, then log, evaluate, save."""
-        if self._step_started:
-            self._clock.stop()
-            seconds = time.perf_counter() - self._step_started
-            stats = dataclasses.replace(self._global_stats, step_seconds=seconds)
-            self.ledger.window.add(stats, grad_norm=self._grad_norm)
-            self._grad_norm = None
-            if self._rank_runs is not None:
-                self._own_window.add(dataclasses.replace(self._own_stats, step_seconds=seconds))
-            self._step_started = 0.0  # at the end of an epoch the stock loop calls this once more
-        with self._as_requested():
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+        # Not asked yet: a stream that nobody could look into, or a loader of a subclass.
+        facts = self.facts or self._ask(model, agree_on_inputs(update))
+        runner = self._update_runner = self._update_runner or self._make_runner(model)
+        self._gradient_gate.begin_update(self)
+        with timed_for_budget(self, model, update, self.token_budget):
+            result = runner.run(self, model, update)
+        self._last_update = result
+        ran = result.update.micro_batches if result.stats.num_targets else []
+        self._foreign_metrics.end_update(self, ran, facts.rule)
+        if self._log_book.is_open:
+            self._log_book.clock.enter("optimizer")
+        return result.loss
 
     @property
-    def _own_stats(self) -> UpdateStats:
-        """What this rank ran of the update that has just ended."""
-        if self._facts is None or self._global_stats.num_targets == 0:
-            return UpdateStats()
-        own = Update([mb for mb in self._update if not mb.weightless]).stats(self._facts.rule)
-        return dataclasses.replace(own, num_micro_batches=len(self._update))
+    def current_gradient_accumulation_steps(self) -> float:
+        """What a loss is to be divided by. Reading it is taken for doing so."""
+        self._micro_batch_step.was_weighed = True
+        return self._micro_batch_step.divisor
+
+    @current_gradient_accumulation_steps.setter
+    def current_gradient_accumulation_steps(self, divisor: float) -> None:
+        self._micro_batch_step.divisor = divisor
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Add label smoothing to the model's own loss instead of replacing that loss."""
+        stock_loss = functools.partial(super().compute_loss, model, inputs, **kwargs)
+        if self._replaces_smoothing(inputs):
+            loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
+        else:
+            loss = functools.partial(stock_loss, return_outputs=return_outputs)
+        return self._foreign_metrics.compute_loss(self, loss, inputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
+        """Tell a loss its own count if it must have it, and nothing otherwise."""
+        if self.facts is None or not self.facts.wants_own_count or not batch_samples:
+            return None
+        rule = self.facts.rule
+        local = sum(make_micro_batch(batch).targets.under(rule) for batch in batch_samples)
+        return torch.tensor(local, device=device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Add up the stock estimate over an update's micro-batches."""
+        stock_count = super().floating_point_ops
+        if isinstance(inputs, Update):
+            return sum(stock_count(micro_batch.inputs) for micro_batch in inputs)
+        return stock_count(inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count what went in, over all ranks, without a collective per micro-batch."""
+        kind = self.args.include_num_input_tokens_seen
+        if not isinstance(inputs, Update) or self._last_update is None:
+            super()._track_num_input_tokens(inputs)
+        elif kind != "no":
+            stats = self._last_update.stats
+            padding = 0 if kind == "non_padding" else stats.num_padding_tokens
+            self.state.num_input_tokens_seen += stats.num_input_tokens + padding
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        clip = super()._clip_grad_norm
+        if self._update_runner is None or self._last_update is None:
+            return clip(model)
+        return self._gradient_gate.clip(self, self._update_runner, self._last_update, model, clip)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        stock_norm = super()._get_grad_norm
+        if self._update_runner is None or self._last_update is None:
+            return stock_norm(model, grad_norm)
+        return self._gradient_gate.check(
+            self, self._update_runner, self._last_update, model, grad_norm, stock_norm
+        )
+
+    # ---- the log -------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Close the books of the update that has just ended, then log, evaluate, save."""
+        if self._log_book.is_open and self._last_update is not None:
+            norm = self._gradient_gate.take_norm()
+            self._log_book.close(
+                self.ledger.window, self._last_update, grad_norm=norm, facts=self.facts
+            )
+        if self.control.should_log or self.control.should_evaluate:
+            self._foreign_metrics.hand_over(self)
+        lasts = self.control.should_evaluate or self.control.should_save
+        with self._as_requested.shown(self):
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            if lasts:
+                save = functools.partial(self._save_unless_saved, model, trial)
+                self._stopping.stop_between_updates(self, save)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Put what the updates consumed beside the stock numbers of a training row."""
-        window = self.ledger.window
-        if "loss" in logs and "learning_rate" in logs and window.num_updates:
-            trained = window.num_updates - window.num_skipped
-            if window.num_skipped:
-                # The stock mean took skipped updates for updates with a loss of 0.
-                logs["loss"] *= window.num_updates / trained if trained else math.nan
-            logs.update(window.metrics())
-            own = self._clock.take()
-            self._costs = self._costs or CostMeter(self.args, self.model)
-            costs = self._costs.metrics(
-                num_input_tokens=window.total.num_input_tokens,
-                num_sequences=window.total.num_sequences,
-                seconds=window.total.step_seconds,
-            )
-            logs.update(own)
-            logs.update(costs)
-            window.start_next()
-            if self._rank_runs is not None:
-                own |= {key: costs[key] for key in costs if key == "peak_memory_bytes"}
-                own |= self._own_window.metrics()
-                self._own_window = StatsWindow(target_tokens_seen=int(own["target_tokens_seen"]))
-                self._rank_runs.send(own, step=self.state.global_step)
+        self._log_book.complete(logs, self.ledger.window, trainer=self)
+        if is_training_row(logs):
+            logs.update(self._noise_listener.metrics())
         super().log(logs, *args, **kwargs)
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        stock_evaluate = functools.partial(super()._evaluate, *args, **kwargs)
+        return self._stopping.evaluate(self, stock_evaluate)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Call no checkpoint the best for an evaluation that was broken off."""
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Report the loss per target over all batches and ranks, and its perplexity."""
+        stock_loop = functools.partial(super().evaluation_loop, *args, **kwargs)
+        loader = args[0] if args else kwargs.get("dataloader")
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        run = functools.partial(self._exact_evaluation.run, self, stock_loop, loader, prefix)
+        return self._foreign_metrics.evaluate(self, run)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Run the stock step, in pieces if it must, and count the targets of its loss."""
+        stock_step = super().prediction_step
+        self._stopping.check_evaluation(self.args)
+        copies = self._exact_evaluation.copies
+        with self._foreign_metrics.keeping_evaluation(
+            num_rows=lambda: count_real_rows(self, count_rows(inputs) // copies),
+            copies=copies,
+            rule=lambda: self.facts.rule if self.facts else TargetRule.SEQUENCE,
+        ):
+            return self._exact_evaluation.predict(
+                self,
+                stock_step,
+                model,
+                inputs,
+                prediction_loss_only,
+                ignore_keys,
+                engine=self._rank_engine,
+                ask=self._ask,
+            )
+
+    # ---- saving --------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let the stock code write aside, then give the whole checkpoint its name."""
+        run_dir = Path(super()._get_output_dir(trial))
+        save = functools.partial(super()._save_checkpoint, model, trial)
+        note_losses(self, self.ledger)
+        self._checkpoint_writer.save(self, run_dir, save, push=super()._push_from_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Point the stock code aside while it writes a checkpoint."""
+        staging = self._checkpoint_writer.staging
+        return str(staging) if staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload nothing that is not whole; `_save_checkpoint` does it once it is."""
+        if self._checkpoint_writer.staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as stock does.
+
+        Raises:
+            CheckpointError: If the disk fails, with where the weights can still be found.
+        """
+        if self._checkpoint_writer.staging is not None:
+            with self._checkpoint_writer.inside_checkpoint():
+                super().save_model(output_dir, _internal_call=_internal_call)
+        else:
+            with self._checkpoint_writer.explaining_failure(self.args, output_dir):
+                super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._checkpoint_writer.inside_checkpoint():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self._checkpoint_writer.inside_checkpoint():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._checkpoint_writer.inside_checkpoint():
+            super()._save_rng_state(output_dir)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take losses not yet logged from all ranks; keep the newest checkpoint beside the best."""
+        self._foreign_metrics.hand_over(self)
+        self._noise_listener.tell_verdict(self)
+        # Stock adds rank 0's own to the mean.
+        self._tr_loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean()
+        with self._checkpoint_writer.keeping_newest(self.args):
+            output = super()._finalize_training(trial, *args, **kwargs)
+        # A kill may have come between saving and this.
+        rotate(self.args, self.state, Path(self._get_output_dir(trial)))
+        return output
+
+    # ---- making and asking parts ---------------------------------------------------------------
+
+    def _make_engine(self) -> Engine:
+        return make_engine(
+            self.accelerator,
+            self.args,
+            is_fsdp=bool(self.is_fsdp_enabled),
+            is_deepspeed=bool(self.is_deepspeed_enabled),
+            is_sharded_by_loading=bool(self.is_distributed_loading_by_transformers),
+        )
+
+    def _make_runner(self, model: nn.Module) -> UpdateRunner:
+        """Look at the model's weights and buffers once it is wrapped and on its device."""
+        sums_in_float32 = self.args.accumulate_grads_in_fp32 is not False
+        asked = self.args.max_tokens_per_micro_batch if self.update_collator else None
+        self.token_budget.begin(asked)
+        return UpdateRunner(
+            step=self._micro_batch_step,
+            engine=self._rank_engine,
+            clock=self._log_book.clock,
+            budget=self.token_budget,
+            noise=self._noise_listener,
+            metrics=self._foreign_metrics,
+            rollback=Rollback(model, self.args.device),
+            float32=Float32Gradients(model.parameters())
+            if sums_in_float32 and self._rank_engine.can_roll_back
+            else None,
+            spare=self._training_data.sample_inputs,
+        )
+
+    def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
+        """Ask the model how its loss counts, without a trace in other trainers' metrics."""
+        with self._foreign_metrics.taking():
+            facts, shortcuts = ask_trainer(
+                self, model, inputs, sample=sample, engine=self._rank_engine
+            )
+        self.facts = facts
+        self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
+        return facts
+
+    def _replaces_smoothing(self, inputs: Any) -> bool:
+        """Say whether labels are smoothed, and by us: nobody behind the mixin computes the loss."""
+        mro = type(self).__mro__
+        behind = mro[mro.index(GradAccMixin) + 1 : mro.index(Trainer)]
+        return (
+            self.label_smoother is not None
+            and self.compute_loss_func is None
+            and "labels" in inputs
+            and not any("compute_loss" in vars(cls) for cls in behind)
+        )
+
+    def _save_unless_saved(self, model: nn.Module, trial: Any = None) -> None:
+        if self._checkpoint_writer.saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+
+def _check_arguments(trainer: Any) -> None:
+    """Refuse arguments without our options, and ways to train that cannot be exact."""
+    args = trainer.args
+    if not isinstance(trainer.args, GradAccOptions):
+        name = type(trainer.args).__name__
+        raise ConfigError(
+            f"args is a {name}, which has none of our options: use GradAccArguments, or "
+            f"class MyArguments(GradAccOptions, {name})."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "
+            f"process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+        )
+    for kind in ("tp", "cp", "sp"):
+        size = getattr(trainer, f"get_{kind}_size")()
+        if size > 1:
+            raise ConfigError(
+                f"{kind}_size = {size}: tensor, context and sequence parallelism share rows or "
+                f"targets between ranks, which the weight rule does not know yet. Use DDP."
+            )
 
 
 def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -221,10 +575,9 @@ def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def training_step(
         self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if not isinstance(inputs, Update):
-            return step(self, model, inputs, *args, **kwargs)
-        self._own_step = functools.partial(type(self).training_step, self)
-        return GradAccMixin.training_step(self, model, inputs, *args, **kwargs)
+        if isinstance(inputs, Update):
+            return GradAccMixin.training_step(self, model, inputs, *args, **kwargs)
+        return step(self, model, inputs, *args, **kwargs)
 
     training_step.of_micro_batch = True  # type: ignore[attr-defined]
     return training_step

@@ -1,27 +1,22 @@
-"""What a run has consumed, and where it stands, kept with every checkpoint.
-
-The Trainer's place in its run: kept with every checkpoint, found again after it.
-"""
+"""Where a run stands in its data: kept with every checkpoint, found again after it."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, DataError
+from hf_gradacc.ranks.collectives import gather_objects
 from hf_gradacc.tracking.window import StatsWindow
-from hf_gradacc.trainer.saving import WholeCheckpoints
 from hf_gradacc.updates.sampler import UpdateSampler
 from hf_gradacc.updates.stream import UpdateStream
 from hf_gradacc.updates.update import UpdateStats
 
-__all__ = ["ExactResume", "Ledger"]
+__all__ = ["Ledger", "begin_epoch", "find_place", "note_losses", "restored"]
 
 logger = logging.get_logger(__name__)
 
@@ -123,84 +118,94 @@ def _list(changed: dict[str, tuple[Any, Any]]) -> str:
     return "\n".join(f"  {key}: {then} then, {now} now" for key, (then, now) in changed.items())
 
 
-class ExactResume(WholeCheckpoints):
-    """Overrides that let a resumed run go on as if it had never stopped."""
+def restored(trainer: Any, kind: type) -> Any:
+    """Find a callback of ours after stock may have put a new one in its place from a checkpoint."""
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
 
-    ledger: Ledger
-    _tr_loss: torch.Tensor
-    _total_loss_scalar: float
-    _globalstep_last_logged: int
 
-    def _membership(self) -> dict[str, Any]:
-        """Say what decides which sequences share an update."""
-        raise NotImplementedError
+def find_place(
+    trainer: Any, ledger: Ledger, membership: dict[str, Any], *, epochs: int, updates: int
+) -> tuple[int, int]:
+    """Take the position in the data from the ledger, not from a division of steps.
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Take the position in the data from the ledger, not from a division of steps."""
-        self.ledger.restart()  # the new state takes over what callbacks hold of the last train()
-        epochs, updates = super()._init_training_state(*args, **kwargs)
-        callbacks = self.callback_handler.callbacks  # stock may have put a new one in its place
-        self.ledger = next(c for c in callbacks if isinstance(c, Ledger))
-        self.ledger.restart()
-        self.ledger.membership = self._membership()
-        saved = (self.state.stateful_callbacks or {}).get(type(self.ledger).__name__)
-        for callback in callbacks:
-            if isinstance(callback, ExportableState) and self.state.stateful_callbacks is not None:
-                # A checkpoint of the stock Trainer lacks ours, and its next save would stumble.
-                name = type(callback).__name__
-                self.state.stateful_callbacks.setdefault(name, callback.state())
-        if not saved or "membership" not in saved.get("attributes", {}):
-            return epochs, updates
-        if self.args.ignore_data_skip:
-            self.ledger.restore_totals(saved)
-            return epochs, updates
-        self.ledger.restore(saved, allow_changed_data=self.args.allow_changed_data)
-        then, now = len(self.ledger.loss_sums), self.args.world_size
-        if then not in (0, now):
-            logger.warning(
-                f"the checkpoint was saved by {then} ranks and goes on with {now}: every update "
-                f"holds the same sequences and weights agree within rounding, but dropout and "
-                f"other layers that draw random numbers will draw others."
-            )
-        return self.ledger.epoch, self.ledger.update
+    Args:
+        trainer: The trainer, its state restored from the checkpoint if there is one.
+        ledger: Its ledger.
+        membership: What decides which sequences share an update today.
+        epochs: Passes that have ended, as stock reckons.
+        updates: Updates taken from the current pass, likewise.
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Tell the loader its epoch and where in it to begin, and stock how many updates it has."""
-        epoch, loader = kwargs["epoch"], kwargs["train_dataloader"]
-        loader.set_epoch(epoch)
-        if isinstance(loader.batch_sampler, UpdateSampler):
-            updates = loader.batch_sampler.num_updates(epoch)
-            kwargs["num_update_steps_per_epoch"] = kwargs["steps_in_epoch"] = updates
-        checkpoint = kwargs["resume_from_checkpoint"]
-        resumed = checkpoint is not None and epoch == kwargs["epochs_trained"]
-        skipped = kwargs["steps_trained_in_current_epoch"] if resumed else 0
-        if resumed:
-            self._take_over_losses()
-        if resumed and skipped >= kwargs["num_update_steps_per_epoch"]:
-            # Saved between the last update and the end of the epoch: the stock loop would restore
-            # the random state with the first batch it loads, and there is none left to load.
-            self._load_rng_state(checkpoint)
-        if skipped and isinstance(loader.dataset, UpdateStream):
-            loader.dataset.start_at(epoch, updates=skipped, position=self.ledger.position)
-        self.ledger.update = skipped
-        super()._run_epoch(**kwargs)
+    Returns:
+        Both, as they are.
 
-    def _take_over_losses(self) -> None:
-        """Put back the losses not yet logged, so that the next row is the mean it would be."""
-        sums = self.ledger.loss_sums
-        if not sums:
-            return
-        same = len(sums) == self.args.world_size
-        own = sums[self.args.process_index] if same else sum(sums) / len(sums)
-        self._tr_loss += own
-        self._globalstep_last_logged = self.ledger.last_logged
-        self._total_loss_scalar -= sum(sums) / len(sums)  # train_loss is of this call's steps
+    Raises:
+        ConfigError: If the settings that decide membership have changed since.
+        DataError: If the dataset has.
+    """
+    ledger.restart()
+    ledger.membership = membership
+    states = trainer.state.stateful_callbacks
+    saved = (states or {}).get(type(ledger).__name__)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExportableState) and states is not None:
+            # A checkpoint of the stock Trainer lacks ours, and its next save would stumble.
+            states.setdefault(type(callback).__name__, callback.state())
+    if not saved or "membership" not in saved.get("attributes", {}):
+        return epochs, updates
+    if trainer.args.ignore_data_skip:
+        ledger.restore_totals(saved)
+        return epochs, updates
+    ledger.restore(saved, allow_changed_data=trainer.args.allow_changed_data)
+    then, now = len(ledger.loss_sums), trainer.args.world_size
+    if then not in (0, now):
+        logger.warning(
+            f"the checkpoint was saved by {then} ranks and goes on with {now}: every update "
+            f"holds the same sequences and weights agree within rounding, but dropout and "
+            f"other layers that draw random numbers will draw others."
+        )
+    return ledger.epoch, ledger.update
 
-    def _before_save(self) -> None:
-        """Note what every rank has summed up since the last log row."""
-        own = float(self._tr_loss)
-        sums: list[Any] = [own]
-        if self.args.world_size > 1:
-            sums = [None] * self.args.world_size
-            dist.all_gather_object(sums, own)
-        self.ledger.loss_sums, self.ledger.last_logged = sums, self._globalstep_last_logged
+
+def begin_epoch(trainer: Any, ledger: Ledger, arguments: dict[str, Any]) -> None:
+    """Tell the loader its epoch and where in it to begin, and stock how many updates it has.
+
+    Args:
+        trainer: The trainer.
+        ledger: Its ledger.
+        arguments: Those of the stock ``_run_epoch``, changed in place.
+    """
+    epoch, loader = arguments["epoch"], arguments["train_dataloader"]
+    loader.set_epoch(epoch)
+    if isinstance(loader.batch_sampler, UpdateSampler):
+        updates = loader.batch_sampler.num_updates(epoch)
+        arguments["num_update_steps_per_epoch"] = arguments["steps_in_epoch"] = updates
+    checkpoint = arguments["resume_from_checkpoint"]
+    is_resumed = checkpoint is not None and epoch == arguments["epochs_trained"]
+    num_skipped = arguments["steps_trained_in_current_epoch"] if is_resumed else 0
+    if is_resumed:
+        _take_over_losses(trainer, ledger)
+    if is_resumed and num_skipped >= arguments["num_update_steps_per_epoch"]:
+        # Saved between the last update and the end of the epoch: the stock loop would restore
+        # the random state with the first batch it loads, and there is none left to load.
+        trainer._load_rng_state(checkpoint)
+    if num_skipped and isinstance(loader.dataset, UpdateStream):
+        loader.dataset.start_at(epoch, updates=num_skipped, position=ledger.position)
+    ledger.update = num_skipped
+
+
+def _take_over_losses(trainer: Any, ledger: Ledger) -> None:
+    """Put back the losses not yet logged, so that the next row is the mean it would be."""
+    sums = ledger.loss_sums
+    if not sums:
+        return
+    is_same_world = len(sums) == trainer.args.world_size
+    mean = sum(sums) / len(sums)
+    trainer._tr_loss += sums[trainer.args.process_index] if is_same_world else mean
+    trainer._globalstep_last_logged = ledger.last_logged
+    trainer._total_loss_scalar -= mean  # train_loss is of this call's steps
+
+
+def note_losses(trainer: Any, ledger: Ledger) -> None:
+    """Note for the next checkpoint what every rank has summed up since the last log row."""
+    ledger.loss_sums = gather_objects(float(trainer._tr_loss))
+    ledger.last_logged = trainer._globalstep_last_logged

@@ -1,113 +1,158 @@
-"""The Trainer's way out on a signal: soon, on all ranks, after whole updates that are saved."""
+"""Stop after a whole, saved update when a signal came; and say in words why a run ended."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
-from hf_gradacc.errors import MemoryBudgetError
-from hf_gradacc.safety.out_of_memory import words_of
+from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
+from hf_gradacc.ranks.outcome import RankFailure
+from hf_gradacc.safety.out_of_memory import is_out_of_memory, words_of
 from hf_gradacc.safety.rollback import RandomState
 from hf_gradacc.safety.run_state import recall, remember
 from hf_gradacc.safety.signals import EvaluationStopped, StopSignals
 from hf_gradacc.tracking.phases import Phase
-from hf_gradacc.trainer.gradients import CheckedNumbers
 
-__all__ = ["StoppableRuns", "outside_error"]
+__all__ = ["Stopping", "outside_error"]
 
 
-class StoppableRuns(CheckedNumbers):
-    """Overrides around what lies between updates. Within one, `trainer_guard` passes signals on."""
+class Stopping:
+    """What happens around updates when a signal ends a run. Within one, `runner` passes it on.
 
-    _saved_step = -1
-    _is_evaluating = False
-    _after_evaluation: RandomState | None = None
+    Args:
+        signals: The callback that takes signals over.
+    """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stop_signals = StopSignals()
-        self.add_callback(self.stop_signals)
+    _num_runs = 0
 
-    def _asked_to_stop(self) -> bool:
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+        self._is_evaluating = False
+        self._after_evaluation: RandomState | None = None
+
+    def is_asked(self, args: Any) -> bool:
         """Say whether any rank got a signal. Every rank calls it, at the same place."""
-        alone = self.args.world_size == 1
-        return bool(self.stop_signals.agree(self.args.device, alone=alone))
+        return bool(self.signals.agree(args.device, alone=args.world_size == 1))
 
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **kwargs: Any
-    ) -> None:
+    # ---- the run -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def around_run(self, trainer: Any, *, phase: Callable[[], Phase | None]) -> Iterator[None]:
+        """Take signals over while a run lasts; raise what ended it in plain words.
+
+        Args:
+            trainer: The trainer.
+            phase: Gives what an update was at, None between updates.
+        """
+        # The stock answer to "out of memory" is to start over with smaller updates.
+        args = trainer.args
+        finds_batch_size, args.auto_find_batch_size = args.auto_find_batch_size, False
+        self.signals.install()
+        failure = RankFailure(Stopping._num_runs)
+        Stopping._num_runs += 1
+        try:
+            yield
+        except Exception as error:
+            explained = failure.explain(self._explain(trainer, error, phase()))
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            self.signals.uninstall()
+            args.auto_find_batch_size = finds_batch_size
+
+    def _explain(self, trainer: Any, error: Exception, phase: Phase | None) -> Exception:
+        """Give what to raise for what ended the run, in plain words where it has none."""
+        update = trainer.state.global_step + 1
+        if isinstance(error, GradAccError):
+            return error
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            self.signals.exit_if_asked()  # it died of the signal that we got as well
+            return DataError(
+                f"a loader worker died at update {update}: {error}\n"
+                f"  Most often the machine ran out of host memory or of /dev/shm. Set "
+                f"dataloader_num_workers = 0 to see an error of the dataset itself, or a smaller "
+                f"number; then train(resume_from_checkpoint=True) goes on from the last checkpoint."
+            )
+        if trainer.args.recover_from_out_of_memory and is_out_of_memory(error):
+            is_asking = trainer.facts is None and phase is None
+            return outside_error(error, phase=phase, update=0 if is_asking else update)
+        return error
+
+    # ---- saving --------------------------------------------------------------------------------
+
+    def stop_between_updates(self, trainer: Any, save: Callable[[], None]) -> None:
         """Stop right after an evaluation or a save that a signal came in, not an update later."""
-        lasts = self.control.should_evaluate or self.control.should_save
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **kwargs)
-        if lasts and self._asked_to_stop():
-            self.control.should_training_stop = True
-            self._save_where_none_is(model, trial)
+        if self.is_asked(trainer.args):
+            trainer.control.should_training_stop = True
+            save()
 
-    def _save_where_none_is(self, model: nn.Module, trial: Any = None) -> None:
-        if self._saved_step != self.state.global_step:
-            self._save_checkpoint(model, trial)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _stop_at_end(self) -> None:
+    def stop_at_end(self, trainer: Any, save: Callable[[], None]) -> None:
         """Save what a signal after the last update would leave unsaved, since the exit follows."""
-        if self._asked_to_stop() and not self.args.load_best_model_at_end:
-            self._save_where_none_is(self.model_wrapped)
+        if self.is_asked(trainer.args) and not trainer.args.load_best_model_at_end:
+            save()
 
     # ---- evaluation ----------------------------------------------------------------------------
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, trainer: Any, stock_evaluate: Callable[[], dict[str, float]]) -> Any:
         """Evaluate while training; a signal breaks it off, since there may be seconds left."""
         self._is_evaluating = True
         try:
-            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+            return stock_evaluate()
         except EvaluationStopped:
-            remember(self.state, evaluation_due="broken off")
+            remember(trainer.state, evaluation_due="broken off")
             return {}
         finally:
             self._is_evaluating = False
-        return metrics
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Make up for an evaluation broken off or left out; then train, unless all is done."""
-        if due := recall(self.state).get("evaluation_due"):
-            remember(self.state, evaluation_due=None)
+    def check_evaluation(self, args: Any) -> None:
+        """Look for a signal before each batch of an evaluation; ranks have equally many.
+
+        Raises:
+            EvaluationStopped: If one came.
+        """
+        if self._is_evaluating and self.is_asked(args):
+            raise EvaluationStopped
+
+    def make_up_for_evaluation(self, trainer: Any, arguments: dict[str, Any]) -> bool:
+        """Make up for an evaluation that was broken off or left out.
+
+        Args:
+            trainer: The trainer.
+            arguments: Those of the stock ``_run_epoch``.
+
+        Returns:
+            Whether there is anything left to train.
+        """
+        if due := recall(trainer.state).get("evaluation_due"):
+            remember(trainer.state, evaluation_due=None)
             if due == "left out":  # what its loader draws is not yet in the checkpoint's state
-                self._load_rng_state(kwargs["resume_from_checkpoint"])
-            before = RandomState(self.args.device)
-            metrics = self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+                trainer._load_rng_state(arguments["resume_from_checkpoint"])
+            before = RandomState(trainer.args.device)
+            metrics = trainer._evaluate(arguments["trial"], arguments["ignore_keys_for_eval"])
             if due == "left out":
-                self._after_evaluation = RandomState(self.args.device)
+                self._after_evaluation = RandomState(trainer.args.device)
             before.restore()
             if not metrics:  # broken off again: the checkpoint at hand says it is due
-                self.control.should_training_stop = True
-                return
-            best = self._determine_best_metric(metrics, kwargs["trial"])
-            if best and self.args.save_strategy == SaveStrategy.BEST:
-                self._save_checkpoint(kwargs["model"], kwargs["trial"])
-        if self.state.global_step >= self.state.max_steps:
+                trainer.control.should_training_stop = True
+                return False
+            best = trainer._determine_best_metric(metrics, arguments["trial"])
+            if best and trainer.args.save_strategy == SaveStrategy.BEST:
+                trainer._save_checkpoint(arguments["model"], arguments["trial"])
+        if trainer.state.global_step >= trainer.state.max_steps:
             # Stock asks whether a run has reached its end after an update, never before one.
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
+            trainer.control.should_training_stop = True
+            return False
+        return True
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def restore_random_state(self) -> None:
         """Go on from where the evaluation made up for left the random state."""
-        super()._load_rng_state(checkpoint)
         if self._after_evaluation is not None:
             self._after_evaluation.restore()
             self._after_evaluation = None
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Look for a signal before each batch; ranks have equally many."""
-        if self._is_evaluating and self._asked_to_stop():
-            raise EvaluationStopped
-        return super().prediction_step(*args, **kwargs)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Call no checkpoint the best for an evaluation that was broken off."""
-        return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
 
 _PLACES: dict[Phase | None, tuple[str, str]] = {

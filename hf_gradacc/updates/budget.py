@@ -1,19 +1,19 @@
 """Find the fastest token budget by trying some on the first updates.
 
 The cut of an update never changes its gradient, so trying costs nothing but a few slower updates.
-Pure bookkeeping: who times and who plans is in `hf_gradacc.trainer.budget`.
+Pure bookkeeping: `trainer.budget` times the updates, `updates.planner` plans them.
 """
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["BudgetTuner", "MemoryBudget"]
+__all__ = ["BudgetTuner", "TokenBudget"]
 
 _SMALLEST = 256
 
@@ -53,12 +53,14 @@ class BudgetTuner:
         settled: Nothing is tried any more.
         tried: Seconds per input token of each budget, in the order of the updates.
         num_updates: Updates it took so far.
+        setting: What the fastest budget depends on, by which it is remembered; empty for nothing.
     """
 
     budget: int = 1024
     settled: bool = False
     tried: dict[int, list[float]] = field(default_factory=dict)
     num_updates: int = 0
+    setting: str = ""
     _finals: dict[int, list[float]] = field(default_factory=dict)
     _limit: int | None = None
     _whole: int = 0
@@ -163,60 +165,81 @@ def _power_of_two_from(number: int) -> int:
 
 
 @dataclass(eq=False)
-class MemoryBudget(TrainerCallback, ExportableState):
-    """The size of micro-batch that memory turned out to allow. Saved with every checkpoint.
+class TokenBudget(TrainerCallback, ExportableState):
+    """The tokens a micro-batch may compute: asked for or tuned, and capped by memory.
 
-    What somebody asked for is a limit as well; this one comes on top. It halves with each failure
-    until the micro-batch that failed no longer fits, and tries the next larger size again after
-    many updates without one: what used the memory may have gone.
+    The cap comes on top of what was asked for. It halves with each failure until the micro-batch
+    that failed no longer fits, and tries the next larger size again after many updates without
+    one: what used the memory may have gone. It is saved with every checkpoint.
 
     Attributes:
-        cap: Most tokens a micro-batch may compute, as the planner counts; None for no limit.
+        asked: What the user asked for; None for no number.
+        tuner: Finds the fastest one while training; None unless "auto" was asked for.
+        cap: Most tokens that memory turned out to allow, as the planner counts; None for no limit.
         ceiling: What failed first; a cap that has grown back to that is dropped.
         clean_updates: Updates since the last failure or growth.
         patience: Updates to wait before the next try. Doubles whenever a try fails.
         on_trial: The cap has grown since the last failure.
     """
 
+    asked: int | None = None
+    tuner: BudgetTuner | None = None
     cap: int | None = None
     ceiling: int | None = None
     clean_updates: int = 0
     patience: int = 256
     on_trial: bool = False
 
-    def propose(self, cost: int, *, num_rows: int, asked: int | None) -> int | None:
+    def begin(self, asked: int | Literal["auto"] | None) -> None:
+        """Begin a run with what the user asks for; the machine may be another one than before."""
+        self.asked = None if asked == "auto" else asked
+        self.tuner = BudgetTuner() if asked == "auto" else None
+
+    @property
+    def tuned(self) -> int | None:
+        """The budget that is being tried, or was settled on; None unless it tunes itself."""
+        return None if self.tuner is None else self.tuner.budget
+
+    @property
+    def planned(self) -> int | None:
+        """What the loader plans with: never the cap, which ranks of other runs do not know."""
+        return self.asked if self.tuner is None else self.tuned
+
+    @property
+    def limit(self) -> int | None:
+        """The smallest of what is known; None for no limit."""
+        return min((n for n in (self.planned, self.cap) if n is not None), default=None)
+
+    def propose(self, cost: int, *, num_rows: int) -> int | None:
         """Halve until a micro-batch of this cost is cut; None if it is a single row.
 
         Args:
             cost: Tokens of the micro-batch that failed, as the planner counts them.
             num_rows: Its sequences.
-            asked: The user's own limit on tokens, if there is one.
 
-        >>> MemoryBudget().propose(3000, num_rows=4, asked=8192)
+        >>> TokenBudget(asked=8192).propose(3000, num_rows=4)
         2048
-        >>> MemoryBudget().propose(3000, num_rows=4, asked=None)
+        >>> TokenBudget().propose(3000, num_rows=4)
         1500
         """
         if num_rows <= 1:
             return None
-        limits = [limit for limit in (asked, self.cap) if limit is not None]
-        cap = min(limits, default=cost)
+        cap = self.limit or cost
         while cap >= cost:
             cap //= 2
         return max(cap, 1)
 
-    def shrink_to(self, cap: int, *, asked: int | None = None, cost: int | None = None) -> None:
+    def shrink_to(self, cap: int, *, cost: int | None = None) -> None:
         """Take a smaller cap, the same on all ranks.
 
         Args:
             cap: See `propose`.
-            asked: The user's own limit on tokens.
             cost: Tokens of the micro-batch that failed.
         """
         if self.on_trial:
             self.patience, self.on_trial = self.patience * 2, False
         if self.ceiling is None:
-            self.ceiling = asked or cost or cap * 2
+            self.ceiling = self.planned or cost or cap * 2
         self.cap, self.clean_updates = cap, 0
 
     def note_success(self) -> None:
@@ -232,12 +255,13 @@ class MemoryBudget(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Give what a checkpoint keeps."""
-        kept = ("cap", "ceiling", "clean_updates", "patience", "on_trial")
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in kept}}
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in _KEPT}}
 
     def restore(self, saved: dict[str, Any] | None) -> None:
-        """Begin a run, with what a checkpoint kept if there is one."""
-        fresh = MemoryBudget()
-        attributes = (saved or fresh.state())["attributes"]
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        """Go on with what a checkpoint kept, or without any cap."""
+        attributes = (saved or TokenBudget().state())["attributes"]
+        for name in _KEPT:
+            setattr(self, name, attributes[name])
+
+
+_KEPT = ("cap", "ceiling", "clean_updates", "patience", "on_trial")

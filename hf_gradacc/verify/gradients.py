@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.trainer.asking import prepared
 from hf_gradacc.updates.batch import slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.targets import TargetRule
@@ -170,10 +171,10 @@ def accumulate(
     if keep.gradient is None:
         return None
     result = Accumulated(trainer, keep.gradient, pieces=tuple(pieces))
-    facts = getattr(trainer, "_facts", None)
+    facts = getattr(trainer, "facts", None)
     if facts is not None:
         result.rule, result.warnings = facts.rule, facts.warnings
-        result.num_targets = trainer._global_stats.num_targets
+        result.num_targets = trainer.last_update.stats.num_targets
     return result
 
 
@@ -283,14 +284,14 @@ def _backward(
     trainer: Any, model: nn.Module, piece: dict[str, Any], count: int
 ) -> tuple[float, int | None]:
     """Backward of one forward; its loss, and the number of predictions the loss looks at."""
-    inputs = trainer._prepare_inputs(dict(piece))
+    inputs = prepared(trainer, dict(piece))
     own = torch.tensor(count, device=trainer.args.device)
     with trainer.compute_loss_context_manager():
         loss, outputs = trainer.compute_loss(
             model,
             inputs,
             return_outputs=True,
-            num_items_in_batch=own if trainer._facts.wants_own_count else None,
+            num_items_in_batch=own if trainer.facts.wants_own_count else None,
         )
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     if not isinstance(logits, Tensor) or not logits.requires_grad:
@@ -301,10 +302,10 @@ def _backward(
     if logits.grad is None:
         return float(loss.detach()), None
     # [rows, seq, vocabulary] of a token level loss; any other has one target per row.
-    level = 2 if trainer._facts.rule is not TargetRule.SEQUENCE else 1
+    level = 2 if trainer.facts.rule is not TargetRule.SEQUENCE else 1
     touched = logits.grad.ne(0).flatten(level).any(-1) if logits.ndim > level else None
     return float(loss.detach()), None if touched is None else int(touched.sum())
 
 
 def _count(trainer: Any, piece: dict[str, Any]) -> int:
-    return make_micro_batch(piece).targets.under(trainer._facts.rule)
+    return make_micro_batch(piece).targets.under(trainer.facts.rule)

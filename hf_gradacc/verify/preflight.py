@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_gradacc.safety.out_of_memory import free_memory, is_out_of_memory
+from hf_gradacc.trainer.asking import prepared
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.verify.gradients import arguments_for_one_update
@@ -81,7 +82,7 @@ def run_preflight(
         enable: Any = model.gradient_checkpointing_enable
         enable(args.gradient_checkpointing_kwargs)
     main_input = getattr(model, "main_input_name", "input_ids")
-    piece = _longest_micro_batch(trainer._collator, rows, main_input)
+    piece = _longest_micro_batch(trainer.update_collator, rows, main_input)
     longest = measure_length(piece[0], main_input=main_input)
     batch = make_micro_batch(dict(trainer.data_collator(piece)), piece, main_input=main_input)
     num_tokens = batch.num_input_tokens + batch.num_padding_tokens
@@ -90,7 +91,7 @@ def run_preflight(
     started = time.perf_counter()
     with _Peak(device) as peak:
         try:
-            inputs = trainer._prepare_inputs(batch.inputs)
+            inputs = prepared(trainer, batch.inputs)
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, inputs)
             trainer.accelerator.backward(loss)

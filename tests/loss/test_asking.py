@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_gradacc import ConfigError, DataError
+from hf_gradacc.loss.asking import dtype_computed_in
 from hf_gradacc.loss.probe_rows import choose_probe_rows
 from hf_gradacc.updates.loader import build_loader
 from hf_gradacc.updates.targets import TargetRule
@@ -27,25 +28,26 @@ ROWS = ragged_rows(12, seed=61)
 def test_rounding_is_expected_of_the_dtype_a_forward_runs_in(tmp_path, weights, options, expected):
     model = tiny_llama(dtype=weights)
     trainer = make_trainer(tmp_path, ROWS, model=model, effective_batch_size=6, **options)
-    assert trainer._dtype_computed_in(model) == expected
+    kinds = {"bf16": trainer.args.bf16, "fp16": trainer.args.fp16}
+    assert dtype_computed_in(model, **kinds) == expected
     trainer.train()
-    facts = trainer._facts
+    facts = trainer.facts
     assert facts.rule is TargetRule.NEXT_TOKEN
     assert not facts.pads_alike
     assert not facts.warnings
 
 
-def test_one_coarse_weight_is_enough_to_expect_coarse_rounding(tmp_path):
+def test_one_coarse_weight_is_enough_to_expect_coarse_rounding():
     model = tiny_llama(dtype=torch.float32)
     model.lm_head.to(torch.bfloat16)
-    assert make_trainer(tmp_path, ROWS)._dtype_computed_in(model) == torch.bfloat16
+    assert dtype_computed_in(model, bf16=False, fp16=False) == torch.bfloat16
 
 
 def test_label_smoothing_does_not_disturb_the_answer(tmp_path):
     trainer = make_trainer(tmp_path, ROWS, effective_batch_size=6, label_smoothing_factor=0.3)
     trainer.train()
-    assert trainer._facts.rule is TargetRule.NEXT_TOKEN
-    assert not trainer._facts.warnings
+    assert trainer.facts.rule is TargetRule.NEXT_TOKEN
+    assert not trainer.facts.warnings
 
 
 # ---- what a few rows may hide ------------------------------------------------------------------
@@ -78,8 +80,8 @@ def test_a_mean_over_rows_is_told_from_one_over_tokens(tmp_path, rows, dtype):
             max_steps=1,
         )
         trainer.train()
-        assert trainer._facts.rule == rule
-        assert not trainer._facts.warnings
+        assert trainer.facts.rule == rule
+        assert not trainer.facts.warnings
 
 
 def classes(count, *, sort):
@@ -115,8 +117,8 @@ def test_class_weights_are_said_to_be_no_mean_over_rows(tmp_path, weights, sort,
         max_steps=1,
     )
     trainer.train()
-    assert trainer._facts.rule is TargetRule.SEQUENCE
-    said = " ".join(trainer._facts.warnings)
+    assert trainer.facts.rule is TargetRule.SEQUENCE
+    said = " ".join(trainer.facts.warnings)
     assert ("with class weights it is none" in said) is (weights is not None)
 
 

@@ -114,7 +114,7 @@ def test_chunks_do_not_change_the_gradient(tmp_path, name, layout):
     )
     with float64_everywhere():
         trainer.train()
-    assert trainer._shortcuts.chunked_loss
+    assert trainer.shortcuts.chunked_loss
     assert relative_error(recorder.gradients[0], expected) <= 1e-10
 
 
@@ -201,8 +201,8 @@ class DoublesLoss(LlamaForCausalLM):
 def test_a_model_whose_loss_needs_more_than_the_head_keeps_its_logits(tmp_path, make, reason):
     model = make()
     trainer, gradient = train(tmp_path, model=model)
-    assert reason in trainer._shortcuts.reason("chunked_loss")
-    assert not trainer._shortcuts.chunked_loss
+    assert reason in trainer.shortcuts.reason("chunked_loss")
+    assert not trainer.shortcuts.chunked_loss
     _, expected = train(tmp_path, model=model, target_only_logits=False)
     assert relative_error(gradient, expected) <= 1e-10
 
@@ -211,7 +211,7 @@ def test_an_adapter_below_the_head_takes_chunks(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     model = peft.get_peft_model(tiny_llama(use_cache=False), config)
     trainer, gradient = train(tmp_path, model=model)
-    assert trainer._shortcuts.chunked_loss
+    assert trainer.shortcuts.chunked_loss
     _, expected = train(tmp_path, model=model, chunked_loss=False)
     assert relative_error(gradient, expected) <= 1e-10
 

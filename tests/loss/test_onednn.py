@@ -41,6 +41,11 @@ def run(layer, x, *, by_onednn):
     return y.detach(), gradients, sum(e.count for e in seen.key_averages() if e.key == OP)
 
 
+def rounding(actual, expected):
+    """The error of a float32 tensor as a part of its size; each processor rounds in its own way."""
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(40, 160), (3, 20, 160), (2, 2, 16, 160)])
 def test_a_product_and_its_gradients_are_those_of_float64_to_rounding(shape, with_bias):
@@ -52,16 +57,18 @@ def test_a_product_and_its_gradients_are_those_of_float64_to_rounding(shape, wit
     assert products == 3
     assert len(gradients) == 2 + with_bias
     for a, b in zip([y, *gradients], [expected_y, *expected], strict=True):
-        assert float((a.double() - b).norm() / b.norm()) <= 1e-6
+        assert rounding(a, b) <= 1e-6
         assert a.shape == b.shape
 
 
 def test_rows_that_do_not_lie_in_order_are_taken_in_theirs():
     torch.manual_seed(0)
     layer, x = nn.Linear(160, 136), torch.randn(160, 50).t()
-    (y, gradients, _), (other, expected, _) = (run(layer, x, by_onednn=b) for b in (True, False))
-    torch.testing.assert_close(y, other)
-    torch.testing.assert_close(gradients, expected)
+    y, gradients, products = run(layer, x, by_onednn=True)
+    other, expected, _ = run(layer.double(), x.double(), by_onednn=False)
+    assert products == 3
+    for a, b in zip([y, *gradients], [other, *expected], strict=True):
+        assert rounding(a, b) <= 1e-6
 
 
 def test_frozen_weights_cost_no_product_and_get_no_gradient():
@@ -73,13 +80,15 @@ def test_frozen_weights_cost_no_product_and_get_no_gradient():
 
 def test_a_gradient_can_be_differentiated_again():
     torch.manual_seed(0)
-    layer, x = nn.Linear(160, 136), torch.randn(40, 160, requires_grad=True)
+    layer, x = nn.Linear(160, 136), torch.randn(40, 160)
     penalties = []
-    for modules in ([layer], []):
+    for modules, dtype in (([layer], torch.float32), ([], torch.float64)):
+        rows = x.detach().to(dtype).requires_grad_()
         with onednn_linears(modules):
-            (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+            y = layer.to(dtype)(rows)
+            (gradient,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
             penalties.append(torch.autograd.grad(gradient.square().sum(), layer.weight)[0])
-    torch.testing.assert_close(*penalties)
+    assert rounding(*penalties) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -225,7 +234,7 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
     rows = ragged_rows(4, seed=1, longest=40)
     chosen = []
     for here in (True, False):
-        monkeypatch.setattr("hf_gradacc.trainer.speed.suits_here", lambda here=here: here)
+        monkeypatch.setattr("hf_gradacc.loss.shortcuts.suits_here", lambda here=here: here)
         chosen.append(first_gradient(tmp_path, wide_llama(), rows)[1] > 0)
     assert chosen == [True, False]
 
@@ -242,7 +251,7 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
 def test_asked_for_where_it_cannot_be_is_an_error_and_left_to_us_is_none(
     tmp_path, monkeypatch, model, options, why
 ):
-    monkeypatch.setattr("hf_gradacc.trainer.speed.suits_here", lambda: True)
+    monkeypatch.setattr("hf_gradacc.loss.shortcuts.suits_here", lambda: True)
     rows = ragged_rows(4, seed=1)
     with pytest.raises(ConfigError, match=f"onednn_linear = True: .*{why}"):
         first_gradient(tmp_path, model(), rows, onednn_linear=True, **options)
@@ -261,5 +270,6 @@ def test_two_runs_have_the_same_bits(tmp_path):
 
 
 def test_a_product_is_that_of_torch():
+    torch.manual_seed(0)
     a, b = torch.randn(33, 70), torch.randn(41, 70)
-    torch.testing.assert_close(product(a, b), a @ b.t())
+    assert rounding(product(a, b), a.double() @ b.double().t()) <= 1e-6

@@ -11,6 +11,7 @@ from support.zoo import Case
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from hf_gradacc import GradAccTrainer
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.layouts import (
     find_head,
@@ -21,7 +22,7 @@ from hf_gradacc.loss.layouts import (
     without_mask,
 )
 from hf_gradacc.loss.shortcuts import Shortcuts, Trial, can_try
-from hf_gradacc.trainer.speed import FastSteps
+from hf_gradacc.trainer.asking import has_foreign_loss
 
 WAYS = {
     "target-only logits": Shortcuts(target_only_logits=True),
@@ -270,9 +271,9 @@ def expect():
 def test_layout_and_budget_do_not_change_the_gradient(tmp_path, layout, budget):
     trainer, gradient = train(tmp_path, layout=layout, max_tokens_per_micro_batch=budget)
     assert relative_error(gradient, expect()) <= 1e-10
-    assert trainer._shortcuts.packed == (layout == "packed")  # SDPA does not pack for free
-    assert trainer._shortcuts.target_only_logits
-    assert trainer._shortcuts.drop_mask
+    assert trainer.shortcuts.packed == (layout == "packed")  # SDPA does not pack for free
+    assert trainer.shortcuts.target_only_logits
+    assert trainer.shortcuts.drop_mask
 
 
 def test_a_packed_update_counts_no_padding(tmp_path):
@@ -335,7 +336,7 @@ def test_a_loss_function_of_the_users_own_gets_all_logits(tmp_path):
 
     trainer, gradient = train(tmp_path, trainer_options={"compute_loss_func": loss_func})
     assert all(shapes)
-    assert not trainer._shortcuts.target_only_logits
+    assert not trainer.shortcuts.target_only_logits
     assert relative_error(gradient, expect()) <= 1e-10
 
 
@@ -348,25 +349,25 @@ def test_what_was_asked_for_and_cannot_be_is_an_error(tmp_path):
 
 def test_what_was_left_to_the_check_is_not(tmp_path):
     trainer, gradient = train(tmp_path, model=broken(IgnoresShiftLabels))
-    assert not trainer._shortcuts.target_only_logits
-    assert "shift_labels" in trainer._shortcuts.reason("target_only_logits")
+    assert not trainer.shortcuts.target_only_logits
+    assert "shift_labels" in trainer.shortcuts.reason("target_only_logits")
     assert relative_error(gradient, expect()) <= 1e-10
 
 
 def test_a_router_loss_keeps_the_mask(tmp_path):
     case = Case("mixtral", "causal", router_loss=True)
     trainer, _ = train(tmp_path, model=case.build())
-    assert trainer._shortcuts.reason("drop_attention_mask") == (
+    assert trainer.shortcuts.reason("drop_attention_mask") == (
         "the router loss counts tokens by the mask"
     )
 
 
 def test_a_subclass_with_a_loss_of_its_own_gets_all_logits():
-    class Foreign(FastSteps):
+    class Foreign(GradAccTrainer):
         def compute_loss(self, *args, **kwargs): ...
 
-    assert Foreign._has_foreign_loss(Foreign.__new__(Foreign))
-    assert not FastSteps._has_foreign_loss(FastSteps.__new__(FastSteps))
+    assert has_foreign_loss(Foreign)
+    assert not has_foreign_loss(GradAccTrainer)
 
 
 def test_an_adapter_takes_shortcuts_and_a_prompt_in_front_refuses_them(tmp_path):
@@ -379,7 +380,7 @@ def test_an_adapter_takes_shortcuts_and_a_prompt_in_front_refuses_them(tmp_path)
     _, expected = train(tmp_path, model=wrap(lora), **plain)
     for layout in ("padded", "packed"):
         trainer, gradient = train(tmp_path, model=wrap(lora), layout=layout)
-        assert trainer._shortcuts.target_only_logits
+        assert trainer.shortcuts.target_only_logits
         assert relative_error(gradient, expected) <= 1e-10
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trial = make_trial(wrap(prompt).eval(), dtype=torch.float64)
@@ -396,5 +397,5 @@ class Asserts(LlamaForCausalLM):
 
 def test_a_model_that_breaks_on_a_shortcut_trains_without_it(tmp_path):
     trainer, gradient = train(tmp_path, model=broken(Asserts))
-    assert "AssertionError" in trainer._shortcuts.reason("drop_attention_mask")
+    assert "AssertionError" in trainer.shortcuts.reason("drop_attention_mask")
     assert relative_error(gradient, expect()) <= 1e-10

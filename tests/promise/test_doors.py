@@ -80,6 +80,23 @@ def test_every_package_of_the_checkout_is_in_the_wheel():
     assert found | {"hf_gradacc._recipes"} == set(listed)
 
 
+def test_every_file_beside_the_code_is_in_the_wheel():
+    import tomllib
+
+    root = Path(hf_gradacc.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in root.joinpath(*package.split(".")).glob(pattern)
+    }
+    files = {path for path in (root / "hf_gradacc").rglob("*") if path.is_file()}
+    beside = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert {"page.html", "page.css", "page.js", "py.typed"} <= {path.name for path in beside}
+    assert beside <= listed
+
+
 def test_neither_a_door_nor_help_loads_what_takes_seconds():
     check = (
         "import sys, hf_gradacc, hf_gradacc.recipe, hf_gradacc.data\n"
@@ -88,7 +105,8 @@ def test_neither_a_door_nor_help_loads_what_takes_seconds():
         "assert 'GradAccTrainer' in dir(hf_gradacc) and 'errors' not in hf_gradacc.__all__\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)

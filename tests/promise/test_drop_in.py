@@ -205,8 +205,8 @@ def test_labels_may_have_another_name(tmp_path, shifts, drawn):
         )
         trainer.train()
         expected = reference_gradient(whole, rows, collate)
-    assert not trainer._facts.warnings
-    assert not trainer._facts.pads_alike  # padding is no target under that name either
+    assert not trainer.facts.warnings
+    assert not trainer.facts.pads_alike  # padding is no target under that name either
     assert relative_error(recorder.gradients[0], expected) <= 1e-10
     first = 1 if shifts else 0
     targets = sum(label != -100 for row in rows for label in row["targets"][first:])

@@ -78,6 +78,43 @@ def test_a_wrong_import_would_be_seen(tmp_path):
     assert list(imports_of(file, "hf_gradacc")) == [(2, "hf_gradacc.trainer.mixin")]
 
 
+def test_only_ranks_calls_torch_distributed():
+    wrong = []
+    for path in files():
+        if room_of(path) == "ranks":
+            continue
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            # A class that sharded weights are made of is no call.
+            names = [name for name in names if not name.startswith("torch.distributed.tensor")]
+            if any(name.startswith("torch.distributed") for name in names):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_trainer_touches_what_is_private_to_the_stock_trainer():
+    from transformers import Trainer
+
+    private = {name for name in vars(Trainer) if name.startswith("_") and name[1] != "_"}
+    wrong = []
+    for path in files():
+        if room_of(path) == "trainer":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in private:
+                owner = ast.unparse(node.value)
+                if owner.endswith("trainer"):
+                    wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_recipe_and_data_know_yaml():
     for path in files():
         if room_of(path) not in ("recipe", "data"):

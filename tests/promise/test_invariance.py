@@ -45,7 +45,7 @@ def reference() -> dict[str, Any]:
 
 def run(world_size: int, shape: dict[str, Any], **more: Any) -> dict[str, Any]:
     job = {**RECIPE, **shape, **more}
-    return run_ranks(train_and_report, world_size, timeout=400, **job)[0]
+    return run_ranks(train_and_report, world_size, **job)[0]
 
 
 def compare(actual: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float, float]:

@@ -61,10 +61,10 @@ def run(tmp_path, kit, loss_of=model_loss, **options):
 def test_images_and_sound_are_exact(tmp_path, kit, rule):
     trainer, error = run(tmp_path, kit)
     assert error <= 1e-10
-    assert trainer._facts.rule is rule
-    assert not trainer._facts.warnings
+    assert trainer.facts.rule is rule
+    assert not trainer.facts.warnings
     apart = all(len(value) == 7 for value in kit[2](kit[1]).values())
-    assert trainer._collator.copies == int(apart)  # if not, never slice rows out
+    assert trainer.update_collator.copies == int(apart)  # if not, never slice rows out
     (row,) = log_rows(trainer)
     assert row["micro_batches_per_update"] == 3
     assert 0 <= row["padding_fraction"] < 0.2
@@ -87,7 +87,7 @@ def test_batch_norm_is_said_to_be_inexact(tmp_path):
     kit = multimodal.image_classifier("resnet")
     trainer, error = run(tmp_path, kit, per_device_train_batch_size=4)
     assert error > 0.1
-    assert "BatchNorm layers normalize by the rows of a micro-batch" in trainer._facts.warnings[0]
+    assert "BatchNorm layers normalize by the rows of a micro-batch" in trainer.facts.warnings[0]
 
 
 @pytest.mark.parametrize("images", [(2, 0, 1), (1, 3)], ids=str)
@@ -107,8 +107,8 @@ def test_rows_whose_images_share_a_tensor_are_evaluated_before_any_training(tmp_
             remove_unused_columns=False,
         )
         losses.append(trainer.evaluate()["eval_loss"])
-        assert trainer._facts.rule is TargetRule.NEXT_TOKEN
-        assert not trainer._facts.warnings
+        assert trainer.facts.rule is TargetRule.NEXT_TOKEN
+        assert not trainer.facts.warnings
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 

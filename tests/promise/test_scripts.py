@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
+from support.patience import HUNG_AFTER_SECONDS
 
 SCRIPTS = Path(__file__).parents[2] / "recipes"
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -129,7 +130,7 @@ def test_the_launches_the_readme_prints_start_two_processes(command, tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HUNG_AFTER_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a process group was left" not in done.stdout

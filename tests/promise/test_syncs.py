@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.trainer.runner import UpdateRunner
 
 ROWS = ragged_rows(12, seed=3)
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
@@ -48,7 +49,7 @@ def count_waits(tmp_path, monkeypatch, *, size, **options):
         max_steps=1,
         **options,
     )
-    waits, stock_run, stock_shape = Waits(), trainer._run_update, Shortcuts.shape
+    waits, stock_run, stock_shape = Waits(), UpdateRunner.run_micro_batches, Shortcuts.shape
 
     def shape(self, inputs):
         waits.paused = True
@@ -62,7 +63,7 @@ def count_waits(tmp_path, monkeypatch, *, size, **options):
             return stock_run(*args, **kwargs)
 
     monkeypatch.setattr(Shortcuts, "shape", shape)
-    monkeypatch.setattr(trainer, "_run_update", run)
+    monkeypatch.setattr(UpdateRunner, "run_micro_batches", run)
     trainer.train()
     return sum(waits.counts.values())
 

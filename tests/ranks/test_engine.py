@@ -19,8 +19,9 @@ from support.reference import relative_error
 from support.resume_jobs import train_and_report
 from support.tiny import make_trainer, ragged_rows
 
+from hf_gradacc import ConfigError
 from hf_gradacc.ranks import engine as engines
-from hf_gradacc.ranks.engine import end_group_at_exit
+from hf_gradacc.ranks.engine import FullySharded, OneProcess, end_group_at_exit, make_engine
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.recut import even_out
 from hf_gradacc.updates.targets import TargetRule
@@ -56,7 +57,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 @functools.cache
 def runs(world_size: int, *, sharded: bool = False) -> list[dict[str, Any]]:
     chosen = {name: s for name, s in SCENARIOS.items() if name in SHARDED or not sharded}
-    return run_ranks(train_scenarios, world_size, timeout=400, scenarios=chosen, sharded=sharded)
+    return run_ranks(train_scenarios, world_size, scenarios=chosen, sharded=sharded)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +101,16 @@ def model_parallelism() -> list[dict[str, str]]:
 
 
 def test_engines_nobody_has_compared_are_refused_with_the_way_out(tmp_path):
-    """Fully set up they want a GPU; the trainer goes by these attributes of its own."""
+    """Fully set up they want a GPU; an engine goes by the accelerator and the arguments."""
     trainer = make_trainer(tmp_path, ragged_rows(3))
-    assert not list(trainer._find_unknown_engines())
-    trainer.is_fsdp_enabled = True
+    kind = {"is_deepspeed": False, "is_sharded_by_loading": False}
+    engine = make_engine(trainer.accelerator, trainer.args, is_fsdp=False, **kind)
+    assert type(engine) is OneProcess
+    assert not list(engine.find_problems())
+    with pytest.raises(ConfigError, match="FSDP1 is deprecated"):
+        make_engine(trainer.accelerator, trainer.args, is_fsdp=True, **kind)
     trainer.args.torch_compile = True
-    old, compiled = trainer._find_unknown_engines()
+    old, compiled = FullySharded(trainer.accelerator, trainer.args).find_problems()
     assert old.startswith("FSDP1 is deprecated")
     assert old.endswith('set fsdp_config = {"version": 2}.')
     assert compiled.startswith("torch_compile = True with FSDP")

@@ -29,7 +29,6 @@ def runs(world: str) -> list[dict[str, Any]]:
     return run_ranks(
         train_scenarios,
         int(world[0]),
-        timeout=400,
         scenarios=SCENARIOS,
         sharded=world.endswith("FSDP2"),
     )

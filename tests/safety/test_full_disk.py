@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.disks import Ballast, small_disk, why_no_disk
+from support.patience import HUNG_AFTER_SECONDS
 from support.tiny import make_trainer, ragged_rows, tiny_llama
 
 from hf_gradacc import CheckpointError
@@ -93,7 +94,7 @@ def test_wandb_on_a_full_disk_does_not_end_the_run(disk, tmp_path, monkeypatch):
         [sys.executable, "-c", script, str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HUNG_AFTER_SECONDS,
         check=False,
     )
     assert "trained to the end" in done.stdout, done.stderr[-2000:]

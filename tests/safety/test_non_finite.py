@@ -95,7 +95,7 @@ def test_rows_are_named_by_their_place_in_the_dataset_shuffled_and_cut_again(tmp
     Failure(model, lambda rows, width, seen: rows > 1)
     with pytest.raises(NonFiniteError, match=r"\(row 17 of the dataset\) the loss is NaN"):
         trainer.train()
-    assert trainer.budget.cap is not None
+    assert trainer.token_budget.cap is not None
 
 
 def test_infinities_are_told_from_nan(tmp_path):
@@ -153,10 +153,10 @@ def test_a_gradient_alone_may_be_bad(tmp_path):
 
 def test_weights_that_are_bad_already_are_named(tmp_path):
     class Spoil(GradAccTrainer):
-        def _weigh(self, update):
+        def training_update(self, model, update):
             with torch.no_grad():
                 self.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
-            return super()._weigh(update)
+            return super().training_update(model, update)
 
     with pytest.raises(
         NonFiniteError, match=r"weight .*up_proj\.weight has 1 infinite of \d+ value"

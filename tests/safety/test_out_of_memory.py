@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from hf_gradacc import MemoryBudgetError
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.tracking.run_files import LOG_NAME, read_log
-from hf_gradacc.updates.budget import MemoryBudget
+from hf_gradacc.updates.budget import TokenBudget
 
 NUM_MICRO_BATCHES = 3  # of the first update, at 40 tokens each
 
@@ -271,7 +271,7 @@ def test_no_rank_hangs_when_another_cannot_go_on(tmp_path):
         "no row fits": {**base, "on_ranks": (1,), "limit": 2},
         "some other error": {**base, "on_ranks": (0,), "limit": 2, "error": KeyError("oops")},
     }
-    first, second = run_ranks(train_ranks, 2, scenarios=scenarios, timeout=100)
+    first, second = run_ranks(train_ranks, 2, scenarios=scenarios)
     # The rank that ran out has heard the allocator's words; the others say the same without them.
     said = "  The allocator said: CUDA out of memory. Tried to allocate 2 GiB.\n"
     assert second["no row fits"]["text"].replace(said, "") == first["no row fits"]["text"]
@@ -298,7 +298,7 @@ def test_of_three_ranks_one_may_run_out_where_another_has_nothing_to_do(tmp_path
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_inside_a_collective_all_ranks_stop_and_say_which_failed(where):
-    first, second = run_ranks(run_out_of_memory_while_sharded, 2, where=where, timeout=100)
+    first, second = run_ranks(run_out_of_memory_while_sharded, 2, where=where)
     assert second[0] == "MemoryBudgetError"
     assert "cannot be undone" in second[1]
     assert "smaller max_tokens_per_micro_batch" in second[1]
@@ -445,20 +445,20 @@ def test_a_resumed_run_keeps_the_budget_that_fitted(tmp_path):
             **options,
         )
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert trainer.budget.cap == whole["cap"]
+    assert trainer.token_budget.cap == whole["cap"]
     for name, weight in model.named_parameters():
         assert torch.equal(weight, whole["weights"][name]), name
 
 
 def test_the_budget_grows_back_after_many_updates_and_more_slowly_each_time():
-    budget = MemoryBudget()
-    budget.shrink_to(budget.propose(900, num_rows=3, asked=1024), asked=1024)
+    budget = TokenBudget(asked=1024)
+    budget.shrink_to(budget.propose(900, num_rows=3))
     assert budget.cap == 512
     for _ in range(256):
         budget.note_success()
     assert budget.cap is None  # twice 512 is what was asked for: no limit of our own any more
-    budget = MemoryBudget()
-    budget.shrink_to(256, asked=1024)
+    budget = TokenBudget(asked=1024)
+    budget.shrink_to(256)
     for _ in range(256):
         budget.note_success()
     assert budget.cap == 512
@@ -472,23 +472,23 @@ def test_the_budget_grows_back_after_many_updates_and_more_slowly_each_time():
 
 
 def test_a_budget_on_trial_is_on_trial_after_a_resume_too():
-    budget = MemoryBudget()
-    budget.shrink_to(256, asked=1024)
+    budget = TokenBudget(asked=1024)
+    budget.shrink_to(256)
     for _ in range(256):
         budget.note_success()
-    resumed = MemoryBudget()
+    resumed = TokenBudget()
     resumed.restore(json.loads(json.dumps(budget.state())))
     for one in (budget, resumed):
         one.shrink_to(256)
     assert resumed.state() == budget.state()
     assert resumed.patience == 512
     resumed.restore(None)  # a run of its own
-    assert resumed.state() == MemoryBudget().state()
+    assert resumed.state() == TokenBudget().state()
 
 
 def test_a_budget_that_has_grown_back_cuts_as_before(tmp_path, monkeypatch):
     options = {"num_train_epochs": 4, "model": {"attention_dropout": 0.0}}
-    monkeypatch.setattr(MemoryBudget.__init__, "__defaults__", (None, None, 0, 5, False))
+    monkeypatch.setattr(TokenBudget.__init__, "__defaults__", (*[None] * 4, 0, 5, False))
     failing = train(
         tmp_path / "failing", failure={"when": lambda rows, width, seen: seen == 0}, **options
     )

@@ -77,7 +77,7 @@ def test_the_optimizer_gets_gradients_in_the_dtype_of_its_weights(tmp_path, opti
 
 def test_float32_weights_are_left_alone(tmp_path):
     _, recorder, trainer = run(tmp_path, dtype=torch.float32, per_device_train_batch_size=16)
-    assert trainer._float32.parameters == []
+    assert trainer._update_runner.float32.parameters == []
     assert {g.dtype for g in recorder.gradients[0].values()} == {torch.float32}
 
 
@@ -88,7 +88,9 @@ def test_an_adapter_in_float32_on_a_bf16_base_needs_nothing(tmp_path):
     trainer = make_trainer(tmp_path, ROWS, model=model, per_device_train_batch_size=8)
     trainer.train()
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    assert len(trainer._float32.parameters) == (0 if trained == {torch.float32} else 4)
+    assert len(trainer._update_runner.float32.parameters) == (
+        0 if trained == {torch.float32} else 4
+    )
 
 
 def test_an_update_that_ran_out_of_memory_still_sums_in_float32(tmp_path):
@@ -105,7 +107,7 @@ def test_an_update_that_ran_out_of_memory_still_sums_in_float32(tmp_path):
         per_device_train_batch_size=2,
     )
     trainer.train()
-    assert trainer.budget.cap is not None
+    assert trainer.token_budget.cap is not None
     assert relative_error(recorder.gradients[0], expected.gradients[0]) < 6e-3
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,22 +17,32 @@ from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 from transformers import TrainerCallback
 
 from hf_gradacc import DataError
+from hf_gradacc.safety import signals
 from hf_gradacc.tracking.run_files import LOG_NAME, read_log
 
 ROWS = ragged_rows(24, seed=5)
 
 
-class Tell(TrainerCallback):
-    """Sends this process a signal in the middle of an update."""
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which signals are one request or two; a busy machine does not move it."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
 
-    def __init__(self, number, *, step, times=1, pause=0.0):
+
+class Tell(TrainerCallback):
+    """Sends this process a signal in the middle of an update, or several at times of a clock."""
+
+    def __init__(self, number, *, step, times=1, pause=0.0, clock=None):
         self.number, self.step, self.times, self.pause = number, step, times, pause
+        self.clock = clock or SimpleNamespace(now=0.0)
 
     def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
-                time.sleep(self.pause)
+                self.clock.now += self.pause
             self.step = None
 
 
@@ -69,17 +80,17 @@ def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
         assert torch.equal(weight, other), name
 
 
-def test_a_second_signal_acts_at_once(tmp_path):
-    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=1.1))
+def test_a_second_signal_acts_at_once(tmp_path, clock):
+    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=1.1, clock=clock))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 1
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_the_same_signal_twice_within_moments_is_one_request(tmp_path):
+def test_the_same_signal_twice_within_moments_is_one_request(tmp_path, clock):
     """Ctrl-C reaches a rank from the terminal, and again from torchrun, which passes it on."""
-    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=0.1))
+    _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=0.9, clock=clock))
     with pytest.raises(SystemExit) as caught:
         trainer.train()
     assert caught.value.code == 130
@@ -309,7 +320,7 @@ def test_a_loader_worker_that_dies_is_a_clear_error(tmp_path):
         dataloader_num_workers=1,
         train_sampling_strategy="sequential",
     )
-    trainer._collate_probe = lambda rows: pad(ROWS[:3])
+    trainer._training_data.collate_sample = lambda trainer, rows: pad(ROWS[:3])
     with pytest.raises(
         DataError, match=r"(?s)loader worker died at update \d+.*dataloader_num_workers"
     ):

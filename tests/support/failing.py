@@ -126,21 +126,26 @@ def train(
         "optimizer": trainer.optimizer.state_dict()["state"],
         "logs": timeless_log_rows(trainer),
         "raised": injected.raised if injected else 0,
-        "cap": trainer.budget.cap,
-        "noise": [] if trainer._noise is None else trainer._noise.meter.state(),
+        "cap": trainer.token_budget.cap,
+        "noise": _measurements(trainer),
         "random": torch.rand(3),
     }
 
 
+def _measurements(trainer: Any) -> list[list[float]]:
+    record = trainer._noise_listener.record
+    return [] if record is None else record.meter.state()
+
+
 def _lower_before(trainer: Any, update: int, cap: int) -> None:
-    weigh = trainer._weigh
+    run = trainer.training_update
 
-    def lowered(loaded: Any) -> Any:
-        if trainer.state.global_step == update and trainer.budget.cap is None:
-            trainer.budget.shrink_to(cap)
-        return weigh(loaded)
+    def lowered(model: Any, loaded: Any) -> Any:
+        if trainer.state.global_step == update and trainer.token_budget.cap is None:
+            trainer.token_budget.shrink_to(cap)
+        return run(model, loaded)
 
-    trainer._weigh = lowered
+    trainer.training_update = lowered
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:

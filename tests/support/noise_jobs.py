@@ -18,5 +18,5 @@ def measure_as_rank(out: str) -> list[list[float]]:
     )
     with float64_everywhere():
         trainer.train()
-    measurements: list[list[float]] = trainer._noise.meter.state()
+    measurements: list[list[float]] = trainer._noise_listener.record.meter.state()
     return measurements

@@ -20,6 +20,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from .patience import Watch
+
 __all__ = ["run_and_kill", "run_ranks"]
 
 _TESTS = Path(__file__).resolve().parents[1]
@@ -42,14 +44,15 @@ def _start_server() -> None:
 
 
 def run_ranks(
-    job: Callable[..., Any], world_size: int, *, timeout: float = 400, **kwargs: Any
+    job: Callable[..., Any], world_size: int, *, still_after: float = 120, **kwargs: Any
 ) -> list[Any]:
     """Call ``job(**kwargs)`` on every rank and give back what each returned.
 
     Args:
         job: A function that can be imported, such as one of ``support.rank_jobs``.
         world_size: How many processes.
-        timeout: Seconds after which all ranks are killed: a hang is a failure, not a wait.
+        still_after: Seconds without progress of any rank after which all are killed: a hang is a
+            failure, not a wait. On a busy machine a rank may take its time, see `Watch`.
         **kwargs: Picklable arguments of the job.
     """
     _start_server()
@@ -62,9 +65,11 @@ def run_ranks(
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + timeout
+        watch = Watch([p.pid for p in processes if p.pid], still_after=still_after)
+        lost = ""
         try:
-            while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
+            while any(p.exitcode is None for p in processes) and not lost:
+                lost = watch.why_lost()
                 if any(p.exitcode not in (None, 0) for p in processes):
                     time.sleep(1)  # the others may still say what is wrong with them
                     break
@@ -78,7 +83,8 @@ def run_ranks(
         if any(codes):
             texts = [_read(Path(folder, f"{rank}.txt")) for rank in range(world_size)]
             told = "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(texts))
-            raise AssertionError(f"ranks ended with {codes}, still running: {hung}\n{told}")
+            why = f" ({lost})" if lost else ""
+            raise AssertionError(f"ranks ended with {codes}, still running: {hung}{why}\n{told}")
         return [
             pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(world_size)
         ]
@@ -132,7 +138,6 @@ def run_and_kill(
     *,
     begun: Path,
     delay: float | None,
-    timeout: float = 400,
     **kwargs: Any,
 ) -> int:
     """Run a job in a process of its own and send it SIGKILL some time after it has begun.
@@ -141,7 +146,6 @@ def run_and_kill(
         job: As for `run_ranks`.
         begun: File the job makes when its training begins.
         delay: Seconds from then on; None lets it run to its end.
-        timeout: Seconds after which it counts as hung.
         **kwargs: Arguments of the job.
 
     Returns:
@@ -152,15 +156,16 @@ def run_and_kill(
     with tempfile.TemporaryDirectory() as folder:
         process = _context.Process(target=_be_rank, args=(job, kwargs, 0, 1, 0, folder))
         process.start()
-        deadline = time.monotonic() + timeout
-        while delay is not None and not begun.exists() and process.exitcode is None:
+        watch, lost = Watch([process.pid or 0]), ""
+        while not (lost or process.exitcode is not None or (delay is not None and begun.exists())):
             time.sleep(0.005)
-            assert time.monotonic() < deadline, "the job never began"
-        process.join(timeout if delay is None else delay)
+            lost = watch.why_lost()
+        if delay is not None and not lost:
+            process.join(delay)
         if process.exitcode is None:
             process.kill()
             process.join()
-            assert delay is not None, f"the job hung:\n{_read(Path(folder, '0.txt'))}"
+            assert not lost, f"the job hung, it {lost}:\n{_read(Path(folder, '0.txt'))}"
         if process.exitcode not in (0, -9):
             raise AssertionError(_read(Path(folder, "0.txt")))
         return int(process.exitcode or 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import wandb
+from support.patience import HUNG_AFTER_SECONDS
 from support.tiny import make_trainer, spaced_rows, tiny_llama
 from support.wandb_reader import WandbRun, find_wandb_files, read_wandb_file
 from transformers import Trainer, TrainerCallback
@@ -101,7 +102,7 @@ def run_on_two_ranks(code, *arguments) -> subprocess.CompletedProcess:
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HUNG_AFTER_SECONDS,
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import math
 import os
 import tempfile
@@ -33,15 +34,29 @@ AUTO = {
 }
 
 
-def set_up() -> None:
-    """Let ranks talk through gloo alone, and torch be quiet about names that DeepSpeed still uses.
+def set_up(*, has_fp16: bool = False) -> None:
+    """State what DeepSpeed would find out about this machine, so that all machines are alike.
 
-    On CPUs DeepSpeed compiles collectives of its own for inference, where it finds a compiler.
+    On CPUs it compiles collectives of its own for inference, if it finds a compiler: minutes on a
+    busy machine, and a build that is killed leaves a lock that every later one waits for. Here
+    ranks talk through gloo alone, and a build is an error.
+
+    Args:
+        has_fp16: What to say of the processor. DeepSpeed asks torch, which says so of Intel's with
+            AVX512-FP16 alone.
     """
-    import deepspeed.comm.torch as backend
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder.builder import OpBuilder
 
-    backend.build_shm_op = lambda: None
+    # Not `import deepspeed.comm.torch as backend`: that package's `torch` is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    OpBuilder.jit_load = _refuse_to_build
+    get_accelerator().is_fp16_supported = lambda: has_fp16
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def _refuse_to_build(builder: Any, verbose: bool = True) -> Any:
+    raise AssertionError(f"DeepSpeed wants to compile {builder.name} inside of a test")
 
 
 def config_of(stage: int, **changes: Any) -> dict[str, Any]:
@@ -63,6 +78,7 @@ def allow_float64() -> None:
     `float64_everywhere` does not reach hooks that run inside of a backward.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
     make = DeepSpeedEngine._configure_zero_optimizer
     if make.__module__ == __name__:
@@ -74,8 +90,14 @@ def allow_float64() -> None:
         made.ipg_buckets = dict.fromkeys([torch.float64], *made.ipg_buckets.values())
         return made
 
+    def check_as_float32(self: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        self.dtype = torch.float32
+
     DeepSpeedEngine.get_data_types = lambda self: (torch.float64, torch.float64)
     DeepSpeedEngine._configure_zero_optimizer = make_in_float64
+    # ZeRO-3 refuses a dtype it does not know, but only where the processor has fp16: elsewhere it
+    # takes bfloat16 for any. Weights that are there already keep theirs whatever this says.
+    InsertPostInitMethodToModuleSubClasses._set_dtype = check_as_float32
 
 
 BAD_TOKEN = 47  # a token whose loss or gradient goes bad
@@ -100,7 +122,7 @@ class ZeroTrainer(GradAccTrainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _note_gradient(self) -> None:
-        if self._global_stats.num_targets:
+        if self.last_update.stats.num_targets:
             self.gradients.append(
                 {
                     name: gradient.clone()
@@ -164,7 +186,7 @@ def rows_of(scenario: dict[str, Any]) -> Any:
 
 def break_on_purpose(mistake: str) -> None:
     """Make one of the mistakes that are easily made with this engine."""
-    import hf_gradacc.trainer.zero as module
+    import hf_gradacc.ranks.deepspeed as module
     from hf_gradacc.ranks.engine import Engine
 
     class SteppingInBackward(UpdateEngine):
@@ -196,13 +218,17 @@ def break_on_purpose(mistake: str) -> None:
 
 
 def train_zero(
-    scenarios: dict[str, dict[str, Any]], *, stage: int | None = None, mistake: str | None = None
+    scenarios: dict[str, dict[str, Any]],
+    *,
+    stage: int | None = None,
+    mistake: str | None = None,
+    has_fp16: bool = False,
 ) -> dict[str, Any]:
     """Train every scenario under one stage of ZeRO, or none; all start from the same weights."""
     if mistake is not None:
         break_on_purpose(mistake)
     if stage is not None:
-        set_up()
+        set_up(has_fp16=has_fp16)
     return {name: train_under(scenario, stage=stage) for name, scenario in scenarios.items()}
 
 
@@ -304,11 +330,8 @@ def train_twice(out: str) -> str:
 
 
 def train_in_fp16(out: str, *, stage: int, scale_power: int) -> dict[str, Any]:
-    """Train with a dynamic loss scale; DeepSpeed says that no CPU can, though torch's does."""
-    set_up()
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
+    """Train with a dynamic loss scale; DeepSpeed lets few CPUs do it, though torch lets any."""
+    set_up(has_fp16=True)
     trainer = make_trainer(
         out,
         ragged_rows(16, seed=3),

@@ -98,7 +98,7 @@ def _train(
             **trainer_options,
         )
         result = trainer.train()
-    facts = getattr(trainer, "_facts", None)
+    facts = getattr(trainer, "facts", None)
     said = list(facts.warnings) if facts is not None else []
     return Run(grab.gradient, inputs, said, result.training_loss)
 

@@ -371,14 +371,14 @@ def test_the_trainer_measures_the_update_it_trains(tmp_path):
     trainer = tracked_trainer(tmp_path, report_to="none", max_steps=3, **options)
     model, rows = trainer.model.double(), spaced_rows()
     trainer.train()
-    measured = trainer._noise.meter.measurements
+    measured = trainer._noise_listener.record.meter.measurements
     assert len(measured) == 2, "of updates 0, 1 and 2 the first and the third"
     sampler = UpdateSampler(
         len(rows), effective_batch_size=8, seed=trainer.args.seed, noise_scale_every=2
     )
     for actual, members in zip(measured, list(sampler)[::2], strict=True):
         drawn = [rows[i] for i in members]
-        collator = trainer._collator
+        collator = trainer.update_collator
         pieces = collator.cut(collator.measure(drawn), at_random=True)
         assert [i for piece in pieces for i in piece] == list(range(8)), "in the order dealt"
         squares, counts, update = [], [], 0

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import wandb
+from support.patience import crowding
 from support.tracked import no_wandb_login, tracked_trainer
 from support.wandb_reader import find_wandb_files, read_wandb_file
 from support.wandb_server import WandbServer
@@ -55,7 +56,8 @@ def test_a_server_that_goes_bad_midway_neither_stops_nor_slows_training(
     trainer.train()
     assert trainer.state.global_step == 20
     assert wandb.run.settings.mode == "online"
-    assert going_bad.seconds < 10  # fifteen updates of milliseconds, and one look at the server
+    # Fifteen updates of milliseconds, and one look at the server.
+    assert going_bad.seconds < 10 * crowding()
     (path,) = find_wandb_files(wandb_dir)
     printed = capsys.readouterr().out
     assert "the server does not answer" in printed

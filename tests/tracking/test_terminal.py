@@ -11,6 +11,7 @@ import sys
 import termios
 from pathlib import Path
 
+from support.patience import HUNG_AFTER_SECONDS
 from support.tracked import tracked_trainer
 
 TESTS = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def run_in_a_terminal(code, *arguments, columns=80):
             break
         seen += part
     os.close(ours)
-    assert process.wait(60) == 0, seen.decode()
+    assert process.wait(HUNG_AFTER_SECONDS) == 0, seen.decode()
     return seen.decode().replace("\r\n", "\n")
 
 

@@ -133,7 +133,7 @@ def test_padding_that_is_learned_is_said_and_still_exact(tmp_path):
     with float64_everywhere():
         expected = reference_gradient(model, ROWS, careless)
     assert relative_error(recorder.gradients[0], expected) <= 1e-10
-    assert any("learns to predict padding" in line for line in trainer._facts.warnings)
+    assert any("learns to predict padding" in line for line in trainer.facts.warnings)
 
 
 # ---- losses people write -----------------------------------------------------------------------

@@ -32,9 +32,9 @@ def test_an_update_that_is_not_measured_pays_nothing(tmp_path, every):
     hooks, plans = [], []
 
     class Watching(GradAccTrainer):
-        def _run_micro_batch(self, model, micro_batch, targets):
+        def training_step(self, model, inputs, num_items_in_batch=None):
             hooks.append(sum(len(p._backward_hooks or {}) for p in model.parameters()))
-            return super()._run_micro_batch(model, micro_batch, targets)
+            return super().training_step(model, inputs, num_items_in_batch)
 
         def training_update(self, model, update):
             plans.append([micro_batch.rows for micro_batch in update])
@@ -49,10 +49,10 @@ def test_an_update_that_is_not_measured_pays_nothing(tmp_path, every):
     first, second = (part for part in "".join(map(str, hooks)).split("|")[1:])
     assert set(second) == {"0"}
     assert (set(first) == {"0"}) == (every is None)
-    assert (trainer._noise is None) == (every is None)
+    assert (trainer._noise_listener.record is None) == (every is None)
     sampler = UpdateSampler(16, effective_batch_size=8, seed=42)
     for members, plan in list(zip(sampler, plans, strict=True))[1 if every else 0 :]:
-        pieces = trainer._collator.plan([ROWS[i] for i in members])
+        pieces = trainer.update_collator.plan([ROWS[i] for i in members])
         assert plan == [tuple(members[i] for i in piece) for piece in pieces]
 
 
@@ -62,7 +62,7 @@ def test_measuring_changes_no_gradient(tmp_path, every):
     trainer, measured = train(tmp_path / "measured", noise_scale_every=every)
     for a, b in zip(plain, measured, strict=True):
         assert relative_error(b, a) <= 1e-10
-    assert len(trainer._noise.meter.measurements) == 2 // every
+    assert len(trainer._noise_listener.record.meter.measurements) == 2 // every
 
 
 def test_the_figure_is_that_of_the_micro_batches_cut_in_the_order_dealt(tmp_path):
@@ -78,7 +78,7 @@ def test_the_figure_is_that_of_the_micro_batches_cut_in_the_order_dealt(tmp_path
     expected = measure_noise(
         weighted, counts, squared_norm_of_update=squared_norm(gradients[0]), num_sequences=8
     )
-    (actual,) = trainer._noise.meter.measurements
+    (actual,) = trainer._noise_listener.record.meter.measurements
     assert actual.noise == pytest.approx(expected.noise, rel=1e-9)
     assert actual.signal == pytest.approx(expected.signal, rel=1e-9)
 
@@ -125,7 +125,7 @@ def test_only_what_is_trained_is_measured_and_sums_may_be_wider_than_weights(
         trainer.train()
         order = list(next(iter(trainer.get_train_dataloader().batch_sampler)))
         expected = measured_by_hand(model, [order], 2)
-    (actual,) = trainer._noise.meter.measurements
+    (actual,) = trainer._noise_listener.record.meter.measurements
     # Both are differences: what rounding does to them is measured by what they are taken from.
     whole = expected.signal + expected.noise / expected.num_targets
     assert actual.signal == pytest.approx(expected.signal, abs=tolerance * whole)
@@ -179,6 +179,6 @@ def test_measurements_survive_a_checkpoint(tmp_path):
     )
     with float64_everywhere():
         trainer.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
-    expected = torch.tensor(whole._noise.meter.state())
-    actual = torch.tensor(trainer._noise.meter.state())
+    expected = torch.tensor(whole._noise_listener.record.meter.state())
+    actual = torch.tensor(trainer._noise_listener.record.meter.state())
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)

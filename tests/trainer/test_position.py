@@ -179,7 +179,7 @@ def test_resumed_in_another_shape_a_run_ends_within_rounding(tmp_path, ranks, th
     straight = train_and_report(str(tmp_path / "straight"), save_strategy="no")
     train_and_report(str(tmp_path / "out"), stop=8)
     job = {"out": str(tmp_path / "out"), "resume": True, **then}
-    resumed = run_ranks(train_and_report, ranks, timeout=400, **job)[0]
+    resumed = run_ranks(train_and_report, ranks, **job)[0]
     # AdamW divides by the root of a square: where a gradient is all but zero, rounding shows.
     assert_same(straight, resumed, tolerance=1e-7)
     cut = {"micro_batches_per_update", "padding_fraction"}
@@ -349,9 +349,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path, world_size,
     options = {"logging_steps": 1}
     if full == (1,):
         options["most_bytes"] = 2_000  # a rank that is not the first writes its RNG state only
-    results = run_ranks(
-        train_on_a_full_disk, world_size, timeout=400, out=str(tmp_path), ranks=full, **options
-    )
+    results = run_ranks(train_on_a_full_disk, world_size, out=str(tmp_path), ranks=full, **options)
     for result in results:
         assert result["step"] == 6
     assert results[0]["found"] == ["checkpoint-2", "checkpoint-6"]

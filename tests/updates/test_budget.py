@@ -84,7 +84,7 @@ def test_tuning_never_changes_a_gradient(tmp_path, workers):
     model = tiny_llama().train()
     with float64_everywhere():
         trainer.train()
-        assert trainer._tuner.settled
+        assert trainer.token_budget.tuner.settled
         sampler = trainer.get_train_dataloader().batch_sampler
         assert len(recorder.gradients) == 24
         for epoch in (0, 11):
@@ -110,7 +110,7 @@ def test_updates_are_planned_with_what_was_chosen(tmp_path):
     )
     trainer.train()
     assert seen[0] == BudgetTuner.budget
-    assert seen[-1] == trainer._tuner.budget
+    assert seen[-1] == trainer.token_budget.tuner.budget
     assert len(set(seen)) > 1
 
 
@@ -143,7 +143,7 @@ def tune_for_real(tmp_path, rows=ROWS, **options):
         },
     )
     trainer.train()
-    return trainer._tuner
+    return trainer.token_budget.tuner
 
 
 def test_a_budget_is_tuned_once_per_model_device_and_range_of_lengths(tmp_path, cache):

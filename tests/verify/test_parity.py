@@ -150,10 +150,13 @@ def test_the_check_sees_a_weight_rule_that_is_off():
     """Broken on purpose: every micro-batch weighs the same."""
 
     class MeanOfMeans(GradAccTrainer):
-        def _run_micro_batch(self, model, micro_batch, targets):
-            own = micro_batch.targets.under(self._facts.rule)
-            pieces = self._global_stats.num_micro_batches
-            return super()._run_micro_batch(model, micro_batch, own * pieces)
+        def training_update(self, model, update):
+            self.num_pieces = len(update)
+            return super().training_update(model, update)
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.current_gradient_accumulation_steps = self.num_pieces
+            return super().training_step(model, inputs, num_items_in_batch)
 
     report = verify(tiny_llama(dtype=torch.float32), trainer_class=MeanOfMeans)
     assert not report.passed
@@ -275,7 +278,7 @@ def test_a_router_loss_counted_more_than_once_fails():
 
         @property
         def referring(self):
-            return self._running is None  # only the plan runs micro-batches
+            return self._update_runner._running is None  # only the plan runs micro-batches
 
     report = zoo_verify("olmoe-causal-router", trainer_class=EveryTime)
     assert not report.passed

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.tracking.report.data import ReportRun, load_runs
-from hf_gradacc.tracking.report.html import render_page
-from hf_gradacc.tracking.report.png import draw_picture
 
 __all__ = ["build_report"]
 
@@ -20,15 +18,19 @@ def build_report(runs: Sequence[Path], *, html: Path, png: Path | None = None) -
         runs: Output directories. Those of the stock Trainer are understood too; then the plots
             go over updates, since it does not count target tokens.
         html: Where the page goes; its directory is made.
-        png: Where the picture goes. Needs matplotlib, the extra ``plot``.
+        png: Where the picture goes.
 
     Returns:
         What was read, in the order given.
 
     Raises:
-        ConfigError: If no run is given, or matplotlib is missing.
+        ConfigError: If no run is given.
         DataError: If a directory holds no run, or a run has no row yet.
     """
+    # matplotlib takes a while to import, and a training that writes no report never needs it.
+    from hf_gradacc.tracking.report.page import marks_of, render_page
+    from hf_gradacc.tracking.report.plots import draw_picture
+
     if not runs:
         raise ConfigError("runs is empty: give at least one output directory.")
     loaded = load_runs([Path(run) for run in runs])
@@ -36,5 +38,5 @@ def build_report(runs: Sequence[Path], *, html: Path, png: Path | None = None) -
     html.write_text(render_page(loaded), "utf-8")
     if png is not None:
         png.parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(loaded, png)
+        draw_picture(loaded, png, marks=marks_of(loaded))
     return loaded

@@ -1,108 +1,116 @@
-"""From a run's own files to what a report draws: series, events, tiles, and settings in words."""
+"""From a run's own files to what a report draws: tables, events, tiles, and settings in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.safety.run_state import VERDICT
 from hf_gradacc.text import count_updates, duration, quantity
 from hf_gradacc.tracking.phases import PHASE_KEYS
-from hf_gradacc.tracking.report.words import PHASE_WORDS, describe_settings, describe_time
+from hf_gradacc.tracking.report.words import describe_settings, describe_time
 from hf_gradacc.tracking.run_files import kind_of, read_run
 
-__all__ = ["PANELS", "Line", "Panel", "ReportRun", "load_runs"]
+__all__ = ["MOST_PLACES", "ReportRun", "Table", "load_runs", "make_table"]
 
 TOKENS, UPDATES = "target tokens seen", "updates"
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a panel: a key of the log, of rows of one kind."""
+MOST_PLACES, FEWEST_PLACES = 600, 60
+"""Drawn of a run: more would not be told apart, and the page would grow with the run."""
 
-    key: str
-    label: str
-    kind: str = "train"
-    dashed: bool = False
-    band: tuple[str, str] | None = None
+Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One plot. The first line of a panel is the one that compared runs show.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows of one kind as a report draws them; of a long run, means over neighbouring rows.
 
-    The lines of a stacked one are parts of a whole; compared runs do not show it.
+    Attributes:
+        first: ``[places]``, the update a place stands for, or the first of those it averages.
+        last: ``[places]``, the last of them.
+        x: ``[places]``, along the report's axis.
+        columns: ``[places]`` for each key; NaN where no row has a finite value.
     """
 
-    title: str
-    unit: str
-    lines: tuple[Line, ...]
-    log_scale: bool = False
-    from_zero: bool = False
-    stacked: bool = False
+    first: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    x: Floats
+    columns: dict[str, Floats]
+
+    def column(self, key: str) -> Floats:
+        """Give a key's values, NaN everywhere if it was never logged."""
+        return self.columns.get(key, np.full(len(self.x), np.nan))
+
+    def points(self, key: str) -> tuple[Floats, Floats]:
+        """Give the places that have a value of a key, and the values."""
+        values = self.column(key)
+        known = ~np.isnan(values)
+        return self.x[known], values[known]
+
+    def band(self, low: str, high: str) -> Floats | None:
+        """Give a band's x, lower and upper end, ``[3, places]``; None if it was not logged.
+
+        An upper end that was not logged is infinite.
+        """
+        lower, upper = self.column(low), self.column(high)
+        known = ~np.isnan(lower)
+        upper = np.where(np.isnan(upper), np.inf, upper)
+        return np.stack([self.x, lower, upper])[:, known] if known.any() else None
+
+    def stack(self, keys: Sequence[str]) -> tuple[Floats, Floats]:
+        """Pile up the parts of a whole where all of them are known.
+
+        Returns:
+            The places, and ``[keys + 1, places]``: the edges between the parts from the ground up.
+        """
+        parts = np.array([self.column(key) for key in keys]).reshape(len(keys), len(self.x))
+        known = ~np.isnan(parts).any(axis=0)
+        x, parts = self.x[known], parts[:, known]
+        if len(x) == 1:  # it tells of all updates before it, and a single place has no area
+            x, parts = np.array([0.0, x[0]]), np.repeat(parts, 2, axis=1)
+        return x, np.concatenate([np.zeros((1, len(x))), np.cumsum(parts, axis=0)])
 
 
-PANELS = (
-    Panel(
-        "Loss",
-        "nats per target token",
-        (Line("loss", "training"), Line("eval_loss", "held out", kind="eval", dashed=True)),
-    ),
-    Panel("Learning rate", "", (Line("learning_rate", "learning rate"),), from_zero=True),
-    Panel(
-        "Tokens per update",
-        "tokens, all ranks",
-        (
-            Line("tokens_per_update", "target tokens"),
-            Line("input_tokens_per_update", "input tokens", dashed=True),
-        ),
-        from_zero=True,
-    ),
-    Panel(
-        "Padding",
-        "fraction of computed tokens",
-        (Line("padding_fraction", "padding"),),
-        from_zero=True,
-    ),
-    Panel(
-        "Throughput",
-        "target tokens per second",
-        (Line("target_tokens_per_second", "throughput"),),
-        from_zero=True,
-    ),
-    Panel(
-        "Where time goes",
-        "seconds per update",
-        tuple(Line(PHASE_KEYS[phase], words) for phase, words in PHASE_WORDS.items()),
-        from_zero=True,
-        stacked=True,
-    ),
-    Panel("Gradient norm", "", (Line("grad_norm", "gradient norm"),), from_zero=True),
-    Panel(
-        "Gradient noise scale",
-        "target tokens",
-        (
-            Line(
-                "gradient_noise_scale",
-                "noise scale, 90 % band",
-                band=("gradient_noise_scale_low", "gradient_noise_scale_high"),
-            ),
-            Line("tokens_per_update", "tokens per update", dashed=True),
-        ),
-        log_scale=True,
-    ),
-    Panel("Model FLOPs utilization", "fraction of peak", (Line("mfu", "MFU"),), from_zero=True),
-    Panel(
-        "Peak memory",
-        "bytes",
-        (Line("peak_memory_bytes", "peak memory"),),
-        from_zero=True,
-    ),
-)
+def make_table(rows: Sequence[Mapping[str, Any]], x: Sequence[float], *, most: int) -> Table:
+    """Set out log rows as columns, and average neighbours until at most `most` places are left.
+
+    A place that is a single row holds that row's values as they are.
+
+    Args:
+        rows: Log rows of one kind.
+        x: Their places on the report's axis.
+        most: See above.
+    """
+    size = max(1, math.ceil(len(rows) / most))
+    begins = np.arange(0, len(rows), size)
+    ends = np.minimum(begins + size, len(rows)) - 1
+    steps = np.array([row["step"] for row in rows], dtype=np.int64)
+    keys = {key for row in rows for key, value in row.items() if isinstance(value, (int, float))}
+
+    def average(values: Sequence[float]) -> Floats:
+        padded = np.full(len(begins) * size, np.nan)
+        padded[: len(rows)] = values
+        groups = np.ma.masked_invalid(padded.reshape(len(begins), size))
+        return np.asarray(groups.mean(axis=1).filled(np.nan), dtype=np.float64)
+
+    return Table(
+        first=steps[begins],
+        last=steps[ends],
+        x=average(x),
+        columns={key: average([_to_float(row.get(key)) for row in rows]) for key in keys},
+    )
+
+
+def _to_float(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 @dataclass
@@ -114,14 +122,18 @@ class ReportRun:
     settings: dict[str, Any]
     rows: list[dict[str, Any]]
     axis: str = TOKENS
+    most_places: int = MOST_PLACES
     _tokens_at: dict[int, float] = field(default_factory=dict)
     _by_kind: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    _tables: dict[str, Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for row in self.rows:
             self._by_kind.setdefault(row["kind"], []).append(row)
             if "target_tokens_seen" in row:
                 self._tokens_at[int(row["step"])] = float(row["target_tokens_seen"])
+        known = np.array(sorted({0: 0.0, **self._tokens_at}.items()))
+        self._tokens_by_step = np.ascontiguousarray(known.T)
 
     @property
     def knows_tokens(self) -> bool:
@@ -136,15 +148,15 @@ class ReportRun:
         """Place an update on the report's axis, between logged rows by straight line."""
         if self.axis == UPDATES:
             return float(step)
-        if step in self._tokens_at:
-            return self._tokens_at[step]
-        known = [(0, 0.0), *sorted(self._tokens_at.items())]
-        before = max((pair for pair in known if pair[0] <= step), default=known[0])
-        after = min((pair for pair in known if pair[0] >= step), default=None)
-        if after is None or after[0] == before[0]:
-            return before[1]
-        share = (step - before[0]) / (after[0] - before[0])
-        return before[1] + share * (after[1] - before[1])
+        return float(np.interp(step, *self._tokens_by_step))
+
+    def table(self, kind: str) -> Table:
+        """Give the rows of one kind as they are drawn, at most `most_places` of them."""
+        if kind not in self._tables:
+            rows = self.of_kind(kind)
+            x = [self.x_of(int(row["step"])) for row in rows]
+            self._tables[kind] = make_table(rows, x, most=self.most_places)
+        return self._tables[kind]
 
     def points(self, key: str, *, kind: str = "train") -> list[tuple[float, float]]:
         """Give a key's finite values along the axis."""
@@ -168,33 +180,10 @@ class ReportRun:
         said = [row for row in self.of_kind("event") if row.get("event") == VERDICT]
         return (str(said[-1].get("word", "")), str(said[-1]["text"])) if said else None
 
-    def stack(self, keys: Sequence[str]) -> list[list[tuple[float, float]]]:
-        """Give the edges between the parts of a whole, from the ground to the top."""
-        rows = [
-            row for row in self.of_kind("train") if all(row.get(key) is not None for key in keys)
-        ]
-        edges = [[(self.x_of(int(row["step"])), 0.0) for row in rows]]
-        if len(rows) == 1:  # it tells of all updates before it, and a single place has no area
-            rows, edges = [*rows, *rows], [[(0.0, 0.0), *edges[0]]]
-        for key in keys:
-            edges.append(
-                [(x, y + float(row[key])) for (x, y), row in zip(edges[-1], rows, strict=True)]
-            )
-        return edges
-
     def phases(self) -> dict[str, float]:
         """Give the mean seconds per update of each phase, {} where they were not logged."""
         means = {phase: self.mean(key) for phase, key in PHASE_KEYS.items()}
         return {phase: mean for phase, mean in means.items() if mean is not None}
-
-    def band(self, keys: tuple[str, str]) -> list[tuple[float, float, float]]:
-        """Give a band's ends along the axis; an end not logged is infinite or zero."""
-        low, high = keys
-        return [
-            (self.x_of(int(row["step"])), float(row[low]), float(row.get(high, math.inf)))
-            for row in self.of_kind("train")
-            if row.get(low) is not None
-        ]
 
     def last(self, key: str, *, kind: str = "train") -> float | None:
         """Give a key's last value, None if it was never logged."""
@@ -276,7 +265,9 @@ def load_runs(directories: Sequence[Path]) -> list[ReportRun]:
         if len({run.name for run in runs}) < len(runs):
             for run in runs:
                 run.name = rename(run)
-    if not all(run.knows_tokens for run in runs):
-        for run in runs:
-            run.axis = UPDATES
+    knows_tokens = all(run.knows_tokens for run in runs)
+    for run in runs:
+        run.axis = TOKENS if knows_tokens else UPDATES
+        # However many runs there are, the page must open.
+        run.most_places = max(FEWEST_PLACES, min(MOST_PLACES, 2 * MOST_PLACES // len(runs)))
     return runs

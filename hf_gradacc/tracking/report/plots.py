@@ -1,235 +1,361 @@
-"""One line plot as inline SVG: no script, no font, no file besides the page it stands in."""
+"""The plots of a report by matplotlib: the same panels as SVG for its page and as one picture.
+
+Nothing here goes through `pyplot`, and every setting is made for the drawing alone, so that the
+caller's own figures and style stay as they are.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from html import escape
-from typing import TypeVar
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib.style
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_gradacc.text import quantity
+from hf_gradacc.tracking.report.data import ReportRun
+from hf_gradacc.tracking.report.panels import COLOURS, Panel, Series, choose_panels
 
-__all__ = ["Frame", "Series", "draw_chart", "log_ticks", "thin_out", "ticks_of"]
+__all__ = ["Mark", "Plot", "choose_ticks", "draw_panel", "draw_picture", "draw_svg"]
 
-WIDTH, HEIGHT = 560, 250
-
-
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 40
-
-
-MOST_POINTS = 600
-
-
-MOST_HOVERS = 60
-
-
+WIDTH, HEIGHT = 560, 236
+"""Of a panel in points, which are pixels of the page."""
+LEFT, RIGHT, TOP, BOTTOM = 54, 16, 12, 42
+"""From the edges of a panel on the page to its axes, so that all panels' axes align."""
 BAND_REACH = 3.0
 """How far a band may stretch the axis, as a multiple of the line inside it."""
+DOTS_PER_INCH = 108
 
+INK, SOFT, RULE, EVENT = "#1d2327", "#626b73", "#e4e5e2", "#b3261e"
+_ON_PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--line)", EVENT: "var(--event)"}
+"""Colours that the page changes with the screen, from light to dark."""
 
-Points = Sequence[tuple[float, float]]
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": SOFT,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": SOFT,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "font.size": 12,
+    "grid.color": RULE,
+    "legend.borderaxespad": 0.2,
+    "legend.borderpad": 0.0,
+    "legend.columnspacing": 1.4,
+    "legend.frameon": False,
+    "legend.handlelength": 2.0,
+    "legend.labelcolor": SOFT,
+    "lines.dashed_pattern": (3.6, 2.0),
+    "lines.linewidth": 1.9,
+    "lines.markersize": 5.5,
+    "lines.solid_capstyle": "round",
+    "text.color": INK,
+    "text.parse_math": False,  # names of runs are no formulas
+    "xtick.bottom": False,
+    "xtick.color": SOFT,
+    "xtick.major.pad": 6,
+    "ytick.color": SOFT,
+    "ytick.left": False,
+    "ytick.major.pad": 6,
+    "svg.fonttype": "none",
+}
 
-
-Point = TypeVar("Point", bound=tuple[float, ...])
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Series:
-    """One line: its points, and optionally a band ``(x, low, high)`` around it.
+class Mark:
+    """A place on the horizontal axis where something happened, and what."""
 
-    With a `floor`, as many points long, it is the upper edge of an area, and its value is the
-    height above the floor.
+    x: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One panel as the page shows it.
+
+    Attributes:
+        svg: An ``<svg>`` element. It needs the page's colours ``--ink``, ``--soft``, ``--line``
+            and ``--event``.
+        frame: Where values lie in it, for a script: the axes' ``box`` (left, top, right, bottom),
+            the values at its ends (``x``, ``y``) and whether the vertical axis is logarithmic.
     """
 
-    label: str
-    colour: str
-    points: Points
-    dashed: bool = False
-    dots: bool = False
-    band: Sequence[tuple[float, float, float]] = field(default_factory=tuple)
-    floor: Points = ()
+    svg: str
+    frame: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Where values lie on the page."""
+@contextmanager
+def _in_style(*, salt: str = "") -> Iterator[None]:
+    """Draw in the report's style inside, and in the caller's again after.
 
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-    log_scale: bool
-
-    def x(self, value: float) -> float:
-        """Place a value on the horizontal axis."""
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x_low) / (self.x_high - self.x_low)
-
-    def y(self, value: float) -> float:
-        """Place a value on the vertical axis; what lies outside ends at the edge."""
-        value = min(max(value, self.y_low), self.y_high)
-        if self.log_scale:
-            share = math.log(value / self.y_low) / math.log(self.y_high / self.y_low)
-        else:
-            share = (value - self.y_low) / (self.y_high - self.y_low)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+    Args:
+        salt: Goes into the identifiers of an SVG, which are then the same each time it is drawn,
+            and differ from those of other plots in one page.
+    """
+    with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": salt}]):
+        yield
 
 
-def draw_chart(
+def draw_panel(
+    axes: Axes,
+    panel: Panel,
     series: Sequence[Series],
     *,
+    x_end: float,
     x_label: str,
-    log_scale: bool = False,
-    from_zero: bool = False,
-    events: Sequence[tuple[float, str]] = (),
-    alt: str = "",
-) -> str:
-    """Draw lines over one axis.
+    marks: Sequence[Mark] = (),
+) -> None:
+    """Draw one panel's lines, areas, bands, marks and axes; no title and no legend.
 
     Args:
+        axes: Where.
+        panel: What the lines are of.
         series: At least one with a point.
-        x_label: What the horizontal axis counts.
-        log_scale: Logarithmic vertical axis; values that are not positive are left out.
-        from_zero: The vertical axis begins at 0.
-        events: Places on the horizontal axis to mark, each with its text.
+        x_end: Where the horizontal axis ends; it begins at 0.
+        x_label: What it counts.
+        marks: What to mark on it; a mark beyond its end is left out.
+    """
+    ticks = choose_ticks(*_limits(panel, series), log_scale=panel.log_scale)
+    if panel.log_scale:
+        axes.set_yscale("log")
+    axes.set_yticks(ticks)
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(ticks[0], ticks[-1])
+    axes.set_xlim(0, x_end or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: quantity(float(f"{value:.6g}"))))
+    axes.set_xlabel(x_label, loc="right")
+    for s in series:
+        _draw_series(axes, s)
+    for number, mark in enumerate(marks):
+        if 0 <= mark.x <= x_end:
+            axes.add_line(_draw_mark(axes, mark, gid=f"{_MARK}{number}"))
+
+
+def choose_ticks(low: float, high: float, *, log_scale: bool = False) -> Floats:
+    """Choose round values of which the first and the last enclose `low` and `high`.
+
+    >>> choose_ticks(0.3, 2.1).tolist(), choose_ticks(300, 20_000, log_scale=True).tolist()
+    ([0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [100.0, 1000.0, 10000.0, 100000.0])
+    """
+    if log_scale:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1
+        leads = (1.0, 2.0, 5.0) if last - first < 4 else (1.0,)
+        values = np.outer(10.0 ** np.arange(first, last + 1), leads).ravel()
+    else:
+        if math.isclose(low, high, rel_tol=1e-9):
+            half = (abs(low) or 1.0) / 2
+            low, high = low - half, high + half
+        values = np.asarray(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+    slack = 1e-9 * (high - low)  # a tick may miss by a rounding error the value it stands for
+    begin, end = values[values <= low + slack].max(), values[values >= high - slack].min()
+    if begin == end:  # one value, and a tick of the logarithmic axis lies upon it
+        end = values[values > high].min()
+    return values[(begin <= values) & (values <= end)]
+
+
+def draw_svg(
+    panel: Panel,
+    series: Sequence[Series],
+    *,
+    x_end: float,
+    x_label: str,
+    marks: Sequence[Mark] = (),
+    alt: str = "",
+) -> Plot:
+    """Draw one panel for the page; see `draw_panel`.
+
+    Args:
+        panel: What the lines are of.
+        series: At least one with a point.
+        x_end: Where the horizontal axis ends.
+        x_label: What it counts.
+        marks: What to mark on it.
         alt: What a screen reader says.
     """
-    shown = [
-        replace(
-            s,
-            points=thin_out(_usable(s.points, log_scale)),
-            floor=thin_out(s.floor),
-            band=thin_out(s.band),
+    with _in_style(salt=panel.title):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, frameon=False)
+        across, up = (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
+        axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, across, up), facecolor="none")
+        draw_panel(axes, panel, series, x_end=x_end, x_label=x_label, marks=marks)
+        text = io.StringIO()
+        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=none)
+    frame = {
+        "box": [LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
+        "x": [float(end) for end in axes.get_xlim()],
+        "y": [float(end) for end in axes.get_ylim()],
+        "log": panel.log_scale,
+    }
+    return Plot(_for_page(text.getvalue(), marks=marks, alt=alt), frame)
+
+
+def draw_picture(runs: Sequence[ReportRun], path: Path, *, marks: Sequence[Mark] = ()) -> None:
+    """Draw all panels that have data into one PNG, two beside each other; see `draw_panel`."""
+    drawn, x_end = choose_panels(runs)
+    columns = min(2, len(drawn)) or 1
+    rows = -(-len(drawn) // columns)
+    several = len(runs) > 1
+    with _in_style():
+        figure = Figure(
+            figsize=(WIDTH / 72 * columns, (HEIGHT + 42) / 72 * rows + (1.0 if several else 0.5)),
+            layout=ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.1, rect=(0.008, 0.004, 0.98, 0.99)),
         )
-        for s in series
+        for place, (panel, series) in enumerate(drawn):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            draw_panel(axes, panel, series, x_end=x_end, x_label=runs[0].axis, marks=marks)
+            has_legend = len(series) > 1 and not several
+            title = axes.set_title(panel.title, pad=26 if has_legend else 10)
+            axes.annotate(
+                panel.unit, (1, 0), (7, 0), title, "offset points", color=SOFT, va="bottom"
+            )
+            if has_legend:
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=len(series))
+        if several:
+            _name_runs(figure, runs)
+        else:
+            figure.suptitle(runs[0].name, x=0.012, ha="left", fontsize=18, fontweight="bold")
+        figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+
+
+def _limits(panel: Panel, series: Sequence[Series]) -> tuple[float, float]:
+    """The lowest and highest value that the vertical axis must hold."""
+    values = np.concatenate([s.y for s in series])
+    low, high = float(values.min()), float(values.max())
+    ends = np.concatenate(
+        [[low, high], *(s.band[1:].ravel() for s in series if s.band is not None)]
+    )
+    within = ends[(low / BAND_REACH <= ends) & (ends <= high * BAND_REACH)]
+    low, high = min(low, *within), max(high, *within)
+    return (0.0, high or 1.0) if panel.from_zero and low >= 0 else (low, high)
+
+
+def _draw_series(axes: Axes, s: Series) -> None:
+    if s.floor is not None:
+        axes.fill_between(s.x, s.floor, s.y, color=s.colour, alpha=0.6, lw=0, label=s.label)
+        # A thin part is seen by its edge.
+        axes.plot(s.x, s.y, color=s.colour, linewidth=0.8, clip_on=False)
+        return
+    axes.plot(
+        s.x,
+        s.y,
+        "--" if s.line.dashed else "-",
+        color=s.colour,
+        label=s.label,
+        marker="o" if s.has_dots else None,
+        clip_on=False,
+    )
+    if s.band is not None:
+        x, lower, upper = s.band
+        ends = axes.get_ylim()  # infinity has no place on paper
+        axes.fill_between(x, lower.clip(*ends), upper.clip(*ends), color=s.colour, alpha=0.16, lw=0)
+
+
+def _draw_mark(axes: Axes, mark: Mark, *, gid: str) -> Line2D:
+    return Line2D(
+        [mark.x, mark.x],
+        [0, 1],
+        transform=axes.get_xaxis_transform(),
+        color=EVENT,
+        linestyle=(0, (1.5, 2.5)),
+        linewidth=1.0,
+        marker="o",
+        markersize=7.0,
+        markevery=[1],
+        clip_on=False,
+        gid=gid,
+    )
+
+
+def _name_runs(figure: Figure, runs: Sequence[ReportRun]) -> None:
+    """Say once, above all panels, who is who."""
+    names = [
+        Line2D([], [], color=COLOURS[number % len(COLOURS)], label=run.name)
+        for number, run in enumerate(runs)
     ]
-    xs = [x for s in shown for x, _ in s.points]
-    ys = [y for s in shown for _, y in s.points]
-    low, high = min(ys), max(ys)
-    ends = [end for s in shown for _, *both in s.band for end in both]
-    low = min([low, *(end for end in ends if low / BAND_REACH <= end < low)])
-    high = max([high, *(end for end in ends if high < end <= high * BAND_REACH)])
-    if from_zero and low >= 0:
-        low, high = 0.0, high or 1.0
-    y_ticks = log_ticks(low, high) if log_scale else ticks_of(low, high)
-    frame = Frame(0.0, max(*xs, 1e-9), y_ticks[0], y_ticks[-1], log_scale)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">']
-    parts += _draw_axes(frame, ticks_of(frame.x_low, frame.x_high, inside=True), y_ticks, x_label)
-    parts += [_draw_event(frame, x, text) for x, text in events]
-    for s in shown:
-        parts += _draw_series(frame, s)
-    return "".join([*parts, "</svg>"])
-
-
-def ticks_of(low: float, high: float, *, count: int = 5, inside: bool = False) -> list[float]:
-    """Choose round values that span ``low`` to ``high``, or with `inside` lie between them.
-
-    >>> ticks_of(0.3, 2.1)
-    [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
-    >>> ticks_of(0, 1_900, inside=True)
-    [0, 500, 1000, 1500]
-    """
-    if high <= low:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough * 0.999)
-    # The millionth keeps rounding errors from adding a tick beyond a range that ends on one.
-    slack = 1e-6 if inside else -1e-6
-    first, last = (math.ceil, math.floor) if inside else (math.floor, math.ceil)
-    start, end = first(low / step - slack), last(high / step + slack)
-    whole = step >= 1
-    return [round(i * step) if whole else round(i * step, 12) for i in range(start, end + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Choose powers of ten, and their halves where there are few, that span ``low`` to ``high``.
-
-    >>> log_ticks(300, 20_000)
-    [100, 1000, 10000, 100000]
-    """
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    last = max(last, first + 1)
-    if last - first > 2:
-        return [10**power if power >= 0 else 10.0**power for power in range(first, last + 1)]
-    fine = [lead * 10.0**power for power in range(first, last + 1) for lead in (1, 2, 5)]
-    start = max(i for i, value in enumerate(fine) if value <= low)
-    end = min(i for i, value in enumerate(fine) if value >= high)
-    return fine[start : max(end, start + 1) + 1]
-
-
-def thin_out(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
-    """Average neighbours until at most `most` points are left.
-
-    Args:
-        points: Tuples of one length: points ``(x, y)``, or places of a band ``(x, low, high)``.
-        most: See above.
-    """
-    if len(points) <= most:
-        return list(points)
-    size = math.ceil(len(points) / most)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    # Not by `fsum`, which refuses an end of a band that is infinite.
-    return [tuple(sum(column) / len(g) for column in zip(*g, strict=True)) for g in groups]  # type: ignore[misc]
-
-
-def _usable(points: Points, log_scale: bool) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if y > 0 or not log_scale]
-
-
-def _draw_axes(
-    frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str
-) -> list[str]:
-    base, end = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = []
-    for value in y_ticks:
-        y = frame.y(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{end}"/>')
-        parts.append(_text("tick", LEFT - 8, y + 4, "end", quantity(value)))
-    for value in x_ticks:
-        parts.append(_text("tick", frame.x(value), base + 17, "middle", quantity(value)))
-    parts.append(f'<path class="axis" d="M{LEFT} {base}H{end}"/>')
-    parts.append(_text("tick", end, HEIGHT - 5, "end", x_label))
-    return parts
-
-
-def _text(kind: str, x: float, y: float, anchor: str, text: str) -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    names.append(Line2D([], [], color=SOFT, linestyle="--", marker="o", label="held out"))
+    legend = figure.legend(
+        handles=names,
+        title=f"{len(runs)} runs compared",
+        title_fontproperties={"size": 18, "weight": "bold"},
+        alignment="left",
+        borderaxespad=1.2,
+        loc="outside upper left",
+        ncols=min(len(names), 5),
     )
+    legend.get_title().set_color(INK)
 
 
-def _draw_event(frame: Frame, x: float, text: str) -> str:
-    if not frame.x_low <= x <= frame.x_high:
-        return ""
-    at = frame.x(x)
-    return (
-        f'<g class="event"><path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
-        f'<circle cx="{at:.1f}" cy="{TOP}" r="4"/><title>{escape(text)}</title></g>'
-    )
+_MARK = "mark-"
+"""Begins the identifiers of marks in matplotlib's file."""
 
 
-def _draw_series(frame: Frame, s: Series) -> list[str]:
-    parts = []
-    if s.band:
-        upper = [f"{frame.x(x):.1f} {frame.y(high):.1f}" for x, _, high in s.band]
-        lower = [f"{frame.x(x):.1f} {frame.y(low):.1f}" for x, low, _ in reversed(s.band)]
-        outline = "L".join([*upper, *lower])
-        parts.append(f'<path class="band" fill="{s.colour}" d="M{outline}Z"/>')
-    places = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in s.points]
-    if s.floor:
-        below = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in reversed(s.floor)]
-        outline = "L".join([*places, *below])
-        parts.append(f'<path class="area" fill="{s.colour}" d="M{outline}Z"/>')
-    dash = ' stroke-dasharray="6 4"' if s.dashed else ""
-    kind = "edge" if s.floor else "line"
-    parts.append(f'<path class="{kind}" stroke="{s.colour}"{dash} d="M{"L".join(places)}"/>')
-    step = max(1, len(s.points) // MOST_HOVERS)
-    for index in range(len(s.points) - 1, -1, -step):
-        x, y = s.points[index]
-        look = f'class="dot" r="3.5" fill="{s.colour}"' if s.dots else 'class="hover" r="7"'
-        value = y - s.floor[index][1] if s.floor else y
-        note = escape(f"{s.label}: {quantity(value)} at {quantity(x)}")
-        place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}"'
-        parts.append(f"<circle {look} {place}><title>{note}</title></circle>")
-    return parts
+def _for_page(svg: str, *, marks: Sequence[Mark], alt: str) -> str:
+    """Make of matplotlib's file an element of a page: smaller, in its colours, with `marks` told.
+
+    Left out are names of XML (HTML needs none), identifiers that nothing refers to, and fonts,
+    which are the page's. Each mark becomes ``<g class="event">`` with its text as ``<title>``.
+    """
+    root = ElementTree.fromstring(svg)
+    referred = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    for element in list(root.iter()):
+        element.tag = element.tag.rpartition("}")[2]
+        found = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        name = found.get("id", "")
+        if name not in referred:
+            found.pop("id", None)
+        if element.tag == "text":
+            found.pop("transform", None)
+            found["style"] = re.sub(r"font-family:[^;]*;", "", found["style"])
+        if "d" in found:
+            found["d"] = _shorten(found["d"])
+        element.attrib = found
+        element.text, element.tail = (element.text or "").strip() or None, None
+        if name.startswith(_MARK):
+            found["class"] = "event"
+            text = marks[int(name.removeprefix(_MARK))].text
+            ElementTree.SubElement(element, "title").text = text
+    for parent in list(root.iter()):
+        for child in list(parent):
+            is_empty = child.tag in ("defs", "g") and len(child) == 0
+            if is_empty or child.tag in ("metadata", "style"):
+                parent.remove(child)
+    for mark in root.iterfind(".//g[@class='event']"):
+        for part in mark.iter():
+            part.attrib.pop("style", None)
+    root.attrib = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": alt}
+    text = ElementTree.tostring(root, encoding="unicode")
+    for colour, variable in _ON_PAGE.items():
+        text = text.replace(colour, variable)
+    return text
+
+
+def _shorten(path: str) -> str:
+    """Write a path in tenths of a pixel and without needless spaces.
+
+    >>> _shorten("M 56.25 212.4 \\nL 61.288889 112.1 \\n")
+    'M56.2 212.4L61.3 112.1'
+    """
+    rounded = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.1f}", path)
+    return re.sub(r"\s*([A-Za-z])\s*", r"\1", rounded).strip()

@@ -1,0 +1,134 @@
+"""One log row: what the updates since the last one consumed, how long they took, what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+from hf_gradacc.loss.facts import LossFacts
+from hf_gradacc.tracking.mfu import CostMeter
+from hf_gradacc.tracking.phases import PhaseClock
+from hf_gradacc.tracking.wandb_ranks import RankRuns
+from hf_gradacc.tracking.window import StatsWindow
+from hf_gradacc.trainer.runner import UpdateResult
+from hf_gradacc.updates.update import Update, UpdateStats
+
+__all__ = ["LogBook", "is_training_row"]
+
+
+class LogBook:
+    """Opens and closes the books of each update, and puts them into the log.
+
+    Args:
+        clock: What the time of an update goes to.
+        rank_runs: This rank's own W&B run, on request.
+
+    Attributes:
+        clock: The same; another one in each call of ``train()``.
+    """
+
+    def __init__(self, clock: PhaseClock, rank_runs: RankRuns | None) -> None:
+        self.clock = clock
+        self._rank_runs = rank_runs
+        self._started = 0.0  # when the update in progress began; 0 between updates
+        self._costs: CostMeter | None = None
+        self._local_window = StatsWindow()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an update is in progress."""
+        return bool(self._started)
+
+    def open(self) -> float:
+        """Begin with the wait for an update's data; gives the time."""
+        self.clock.enter("data")
+        return time.perf_counter()
+
+    def begin_update(self, started: float, *, has_data: bool) -> None:
+        """Go on with the update whose data have come, if any came.
+
+        Args:
+            started: From `open`.
+            has_data: An iterator that is asked past its end starts no update.
+        """
+        if has_data:
+            self._started = started
+            self.clock.enter("forward_backward")
+        else:
+            self.clock.drop()
+
+    def close(
+        self,
+        window: StatsWindow,
+        result: UpdateResult,
+        *,
+        grad_norm: float | None,
+        facts: LossFacts | None,
+    ) -> None:
+        """Close the books of the update that has just ended.
+
+        Args:
+            window: The updates since the last log row.
+            result: What became of this one.
+            grad_norm: Norm of its gradient.
+            facts: What the loss is a mean over.
+        """
+        self.clock.stop()
+        seconds = time.perf_counter() - self._started
+        window.add(dataclasses.replace(result.stats, step_seconds=seconds), grad_norm=grad_norm)
+        if self._rank_runs is not None:
+            local = _local_stats(result, facts)
+            self._local_window.add(dataclasses.replace(local, step_seconds=seconds))
+        self._started = 0.0  # at the end of an epoch the stock loop calls this once more
+
+    def complete(
+        self, logs: dict[str, float], window: StatsWindow, *, trainer: Any
+    ) -> dict[str, float]:
+        """Put what the updates consumed beside the stock numbers of a training row, in place.
+
+        Args:
+            logs: The row, changed in place.
+            window: The updates since the last row; another one begins.
+            trainer: The trainer, whose model and step count are read.
+
+        Returns:
+            The row.
+        """
+        if not is_training_row(logs) or not window.num_updates:
+            return logs
+        num_trained = window.num_updates - window.num_skipped
+        if window.num_skipped:
+            # The stock mean took skipped updates for updates with a loss of 0.
+            logs["loss"] *= window.num_updates / num_trained if num_trained else math.nan
+        logs.update(window.metrics())
+        seconds_by_phase = self.clock.take()
+        self._costs = self._costs or CostMeter(trainer.args, trainer.model)
+        costs = self._costs.metrics(
+            num_input_tokens=window.total.num_input_tokens,
+            num_sequences=window.total.num_sequences,
+            seconds=window.total.step_seconds,
+        )
+        logs.update(seconds_by_phase)
+        logs.update(costs)
+        window.start_next()
+        if self._rank_runs is not None:
+            local = seconds_by_phase | self._local_window.metrics()
+            local |= {key: costs[key] for key in costs if key == "peak_memory_bytes"}
+            self._local_window = StatsWindow(target_tokens_seen=int(local["target_tokens_seen"]))
+            self._rank_runs.send(local, step=trainer.state.global_step)
+        return logs
+
+
+def is_training_row(logs: dict[str, float]) -> bool:
+    """Say whether a log row is one of training updates, not an evaluation or the run's end."""
+    return "loss" in logs and "learning_rate" in logs
+
+
+def _local_stats(result: UpdateResult, facts: LossFacts | None) -> UpdateStats:
+    """Add up what this rank ran of the update that has just ended."""
+    if facts is None or result.stats.num_targets == 0:
+        return UpdateStats()
+    local = Update([mb for mb in result.update if not mb.weightless]).stats(facts.rule)
+    return dataclasses.replace(local, num_micro_batches=len(result.update))

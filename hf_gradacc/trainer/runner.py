@@ -1,0 +1,402 @@
+"""Run an update: weigh its micro-batches, and start over finer until it went through on all ranks.
+
+A micro-batch's loss is a mean over its own ``n_i`` targets. Weighted by ``n_i / N``, with ``N`` all
+targets of the update on all ranks,
+
+    Σ_i (n_i / N) · mean_i  =  (1 / N) · Σ over all targets
+
+which is the mean of the whole batch at once, and so is its gradient. The cut never changes it, so
+an update that runs out of memory is rolled back, cut finer, and run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_gradacc.errors import LossError, MemoryBudgetError, RankFailedError
+from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks
+from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.ranks.outcome import UpdateOutcome
+from hf_gradacc.safety.out_of_memory import (
+    free_memory,
+    is_out_of_memory,
+    single_row_error,
+    words_of,
+)
+from hf_gradacc.safety.precision import Float32Gradients
+from hf_gradacc.safety.rollback import Rollback
+from hf_gradacc.tracking.install import record_event
+from hf_gradacc.tracking.phases import PhaseClock
+from hf_gradacc.trainer.asking import padding_style
+from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
+from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.step import MicroBatchStep
+from hf_gradacc.updates.batch import pad_columns
+from hf_gradacc.updates.budget import TokenBudget
+from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_cap, even_out, row_lengths
+from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
+
+__all__ = ["UpdateResult", "UpdateRunner", "divisor_of"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class UpdateResult:
+    """What became of an update.
+
+    Attributes:
+        update: This rank's share as it ran in the end.
+        stats: What the update held, over all ranks.
+        loss: Its mean loss, scaled so that the stock average over ranks gives it.
+        local_loss: This rank's part of it.
+        outcome: What the ranks said of it.
+    """
+
+    update: Update
+    stats: UpdateStats
+    loss: Tensor
+    local_loss: Tensor
+    outcome: UpdateOutcome
+
+
+@dataclass
+class _Failure:
+    """Why an attempt at an update failed on this rank. Holds no traceback, and so no activations.
+
+    Attributes:
+        outcome: What the other ranks are told; None where nothing failed.
+        message: What the allocator said.
+        error: What this rank raises once the others know.
+    """
+
+    outcome: UpdateOutcome | None = None
+    message: str = ""
+    error: Exception | None = None
+
+
+def divisor_of(num_targets: int, *, of: int, factor: int) -> float:
+    """Compute what the mean loss of a micro-batch is divided by: the inverse of its weight.
+
+    A Python float: in float32 it would cost 6e-8 of precision.
+
+    Args:
+        num_targets: Targets of the micro-batch.
+        of: Targets of the whole update, over all ranks.
+        factor: What the engine divides gradients by, see `Engine.factor`.
+
+    >>> divisor_of(3, of=12, factor=1)
+    4.0
+    """
+    return of / (num_targets * factor)
+
+
+class UpdateRunner:
+    """Runs updates on one wrapped model.
+
+    Args:
+        step: Holds the weight of the micro-batch that runs.
+        engine: How the ranks work together.
+        clock: Told what the time goes to.
+        budget: The tokens a micro-batch may compute.
+        noise: Listens to updates that are measured.
+        metrics: Keeps what other trainers collect.
+        rollback: The state that an update begins from.
+        float32: The weights whose gradients are summed in float32, None for none.
+        spare: Collated rows to run with a weight of zero where ranks run in step and this one has
+            none.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: MicroBatchStep,
+        engine: Engine,
+        clock: PhaseClock,
+        budget: TokenBudget,
+        noise: NoiseListener,
+        metrics: ForeignMetrics,
+        rollback: Rollback,
+        float32: Float32Gradients | None,
+        spare: Any,
+    ) -> None:
+        self.step = step
+        self.engine = engine
+        self.clock = clock
+        self.budget = budget
+        self.noise = noise
+        self.metrics = metrics
+        self.rollback = rollback
+        self.float32 = float32
+        self._spare = spare
+        self._running: MicroBatch | None = None
+
+    def run(self, trainer: Any, model: nn.Module, loaded: Update) -> UpdateResult:
+        """Run this rank's share of an update; leave the update's exact gradient in ``.grad``.
+
+        Args:
+            trainer: The trainer; it has been told how its loss counts.
+            model: The wrapped model.
+            loaded: The share as the loader gave it.
+
+        Returns:
+            What became of it. An update without any target leaves no gradient.
+
+        Raises:
+            MemoryBudgetError: If one sequence alone does not fit into memory.
+            RankFailedError: If another rank failed of something else.
+        """
+        update, stats = self._weigh(trainer, loaded)
+        if stats.num_targets == 0:
+            zero = torch.zeros((), device=trainer.args.device)
+            _skip_optimizer(trainer, update)
+            return UpdateResult(update, stats, zero, zero, UpdateOutcome())
+        self.rollback.mark()
+        tried: list[str] = []
+        while True:
+            # Each time: of one micro-batch that did not fit there are several now, to be summed.
+            if trainer.args.accumulate_grads_in_fp32 or stats.num_micro_batches > 1:
+                self._sum_in_float32()
+            loss: Tensor | None = None
+            with self._catching(trainer) as failure:
+                self.noise.begin(model, update)
+                loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
+            outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
+            with self._meeting_ranks():
+                outcome = self.engine.agree(outcome, loss=loss, model=model)
+            if not outcome.failed:
+                break
+            self.rollback.restore()
+            free_memory(model)
+            self._react(trainer, outcome, failure, tried)
+            update, stats = self._weigh(trainer, loaded)
+        assert loss is not None
+        self.rollback.settle()
+        self.budget.note_success()
+        trainer.stop_signals.agreed = outcome.stop
+        if self.engine.world_size > 1:
+            with self._meeting_ranks():
+                self.engine.reduce(model)
+        self.noise.end(trainer, model)
+        scale = self.engine.world_size // self.engine.factor
+        return UpdateResult(update, stats, loss * scale, loss, outcome)
+
+    def run_micro_batches(
+        self,
+        trainer: Any,
+        model: nn.Module,
+        micro_batches: Sequence[MicroBatch],
+        stats: UpdateStats,
+    ) -> Tensor:
+        """Run forward and backward of micro-batches, each weighted by its share of the targets.
+
+        Gradients add up in ``.grad``, not yet over ranks.
+
+        Returns:
+            Their part of the update's mean loss.
+
+        Raises:
+            LossError: If a subclass's ``training_step`` did not weigh its loss.
+        """
+        facts, step = trainer.facts, type(trainer).training_step
+        loss = torch.zeros((), device=trainer.args.device)
+        for i, micro_batch in enumerate(micro_batches):
+            self._running = micro_batch
+            local = micro_batch.targets.under(facts.rule)
+            divisor = math.inf
+            if not micro_batch.weightless:
+                divisor = divisor_of(local, of=stats.num_targets, factor=self.engine.factor)
+            self.step.begin(divisor)  # the stock step divides the loss by it
+            trainer.loss_is_scaled_for_ga = False
+            count = torch.tensor(local, device=loss.device) if facts.wants_own_count else None
+            is_last = i + 1 == len(micro_batches)
+            with (
+                self.metrics.keeping(micro_batch),
+                self.engine.hold_gradients(model, is_last=is_last),
+            ):
+                loss = loss + step(trainer, model, micro_batch.inputs, count)
+            if not self.step.was_weighed:
+                raise LossError(
+                    f"{type(trainer).__name__}.training_step did not weigh this micro-batch, so "
+                    f"its gradient would be {divisor:.3g} times too large.\n  Call "
+                    f"super().training_step(model, inputs, num_items_in_batch) in it, or divide "
+                    f"the loss by self.current_gradient_accumulation_steps before its backward."
+                )
+            self.noise.hear(
+                micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
+            )
+            if not is_last:
+                trainer.control = trainer.callback_handler.on_substep_end(
+                    trainer.args, trainer.state, trainer.control
+                )
+        return loss
+
+    def _meeting_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Count as reduction what waits for other ranks, if there are any."""
+        alone = self.engine.world_size == 1
+        return contextlib.nullcontext() if alone else self.clock.within("reduction")
+
+    def _sum_in_float32(self) -> None:
+        if self.float32 is not None:
+            self.float32.begin()
+
+    # ---- weighing ------------------------------------------------------------------------------
+
+    def _weigh(self, trainer: Any, update: Update) -> tuple[Update, UpdateStats]:
+        """Cut an update to what fits, leave out what holds no target, count over all ranks."""
+        rule, collator = trainer.facts.rule, trainer.update_collator
+        if self.budget.cap is not None:
+            update = cut_to_cap(
+                update,
+                collator,
+                cap=self.budget.cap,
+                encoder_decoder=_is_encoder_decoder(trainer.model),
+                **padding_style(trainer),
+            )
+        update = update.with_targets(rule)
+        with self._meeting_ranks():
+            stats, planned = self.engine.count(update.stats(rule))
+        if planned and stats.num_targets:
+            update = self._even_out(update, planned, rule, collator)
+            stats = replace(stats, num_micro_batches=max(planned) * len(planned))
+        if trainer.facts.pads_alike and stats.num_targets:
+            self._align_widths(trainer, update)
+        return update, stats
+
+    def _even_out(
+        self,
+        update: Update,
+        planned: Sequence[int],
+        rule: TargetRule,
+        collator: UpdateCollator | None,
+    ) -> Update:
+        """Give every rank as many micro-batches as the one that has planned most of them."""
+        if min(planned) == 0 and self._spare is None:  # a stream nobody could look into
+            self._spare = agree_on_inputs(update)
+        return even_out(
+            update,
+            max(planned),
+            halve=partial(_halve, collator=collator),
+            rule=rule,
+            spare=self._spare,
+            copies=1 if collator is None else collator.copies,
+        )
+
+    def _align_widths(self, trainer: Any, update: Update) -> None:
+        """Pad all micro-batches to one width, over all ranks too: this model sees padding."""
+        mine = [mb for mb in update if "input_ids" in mb.inputs]
+        widths = [mb.inputs["input_ids"].shape[-1] for mb in mine]
+        width = largest_over_ranks(max(widths, default=0), device=trainer.args.device)
+        for micro_batch in mine:
+            micro_batch.inputs = pad_columns(micro_batch.inputs, width, **padding_style(trainer))
+
+    # ---- failures ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _catching(self, trainer: Any) -> Iterator[_Failure]:
+        """Turn an error that can be undone into something to tell the other ranks."""
+        failure = _Failure()
+        self._running = None
+        can_roll_back = self.engine.can_roll_back
+        try:
+            yield failure
+        except Exception as error:
+            if not can_roll_back and is_out_of_memory(error):
+                raise MemoryBudgetError(
+                    f"out of memory: {words_of(error)}\n  Under FSDP and DeepSpeed the other ranks "
+                    f"are by now waiting inside a collective, so the update cannot be undone. Go "
+                    f"on from the last checkpoint with a smaller max_tokens_per_micro_batch."
+                ) from error
+            recovers = trainer.args.recover_from_out_of_memory and is_out_of_memory(error)
+            if not recovers and (self.engine.world_size == 1 or not can_roll_back):
+                raise
+            if not recovers:
+                failure.error, failure.outcome = error, UpdateOutcome(broken=1)
+            else:
+                # Words alone: the error's traceback would keep all activations alive.
+                failure.message = words_of(error)
+                failure.outcome = self._describe_failure(trainer.update_collator)
+
+    def _describe_failure(self, collator: UpdateCollator | None) -> UpdateOutcome:
+        micro_batch = self._running
+        if micro_batch is None:
+            return UpdateOutcome(out_of_memory=1)
+        lengths = row_lengths(micro_batch)
+        packed = collator is not None and collator.packed
+        cost = sum(lengths) if packed else len(lengths) * max(lengths)
+        num_rows = micro_batch.num_sequences if can_slice(micro_batch) else 1
+        cap = self.budget.propose(cost, num_rows=num_rows)
+        if cap is None:
+            row = micro_batch.rows[0] if micro_batch.rows else -1
+            return UpdateOutcome(out_of_memory=1, row_length=max(lengths), row=row)
+        return UpdateOutcome(out_of_memory=1, cap=cap, cost=cost)
+
+    def _react(
+        self, trainer: Any, outcome: UpdateOutcome, failure: _Failure, tried: list[str]
+    ) -> None:
+        """Make the budget smaller, the same on all ranks; or give up on all of them."""
+        if outcome.broken:
+            raise failure.error or RankFailedError(
+                "another rank failed in this update; its own log says how. This one stops with it."
+            )
+        if not outcome.cap:
+            # Once more with empty caches: what is fragmented may fit after all.
+            if tried and tried[-1].endswith("alone"):
+                raise single_row_error(
+                    length=outcome.row_length, row=outcome.row, tried=tried, said=failure.message
+                )
+            tried.append("the row alone")
+            return
+        self.budget.shrink_to(outcome.cap, cost=outcome.cost)
+        tried.append(f"micro-batches of at most {outcome.cap:,} tokens")
+        text = (
+            f"out of memory on a micro-batch of {outcome.cost:,} tokens: the update was rolled "
+            f"back and runs again with at most {outcome.cap:,} per micro-batch."
+        )
+        logger.warning(text)
+        record_event(trainer, "out_of_memory", text=text, max_tokens=outcome.cap, cost=outcome.cost)
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _skip_optimizer(trainer: Any, update: Update) -> None:
+    """Make this step do nothing: no gradient, and no optimizer step on nothing."""
+    trainer.accelerator.gradient_state._set_sync_gradients(False)
+    logger.warning_once(
+        f"update {update.index} of epoch {update.epoch} has no target in any of its sequences: "
+        f"it is skipped and the optimizer does not step. `skipped_updates` counts such updates."
+    )
+
+
+def _halve(micro_batch: MicroBatch, *, collator: UpdateCollator | None) -> list[MicroBatch]:
+    """Cut a micro-batch in two, both trimmed as the collator would have made them."""
+    if not can_slice(micro_batch):
+        return [micro_batch]
+    count = make_micro_batch
+    if collator is not None:
+        count = partial(
+            make_micro_batch,
+            main_input=collator.main_input,
+            encoder_decoder=collator.encoder_decoder,
+        )
+
+    def cut(lengths: list[int]) -> list[list[int]]:
+        middle = (len(lengths) + 1) // 2
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        return [order[:middle], order[middle:]]
+
+    alike = collator is not None and collator.pad_alike
+    return list(cut_again(Update([micro_batch]), cut, count=count, alike=alike))

@@ -1,0 +1,127 @@
+"""One micro-batch: laid out the cheapest way that is exact, copied to the device, run by stock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.chunked import without_logits
+from hf_gradacc.loss.layouts import kept_rows
+from hf_gradacc.loss.onednn import onednn_linears
+from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.smoothing import smoothing_correction
+from hf_gradacc.updates.targets import TargetRule
+
+__all__ = ["MicroBatchStep", "smoothed_loss", "start_copy"]
+
+
+class MicroBatchStep:
+    """The stock step around one micro-batch, and what its loss is divided by.
+
+    Attributes:
+        shortcuts: Which cheaper ways to the same loss are taken; None before the model was asked.
+        divisor: What the mean loss is divided by: targets of the update over its own.
+        was_weighed: The divisor was read, which is taken for dividing by it.
+    """
+
+    def __init__(self) -> None:
+        self.shortcuts: Shortcuts | None = None
+        self.divisor = 1.0
+        self.was_weighed = False
+
+    def begin(self, divisor: float) -> None:
+        """Set the weight of the micro-batch that comes next."""
+        self.divisor, self.was_weighed = divisor, False
+
+    def run(
+        self,
+        stock_step: Callable[..., Tensor],
+        model: nn.Module,
+        inputs: Any,
+        count: Tensor | int | None,
+        *,
+        device: torch.device,
+    ) -> Tensor:
+        """Lay out one micro-batch, start copying it, then run the stock step on it.
+
+        Layout happens here and not in the loader, so that whoever cuts an update again (out of
+        memory, or a loader of somebody else's) deals with plain padded rows.
+
+        Args:
+            stock_step: The ``training_step`` behind the mixin.
+            model: The wrapped model.
+            inputs: Collated inputs, on the CPU.
+            count: What to pass as ``num_items_in_batch``.
+            device: Where the model runs.
+
+        Returns:
+            The weighted loss, detached.
+        """
+        taken = self.shortcuts
+        if taken is None:
+            return stock_step(model, inputs, count)
+        if not isinstance(inputs, Mapping):
+            with onednn_linears(taken.linears):
+                return stock_step(model, inputs, count)
+        shaped, positions = taken.shape(inputs)
+        shaped = {key: start_copy(value, device) for key, value in shaped.items()}
+        is_chunked = taken.chunked_loss and positions is not None
+        with (
+            onednn_linears(taken.linears),
+            kept_rows(taken.head, start_copy(positions, device)),
+            without_logits(
+                taken.owner if is_chunked else None, taken.head, onednn=bool(taken.linears)
+            ),
+        ):
+            return stock_step(model, shaped, count)
+
+
+def start_copy(value: Any, device: torch.device) -> Any:
+    """Copy a tensor to the device behind what it still computes; the host does not wait for it."""
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        # From pageable memory the host would wait until the copy is staged.
+        value = value if value.is_pinned() else value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+def smoothed_loss(
+    trainer: Any, stock_loss: Callable[..., Any], inputs: Any, return_outputs: bool
+) -> Any:
+    """Add label smoothing to the model's own loss instead of replacing that loss.
+
+    Args:
+        trainer: The trainer. Before it knows how its model's loss counts, nothing is smoothed.
+        stock_loss: The stock ``compute_loss``, called with ``return_outputs`` alone.
+        inputs: Collated inputs, with labels.
+        return_outputs: Give the outputs too.
+
+    Raises:
+        ConfigError: If labels are no classes.
+    """
+    smoother = trainer.label_smoother
+    if inputs["labels"].is_floating_point():
+        raise ConfigError(
+            f"label_smoothing_factor = {smoother.epsilon}: there is nothing to smooth in "
+            f"labels of {inputs['labels'].dtype}, which are no classes (regression, or several "
+            f"labels at once). Leave it out."
+        )
+    trainer.label_smoother = None
+    try:
+        loss, outputs = stock_loss(return_outputs=True)
+    finally:
+        trainer.label_smoother = smoother
+    if trainer.facts is not None:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+        loss = loss + smoothing_correction(
+            logits,
+            inputs.get("shift_labels", inputs["labels"]),
+            epsilon=smoother.epsilon,
+            shifted=trainer.facts.rule is TargetRule.NEXT_TOKEN and "shift_labels" not in inputs,
+        )
+    return (loss, outputs) if return_outputs else loss
