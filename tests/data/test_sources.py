@@ -37,6 +37,7 @@ def prepare(path, **options):
     return prepare_data(DataSection.model_validate(section), tokenizer=TOKENIZER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     ("name", "content", "place", "why"),

@@ -209,6 +209,7 @@ def test_callback_state_is_written_into_the_trainer_state_under_the_class_name(t
     assert saved.stateful_callbacks["Kept"]["attributes"] == {"answer": 42}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CALLED_FROM))
 def test_every_method_we_override_is_still_called_by_that_name(name):
     """A method that stock renames would be overridden in vain, and silently."""
@@ -336,6 +337,7 @@ def test_stock_passes_clipping_on_only_where_deepspeeds_configuration_says_auto(
     assert 'if config.get(ds_key) == "auto":' in source
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 def test_deepspeeds_engine_has_the_members_we_call():
     from deepspeed.runtime.engine import DeepSpeedEngine

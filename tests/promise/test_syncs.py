@@ -77,6 +77,7 @@ def per_micro_batch(tmp_path, monkeypatch, **options):
     return (many - few) / 10
 
 
+@pytest.mark.slow
 def test_we_add_no_wait_per_micro_batch_to_what_the_model_does(tmp_path, monkeypatch):
     model = tiny_llama(attn_implementation="sdpa", use_cache=False)
     labels = torch.tensor([[3, 4, 5]])
@@ -87,6 +88,7 @@ def test_we_add_no_wait_per_micro_batch_to_what_the_model_does(tmp_path, monkeyp
     assert per_micro_batch(tmp_path, monkeypatch) <= own
 
 
+@pytest.mark.slow
 def test_a_wait_per_micro_batch_would_be_seen(tmp_path, monkeypatch):
     plain = per_micro_batch(tmp_path, monkeypatch)
     hook = torch.nn.Module.__call__

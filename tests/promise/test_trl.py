@@ -39,6 +39,7 @@ TOLERANCE = dict.fromkeys(CASES, 1e-6) | {"reward": 1e-12, "dpo_lora": 1e-12}
 OUR_OWN = {"grad_norm", "epoch", "step", "learning_rate"}
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
     pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),

@@ -29,6 +29,8 @@ from support.zero_jobs import (
     train_zero,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 STAGES = (1, 2, 3)

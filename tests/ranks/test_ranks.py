@@ -20,6 +20,8 @@ from support.ranks import run_ranks
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 WORLDS = ("1", "2", "3", "4", "2, FSDP2")
 
 

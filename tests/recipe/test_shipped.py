@@ -50,6 +50,7 @@ def test_a_recipe_opens_with_what_it_does_needs_and_its_launch_command(path):
         assert "estimated" in header or "measured" in header
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_trains_for_two_updates_and_saves_a_model(path, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))

@@ -61,6 +61,7 @@ def many(delta, sizes=SIZES, *, count=4000, seed=0, copies=1):
     return [measure(rng, delta, sizes, copies=copies) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[1, 1], [4, 4, 4], SIZES, [1, 30]], ids=str)
 @pytest.mark.parametrize("length", [0.3, 2.0])
 def test_noise_and_signal_are_unbiased_for_micro_batches_of_any_sizes(sizes, length):
@@ -105,6 +106,7 @@ def test_targets_that_resemble_each_other_in_a_sequence_count_as_the_noise_they_
     assert scale.sequences == pytest.approx(noise / signal, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "cap"), [(1, 8), (8, 3)])
 def test_the_figure_is_the_noise_of_real_updates_however_they_are_cut_and_dealt(world_size, cap):
     """Rows of 2 to 100 targets that resemble each other, long rows unlike short ones.
@@ -186,6 +188,7 @@ def test_newer_measurements_weigh_more():
     assert smooth_noise_scale([new] * 50 + [old] * 50).target_tokens < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [12, 60])
 def test_the_band_holds_the_truth_as_often_as_it_says(count):
     delta = np.full(DIM, 1.5 / np.sqrt(DIM))
@@ -399,6 +402,7 @@ def test_the_trainer_measures_the_update_it_trains(tmp_path):
         assert (actual.num_targets, actual.num_sequences) == (sum(counts), 8)
 
 
+@pytest.mark.slow
 def test_measuring_does_not_change_what_is_trained(tmp_path):
     losses = []
     for every in (None, 1):

@@ -28,6 +28,7 @@ class KillInUpdate(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", [False, True], ids=["callbacks_kept", "callbacks_restored"])
 def test_a_killed_and_resumed_run_leaves_the_file_of_an_undisturbed_one(tmp_path, restore):
     options = {"report_to": "none", "save_strategy": "steps", "save_steps": 2, "max_steps": 6}

@@ -11,6 +11,7 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
 from support.patience import HUNG_AFTER_SECONDS
 from support.tracked import tracked_trainer
 
@@ -87,6 +88,7 @@ def test_the_progress_bar_writes_rows_a_person_can_read(tmp_path, capsys):
     assert re.search(rf"loss {number}, [\d,.]+k? tokens/s", printed.err), "in the bar itself"
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_path):
     """A real pseudo-terminal of 80 columns: what a bar leaves on the line shows, and what wraps."""
     screen = run_in_a_terminal(IN_A_TERMINAL, tmp_path / "out")

@@ -146,6 +146,7 @@ def test_the_report_is_an_artifact_on_request(wandb_dir, tmp_path):
     assert "<h3>Loss" in page.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_report_asked_for_beforehand_comes_when_training_ends(wandb_dir, tmp_path):
     trainer = tracked_trainer(tmp_path / "out", wandb_report=True, noise_scale_every=1, max_steps=6)
     run_to_end(trainer)
@@ -287,6 +288,7 @@ class LoseAWorker(TrainerCallback):
             self.monkeypatch.setattr(wandb, "log", log)
 
 
+@pytest.mark.slow
 def test_a_loader_workers_death_noticed_inside_wandb_ends_the_run(wandb_dir, tmp_path, monkeypatch):
     lose = LoseAWorker(monkeypatch)
     trainer = tracked_trainer(tmp_path / "out", callbacks=[lose], dataloader_num_workers=1)
@@ -308,6 +310,7 @@ record_event(trainer, "out_of_memory", text=f"said by rank {trainer.args.process
 """
 
 
+@pytest.mark.slow
 def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_dir, tmp_path):
     done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
     run = only_run(wandb_dir)

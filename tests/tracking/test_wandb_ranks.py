@@ -34,6 +34,7 @@ def wandb_dir(tmp_path, monkeypatch):
     yield from no_wandb_login(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path):
     done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
     runs = [read_wandb_file(path) for path in find_wandb_files(wandb_dir)]

@@ -51,6 +51,7 @@ def updates(form, *, world_size=1, packed=False, epoch=0, size=SIZES[0], workers
     return [sorted(found[index]) for index in sorted(found)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", SIZES, ids=["sequences", "tokens"])
 def test_neither_ranks_nor_cut_nor_layout_nor_workers_move_a_row_to_another_update(form, size):

@@ -61,6 +61,7 @@ def whole_gradient(rows):
         return reference_gradient(model, rows, pad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "make",
