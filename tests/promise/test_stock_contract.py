@@ -96,7 +96,7 @@ def prepared(tmp_path, **options):
 def test_training_step_divides_a_mean_loss_by_current_gradient_accumulation_steps(
     tmp_path, divisor
 ):
-    """`ExactLoss._run_micro_batch` sets it to N / n_i, which makes the weight n_i / N."""
+    """`GradAccMixin` sets it to N / n_i, which makes the weight n_i / N."""
     trainer = prepared(tmp_path)
     loss = trainer.model(**pad(ROWS)).loss.item()
     trainer.current_gradient_accumulation_steps = divisor
@@ -118,7 +118,7 @@ def test_the_stock_loop_with_one_batch_per_step_steps_once_per_item_of_the_loade
 
 
 def test_get_batch_samples_may_hand_out_anything_and_decides_what_training_step_gets(tmp_path):
-    """`UpdateLoading.get_batch_samples` hands out one update and no count."""
+    """`GradAccMixin.get_batch_samples` hands out one update and no count."""
     seen = []
 
     class Probe(Trainer):
@@ -135,7 +135,7 @@ def test_get_batch_samples_may_hand_out_anything_and_decides_what_training_step_
 
 
 def test_an_optimizer_does_not_step_while_gradients_are_not_synced(tmp_path):
-    """`ExactLoss._skip_optimizer` relies on accelerate's AcceleratedOptimizer for that."""
+    """A skipped update relies on accelerate's AcceleratedOptimizer for that."""
     model = torch.nn.Linear(2, 1)
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -171,7 +171,7 @@ def test_the_stock_loop_syncs_gradients_again_before_every_step(tmp_path):
 
 
 def test_callbacks_are_called_through_call_event_of_the_handler(tmp_path):
-    """`UpdateLoading._inner_training_loop` wraps it, to show callbacks the user's settings."""
+    """`trainer.as_requested` wraps it, to show callbacks the user's settings."""
     trainer = stock(tmp_path)
     events = []
     stock_call_event = trainer.callback_handler.call_event
@@ -279,11 +279,11 @@ def test_the_default_loss_filter_would_hide_a_loss_that_is_not_a_number(tmp_path
     assert next(row["loss"] for row in trainer.state.log_history if "loss" in row) == 0.0
 
 
-# ---- DeepSpeed: what `zero` and `trainer_zero` rely on -------------------------------------------
+# ---- DeepSpeed: what `ranks.deepspeed` relies on ------------------------------------------------
 
 
 def test_accelerate_sends_a_backward_to_the_wrapped_engine_and_to_nothing_else():
-    """`ZeroUpdates` puts its own engine there."""
+    """`ranks.deepspeed` puts its own engine there."""
     calls = []
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.DEEPSPEED,
