@@ -1,4 +1,5 @@
 # Five words: demo, test, lint, docs, bench. Each sets up what it needs on a fresh machine.
+# `make test` runs every test; `make test-fast` leaves out those marked slow, for use while you work.
 PYTHON ?= python3.11
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint docs bench
+.PHONY: demo test test-fast test-oldest lint docs bench
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -26,6 +27,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(VENV)/.deepspeed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

@@ -76,6 +76,7 @@ def recipe(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_train_leaves_a_model_a_tokenizer_and_the_recipe(run, recipe, tmp_path):
     import transformers
 
@@ -93,6 +94,7 @@ def test_train_leaves_a_model_a_tokenizer_and_the_recipe(run, recipe, tmp_path):
     assert load_recipe(folder / "recipe.yaml").train["learning_rate"] == 0.01
 
 
+@pytest.mark.slow
 def test_a_saved_recipe_repeats_its_run(run, recipe, tmp_path):
     from safetensors.torch import load_file
 
@@ -103,15 +105,21 @@ def test_a_saved_recipe_repeats_its_run(run, recipe, tmp_path):
     assert all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_where_its_last_checkpoint_is(run, recipe, tmp_path):
-    run("train", recipe)
-    code, _, _ = run("train", recipe, "train.max_steps=3", "--resume")
-    assert code == 0
-    state = json.loads((tmp_path / "runs/mine/checkpoint-3/trainer_state.json").read_text())
-    assert [row["step"] for row in state["log_history"] if "grad_norm" in row][-1:] in ([], [3])
-    assert state["global_step"] == 3
+    def logged(step):
+        file = tmp_path / f"runs/mine/checkpoint-{step}/trainer_state.json"
+        return [row for row in json.loads(file.read_text())["log_history"] if "grad_norm" in row]
+
+    run("train", recipe, "train.logging_steps=1")
+    before = logged(2)
+    code, _, err = run("train", recipe, "train.logging_steps=1", "train.max_steps=3", "--resume")
+    assert code == 0, err
+    assert [row["step"] for row in logged(3)] == [1, 2, 3]
+    assert logged(3)[:2] == before, "with their times: updates 1 and 2 were not trained again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_a_merged_model_answers_as_the_adapter_did(run, recipe, tmp_path, method):
     import torch
@@ -135,6 +143,7 @@ def test_a_merged_model_answers_as_the_adapter_did(run, recipe, tmp_path, method
     assert (adapter - base).abs().max() > 1e-3, "the adapter learned something"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "ia3", "prompt_tuning", "prefix_tuning"])
 def test_every_peft_method_trains(run, recipe, tmp_path, method):
     code, _, err = run("train", recipe, f"peft={method}", "train.save_strategy=no")
@@ -142,6 +151,7 @@ def test_every_peft_method_trains(run, recipe, tmp_path, method):
     assert (tmp_path / "runs/mine/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # so it should
 def test_added_tokens_are_learned_under_lora(run, recipe, tmp_path):
     import transformers
@@ -176,6 +186,7 @@ def test_added_tokens_are_learned_under_lora(run, recipe, tmp_path):
         assert moved > 0.01, "its row left the mean it began at"
 
 
+@pytest.mark.slow
 def test_added_tokens_grow_the_embeddings_of_a_named_model(run, recipe, tmp_path):
     import transformers
 
@@ -249,6 +260,7 @@ def test_training_cuts_its_updates_as_planned(run, recipe, budget):
     assert row["input_tokens_per_update"] == pytest.approx(plan.inputs_per_update.mean)
 
 
+@pytest.mark.slow
 def test_verify_passes_on_a_sound_model(run, recipe, tmp_path):
     code, out, err = run("verify", recipe, "--rows", "6")
     assert code == 0, err
@@ -258,6 +270,7 @@ def test_verify_passes_on_a_sound_model(run, recipe, tmp_path):
     assert "preflight" in out
 
 
+@pytest.mark.slow
 def test_verify_takes_rows_from_the_shortest_to_the_longest(run, recipe, monkeypatch):
     from hf_gradacc.recipe import verifying as cli_verify
 
@@ -288,6 +301,7 @@ def prepared(recipe):
     return prepare_data(loaded.data, tokenizer=tokenizer).train
 
 
+@pytest.mark.slow
 def test_verify_asks_one_process_about_a_model_that_will_be_sharded(run, recipe):
     sharded = ["train.fsdp=true", "train.fsdp_config={version: 2}"]
     code, out, err = run("verify", recipe, *sharded, "--rows", "6", "--no-preflight")
@@ -295,6 +309,7 @@ def test_verify_asks_one_process_about_a_model_that_will_be_sharded(run, recipe)
     assert "PASS" in out
 
 
+@pytest.mark.slow
 def test_verify_fails_with_exit_code_one(run, recipe, monkeypatch):
     from transformers import LlamaForCausalLM
 
@@ -316,6 +331,7 @@ def test_verify_fails_with_exit_code_one(run, recipe, monkeypatch):
     assert "Plan of" not in out, "nothing was trained"
 
 
+@pytest.mark.slow
 def test_training_that_was_verified_says_so_in_its_own_file(run, recipe, tmp_path):
     code, out, err = run("train", recipe, "--verify")
     assert code == 0, err
@@ -399,6 +415,7 @@ def test_a_mistake_is_a_message_and_exit_code_two(run, recipe, tmp_path, argumen
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same_weights(run, recipe, tmp_path):
     from safetensors.torch import load_file
     from torch.testing import assert_close
@@ -476,6 +493,7 @@ def test_a_model_that_does_not_fit_is_told_before_the_data_are_read(run, recipe,
         assert "peft.target_modules" in err
 
 
+@pytest.mark.slow
 def test_a_bad_row_met_by_a_loader_worker_is_one_line(run, recipe, tmp_path):
     rows = [{"question": f"{i}?", "answer": "7" if i != 1100 else None} for i in range(1200)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -42,11 +42,13 @@ def lost(watch, *, seconds):
     return ""
 
 
+@pytest.mark.slow
 def test_processes_of_which_none_works_are_hung(start):
     watch = Watch([start(WAIT), start(WAIT)], still_after=5)
     assert lost(watch, seconds=60) == "used no CPU time for 5 s"
 
 
+@pytest.mark.slow
 def test_one_that_works_is_a_reason_to_wait_for_another(start):
     watch = Watch([start(WAIT), start(LOOP)], still_after=5)
     assert lost(watch, seconds=12) == ""
@@ -56,6 +58,7 @@ def test_an_endless_loop_is_told_by_its_cpu_time(start):
     assert "s of CPU time" in lost(Watch([start(LOOP)], busy_after=0.5), seconds=60)
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_each_other_are_ended_and_named():
     with pytest.raises(AssertionError, match=r"still running: \[0, 1\] \(used no CPU time for 5 s"):
         run_ranks(wait_for_nobody, 2, still_after=5)

@@ -127,6 +127,7 @@ TAGGED = bytes_tokenizer(templates.TAGGED, templates.CHATML_TOKENS)
 TURNS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(turns=TURNS)
 def test_searching_for_the_words_finds_what_the_tags_say(turns):

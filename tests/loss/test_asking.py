@@ -15,6 +15,7 @@ from hf_gradacc.updates.targets import TargetRule
 ROWS = ragged_rows(12, seed=61)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "options", "expected"),
     [
@@ -67,6 +68,7 @@ def alike(count):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [alike(30), ROWS], ids=["alike", "ragged"])
 def test_a_mean_over_rows_is_told_from_one_over_tokens(tmp_path, rows, dtype):
@@ -94,6 +96,7 @@ def collate_classes(rows):
     return {**ids, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, (1.0, 5.0, 0.2)], ids=["plain", "weighted"])
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -138,10 +141,11 @@ def test_rows_to_ask_are_unlike_each_other_and_from_all_over(tmp_path):
         seed=0,
     )
     chosen = choose_probe_rows(loader, collator)
-    assert [row["label"] for row in chosen] in ([0, 2, 1], [1, 2, 0], [0, 1, 2])
+    assert sorted(row["label"] for row in chosen) == [0, 1, 2]
     assert {len(row["input_ids"]) for row in chosen} > {4}
 
 
+@pytest.mark.slow
 def test_rows_whose_only_label_is_the_first_are_refused_before_training(tmp_path):
     """They have a label, and a causal LM predicts none of it."""
     rows = [{**row, "labels": [5] + [-100] * (len(row["input_ids"]) - 1)} for row in ROWS]

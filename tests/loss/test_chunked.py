@@ -90,6 +90,7 @@ def train(tmp_path, **options):
     return trainer, recorder.gradients[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "phi", "mixtral"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_chunks_do_not_change_the_gradient(tmp_path, name, layout):

@@ -193,6 +193,7 @@ def first_gradient(tmp_path, model, rows, **options):
     return gradient, products, trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -216,6 +217,7 @@ def test_an_update_has_the_gradient_of_the_whole_batch(tmp_path, options):
     assert relative_error(gradient, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_layers_under_an_adapter_multiply_by_it(tmp_path):
     rows = ragged_rows(6, seed=1, longest=40)
     results = []
@@ -230,6 +232,7 @@ def test_the_layers_under_an_adapter_multiply_by_it(tmp_path):
     assert relative_error(gradient, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
     rows = ragged_rows(4, seed=1, longest=40)
     chosen = []
@@ -239,6 +242,7 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
     assert chosen == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "why"),
     [
@@ -263,6 +267,7 @@ def test_a_machine_without_it_says_so(monkeypatch):
     assert "without oneDNN" in onednn.why_no_onednn()
 
 
+@pytest.mark.slow
 def test_two_runs_have_the_same_bits(tmp_path):
     rows = ragged_rows(8, seed=4, longest=40)
     runs = [first_gradient(tmp_path, wide_llama(), rows, onednn_linear=True)[0] for _ in range(2)]

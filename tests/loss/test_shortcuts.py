@@ -66,6 +66,7 @@ def make_trial(model, rows=None, *, collator=pad, dtype=torch.float64):
     return Trial(inputs, loss_of, find_head(model), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_shortcut_gives_the_gradient_of_the_whole_batch(name, way):
@@ -266,6 +267,7 @@ def expect():
         return reference_gradient(model, ROWS, pad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed", "auto"])
 @pytest.mark.parametrize("budget", [1, 30, 1000])
 def test_layout_and_budget_do_not_change_the_gradient(tmp_path, layout, budget):

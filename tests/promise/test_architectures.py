@@ -11,6 +11,8 @@ from support import reference, zoo_configs
 from support.zoo import CASES, Case, case_named
 from support.zoo_runs import count_micro_batch, train_ours, train_stock
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-10
 
 PLAIN = [case for case in CASES if not case.router_loss]

@@ -191,6 +191,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, workers):
     assert "OSError: [Errno 5] Input/output error" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_says_how_far_it_was_read(tmp_path):
     class Breaking(IterableDataset):
         def __iter__(self):

@@ -5,6 +5,8 @@ import torch
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 from torch._dynamo.utils import counters
 
+pytestmark = pytest.mark.slow
+
 ROWS = ragged_rows(48, seed=1, longest=40)
 
 

@@ -38,6 +38,7 @@ def examples(page):
             yield text[: match.start(1)].count("\n"), source
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_run_as_they_stand(page, tmp_path, monkeypatch):
@@ -85,6 +86,7 @@ def collator(rows):
 """What a reader of the README has: a model, a dataset, a data collator, and imports."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

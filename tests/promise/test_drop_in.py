@@ -14,6 +14,7 @@ STOCK = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
 OURS = (GradAccTrainer, GradAccArguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -51,6 +52,7 @@ def test_steps_epochs_rates_and_events_are_those_of_stock(tmp_path, options):
     assert seen[1] == seen[0]
 
 
+@pytest.mark.slow
 def test_training_twice_trains_twice(tmp_path):
     trainer = make_trainer(tmp_path, ROWS, lr_scheduler_type="linear", **STOCK)
     trainer.train()
@@ -64,6 +66,7 @@ def test_training_twice_trains_twice(tmp_path):
     assert relative_error(trainer.model.state_dict(), before) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_next_trial_of_a_search_may_have_another_batch(tmp_path):
     trainer = make_trainer(tmp_path, ROWS, model=None, effective_batch_size=6, max_steps=2)
     trainer.train()
@@ -121,6 +124,7 @@ class BehindTheMixin(GradAccMixin, StockWithAStep):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trainer_class", [CallsSuper, CallsItTwiceOver, WithMixinInFront, CopiesStock, BehindTheMixin]
 )

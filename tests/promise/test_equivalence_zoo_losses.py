@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.errors import LossError
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-10
 EPSILON = 0.1
 

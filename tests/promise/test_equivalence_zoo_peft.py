@@ -12,6 +12,8 @@ from support.zoo import case_named
 from support.zoo_runs import train_ours
 from torch.nn.functional import cross_entropy
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-10
 # Where adapters go, by architecture.
 TARGETS = {

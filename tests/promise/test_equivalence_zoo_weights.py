@@ -13,6 +13,8 @@ from transformers import Adafactor, Trainer, TrainerCallback
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
 
+pytestmark = pytest.mark.slow
+
 UPDATES = 20
 EFFECTIVE_BATCH_SIZE = 5  # of eleven rows: every third update holds but one
 LEARNING_RATE = 0.02

@@ -39,6 +39,7 @@ def expect(members, rows=ROWS):
         return reference_gradient(model, [rows[i] for i in members], pad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cut",
     [
@@ -78,6 +79,7 @@ def test_updates_drawn_by_tokens_are_exact_too(tmp_path):
     assert all(count >= 25 for count in targets[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     ["sgd", "momentum", "adamw", "adafactor", "custom", "clipped"],

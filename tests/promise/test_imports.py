@@ -115,6 +115,7 @@ def test_only_the_trainer_touches_what_is_private_to_the_stock_trainer():
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_only_recipe_and_data_know_yaml():
     for path in files():
         if room_of(path) not in ("recipe", "data"):

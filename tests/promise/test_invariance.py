@@ -16,6 +16,8 @@ from support.ranks import run_ranks
 from support.resume_jobs import train_and_report
 from support.tiny import ragged_rows
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "effective_batch_size": 8,
     "max_steps": 24,

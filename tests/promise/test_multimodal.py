@@ -40,6 +40,7 @@ def run(tmp_path, kit, loss_of=model_loss, **options):
     return trainer, relative_error(recorder.gradients[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kit", "rule"),
     [

@@ -86,6 +86,7 @@ def _refuse_more_than_two(module, args, kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.slow
 def test_generation_that_runs_out_of_memory_goes_on_with_fewer_rows_and_gives_the_same(tmp_path):
     options = {"mixed": True, "effective_batch_size": 14, "per_device_eval_batch_size": 5}
     options |= {"generation_max_length": 9}

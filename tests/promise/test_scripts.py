@@ -13,6 +13,8 @@ import transformers
 import yaml
 from support.patience import HUNG_AFTER_SECONDS
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "recipes"
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 256}

@@ -28,7 +28,7 @@ from hf_gradacc import GradAccMixin, GradAccOptions
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.refusals import _ROW_BY_ROW, refuse_by_name
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 PIECES = {"per_device_train_batch_size": 3, "effective_batch_size": 14}
 WHOLE = {"per_device_train_batch_size": 14}

@@ -74,7 +74,7 @@ class Watch(TrainerCallback):
         self.stop_at, self.pages = stop_at, []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % 50 == 0:
+        if state.global_step % 10 == 0:
             self.pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
         if state.global_step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -97,6 +97,7 @@ def test_nothing_that_happens_on_the_way_changes_where_a_run_ends(tmp_path):
         log_rows(disturbed)[-1]["target_tokens_seen"]
         == log_rows(undisturbed)[-1]["target_tokens_seen"]
     )
+    assert len(watch.pages) == UPDATES // 10
     settled = watch.pages[len(watch.pages) // 2 :]
     grown = (max(settled) - settled[0]) * resource.getpagesize()
     assert grown < 16 * 2**20

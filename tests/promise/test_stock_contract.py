@@ -1,13 +1,19 @@
 """What we rely on inside the stock Trainer. If an upgrade moves it, it fails here and says why."""
 
+import ast
 import inspect
+import re
+import textwrap
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
-from accelerate.utils import is_deepspeed_available
+from accelerate.utils import DistributedType, is_deepspeed_available
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
+from support.call_sites import call_sites, callers_of
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -17,6 +23,61 @@ from hf_gradacc import GradAccMixin
 
 ROWS = ragged_rows(4, seed=1)
 OURS = [cls for cls in GradAccMixin.__mro__ if cls.__module__.startswith("hf_gradacc")]
+OVERRIDES = {
+    name: [vars(cls)[name] for cls in OURS if name in vars(cls)]
+    for cls in OURS
+    for name in vars(cls)
+    if name in vars(Trainer) and not name.startswith("__")
+}
+STOCK_SOURCE = inspect.getsource(inspect.getmodule(Trainer))
+
+# Each stock method that we override, and the stock methods whose calls of it we live by.
+CALLED_FROM = {
+    "_clip_grad_norm": ["_run_epoch"],
+    "_determine_best_metric": ["_maybe_log_save_evaluate"],
+    "_evaluate": ["_maybe_log_save_evaluate"],
+    "_finalize_training": ["_inner_training_loop"],
+    "_get_grad_norm": ["_run_epoch"],
+    "_get_num_items_in_batch": ["prediction_step"],
+    "_get_output_dir": ["_save_checkpoint", "_finalize_training"],
+    "_init_training_state": ["_inner_training_loop"],
+    "_inner_training_loop": ["train"],
+    "_load_rng_state": ["_run_epoch"],
+    "_maybe_log_save_evaluate": ["_run_epoch"],
+    "_prepare_for_training": ["_inner_training_loop"],
+    "_push_from_checkpoint": ["_save_checkpoint"],
+    "_run_epoch": ["_inner_training_loop"],
+    "_save_checkpoint": ["_maybe_log_save_evaluate"],
+    "_save_optimizer_and_scheduler": ["_save_checkpoint"],
+    "_save_rng_state": ["_save_checkpoint"],
+    "_save_scaler": ["_save_checkpoint"],
+    "_track_num_input_tokens": ["_run_epoch"],
+    "compute_loss": ["training_step", "prediction_step"],
+    "evaluation_loop": ["evaluate", "predict"],
+    "floating_point_ops": ["_run_epoch"],
+    "get_batch_samples": ["_run_epoch"],
+    "get_total_train_batch_size": ["set_initial_training_values"],
+    "get_train_dataloader": ["_inner_training_loop"],
+    "log": ["_maybe_log_save_evaluate", "_finalize_training", "evaluate"],
+    "prediction_step": ["evaluation_loop"],
+    "save_model": ["_save_checkpoint"],
+    "set_initial_training_values": ["_inner_training_loop"],
+    "training_step": ["_run_epoch"],
+}
+# Nothing in stock calls these, a user does: their parameters must stay what the user knows.
+CALLED_BY_USERS = {
+    "train": [
+        "self",
+        "resume_from_checkpoint: str | bool | None = None",
+        "trial: 'optuna.Trial | dict[str, Any] | None' = None",
+        "ignore_keys_for_eval: list[str] | None = None",
+    ],
+}
+
+
+def check_callers(name, source):
+    missing = set(CALLED_FROM[name]) - callers_of(name, call_sites(source, "Trainer"))
+    assert not missing, f"stock no longer calls {name} in {sorted(missing)}"
 
 
 def stock(tmp_path, **options):
@@ -35,7 +96,7 @@ def prepared(tmp_path, **options):
 def test_training_step_divides_a_mean_loss_by_current_gradient_accumulation_steps(
     tmp_path, divisor
 ):
-    """`ExactLoss._run_micro_batch` sets it to N / n_i, which makes the weight n_i / N."""
+    """`GradAccMixin` sets it to N / n_i, which makes the weight n_i / N."""
     trainer = prepared(tmp_path)
     loss = trainer.model(**pad(ROWS)).loss.item()
     trainer.current_gradient_accumulation_steps = divisor
@@ -57,7 +118,7 @@ def test_the_stock_loop_with_one_batch_per_step_steps_once_per_item_of_the_loade
 
 
 def test_get_batch_samples_may_hand_out_anything_and_decides_what_training_step_gets(tmp_path):
-    """`UpdateLoading.get_batch_samples` hands out one update and no count."""
+    """`GradAccMixin.get_batch_samples` hands out one update and no count."""
     seen = []
 
     class Probe(Trainer):
@@ -74,7 +135,7 @@ def test_get_batch_samples_may_hand_out_anything_and_decides_what_training_step_
 
 
 def test_an_optimizer_does_not_step_while_gradients_are_not_synced(tmp_path):
-    """`ExactLoss._skip_optimizer` relies on accelerate's AcceleratedOptimizer for that."""
+    """A skipped update relies on accelerate's AcceleratedOptimizer for that."""
     model = torch.nn.Linear(2, 1)
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -110,7 +171,7 @@ def test_the_stock_loop_syncs_gradients_again_before_every_step(tmp_path):
 
 
 def test_callbacks_are_called_through_call_event_of_the_handler(tmp_path):
-    """`UpdateLoading._inner_training_loop` wraps it, to show callbacks the user's settings."""
+    """`trainer.as_requested` wraps it, to show callbacks the user's settings."""
     trainer = stock(tmp_path)
     events = []
     stock_call_event = trainer.callback_handler.call_event
@@ -148,35 +209,64 @@ def test_callback_state_is_written_into_the_trainer_state_under_the_class_name(t
     assert saved.stateful_callbacks["Kept"]["attributes"] == {"answer": 42}
 
 
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        {
-            name
-            for cls in OURS
-            for name, value in vars(cls).items()
-            if inspect.isfunction(value) and hasattr(Trainer, name) and not name.startswith("__")
-        }
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CALLED_FROM))
 def test_every_method_we_override_is_still_called_by_that_name(name):
     """A method that stock renames would be overridden in vain, and silently."""
-    source = inspect.getsource(Trainer)
-    assert f"def {name}(" in source
-    assert source.count(name) > 1
+    check_callers(name, STOCK_SOURCE)
 
 
-def test_overrides_accept_what_the_stock_loop_passes():
-    for cls in OURS:
-        for name, value in vars(cls).items():
-            if not inspect.isfunction(value) or not hasattr(Trainer, name):
-                continue
-            if name.startswith("__"):
-                continue
-            ours, theirs = inspect.signature(value), inspect.signature(getattr(Trainer, name))
-            if any(p.kind is p.VAR_KEYWORD for p in ours.parameters.values()):
-                continue
-            assert list(ours.parameters) == list(theirs.parameters), name
+def test_every_override_says_who_calls_it():
+    assert set(CALLED_FROM) | set(CALLED_BY_USERS) == set(OVERRIDES)
+    assert not set(CALLED_FROM) & set(CALLED_BY_USERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "caller"),
+    [(name, caller) for name in sorted(CALLED_FROM) for caller in CALLED_FROM[name]],
+)
+def test_a_call_that_stock_renames_is_missed(name, caller):
+    """The check above can fail: for each hook, and for each of the places that call it."""
+    lines, first = inspect.getsourcelines(getattr(Trainer, caller))
+    before = STOCK_SOURCE.splitlines(keepends=True)
+    renamed = [re.sub(rf"\bself\.{name}\b", f"self.{name}_of_tomorrow", line) for line in lines]
+    assert renamed != lines
+    mention = f"# self.{name}() was called here, and {caller} called {name}()\n"
+    after = [*before[: first - 1], mention, *renamed, *before[first - 1 + len(lines) :]]
+    with pytest.raises(AssertionError):
+        check_callers(name, "".join(after))
+
+
+@pytest.mark.parametrize("name", sorted(CALLED_FROM))
+def test_overrides_accept_what_the_stock_loop_passes(name):
+    """Each call in stock, bound to the parameters of each of our overrides."""
+    calls = [
+        site.arguments
+        for site in call_sites(STOCK_SOURCE, "Trainer")
+        if site.method == name and site.arguments is not None
+    ]
+    if name == "_inner_training_loop":  # handed to accelerate, which adds the batch size in front
+        source = ast.parse(textwrap.dedent(inspect.getsource(Trainer.train)))
+        calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+        calls = [node for node in calls if ast.unparse(node.func) == "inner_training_loop"]
+        calls[0].args.insert(0, ast.Constant(8))
+    assert calls
+    for override in OVERRIDES[name]:
+        for site in calls:
+            assert not any(isinstance(argument, ast.Starred) for argument in site.args)
+            named = {keyword.arg: None for keyword in site.keywords}
+            inspect.signature(override).bind(None, *site.args, **named)
+
+
+@pytest.mark.parametrize("name", sorted(CALLED_BY_USERS))
+def test_what_users_call_takes_the_parameters_of_stock(name):
+    stock_parameters = list(inspect.signature(getattr(Trainer, name)).parameters.values())
+    assert [str(parameter) for parameter in stock_parameters] == CALLED_BY_USERS[name]
+    for override in OVERRIDES[name]:
+        positional = [None for p in stock_parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        named = {p.name: None for p in stock_parameters if p.kind is not p.VAR_KEYWORD}
+        inspect.signature(override).bind(*positional)
+        inspect.signature(override).bind(None, **{k: v for k, v in named.items() if k != "self"})
 
 
 def test_the_default_loss_filter_would_hide_a_loss_that_is_not_a_number(tmp_path):
@@ -189,25 +279,36 @@ def test_the_default_loss_filter_would_hide_a_loss_that_is_not_a_number(tmp_path
     assert next(row["loss"] for row in trainer.state.log_history if "loss" in row) == 0.0
 
 
-# ---- DeepSpeed: what `zero` and `trainer_zero` rely on -------------------------------------------
+# ---- DeepSpeed: what `ranks.deepspeed` relies on ------------------------------------------------
 
 
 def test_accelerate_sends_a_backward_to_the_wrapped_engine_and_to_nothing_else():
-    """`ZeroUpdates` puts its own engine there."""
-    source = inspect.getsource(Accelerator.backward)
-    assert (
-        "self.deepspeed_engine_wrapped.backward(loss, sync_gradients=self.sync_gradients, **kwargs)"
-        in source
+    """`ranks.deepspeed` puts its own engine there."""
+    calls = []
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        sync_gradients=True,
+        deepspeed_engine_wrapped=SimpleNamespace(backward=lambda *a, **k: calls.append((a, k))),
     )
+    Accelerator.backward(accelerator, "loss", scale_wrt_gas=False)
+    assert calls == [(("loss",), {"sync_gradients": True, "scale_wrt_gas": False})]
     assert "self.deepspeed_engine_wrapped = None" in inspect.getsource(Accelerator.__init__)
 
 
-def test_accelerates_wrapper_steps_in_each_backward_that_syncs():
+@pytest.mark.parametrize("syncs", [True, False])
+def test_accelerates_wrapper_steps_in_each_backward_that_syncs(syncs):
     """Why ours exists; and `engine` is where it keeps DeepSpeed's."""
-    source = inspect.getsource(DeepSpeedEngineWrapper.backward)
-    assert "if sync_gradients:" in source
-    assert "self.engine.step()" in source
-    assert callable(DeepSpeedEngineWrapper.get_global_grad_norm)
+    engine = Mock()
+    wrapped = DeepSpeedEngineWrapper(engine)
+    wrapped.backward("loss", sync_gradients=syncs)
+    assert wrapped.engine is engine
+    assert engine.mock_calls == [
+        call.set_gradient_accumulation_boundary(is_boundary=syncs),
+        call.backward("loss"),
+        *([call.step()] if syncs else []),
+    ]
+    engine.get_global_grad_norm.return_value = torch.tensor(2.5)
+    assert wrapped.get_global_grad_norm() == 2.5
 
 
 def test_stock_lets_deepspeed_divide_by_nothing():
@@ -236,6 +337,7 @@ def test_stock_passes_clipping_on_only_where_deepspeeds_configuration_says_auto(
     assert 'if config.get(ds_key) == "auto":' in source
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 def test_deepspeeds_engine_has_the_members_we_call():
     from deepspeed.runtime.engine import DeepSpeedEngine

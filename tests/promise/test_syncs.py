@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.trainer import step
 from hf_gradacc.trainer.runner import UpdateRunner
+from hf_gradacc.trainer.step import start_copy
 
 ROWS = ragged_rows(12, seed=3)
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
@@ -77,6 +79,7 @@ def per_micro_batch(tmp_path, monkeypatch, **options):
     return (many - few) / 10
 
 
+@pytest.mark.slow
 def test_we_add_no_wait_per_micro_batch_to_what_the_model_does(tmp_path, monkeypatch):
     model = tiny_llama(attn_implementation="sdpa", use_cache=False)
     labels = torch.tensor([[3, 4, 5]])
@@ -87,6 +90,7 @@ def test_we_add_no_wait_per_micro_batch_to_what_the_model_does(tmp_path, monkeyp
     assert per_micro_batch(tmp_path, monkeypatch) <= own
 
 
+@pytest.mark.slow
 def test_a_wait_per_micro_batch_would_be_seen(tmp_path, monkeypatch):
     plain = per_micro_batch(tmp_path, monkeypatch)
     hook = torch.nn.Module.__call__
@@ -102,15 +106,17 @@ def test_a_wait_per_micro_batch_would_be_seen(tmp_path, monkeypatch):
         assert per_micro_batch(tmp_path, monkeypatch) == pytest.approx(plain + 1)
 
 
-def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path):
+def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path, monkeypatch):
     """Stock moves all micro-batches of an update at once."""
     events = []
 
-    class Watched(GradAccTrainer):
-        def _start_copy(self, value):
-            events.append("copy")
-            return super()._start_copy(value)
+    def watched_copy(value, device):
+        events.append("copy")
+        return start_copy(value, device)
 
+    monkeypatch.setattr(step, "start_copy", watched_copy)
+
+    class Watched(GradAccTrainer):
         def compute_loss(self, *args, **kwargs):
             if self.model.training:
                 events.append("forward")

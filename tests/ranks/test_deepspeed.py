@@ -29,6 +29,8 @@ from support.zero_jobs import (
     train_zero,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 STAGES = (1, 2, 3)
@@ -170,9 +172,11 @@ def test_mistakes_made_with_this_engine_would_be_seen(mistake, stage):
     scenarios = {name: SCENARIOS[name]}
     ranks = run_ranks(train_zero, 2, scenarios=scenarios, stage=stage, mistake=mistake)
     one, many = alone()[name], ranks[0][name]
-    pairs = zip(many["gradients"], one["gradients"], strict=False)
-    errors = [relative_error(actual, expected) for actual, expected in pairs]
-    assert max(errors, default=0.0) > 0.01 or many["engine_steps"] > one["engine_steps"] > 0
+    if mistake == "accelerate steps in every backward":
+        assert many["engine_steps"] > one["engine_steps"] > 0
+    else:
+        pairs = zip(many["gradients"], one["gradients"], strict=True)
+        assert max(relative_error(actual, expected) for actual, expected in pairs) > 0.01
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -186,8 +190,8 @@ def test_a_resumed_run_ends_with_the_same_bits(stage, tmp_path):
     assert resumed[0]["step"] == straight[0]["step"] > 4
     for name, weight in straight[0]["weights"].items():
         assert torch.equal(resumed[0]["weights"][name], weight)
-    for ours, theirs in zip(resumed[0]["logs"][::-1], straight[0]["logs"][::-1], strict=False):
-        assert ours == theirs
+    assert resumed[0]["logs"]
+    assert resumed[0]["logs"] == straight[0]["logs"][-len(resumed[0]["logs"]) :]
     if stage == 1:
         told = run_ranks(train_in_parts, 3, out=out, resume=True, **job)[0]["error"]
         assert told.startswith("CheckpointError: checkpoint-6 was saved by 2 ranks")

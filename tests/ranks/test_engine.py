@@ -27,6 +27,8 @@ from hf_gradacc.updates.recut import even_out
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import Update
 
+pytestmark = pytest.mark.slow
+
 SHARDED = ("LoRA", "checkpointed")
 UNEVEN = {"effective_batch_size": 4, "per_device_train_batch_size": 1}
 SCENARIOS: dict[str, dict[str, Any]] = {

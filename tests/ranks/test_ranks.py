@@ -11,14 +11,16 @@ from support.rank_jobs import (
     SCENARIOS,
     ask_for_what_needs_ddp_to_reduce,
     count_collectives,
-    make_rows,
     pad,
+    scenario_rows,
     train_scenarios,
     train_with_batch_normalization,
 )
 from support.ranks import run_ranks
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import tiny_llama
+
+pytestmark = pytest.mark.slow
 
 WORLDS = ("1", "2", "3", "4", "2, FSDP2")
 
@@ -49,7 +51,7 @@ def test_any_number_of_ranks_takes_the_steps_of_the_whole_batch(world, name):
     scenario = SCENARIOS[name]
     smoothing = scenario["options"].get("label_smoothing_factor", 0.0)
     results = [rank[name] for rank in runs(world)]
-    rows = list(make_rows(scenario))
+    rows = list(scenario_rows(scenario))
     with float64_everywhere():
         model = tiny_llama()
         trained = 0

@@ -435,6 +435,7 @@ def try_to_load(file, *overrides):
         return str(error)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_spoilt_recipe_loads_or_is_one_report_never_anything_else(write, data):
@@ -470,6 +471,7 @@ def test_any_text_at_all_is_one_report(write, text, overrides):
         load_recipe(file, overrides=overrides)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     key=st.sampled_from([".".join(map(str, path)) for path in places(FULL)] + ["train.nothing"]),

@@ -36,6 +36,7 @@ def recipe(tmp_path, monkeypatch):
 tracked = pytest.fixture(no_wandb_login)
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_is_filed_with_the_run_and_no_secret_is(
     recipe, tracked, tmp_path, monkeypatch
 ):

@@ -49,6 +49,7 @@ def kinds(disk):
     return [(row["kind"], row["step"]) for row in read_log(disk / "out" / LOG_NAME)]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_row(disk):
     trainer = train(disk, full_from=3, free_from=5)
     assert trainer.state.global_step == 6
@@ -79,13 +80,14 @@ WANDB_SCRIPT = """
 import os
 from pathlib import Path
 from support.disks import Ballast
-from support.tracked import make_trainer
+from support.tracked import tracked_trainer
 disk = Path(os.environ["WANDB_DIR"])
-make_trainer(sys.argv[1], callbacks=[Ballast(disk, full_from=3)], max_steps=60).train()
+tracked_trainer(sys.argv[1], callbacks=[Ballast(disk, full_from=3)], max_steps=60).train()
 print("trained to the end")
 """
 
 
+@pytest.mark.slow
 def test_wandb_on_a_full_disk_does_not_end_the_run(disk, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(disk))
     tests = Path(__file__).parents[1]
@@ -119,6 +121,7 @@ def test_a_row_that_fits_only_in_part_leaves_no_part(tmp_path):
     assert [row["step"] for row in read_log(run_file.log_path)] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", [False, True], ids=["rows", "progress bar"])
 def test_output_to_a_full_disk_goes_unsaid(tmp_path, monkeypatch, bar):
     if not Path("/dev/full").exists():

@@ -65,6 +65,7 @@ def run(tmp_path, *indices, trainer_class=Poison, **options):
     return model, trainer
 
 
+@pytest.mark.slow
 def test_an_error_names_step_micro_batch_rows_and_tensor(tmp_path):
     with pytest.raises(NonFiniteError) as caught:
         run(tmp_path, 14)
@@ -79,6 +80,7 @@ def test_an_error_names_step_micro_batch_rows_and_tensor(tmp_path):
     assert "on_non_finite = 'skip'" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_rows_are_named_by_their_place_in_the_dataset_shuffled_and_cut_again(tmp_path, workers):
     model = tiny_llama()
@@ -109,6 +111,7 @@ def test_infinities_are_told_from_nan(tmp_path):
         run(tmp_path, 14, trainer_class=Infinite)
 
 
+@pytest.mark.slow
 def test_the_count_of_skipped_updates_goes_on_after_a_resume(tmp_path):
     options = {"on_non_finite": "skip", "save_strategy": "steps", "save_steps": 1}
     options |= {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
@@ -164,6 +167,7 @@ def test_weights_that_are_bad_already_are_named(tmp_path):
         run(tmp_path, trainer_class=Spoil)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer_class", [Poison, BadGradient])
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_a_skipped_update_trains_nothing_and_is_counted(tmp_path, trainer_class, max_grad_norm):
@@ -197,17 +201,20 @@ def test_a_row_of_the_log_over_nothing_but_skipped_updates_has_no_loss(tmp_path)
     assert [math.isnan(loss) for loss in losses] == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_it_stops_after_a_number_of_them_in_a_row(tmp_path):
     with pytest.raises(NonFiniteError, match="max_skipped_updates_in_a_row = 2"):
         run(tmp_path, 1, 7, 13, 19, on_non_finite="skip", max_skipped_updates_in_a_row=2)
     run(tmp_path, 1, 13, on_non_finite="skip", max_skipped_updates_in_a_row=2)  # not in a row
 
 
+@pytest.mark.slow
 def test_the_stock_filter_hides_nothing(tmp_path):
     with pytest.raises(NonFiniteError):
         run(tmp_path, 14, logging_nan_inf_filter=True)
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_what_is_bad_on_one(tmp_path):
     scenario = {"poison": (7,), "optim": "adamw_torch"}
     results = run_ranks(

@@ -41,6 +41,7 @@ def calm_run(**options):
 # ---- the weights are those of a run with the smaller budget ------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("place", range(NUM_MICRO_BATCHES))
 def test_a_failure_anywhere_in_an_update_leaves_no_trace(tmp_path, where, place):
@@ -56,6 +57,7 @@ def test_a_failure_anywhere_in_an_update_leaves_no_trace(tmp_path, where, place)
     assert not same(failing, other)  # or the comparison could not tell anything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_the_budget_is_halved_until_it_fits(tmp_path, where):
     options = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "num_train_epochs": 2}
@@ -69,6 +71,7 @@ def test_the_budget_is_halved_until_it_fits(tmp_path, where):
     assert same(failing, calm_run(max_tokens_per_micro_batch=36, **options))
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_middle_of_a_run_changes_only_what_comes_after(tmp_path):
     failing = train(tmp_path, failure={"when": lambda rows, width, seen: seen == 5})
     calm = train(tmp_path, lower=(2, failing["cap"]))
@@ -76,6 +79,7 @@ def test_a_failure_in_the_middle_of_a_run_changes_only_what_comes_after(tmp_path
     assert same(failing, calm)
 
 
+@pytest.mark.slow
 def test_adapters_recover_like_whole_weights(tmp_path):
     def add_adapters(model):
         from peft import LoraConfig, inject_adapter_in_model
@@ -109,6 +113,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at them
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("case", CASES)
@@ -124,6 +129,7 @@ def test_it_leaves_no_trace_however_the_model_runs(tmp_path, monkeypatch, case, 
     assert same(failing, calm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -145,6 +151,7 @@ def test_an_update_that_is_measured_or_timed_is_no_exception(tmp_path, where, op
     assert failing["noise"] == calm["noise"]
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_users_own_is_inside_too(tmp_path):
     def loss_within(tokens):
         def loss(outputs, labels, num_items_in_batch=None):
@@ -160,6 +167,7 @@ def test_a_loss_of_the_users_own_is_inside_too(tmp_path):
     assert same(failing, train(tmp_path / "calm", max_tokens_per_micro_batch=32, **loss_within(99)))
 
 
+@pytest.mark.slow
 def test_workers_that_still_hand_out_large_micro_batches_are_cut_down(tmp_path):
     failing = train(
         tmp_path, failure={"when": beyond(40)}, dataloader_num_workers=1, num_train_epochs=2
@@ -168,6 +176,7 @@ def test_workers_that_still_hand_out_large_micro_batches_are_cut_down(tmp_path):
     assert same(failing, calm)
 
 
+@pytest.mark.slow
 def test_without_a_token_budget_only_micro_batches_as_large_are_cut(tmp_path):
     rows = ragged_rows(30, seed=5)
     rows[13] = {key: value * 20 for key, value in rows[13].items()}
@@ -187,6 +196,7 @@ def test_without_a_token_budget_only_micro_batches_as_large_are_cut(tmp_path):
     assert sorted(counts) == [2, 2, 3]  # the update with the long row; the others as ever
 
 
+@pytest.mark.slow
 def test_buffers_and_every_random_generator_go_back(tmp_path):
     drawn = []
 
@@ -217,6 +227,7 @@ def test_buffers_and_every_random_generator_go_back(tmp_path):
     assert any("num_batches_tracked" in name for name in expected)
 
 
+@pytest.mark.slow
 def test_a_collator_that_draws_is_not_asked_again(tmp_path):
     draws = torch.Generator().manual_seed(3)
     calls = []
@@ -245,6 +256,7 @@ def test_a_collator_that_draws_is_not_asked_again(tmp_path):
 # ---- many ranks --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_recover_together_whoever_ran_out(tmp_path):
     base = {"effective_batch_size": 14, "max_tokens_per_micro_batch": 60}
     # Not with a budget of 30 from the start: by that the rows would be dealt to other ranks.
@@ -265,6 +277,7 @@ def test_ranks_recover_together_whoever_ran_out(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_no_rank_hangs_when_another_cannot_go_on(tmp_path):
     base = {"effective_batch_size": 14, "max_tokens_per_micro_batch": 60}
     scenarios = {
@@ -282,6 +295,7 @@ def test_no_rank_hangs_when_another_cannot_go_on(tmp_path):
     assert "another rank failed" in second["some other error"]["text"]
 
 
+@pytest.mark.slow
 def test_of_three_ranks_one_may_run_out_where_another_has_nothing_to_do(tmp_path):
     base = {"effective_batch_size": 14, "max_tokens_per_micro_batch": 60, "optim": "adamw_torch"}
     rows = ragged_rows(29, seed=5)  # the last update holds one row: two ranks have none
@@ -296,6 +310,7 @@ def test_of_three_ranks_one_may_run_out_where_another_has_nothing_to_do(tmp_path
         assert same(result["failing"], result["calm"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_inside_a_collective_all_ranks_stop_and_say_which_failed(where):
     first, second = run_ranks(run_out_of_memory_while_sharded, 2, where=where)
@@ -319,6 +334,7 @@ def bomb(length=100):
 LONG = {"max_position_embeddings": 512}
 
 
+@pytest.mark.slow
 def test_a_row_fifty_times_the_rest_trains_if_it_fits_alone(tmp_path):
     failing = train(
         tmp_path,
@@ -332,6 +348,7 @@ def test_a_row_fifty_times_the_rest_trains_if_it_fits_alone(tmp_path):
     assert [row["effective_batch_size"] for row in failing["logs"]] == [10, 10, 10]
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(MemoryBudgetError) as caught:
         train(
@@ -368,12 +385,14 @@ class At(TrainerCallback):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
 
+@pytest.mark.slow
 def test_between_micro_batches_it_is_as_in_one(tmp_path):
     failing = train(tmp_path / "failing", callbacks=[At("substep_end")])
     assert failing["cap"] is not None
     assert same(failing, train(tmp_path / "calm", lower=(1, failing["cap"])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "place", "way_out"),
     [
@@ -395,6 +414,7 @@ def test_elsewhere_it_is_an_error_that_says_where_and_what_to_set(tmp_path, even
     assert "last checkpoint" in text
 
 
+@pytest.mark.slow
 def test_before_the_first_update_it_says_that_not_even_a_few_rows_fit(tmp_path):
     def fail(model):
         Failure(model, beyond(0), evaluation=True)
@@ -407,17 +427,20 @@ def test_before_the_first_update_it_says_that_not_even_a_few_rows_fit(tmp_path):
 # ---- what is no recovery -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_errors_are_raised_as_they_are(tmp_path):
     failure = {"when": beyond(40), "error": RuntimeError("shapes do not match")}
     with pytest.raises(RuntimeError, match="shapes do not match"):
         train(tmp_path, failure=failure)
 
 
+@pytest.mark.slow
 def test_recovery_can_be_turned_off(tmp_path):
     with pytest.raises(torch.OutOfMemoryError):
         train(tmp_path, failure={"when": beyond(40)}, recover_from_out_of_memory=False)
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size_restarts_nothing(tmp_path):
     failing = train(tmp_path, failure={"when": beyond(40)}, auto_find_batch_size=True)
     assert failing["cap"] == 32
@@ -430,6 +453,7 @@ def test_auto_find_batch_size_restarts_nothing(tmp_path):
 # ---- the budget --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_budget_that_fitted(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
     whole = train(tmp_path, failure={"when": lambda rows, width, seen: seen == 0}, **options)
@@ -486,6 +510,7 @@ def test_a_budget_on_trial_is_on_trial_after_a_resume_too():
     assert resumed.state() == TokenBudget().state()
 
 
+@pytest.mark.slow
 def test_a_budget_that_has_grown_back_cuts_as_before(tmp_path, monkeypatch):
     options = {"num_train_epochs": 4, "model": {"attention_dropout": 0.0}}
     monkeypatch.setattr(TokenBudget.__init__, "__defaults__", (*[None] * 4, 0, 5, False))
@@ -552,6 +577,7 @@ def test_a_kind_of_its_own_and_pythons_are_known():
     assert is_out_of_memory(MemoryError())
 
 
+@pytest.mark.slow
 def test_a_real_allocator_that_gives_up_is_recovered_from():
     """The kernel refuses the memory: nothing is injected."""
     [(cap, error)] = run_ranks(train_in_little_memory, 1)
@@ -562,6 +588,7 @@ def test_a_real_allocator_that_gives_up_is_recovered_from():
 # ---- evaluation --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_goes_on_with_fewer_rows_and_gives_the_same(tmp_path):
     rows = ragged_rows(14, seed=4)
     model = tiny_llama()

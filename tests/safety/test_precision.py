@@ -25,6 +25,7 @@ def run(tmp_path, *, dtype=torch.bfloat16, **options):
     return relative_error(recorder.gradients[0], before), recorder, trainer
 
 
+@pytest.mark.slow
 def test_a_sum_in_float32_is_closer_than_one_in_bfloat16(tmp_path):
     ours, recorder, _ = run(tmp_path)
     low, _, _ = run(tmp_path, accumulate_grads_in_fp32=False)
@@ -35,10 +36,11 @@ def test_a_sum_in_float32_is_closer_than_one_in_bfloat16(tmp_path):
 
 
 def test_identical_rows_keep_their_norm():
-    """128 times the same bf16 gradient: the sum stops growing in bf16."""
+    """512 times the same bf16 gradient: the sum stops growing in bf16."""
     weight = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     row = torch.tensor([1.0, 0.3, 0.01, 0.007], dtype=torch.bfloat16)
-    for in_float32, expected in ((True, 1.0), (False, 0.9)):
+    ratios = {}
+    for in_float32 in (True, False):
         weight.grad = None
         sums = Float32Gradients([weight])
         if in_float32:
@@ -46,11 +48,12 @@ def test_identical_rows_keep_their_norm():
         for _ in range(512):
             (weight * row / 512).sum().backward()
         sums.cast_to_weights()
-        ratio = float(weight.grad.float().norm() / row.float().norm())
-        assert (ratio > expected) == in_float32 or ratio == pytest.approx(1.0, abs=4e-3)
-        assert in_float32 or ratio < 0.8
+        ratios[in_float32] = float(weight.grad.float().norm() / row.float().norm())
+    assert ratios[True] == pytest.approx(1.0, abs=4e-3)  # half a step of bf16, at the end
+    assert ratios[False] < 0.8
 
 
+@pytest.mark.slow
 def test_one_micro_batch_costs_no_more_memory(tmp_path):
     seen = []
 
@@ -64,6 +67,7 @@ def test_one_micro_batch_costs_no_more_memory(tmp_path):
     assert seen == [{torch.bfloat16}, {torch.float32}]  # clipped in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
 def test_the_optimizer_gets_gradients_in_the_dtype_of_its_weights(tmp_path, optim):
     _, recorder, trainer = run(
@@ -80,6 +84,7 @@ def test_float32_weights_are_left_alone(tmp_path):
     assert {g.dtype for g in recorder.gradients[0].values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_an_adapter_in_float32_on_a_bf16_base_needs_nothing(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -92,6 +97,7 @@ def test_an_adapter_in_float32_on_a_bf16_base_needs_nothing(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_update_that_ran_out_of_memory_still_sums_in_float32(tmp_path):
     _, expected, _ = run(tmp_path, per_device_train_batch_size=2)
     model = tiny_llama(dtype=torch.bfloat16)
@@ -110,6 +116,7 @@ def test_an_update_that_ran_out_of_memory_still_sums_in_float32(tmp_path):
     assert relative_error(recorder.gradients[0], expected.gradients[0]) < 6e-3
 
 
+@pytest.mark.slow
 def test_ranks_sum_and_reduce_in_float32():
     first, second = run_ranks(train_in_bf16_on_ranks, 2)
     for name in first["weights"]:
@@ -146,6 +153,7 @@ def _plain_state_after():
     AcceleratorState._reset_state()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_plain_state_after")
 def test_float16_weights_train_with_a_scaler(tmp_path):
     error, recorder, trainer = run(
@@ -160,6 +168,7 @@ def test_float16_weights_train_with_a_scaler(tmp_path):
     assert trainer.accelerator.scaler.get_scale() == 2.0**10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_plain_state_after")
 def test_an_update_the_scaler_skips_is_counted_and_no_error(tmp_path):
     class High(Scaled):

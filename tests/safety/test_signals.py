@@ -54,6 +54,7 @@ def make(tmp_path, *callbacks, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("strategy", ["no", "epoch"])
 def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
@@ -80,6 +81,7 @@ def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
         assert torch.equal(weight, other), name
 
 
+@pytest.mark.slow
 def test_a_second_signal_acts_at_once(tmp_path, clock):
     _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=1.1, clock=clock))
     with pytest.raises(KeyboardInterrupt):
@@ -88,6 +90,7 @@ def test_a_second_signal_acts_at_once(tmp_path, clock):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_the_same_signal_twice_within_moments_is_one_request(tmp_path, clock):
     """Ctrl-C reaches a rank from the terminal, and again from torchrun, which passes it on."""
     _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=0.9, clock=clock))
@@ -128,6 +131,7 @@ def test_an_evaluation_is_broken_off_and_no_other_update_begins(tmp_path):
     assert not [row for row in trainer.state.log_history if "eval_loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tell", "options"),
     [
@@ -167,6 +171,7 @@ def evaluations(tmp_path):
     return [(row["step"], row["eval_loss"]) for row in rows if row["kind"] == "eval"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_broken_off_twice_is_made_up_for_before_the_next_update(tmp_path):
     options = {"eval_dataset": ROWS, "save_strategy": "no", **EVALUATING}
     make(tmp_path / "whole", **options)[1].train()
@@ -191,6 +196,7 @@ class DieAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_evaluation_made_up_for_twice_is_logged_once(tmp_path):
     options = {"eval_dataset": ROWS, "save_strategy": "no", **EVALUATING}
     make(tmp_path / "whole", **options)[1].train()
@@ -206,6 +212,7 @@ def test_an_evaluation_made_up_for_twice_is_logged_once(tmp_path):
     assert evaluations(tmp_path / "rest") == evaluations(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_evaluation_broken_off_is_nobodys_best(tmp_path):
     options = {
         "save_strategy": "best",
@@ -222,6 +229,7 @@ def test_an_evaluation_broken_off_is_nobodys_best(tmp_path):
     assert names == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_a_save_is_finished_and_no_other_update_begins(tmp_path):
     tell = TellWhile("save")
     recorder = Recorder()
@@ -234,6 +242,7 @@ def test_a_save_is_finished_and_no_other_update_begins(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_before_the_first_update_it_still_leaves_a_checkpoint(tmp_path):
     _, trainer = make(tmp_path, TellWhile("train_begin"), save_strategy="no")
     with pytest.raises(SystemExit) as caught:
@@ -242,6 +251,7 @@ def test_before_the_first_update_it_still_leaves_a_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_after_the_last_update_the_model_is_saved_before_the_exit(tmp_path):
     _, trainer = make(tmp_path, TellWhile("train_end"), save_strategy="no")
     with pytest.raises(SystemExit) as caught:
@@ -251,6 +261,7 @@ def test_after_the_last_update_the_model_is_saved_before_the_exit(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_a_handler_of_the_users_own_stays_in_charge(tmp_path):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
@@ -263,6 +274,7 @@ def test_a_handler_of_the_users_own_stays_in_charge(tmp_path):
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     _, trainer = make(tmp_path)
     thread = threading.Thread(target=trainer.train)
@@ -271,6 +283,7 @@ def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_at_the_same_place_whoever_was_told(tmp_path):
     events = {"step_begin": 1, "prediction_step": 3}
     first, second = run_ranks(
@@ -281,6 +294,7 @@ def test_all_ranks_stop_at_the_same_place_whoever_was_told(tmp_path):
     assert first == second == {"step_begin": in_update, "prediction_step": in_evaluation}
 
 
+@pytest.mark.slow
 def test_loader_workers_that_get_the_signal_too_do_not_end_the_update(tmp_path):
     class TellAll(Tell):
         def on_substep_end(self, args, state, control, **kwargs):
@@ -309,6 +323,7 @@ class Fragile(list):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_dies_is_a_clear_error(tmp_path):
     rows = Fragile(ROWS)
     trainer = make_trainer(
@@ -327,6 +342,7 @@ def test_a_loader_worker_that_dies_is_a_clear_error(tmp_path):
         _without_reading(trainer, rows)
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_hangs_up_while_handing_over_is_the_same_error(tmp_path):
     """Its socket closes a moment before the system calls it dead, so torch thinks it lives."""
 

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradacc import GradAccTrainer
-from hf_gradacc.tracking.phases import PHASE_KEYS
 
 from .reference import float64_everywhere
-from .tiny import VOCABULARY, log_rows, make_trainer, ragged_rows, tiny_llama
-
-CLOCK_KEYS = {"target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
+from .tiny import make_trainer, ragged_rows, timeless_log_rows, tiny_llama
 
 
 class _Passing(torch.autograd.Function):
@@ -127,9 +124,7 @@ def train(
         "trainer": trainer,
         "weights": {n: p.detach().clone() for n, p in network.named_parameters()},
         "optimizer": trainer.optimizer.state_dict()["state"],
-        "logs": [
-            {k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in log_rows(trainer)
-        ],
+        "logs": timeless_log_rows(trainer),
         "raised": injected.raised if injected else 0,
         "cap": trainer.token_budget.cap,
         "noise": _measurements(trainer),
@@ -260,7 +255,6 @@ def train_in_little_memory() -> tuple[int | None, float]:
 
 
 __all__ = [
-    "VOCABULARY",
     "Failure",
     "beyond",
     "run_out_of_memory_while_sharded",

@@ -16,11 +16,10 @@ from accelerate.utils import DistributedType, ParallelismConfig
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from hf_gradacc.tracking.phases import PHASE_KEYS
 from hf_gradacc.updates.collator import UpdateCollator
 
 from .reference import float64_everywhere
-from .tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
+from .tiny import Recorder, make_trainer, pad, ragged_rows, timeless_log_rows, tiny_llama
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
@@ -81,8 +80,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
-CLOCK_KEYS = {"target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
-
 
 class Stream(IterableDataset[Any]):
     """Rows in their order, and nothing else: no length, no index."""
@@ -94,7 +91,7 @@ class Stream(IterableDataset[Any]):
         return iter(self.rows)
 
 
-def make_rows(scenario: dict[str, Any]) -> Any:
+def scenario_rows(scenario: dict[str, Any]) -> Any:
     """The dataset of a scenario: how many rows, which of them without a target, in what form."""
     rows = ragged_rows(scenario["num_rows"], seed=3)
     for index in scenario.get("without_target", ()):
@@ -187,10 +184,10 @@ def train_scenarios(
             name: {**scenario, "options": {**scenario["options"], **FSDP2, **_mesh(scenario)}}
             for name, scenario in scenarios.items()
         }
-    return {name: train(scenario) for name, scenario in scenarios.items()}
+    return {name: train_scenario(scenario) for name, scenario in scenarios.items()}
 
 
-def train(scenario: dict[str, Any]) -> dict[str, Any]:
+def train_scenario(scenario: dict[str, Any]) -> dict[str, Any]:
     """Train one scenario in float64 and give back everything the ranks must agree on."""
     recorder = WholeGradients()
     exactly = contextlib.nullcontext() if "dtype" in scenario else float64_everywhere()
@@ -198,10 +195,10 @@ def train(scenario: dict[str, Any]) -> dict[str, Any]:
         model = make_model(scenario)
         trainer = make_trainer(
             out,
-            make_rows(scenario),
+            scenario_rows(scenario),
             model=model,
             callbacks=[recorder],
-            eval_dataset=make_rows({**scenario, "num_rows": 7, "without_target": ()}),
+            eval_dataset=scenario_rows({**scenario, "num_rows": 7, "without_target": ()}),
             **scenario["options"],
         )
         seen = _note_membership(trainer)
@@ -213,9 +210,7 @@ def train(scenario: dict[str, Any]) -> dict[str, Any]:
         "weights": {
             name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()
         },
-        "logs": [
-            {k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in log_rows(trainer)
-        ],
+        "logs": timeless_log_rows(trainer),
         "train_loss": trainer.state.log_history[-2].get("train_loss"),
         "eval_loss": evaluated["eval_loss"],
         "steps": trainer.state.global_step,
@@ -334,4 +329,4 @@ def _note_membership(trainer: Any) -> list[tuple[int, int, tuple[int, ...]]]:
     return seen
 
 
-__all__ = ["FSDP2", "make_rows", "pad", "train", "train_scenarios"]
+__all__ = ["FSDP2", "pad", "scenario_rows", "train_scenario", "train_scenarios"]

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from hf_gradacc.safety import checkpoints
 
-from .rank_jobs import CLOCK_KEYS, Stream, whole
-from .tiny import log_rows, make_trainer, pad, ragged_rows, tiny_llama
+from .rank_jobs import Stream, whole
+from .tiny import make_trainer, pad, ragged_rows, timeless_log_rows, tiny_llama
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01}
 NUM_ROWS = 22
@@ -95,9 +95,7 @@ def train_and_report(
     trainer.train(resume_from_checkpoint=resume)
     return {
         "weights": {n: whole(p.detach()).clone() for n, p in trainer.model.named_parameters()},
-        "logs": [
-            {k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in log_rows(trainer)
-        ],
+        "logs": timeless_log_rows(trainer),
         "step": trainer.state.global_step,
         "collated": collator.calls,
     }

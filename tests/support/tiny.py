@@ -1,4 +1,4 @@
-"""A model, rows and a collator small enough for hundreds of runs, and a recorder of gradients."""
+"""A tiny model, its rows and its trainer, for hundreds of runs; and a recorder of gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
+from hf_gradacc.tracking.phases import PHASE_KEYS
 
 Row = dict[str, list[int]]
 
 VOCABULARY = 48
+CLOCK_KEYS = {"target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
 PLAIN: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
@@ -63,6 +65,17 @@ def ragged_rows(count: int, *, seed: int = 0, longest: int = 14) -> list[Row]:
                 "labels": [-100] * masked + ids[masked:],
             }
         )
+    return rows
+
+
+def spaced_rows(count: int = 24) -> list[Row]:
+    """Rows of 4 to 16 tokens below 61, the same on every machine; the first two are no target."""
+    rows = []
+    for index in range(count):
+        length = 4 + 5 * index % 13
+        ids = [(7 * index + 3 * position) % 60 + 1 for position in range(length)]
+        labels = [-100, -100, *ids[2:]]
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
     return rows
 
 
@@ -133,3 +146,8 @@ def make_trainer(
 def log_rows(trainer: Any) -> list[dict[str, float]]:
     """The training rows of a run's log."""
     return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def timeless_log_rows(trainer: Any) -> list[dict[str, float]]:
+    """The same rows without what a clock measured: two runs can be compared by them."""
+    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in log_rows(trainer)]

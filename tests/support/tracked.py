@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import wandb
 from support.patience import HUNG_AFTER_SECONDS
+from support.tiny import make_trainer, spaced_rows, tiny_llama
 from support.wandb_reader import WandbRun, find_wandb_files, read_wandb_file
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from wandb.sdk.lib.module import unset_globals
 
-from hf_gradacc import GradAccArguments, GradAccTrainer
 from hf_gradacc.tracking import wandb_start as tracking_wandb_start
 from hf_gradacc.tracking.install import record_event
 
@@ -50,54 +50,17 @@ def no_wandb_login(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def make_rows(num_rows=24):
-    rows = []
-    for index in range(num_rows):
-        length = 4 + 5 * index % 13
-        ids = [(7 * index + 3 * position) % 60 + 1 for position in range(length)]
-        rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
-    return rows
-
-
-def make_trainer(output_dir, *, report_to="wandb", callbacks=(), **options):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
+def tracked_trainer(out, **options):
+    """Make a trainer of four updates in float32 that W&B is told about."""
+    sizes = {"vocab_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    defaults = {"report_to": "wandb", "max_steps": 4, "effective_batch_size": 6}
+    return make_trainer(
+        out,
+        spaced_rows(),
+        model=tiny_llama(dtype=torch.float32, num_key_value_heads=2, **sizes),
+        eval_dataset=spaced_rows(6),
+        **defaults | options,
     )
-    options = {"max_steps": 4, "effective_batch_size": 6, **options}
-    args = GradAccArguments(
-        output_dir=str(output_dir),
-        report_to=report_to,
-        logging_steps=1,
-        use_cpu=True,
-        disable_tqdm=options.pop("disable_tqdm", True),
-        save_strategy=options.pop("save_strategy", "no"),
-        **options,
-    )
-    return GradAccTrainer(
-        model=LlamaForCausalLM(config),
-        args=args,
-        train_dataset=make_rows(),
-        eval_dataset=make_rows(6),
-        data_collator=pad,
-        callbacks=list(callbacks),
-    )
-
-
-def pad(rows):
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": 0, "labels": -100}
-    batch = {
-        key: torch.tensor([[*row[key], *[value] * (width - len(row[key]))] for row in rows])
-        for key, value in fill.items()
-    }
-    return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
 
 
 class Trouble(TrainerCallback):

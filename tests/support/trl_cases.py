@@ -28,7 +28,7 @@ transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
-VOCABULARY = 272
+BYTE_VOCABULARY = 272
 ROWS_PER_UPDATE = 7
 NUM_ROWS = 2 * ROWS_PER_UPDATE
 
@@ -95,14 +95,16 @@ def labelled_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
 
 def scorer(*, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    config = tiny_llama(vocab_size=VOCABULARY).config
+    config = tiny_llama(vocab_size=BYTE_VOCABULARY).config
     config.num_labels = 1
     return LlamaForSequenceClassification(config).to(torch.float64)
 
 
 def language_model(*, seed: int = 0, **changes: Any) -> nn.Module:
     """A model that has seen a little of the text: its token accuracy is neither 0 nor 1."""
-    model = tiny_llama(seed=seed, vocab_size=VOCABULARY, max_position_embeddings=256, **changes)
+    model = tiny_llama(
+        seed=seed, vocab_size=BYTE_VOCABULARY, max_position_embeddings=256, **changes
+    )
     ids = [torch.tensor([tokenize(row["prompt"] + row["completion"])]) for row in sft_rows()[:4]]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for step in range(8):

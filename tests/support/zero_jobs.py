@@ -20,9 +20,10 @@ from hf_gradacc.ranks.deepspeed import UpdateEngine
 from hf_gradacc.tracking.run_facts import describe_model
 
 from . import rank_jobs
+from .rank_jobs import scenario_rows
 from .reference import float64_everywhere
 from .resume_jobs import train_and_report
-from .tiny import log_rows, make_trainer, tiny_llama
+from .tiny import log_rows, make_trainer, ragged_rows, timeless_log_rows, tiny_llama
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -99,7 +100,7 @@ def allow_float64() -> None:
     InsertPostInitMethodToModuleSubClasses._set_dtype = check_as_float32
 
 
-POISON = 47  # a token whose loss or gradient goes bad
+BAD_TOKEN = 47  # a token whose loss or gradient goes bad
 
 
 class ZeroTrainer(GradAccTrainer):
@@ -138,7 +139,7 @@ class PoisonedTrainer(ZeroTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        bad = model.training and bool((inputs["input_ids"] == POISON).any())
+        bad = model.training and bool((inputs["input_ids"] == BAD_TOKEN).any())
         if self.poison == "gradient":
             # On all ranks the same graph, or ZeRO-3 would wait for ever. Adds 0, where bad with
             # the derivative 0 / 0.
@@ -171,15 +172,15 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def make_rows(scenario: dict[str, Any]) -> Any:
+def rows_of(scenario: dict[str, Any]) -> Any:
     """The rows of a scenario, some with the token that goes bad."""
     if "poisoned" not in scenario:
-        return rank_jobs.make_rows(scenario)
-    rows = rank_jobs.make_rows(scenario)
+        return scenario_rows(scenario)
+    rows = scenario_rows(scenario)
     for i, row in enumerate(rows):
-        row["input_ids"] = [min(token, POISON - 1) for token in row["input_ids"]]
+        row["input_ids"] = [min(token, BAD_TOKEN - 1) for token in row["input_ids"]]
         if i in scenario["poisoned"]:
-            row["input_ids"][0] = POISON
+            row["input_ids"][0] = BAD_TOKEN
     return rows
 
 
@@ -228,10 +229,10 @@ def train_zero(
         break_on_purpose(mistake)
     if stage is not None:
         set_up(has_fp16=has_fp16)
-    return {name: train(scenario, stage=stage) for name, scenario in scenarios.items()}
+    return {name: train_under(scenario, stage=stage) for name, scenario in scenarios.items()}
 
 
-def train(scenario: dict[str, Any], *, stage: int | None) -> dict[str, Any]:
+def train_under(scenario: dict[str, Any], *, stage: int | None) -> dict[str, Any]:
     """Train one scenario and give back everything the ranks must agree on."""
     in_float64 = "dtype" not in scenario
     options = dict(scenario["options"])
@@ -249,10 +250,10 @@ def train(scenario: dict[str, Any], *, stage: int | None) -> dict[str, Any]:
     ):
         trainer = make_trainer(
             out,
-            make_rows(scenario),
+            rows_of(scenario),
             model=rank_jobs.make_model(scenario),
             trainer_class=PoisonedTrainer if "poisoned" in scenario else ZeroTrainer,
-            eval_dataset=rank_jobs.make_rows({**scenario, "num_rows": 7, "without_target": ()}),
+            eval_dataset=scenario_rows({**scenario, "num_rows": 7, "without_target": ()}),
             **options,
         )
         trainer.poison = scenario.get("kind")
@@ -266,10 +267,7 @@ def train(scenario: dict[str, Any], *, stage: int | None) -> dict[str, Any]:
         "error": error,
         "gradients": trainer.gradients,
         "weights": weights,
-        "logs": [
-            {k: v for k, v in row.items() if k not in rank_jobs.CLOCK_KEYS}
-            for row in log_rows(trainer)
-        ],
+        "logs": timeless_log_rows(trainer),
         "eval_loss": evaluated["eval_loss"],
         "steps": trainer.state.global_step,
         "engine_steps": trainer.deepspeed.global_steps if stage else len(trainer.gradients),
@@ -293,7 +291,7 @@ def train_in_parts(out: str, *, stage: int, **job: Any) -> dict[str, Any]:
             prepare=note,
             dtype=torch.float32,
             deepspeed=config_of(stage),
-            eval_dataset=rank_jobs.ragged_rows(5, seed=9),
+            eval_dataset=ragged_rows(5, seed=9),
             **job,
         )
     except GradAccError as error:
@@ -309,8 +307,8 @@ def evaluate_first(out: str) -> float:
     with float64_everywhere():
         trainer = make_trainer(
             out,
-            rank_jobs.ragged_rows(4),
-            eval_dataset=rank_jobs.ragged_rows(7, seed=5),
+            ragged_rows(4),
+            eval_dataset=ragged_rows(7, seed=5),
             per_device_eval_batch_size=2,
             deepspeed=config_of(3),
         )
@@ -321,7 +319,7 @@ def train_twice(out: str) -> str:
     """Call `train` a second time on one trainer, and give what it says."""
     set_up()
     trainer = make_trainer(
-        out, rank_jobs.ragged_rows(4), model=tiny_llama(dtype=torch.float32), deepspeed=config_of(2)
+        out, ragged_rows(4), model=tiny_llama(dtype=torch.float32), deepspeed=config_of(2)
     )
     trainer.train()
     try:
@@ -336,7 +334,7 @@ def train_in_fp16(out: str, *, stage: int, scale_power: int) -> dict[str, Any]:
     set_up(has_fp16=True)
     trainer = make_trainer(
         out,
-        rank_jobs.ragged_rows(16, seed=3),
+        ragged_rows(16, seed=3),
         model=tiny_llama(dtype=torch.float32),
         deepspeed=config_of(
             stage,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from .zoo_configs import has_router_loss, tiny_config
-from .zoo_rows import NUM_LABELS, Collator, Row, collator_for, ragged_rows
+from .zoo_rows import NUM_LABELS, Collator, HeadRow, collator_for, rows_for
 
 _MAPPINGS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -89,8 +89,8 @@ class Case:
                 module.p = 0.0  # some heads drop out though no field of their configuration says so
         return model.double().train()
 
-    def rows(self, *, seed: int = 0) -> list[Row]:
-        rows = ragged_rows(self.head, seed=seed)
+    def rows(self, *, seed: int = 0) -> list[HeadRow]:
+        rows = rows_for(self.head, seed=seed)
         special = SENTENCE_ENDS.get((self.model_type, self.head))
         for row in rows if special else ():
             # Replaced at the end of each row, where a tokenizer would have put them.

@@ -22,8 +22,8 @@ from transformers import (
 
 from .zoo_configs import VOCAB_SIZE
 
-Row = dict[str, Any]
-Collator = Callable[[list[Row]], dict[str, torch.Tensor]]
+HeadRow = dict[str, Any]
+Collator = Callable[[list[HeadRow]], dict[str, torch.Tensor]]
 
 IGNORE_INDEX = -100
 NUM_LABELS = 3
@@ -61,7 +61,7 @@ def tiny_tokenizer(*, pad_token_id: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
-def ragged_rows(head: str, *, seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[Row]:
+def rows_for(head: str, *, seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[HeadRow]:
     """One row per entry of ``lengths``, with the labels ``head`` trains on."""
     rng = random.Random(seed)
     return [
@@ -89,7 +89,7 @@ class MultipleChoiceCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[HeadRow]) -> dict[str, torch.Tensor]:
         flat = [
             {"input_ids": ids, "attention_mask": [1] * len(ids)}
             for row in rows
@@ -100,7 +100,7 @@ class MultipleChoiceCollator:
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
-def count_targets(head: str, row: Row, *, shifts: bool) -> int:
+def count_targets(head: str, row: HeadRow, *, shifts: bool) -> int:
     """How many terms of ``row`` enter the loss: the definition, written a second time here."""
     if head in ("causal", "seq2seq", "mlm", "tok"):
         labels = row["labels"][1:] if head == "causal" and shifts else row["labels"]
@@ -118,21 +118,21 @@ def _keep(rng: random.Random, index: int, length: int) -> list[int]:
     return list(range(length - kept, length))
 
 
-def _inputs(tokens: list[int]) -> Row:
+def _inputs(tokens: list[int]) -> HeadRow:
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
 
 
-def _causal(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _causal(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     keep = _keep(rng, index, length)
     labels = [tokens[i] if i in keep else IGNORE_INDEX for i in range(length)]
     return {**_inputs(tokens), "labels": labels}
 
 
-def _seq2seq(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _seq2seq(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     return {**_inputs(tokens), "labels": _tokens(rng, TARGETS[index % len(TARGETS)])}
 
 
-def _masked(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _masked(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     """The tokens asked for stand elsewhere in the row, so that the model cannot copy them."""
     keep = _keep(rng, index, length)
     answers = _tokens(rng, length)
@@ -140,25 +140,25 @@ def _masked(rng: random.Random, length: int, index: int, tokens: list[int]) -> R
     return {**_inputs(tokens), "labels": labels}
 
 
-def _token_class(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _token_class(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     keep = _keep(rng, index, length)
     labels = [rng.randrange(NUM_LABELS) if i in keep else IGNORE_INDEX for i in range(length)]
     return {**_inputs(tokens), "labels": labels}
 
 
-def _single(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _single(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     return {**_inputs(tokens), "labels": rng.randrange(NUM_LABELS)}
 
 
-def _regression(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _regression(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     return {**_inputs(tokens), "labels": rng.gauss(0.0, 1.0)}
 
 
-def _multilabel(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _multilabel(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     return {**_inputs(tokens), "labels": [float(rng.random() < 0.5) for _ in range(NUM_LABELS)]}
 
 
-def _qa(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _qa(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     start = rng.randrange(length)
     return {
         **_inputs(tokens),
@@ -167,12 +167,12 @@ def _qa(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
     }
 
 
-def _mc(rng: random.Random, length: int, index: int, tokens: list[int]) -> Row:
+def _mc(rng: random.Random, length: int, index: int, tokens: list[int]) -> HeadRow:
     choices = [tokens, _tokens(rng, max(3, length - 2))]
     return {"input_ids": choices, "labels": rng.randrange(NUM_CHOICES)}
 
 
-_LABELLERS: dict[str, Callable[[random.Random, int, int, list[int]], Row]] = {
+_LABELLERS: dict[str, Callable[[random.Random, int, int, list[int]], HeadRow]] = {
     "causal": _causal,
     "seq2seq": _seq2seq,
     "mlm": _masked,

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_gradacc import GradAccArguments, GradAccTrainer, Update
 
 from .reference import Batch, Gradient, gradient_of
-from .zoo_rows import IGNORE_INDEX, LENGTHS, Row
+from .zoo_rows import IGNORE_INDEX, LENGTHS, HeadRow
 
 ROWS_PER_MICRO_BATCH = 3
 EFFECTIVE_BATCH_SIZE = len(LENGTHS)
@@ -36,14 +36,14 @@ class Run:
     loss: float
 
 
-def train_ours(model: nn.Module, rows: list[Row], collator: Any, **options: Any) -> Run:
+def train_ours(model: nn.Module, rows: list[HeadRow], collator: Any, **options: Any) -> Run:
     """One update of ``GradAccTrainer``, three rows a micro-batch."""
     options.setdefault("effective_batch_size", len(rows))
     trainer_class = options.pop("trainer_class", GradAccTrainer)
     return _train(trainer_class, GradAccArguments, model, rows, collator, options)
 
 
-def train_stock(model: nn.Module, rows: list[Row], collator: Any, **options: Any) -> Run:
+def train_stock(model: nn.Module, rows: list[HeadRow], collator: Any, **options: Any) -> Run:
     """The same update by ``transformers.Trainer``, with as many accumulation steps."""
     options.setdefault("gradient_accumulation_steps", -(-len(rows) // ROWS_PER_MICRO_BATCH))
     return _train(Trainer, TrainingArguments, model, rows, collator, options)
@@ -61,7 +61,7 @@ def _train(
     trainer_class: type[Trainer],
     arguments_class: type[TrainingArguments],
     model: nn.Module,
-    rows: list[Row],
+    rows: list[HeadRow],
     collator: Any,
     options: dict[str, Any],
 ) -> Run:

@@ -7,7 +7,7 @@ import time
 import pytest
 import wandb
 from support.patience import crowding
-from support.tracked import make_trainer, no_wandb_login
+from support.tracked import no_wandb_login, tracked_trainer
 from support.wandb_reader import find_wandb_files, read_wandb_file
 from support.wandb_server import WandbServer
 from transformers import TrainerCallback
@@ -52,7 +52,7 @@ def test_a_server_that_goes_bad_midway_neither_stops_nor_slows_training(
 ):
     monkeypatch.setattr("hf_gradacc.tracking.wandb_start.CONNECT_TIMEOUT_SECONDS", 1.0)
     going_bad = GoBad(server, trouble)
-    trainer = make_trainer(tmp_path / "out", callbacks=[going_bad], max_steps=20)
+    trainer = tracked_trainer(tmp_path / "out", callbacks=[going_bad], max_steps=20)
     trainer.train()
     assert trainer.state.global_step == 20
     assert wandb.run.settings.mode == "online"
@@ -72,7 +72,7 @@ def test_a_server_that_goes_bad_midway_neither_stops_nor_slows_training(
 
 @pytest.mark.slow
 def test_a_server_that_stays_gets_every_row_and_nothing_is_said(server, tmp_path, capsys):
-    trainer = make_trainer(tmp_path / "out", max_steps=6)
+    trainer = tracked_trainer(tmp_path / "out", max_steps=6)
     trainer.train()
     wandb.finish()
     assert "wandb sync" not in capsys.readouterr().out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.tracked import make_rows, make_trainer, no_wandb_login, only_run, pad, run_to_end
+from support.tiny import pad, spaced_rows
+from support.tracked import no_wandb_login, only_run, run_to_end, tracked_trainer
 
 from hf_gradacc.tracking.parity_file import PARITY_NAME, describe_parity, read_parity, record_parity
 from hf_gradacc.tracking.report import build_report
@@ -20,8 +21,10 @@ def wandb_dir(tmp_path, monkeypatch):
 
 
 def test_a_check_before_training_is_filed_with_the_run(wandb_dir, tmp_path, capsys):
-    trainer = make_trainer(tmp_path / "out", max_steps=1)
-    found = verify_parity(trainer.model, make_rows(6), data_collator=pad, compare_with_stock=False)
+    trainer = tracked_trainer(tmp_path / "out", max_steps=1)
+    found = verify_parity(
+        trainer.model, spaced_rows(6), data_collator=pad, compare_with_stock=False
+    )
     record_parity(found, output_dir=tmp_path / "out", model=trainer.model)
     run_to_end(trainer)
     settings, _ = read_run(tmp_path / "out")
@@ -38,17 +41,17 @@ def test_a_check_before_training_is_filed_with_the_run(wandb_dir, tmp_path, caps
 
 
 def test_a_run_that_was_not_checked_claims_nothing(tmp_path):
-    trainer = make_trainer(tmp_path / "out", report_to="none", max_steps=1)
+    trainer = tracked_trainer(tmp_path / "out", report_to="none", max_steps=1)
     record_parity(ParityReport(()), output_dir=tmp_path / "out", model=trainer.model)
     trainer.train()
     assert read_run(tmp_path / "out")[0]["parity"]["passed"]
     (tmp_path / "out" / PARITY_NAME).unlink()
-    make_trainer(tmp_path / "out", report_to="none", max_steps=1).train()
+    tracked_trainer(tmp_path / "out", report_to="none", max_steps=1).train()
     assert read_run(tmp_path / "out")[0]["parity"] is None, "that of the run before is not ours"
 
 
 def test_a_check_of_another_model_says_so(tmp_path):
-    model = make_trainer(tmp_path / "out", report_to="none").model
+    model = tracked_trainer(tmp_path / "out", report_to="none").model
     record_parity(ParityReport(("bad",), error=0.5), output_dir=tmp_path, model=model)
     next(model.parameters()).requires_grad_(False)
     parity = read_parity(tmp_path, model=model)
@@ -65,7 +68,7 @@ def test_a_file_that_somebody_else_wrote_is_no_result(tmp_path, text):
 
 
 def test_a_check_that_was_refused_has_no_figure_and_is_still_json(tmp_path):
-    model = make_trainer(tmp_path / "out", report_to="none").model
+    model = tracked_trainer(tmp_path / "out", report_to="none").model
     path = record_parity(ParityReport(("no",)), output_dir=tmp_path, model=model)
     assert json.loads(path.read_text())["error"] == "nan"
     assert "relative error" not in describe_parity(read_parity(tmp_path, model=model))

@@ -79,7 +79,9 @@ def slow_in(place, tmp_path):
 
 @pytest.mark.parametrize("place", ["data", "optimizer", "forward_backward"])
 def test_time_lost_in_one_place_is_found_there_and_nowhere_else(tmp_path, place):
-    for row in slow_in(place, tmp_path):
+    rows = slow_in(place, tmp_path)
+    assert len(rows) == 3
+    for row in rows:
         assert row[PHASE_KEYS[place]] >= PAUSE
         # A busy machine stretches any phase, but what sleeps here sleeps once.
         others = sum(row[key] for name, key in PHASE_KEYS.items() if name != place)
@@ -93,7 +95,9 @@ def test_phases_add_up_to_the_step(tmp_path, own_time, logging_steps):
             own_time.paused += PAUSE
             return super().step(closure)
 
-    for row in train(tmp_path, optimizer=PausingSgd, logging_steps=logging_steps):
+    rows = train(tmp_path, optimizer=PausingSgd, logging_steps=logging_steps)
+    assert len(rows) == 3 // logging_steps
+    for row in rows:
         total = sum(row[key] for key in PHASE_KEYS.values())
         assert PAUSE <= total <= row["step_seconds"]
         assert total >= row["step_seconds"] - PAUSE / 4

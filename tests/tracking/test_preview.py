@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.tracked import make_rows
+from support.tiny import spaced_rows
 from torch.utils.data import IterableDataset
 
 from hf_gradacc.tracking.wandb import mark_targets, preview_rows, sampled_lengths
@@ -13,7 +13,7 @@ class Stream(IterableDataset):
     """Has a length, and inherits a `__getitem__` that only raises."""
 
     def __init__(self):
-        self.rows = iter(make_rows())
+        self.rows = iter(spaced_rows())
 
     def __iter__(self):
         return self.rows
@@ -22,7 +22,7 @@ class Stream(IterableDataset):
         return 24
 
 
-@pytest.mark.parametrize("stream", [Stream(), iter(make_rows())], ids=["dataset", "iterator"])
+@pytest.mark.parametrize("stream", [Stream(), iter(spaced_rows())], ids=["dataset", "iterator"])
 def test_a_stream_is_not_used_up_by_the_preview(stream):
     assert preview_rows(stream) == []
     assert sampled_lengths(stream) == []
@@ -34,7 +34,7 @@ def test_the_first_label_is_never_marked_as_a_target():
 
 
 def test_the_preview_is_spread_over_the_whole_dataset():
-    rows = make_rows(100)
+    rows = spaced_rows(100)
     table = preview_rows(rows, num_rows=8)
     assert [row[0] for row in table] == list(range(0, 100, 13))
     assert sampled_lengths(rows, num_rows=50) == [len(row["input_ids"]) for row in rows[::2]]

@@ -268,6 +268,7 @@ def test_a_name_is_only_text_wherever_it_stands(tmp_path):
             assert labels == [f"{name} 0", f"{name} 1"]
 
 
+@pytest.mark.slow
 def test_a_long_and_troubled_run_has_a_page_that_still_opens(tmp_path):
     directory = write_run(tmp_path / "long", updates=5_000)
     with RunFile(directory).log_path.open("a") as log:
@@ -283,6 +284,7 @@ def test_a_long_and_troubled_run_has_a_page_that_still_opens(tmp_path):
     assert "5,000 updates" in page
 
 
+@pytest.mark.slow
 def test_a_run_that_has_logged_once_shows_each_number(tmp_path):
     directory = write_run(tmp_path / "one", updates=1, events=False, finished=False)
     build_report([directory], html=tmp_path / "page.html", png=tmp_path / "page.png")
@@ -369,6 +371,7 @@ def test_a_diverged_run_still_has_a_report(tmp_path):
     assert len(run.points("loss")) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_picture_shows_the_same_panels(tmp_path, monkeypatch, count):
     drawn, draw = [], plots.draw_panel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from support.tracked import make_trainer
+from support.tracked import tracked_trainer
 
 pytest.importorskip("tensorboardX")
 
@@ -33,7 +33,7 @@ def read_scalars(folder):
 
 def test_tensorboard_gets_every_number_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = make_trainer(
+    trainer = tracked_trainer(
         tmp_path / "out",
         report_to="tensorboard",
         eval_strategy="steps",

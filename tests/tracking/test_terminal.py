@@ -11,19 +11,20 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
 from support.patience import HUNG_AFTER_SECONDS
-from support.tracked import make_trainer
+from support.tracked import tracked_trainer
 
 TESTS = Path(__file__).parents[1]
 IN_A_TERMINAL = """
 import sys
 sys.path[:0] = sys.argv[2:]
-from support.tracked import Trouble, make_trainer
+from support.tracked import Trouble, tracked_trainer
 options = dict(report_to="none", disable_tqdm=False, save_strategy="steps", save_steps=2)
 trouble = Trouble()
-trouble.trainer = make_trainer(sys.argv[1], callbacks=[trouble], **options)
+trouble.trainer = tracked_trainer(sys.argv[1], callbacks=[trouble], **options)
 trouble.trainer.train()
-resumed = make_trainer(sys.argv[1], **options)
+resumed = tracked_trainer(sys.argv[1], **options)
 resumed.train(resume_from_checkpoint=sys.argv[1] + "/checkpoint-2")
 """
 
@@ -52,7 +53,7 @@ def run_in_a_terminal(code, *arguments, columns=80):
 
 def test_the_terminal_tells_the_plan_and_what_to_do_next(tmp_path, capsys):
     options = {"report_to": "none", "save_strategy": "steps", "save_steps": 4}
-    make_trainer(tmp_path / "out", max_tokens_per_micro_batch=64, **options).train()
+    tracked_trainer(tmp_path / "out", max_tokens_per_micro_batch=64, **options).train()
     lines = capsys.readouterr().out.splitlines()
     plan = lines[lines.index("Plan of out") :]
     told = {line[:15].strip(): line[15:].strip() for line in plan[1:9]}
@@ -68,7 +69,7 @@ def test_the_terminal_tells_the_plan_and_what_to_do_next(tmp_path, capsys):
 
 
 def test_a_quiet_log_level_silences_plan_and_summary(tmp_path, capsys):
-    make_trainer(tmp_path / "out", report_to="none", log_level="error", max_steps=1).train()
+    tracked_trainer(tmp_path / "out", report_to="none", log_level="error", max_steps=1).train()
     printed = capsys.readouterr().out
     assert "Plan of" not in printed
     assert "Trained" not in printed
@@ -76,7 +77,7 @@ def test_a_quiet_log_level_silences_plan_and_summary(tmp_path, capsys):
 
 def test_the_progress_bar_writes_rows_a_person_can_read(tmp_path, capsys):
     options = {"max_steps": 2, "disable_tqdm": False, "eval_strategy": "steps", "eval_steps": 2}
-    make_trainer(tmp_path / "out", report_to="none", **options).train()
+    tracked_trainer(tmp_path / "out", report_to="none", **options).train()
     printed = capsys.readouterr()
     rows = [line for line in printed.out.splitlines() if "loss" in line]
     number = r"[\d.]+"
@@ -87,6 +88,7 @@ def test_the_progress_bar_writes_rows_a_person_can_read(tmp_path, capsys):
     assert re.search(rf"loss {number}, [\d,.]+k? tokens/s", printed.err), "in the bar itself"
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_path):
     """A real pseudo-terminal of 80 columns: what a bar leaves on the line shows, and what wraps."""
     screen = run_in_a_terminal(IN_A_TERMINAL, tmp_path / "out")
@@ -108,7 +110,7 @@ def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_
 
 
 def test_a_file_gets_each_row_in_one_line(tmp_path, capsys):
-    make_trainer(tmp_path / "out", report_to="none", disable_tqdm=False, max_steps=1).train()
+    tracked_trainer(tmp_path / "out", report_to="none", disable_tqdm=False, max_steps=1).train()
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("update 1:"))
     assert len(row) > 80
     assert row.endswith("tokens/s")

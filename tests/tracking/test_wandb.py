@@ -12,14 +12,14 @@ import pytest
 import torch
 import transformers
 import wandb
+from support.tiny import spaced_rows
 from support.tracked import (
     Trouble,
-    make_rows,
-    make_trainer,
     no_wandb_login,
     only_run,
     run_on_two_ranks,
     run_to_end,
+    tracked_trainer,
 )
 from support.wandb_reader import find_wandb_files, read_wandb_file
 from transformers import TrainerCallback
@@ -40,7 +40,7 @@ def wandb_dir(tmp_path, monkeypatch):
 
 
 def test_without_a_key_the_run_is_offline_and_one_line_says_how_to_sync(wandb_dir, tmp_path, capfd):
-    run_to_end(make_trainer(tmp_path / "out"))
+    run_to_end(tracked_trainer(tmp_path / "out"))
     printed = capfd.readouterr()
     lines = [line for line in (printed.out + printed.err).splitlines() if line.startswith("W&B:")]
     (line,) = lines
@@ -50,7 +50,7 @@ def test_without_a_key_the_run_is_offline_and_one_line_says_how_to_sync(wandb_di
 
 
 def test_every_logged_number_reaches_wandb_under_train(wandb_dir, tmp_path):
-    trainer = make_trainer(tmp_path / "out", eval_strategy="steps", eval_steps=2)
+    trainer = tracked_trainer(tmp_path / "out", eval_strategy="steps", eval_steps=2)
     run_to_end(trainer)
     run = only_run(wandb_dir)
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -78,7 +78,7 @@ def test_every_logged_number_reaches_wandb_under_train(wandb_dir, tmp_path):
 
 
 def test_evaluations_can_be_drawn_over_target_tokens(wandb_dir, tmp_path):
-    trainer = make_trainer(tmp_path / "out", eval_strategy="steps", eval_steps=2)
+    trainer = tracked_trainer(tmp_path / "out", eval_strategy="steps", eval_steps=2)
     run_to_end(trainer)
     run = only_run(wandb_dir)
     tokens_at = {
@@ -96,7 +96,7 @@ def test_evaluations_can_be_drawn_over_target_tokens(wandb_dir, tmp_path):
 
 def test_config_tells_the_batch_as_requested_and_as_it_came_out(wandb_dir, tmp_path):
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
-    run_to_end(make_trainer(tmp_path / "out", effective_batch_size=None, **options))
+    run_to_end(tracked_trainer(tmp_path / "out", effective_batch_size=None, **options))
     config = only_run(wandb_dir).config
     assert config["gradient_accumulation_steps"] == 4  # what was asked for, not an internal 1
     facts = config["hf_gradacc"]
@@ -112,12 +112,12 @@ def test_config_tells_the_batch_as_requested_and_as_it_came_out(wandb_dir, tmp_p
 
 
 def test_rows_are_previewed_with_their_targets_marked(wandb_dir, tmp_path):
-    run_to_end(make_trainer(tmp_path / "out"))
+    run_to_end(tracked_trainer(tmp_path / "out"))
     run = only_run(wandb_dir)
     (table,) = run.rows_with("data/rows/path")
     (path,) = find_wandb_files(wandb_dir)
     shown = json.loads((path.parent / "files" / table["data/rows/path"]).read_text())
-    first = make_rows()[0]["input_ids"]
+    first = spaced_rows()[0]["input_ids"]
     prompt, answer = " ".join(map(str, first[:2])), " ".join(map(str, first[2:]))
     assert shown["data"][0] == [0, f"{prompt} ⟦{answer}⟧", len(first), len(first) - 2]
     (lengths,) = run.rows_with("data/input_tokens/values")
@@ -129,14 +129,14 @@ def test_a_preview_that_fails_costs_only_itself(wandb_dir, tmp_path, monkeypatch
         raise OSError("this row lies on a disk that is gone")
 
     monkeypatch.setattr(tracking_wandb, "preview_rows", fail)
-    run_to_end(make_trainer(tmp_path / "out", max_steps=2))
+    run_to_end(tracked_trainer(tmp_path / "out", max_steps=2))
     run = only_run(wandb_dir)
     assert len(run.rows_with("train/loss")) == 2
     assert not run.rows_with("data/rows/path")
 
 
 def test_the_report_is_an_artifact_on_request(wandb_dir, tmp_path):
-    trainer = make_trainer(tmp_path / "out")
+    trainer = tracked_trainer(tmp_path / "out")
     trainer.train()
     page = attach_report(trainer)
     name = f"report-{wandb.run.id}"
@@ -146,8 +146,9 @@ def test_the_report_is_an_artifact_on_request(wandb_dir, tmp_path):
     assert "<h3>Loss" in page.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_report_asked_for_beforehand_comes_when_training_ends(wandb_dir, tmp_path):
-    trainer = make_trainer(tmp_path / "out", wandb_report=True, noise_scale_every=1, max_steps=6)
+    trainer = tracked_trainer(tmp_path / "out", wandb_report=True, noise_scale_every=1, max_steps=6)
     run_to_end(trainer)
     run = only_run(wandb_dir)
     files = run.artifacts[f"report-{run.run_id}"]
@@ -159,7 +160,7 @@ def test_a_report_asked_for_beforehand_comes_when_training_ends(wandb_dir, tmp_p
 
 
 def test_without_w_and_b_the_report_is_written_all_the_same(tmp_path):
-    make_trainer(tmp_path / "out", report_to="none", wandb_report=True, max_steps=1).train()
+    tracked_trainer(tmp_path / "out", report_to="none", wandb_report=True, max_steps=1).train()
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -168,8 +169,8 @@ def test_without_w_and_b_the_report_is_written_all_the_same(tmp_path):
 
 def test_a_resumed_run_is_the_same_wandb_run(wandb_dir, tmp_path, capsys):
     saving = {"save_strategy": "steps", "save_steps": 2}
-    run_to_end(make_trainer(tmp_path / "out", **saving))
-    trainer = make_trainer(tmp_path / "out", **saving)
+    run_to_end(tracked_trainer(tmp_path / "out", **saving))
+    trainer = tracked_trainer(tmp_path / "out", **saving)
     run_to_end(trainer, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     paths = find_wandb_files(wandb_dir)
     first, second = map(read_wandb_file, paths)
@@ -184,8 +185,8 @@ def test_a_resumed_run_is_the_same_wandb_run(wandb_dir, tmp_path, capsys):
 
 
 def test_two_runs_that_have_nothing_to_do_with_each_other_have_two_ids(wandb_dir, tmp_path):
-    run_to_end(make_trainer(tmp_path / "one", max_steps=1))
-    run_to_end(make_trainer(tmp_path / "two", max_steps=1))
+    run_to_end(tracked_trainer(tmp_path / "one", max_steps=1))
+    run_to_end(tracked_trainer(tmp_path / "two", max_steps=1))
     first, second = (read_wandb_file(path) for path in find_wandb_files(wandb_dir))
     assert first.run_id != second.run_id
 
@@ -195,7 +196,7 @@ def test_two_runs_that_have_nothing_to_do_with_each_other_have_two_ids(wandb_dir
 
 def test_a_recovery_is_an_alert_and_a_line_of_the_file(wandb_dir, tmp_path):
     trouble = Trouble()
-    trainer = make_trainer(tmp_path / "out", callbacks=[trouble])
+    trainer = tracked_trainer(tmp_path / "out", callbacks=[trouble])
     trouble.trainer = trainer
     run_to_end(trainer)
     run = only_run(wandb_dir)
@@ -212,7 +213,9 @@ def test_a_recovery_is_an_alert_and_a_line_of_the_file(wandb_dir, tmp_path):
 
 def test_what_really_goes_wrong_in_an_update_is_an_alert(wandb_dir, tmp_path):
     """The second update runs out of memory and is cut again, the third is not finite: skipped."""
-    trainer = make_trainer(tmp_path / "out", on_non_finite="skip", max_tokens_per_micro_batch=200)
+    trainer = tracked_trainer(
+        tmp_path / "out", on_non_finite="skip", max_tokens_per_micro_batch=200
+    )
     done = set()
 
     def fail(module, args, kwargs):
@@ -242,7 +245,7 @@ def test_what_really_goes_wrong_in_an_update_is_an_alert(wandb_dir, tmp_path):
 def test_wandb_breaking_midway_costs_one_line_and_no_update(
     wandb_dir, tmp_path, monkeypatch, caplog
 ):
-    trainer = make_trainer(tmp_path / "out", callbacks=[BreakWandb(monkeypatch)])
+    trainer = tracked_trainer(tmp_path / "out", callbacks=[BreakWandb(monkeypatch)])
     tracking_wandb.logger.propagate = True
     with caplog.at_level("WARNING"):
         run_to_end(trainer)
@@ -285,9 +288,10 @@ class LoseAWorker(TrainerCallback):
             self.monkeypatch.setattr(wandb, "log", log)
 
 
+@pytest.mark.slow
 def test_a_loader_workers_death_noticed_inside_wandb_ends_the_run(wandb_dir, tmp_path, monkeypatch):
     lose = LoseAWorker(monkeypatch)
-    trainer = make_trainer(tmp_path / "out", callbacks=[lose], dataloader_num_workers=1)
+    trainer = tracked_trainer(tmp_path / "out", callbacks=[lose], dataloader_num_workers=1)
     with pytest.raises(DataError, match=r"(?s)loader worker died at update 3: .* killed by signal"):
         trainer.train()
     callbacks = trainer.callback_handler.callbacks
@@ -298,14 +302,15 @@ def test_a_loader_workers_death_noticed_inside_wandb_ends_the_run(wandb_dir, tmp
 # --- two ranks -----------------------------------------------------------------------------
 
 RANK_SCRIPT = """
-from support.tracked import make_trainer
+from support.tracked import tracked_trainer
 from hf_gradacc.tracking import record_event
-trainer = make_trainer(sys.argv[1], ddp_backend="gloo", max_steps=3)
+trainer = tracked_trainer(sys.argv[1], ddp_backend="gloo", max_steps=3)
 trainer.train()
 record_event(trainer, "out_of_memory", text=f"said by rank {trainer.args.process_index}")
 """
 
 
+@pytest.mark.slow
 def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_dir, tmp_path):
     done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
     run = only_run(wandb_dir)
@@ -321,7 +326,7 @@ def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_di
 
 
 def test_installing_twice_changes_nothing(tmp_path):
-    trainer = make_trainer(tmp_path / "out")
+    trainer = tracked_trainer(tmp_path / "out")
     install_tracking(trainer)
     before = list(trainer.callback_handler.callbacks)
     install_tracking(trainer)

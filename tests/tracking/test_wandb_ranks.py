@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from support.tracked import (
-    make_trainer,
     no_wandb_login,
     only_run,
     run_on_two_ranks,
     run_to_end,
+    tracked_trainer,
 )
 from support.wandb_reader import find_wandb_files, read_wandb_file
 
@@ -17,9 +17,9 @@ from hf_gradacc.tracking.phases import PHASE_KEYS
 
 RANK_SCRIPT = """
 import wandb
-from support.tracked import make_trainer
+from support.tracked import tracked_trainer
 for checkpoint in (None, sys.argv[1] + "/checkpoint-2"):
-    trainer = make_trainer(
+    trainer = tracked_trainer(
         sys.argv[1], ddp_backend="gloo", max_steps=3, run_name="both", wandb_per_rank=True,
         per_device_train_batch_size=1, save_strategy="steps", save_steps=2,
     )
@@ -34,6 +34,7 @@ def wandb_dir(tmp_path, monkeypatch):
     yield from no_wandb_login(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path):
     done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
     runs = [read_wandb_file(path) for path in find_wandb_files(wandb_dir)]
@@ -65,7 +66,9 @@ def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path
 
 
 def test_on_one_process_the_run_gets_its_group_and_its_own_figures(wandb_dir, tmp_path):
-    run_to_end(make_trainer(tmp_path / "out", run_name="alone", wandb_per_rank=True, max_steps=2))
+    run_to_end(
+        tracked_trainer(tmp_path / "out", run_name="alone", wandb_per_rank=True, max_steps=2)
+    )
     run = only_run(wandb_dir)
     assert run.group == f"alone-{run.run_id}"
     assert [row["rank/effective_batch_size"] for row in run.rows_with("rank/step_seconds")] == [
@@ -75,7 +78,7 @@ def test_on_one_process_the_run_gets_its_group_and_its_own_figures(wandb_dir, tm
 
 
 def test_unless_asked_for_there_is_no_group_and_no_figure_of_a_rank(wandb_dir, tmp_path):
-    run_to_end(make_trainer(tmp_path / "out", max_steps=1))
+    run_to_end(tracked_trainer(tmp_path / "out", max_steps=1))
     run = only_run(wandb_dir)
     assert run.group == ""
     assert not run.rows_with("rank/step_seconds")
@@ -86,10 +89,10 @@ def test_without_wandb_the_wish_is_not_dropped_in_silence(tmp_path, caplog):
 
     tracking.logger.propagate = True
     with caplog.at_level("WARNING"):
-        make_trainer(tmp_path / "out", report_to="none", wandb_per_rank=True)
+        tracked_trainer(tmp_path / "out", report_to="none", wandb_per_rank=True)
     assert "wandb_per_rank = True does nothing: report_to leaves wandb out." in caplog.messages
 
 
 def test_a_wish_that_is_no_boolean_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="wandb_per_rank = 2: use True or False"):
-        make_trainer(tmp_path / "out", report_to="none", wandb_per_rank=2)
+        tracked_trainer(tmp_path / "out", report_to="none", wandb_per_rank=2)

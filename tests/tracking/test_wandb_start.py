@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from support.tracked import make_trainer, no_wandb_login, run_to_end
+from support.tracked import no_wandb_login, run_to_end, tracked_trainer
 from support.wandb_reader import find_wandb_files, read_wandb_file
 
 from hf_gradacc.tracking.run_files import LOG_NAME
@@ -23,7 +23,7 @@ def test_a_server_that_cannot_be_reached_makes_the_run_offline(
 ):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    trainer = make_trainer(tmp_path / "out", max_steps=1)
+    trainer = tracked_trainer(tmp_path / "out", max_steps=1)
     run_to_end(trainer)
     assert trainer.state.global_step == 1
     assert "recording offline, since it could not be reached" in capfd.readouterr().out
@@ -49,7 +49,7 @@ def test_a_mode_the_user_set_is_left_alone(wandb_dir, monkeypatch):
 
 
 def test_a_run_that_does_not_report_to_wandb_never_touches_it(wandb_dir, tmp_path):
-    trainer = make_trainer(tmp_path / "out", report_to="none", max_steps=1)
+    trainer = tracked_trainer(tmp_path / "out", report_to="none", max_steps=1)
     trainer.train()
     assert ensure_wandb_mode(trainer.args) is None
     assert find_wandb_files(wandb_dir) == []

@@ -1,12 +1,10 @@
 """What each log row says about the updates behind it."""
 
 import pytest
-import torch
-from support.tiny import log_rows, make_trainer, pad, ragged_rows
+from support.tiny import log_rows, make_trainer, ragged_rows
 
 from hf_gradacc.tracking.window import StatsWindow
-from hf_gradacc.updates.targets import TargetCounts
-from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
+from hf_gradacc.updates.update import UpdateStats
 
 ROWS = ragged_rows(10, seed=31)
 TARGETS = [sum(label != -100 for label in row["labels"][1:]) for row in ROWS]
@@ -79,27 +77,3 @@ def test_a_window_starts_anew_and_totals_stay():
     window.add(UpdateStats(num_targets=2, num_sequences=1))
     assert window.metrics()["tokens_per_update"] == 2
     assert window.metrics()["target_tokens_seen"] == 8
-
-
-def test_counts_survive_the_way_over_ranks():
-    stats = UpdateStats(1, 2, 3, 4, 5, 6)
-    assert UpdateStats.from_counts(stats.counts() + stats.counts()) == stats + stats
-
-
-def test_micro_batches_without_a_target_are_left_out_of_the_update():
-    inputs = pad(ROWS[:2])
-    full = MicroBatch(inputs, TargetCounts(next_token=3, same_token=4), 2, 9, 1)
-    bare = MicroBatch(inputs, TargetCounts(next_token=0, same_token=1), 2, 9, 1)
-    from hf_gradacc.updates.targets import TargetRule
-
-    update = Update([full, bare], num_left_out=1)
-    assert update.with_targets(TargetRule.NEXT_TOKEN).micro_batches == [full]
-    assert update.with_targets(TargetRule.NEXT_TOKEN).num_left_out == 3
-    assert update.with_targets(TargetRule.SAME_TOKEN).micro_batches == [full, bare]
-
-
-def test_updates_can_be_pinned_by_the_loader():
-    update = Update([MicroBatch(pad(ROWS[:2]), TargetCounts(), 2, 9, 1)])
-    if torch.cuda.is_available():
-        assert update.pin_memory().micro_batches[0].inputs["input_ids"].is_pinned()
-    assert callable(update.pin_memory)

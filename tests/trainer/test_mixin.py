@@ -59,6 +59,7 @@ def test_every_kind_of_map_dataset_trains_to_the_same_gradient(tmp_path, wrap):
     assert relative_error(recorder.gradients[0], whole_gradient()) <= 1e-10
 
 
+@pytest.mark.slow
 def test_columns_that_forward_does_not_take_are_left_out_as_in_stock(tmp_path):
     rows = [{**row, "source": f"row {i}"} for i, row in enumerate(ROWS)]
     for dataset in (rows, datasets.Dataset.from_list(rows)):
@@ -66,6 +67,7 @@ def test_columns_that_forward_does_not_take_are_left_out_as_in_stock(tmp_path):
         assert relative_error(recorder.gradients[0], whole_gradient()) <= 1e-10
 
 
+@pytest.mark.slow
 def test_rows_may_hold_tensors_and_arrays(tmp_path):
     for convert in (torch.tensor, np.array):
         rows = [{k: convert(v) for k, v in row.items()} for row in ROWS]

@@ -134,6 +134,7 @@ def test_only_what_is_trained_is_measured_and_sums_may_be_wider_than_weights(
     )
 
 
+@pytest.mark.slow
 def test_two_real_ranks_measure_what_their_micro_batches_say(tmp_path):
     """Seven rows in random order on two ranks, four against three: one figure, on both."""
     told = run_ranks(measure_as_rank, 2, out=str(tmp_path))
@@ -149,6 +150,7 @@ def test_two_real_ranks_measure_what_their_micro_batches_say(tmp_path):
     assert counts == [expected.num_targets, 7, expected.num_pairs]
 
 
+@pytest.mark.slow
 def test_the_figure_stands_in_the_log_beside_the_batch(tmp_path):
     trainer, _ = train(
         tmp_path,
@@ -163,6 +165,7 @@ def test_the_figure_stands_in_the_log_beside_the_batch(tmp_path):
     assert not any("gradient_noise_scale" in row for row in log_rows(plain))
 
 
+@pytest.mark.slow
 def test_measurements_survive_a_checkpoint(tmp_path):
     options = {"noise_scale_every": 1, "num_train_epochs": 2}
     whole, _ = train(tmp_path / "whole", **options)

@@ -40,6 +40,7 @@ def names(out: Path) -> list[str]:
 # ---- killed ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     job = {"num_train_epochs": 6, "save_total_limit": 2}
     straight = train_and_report(str(tmp_path / "straight"), dropout=0.2, **job)
@@ -65,6 +66,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     assert [find_damage(path) for path in list_checkpoints(tmp_path / "killed")] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "left"),
     [
@@ -86,6 +88,7 @@ def test_killed_while_saving_only_whole_checkpoints_are_left(tmp_path, moment, l
 # ---- resumed -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stop", [4, 6, 10])
 def test_resumed_in_any_pass_a_run_ends_with_the_same_bits(tmp_path, form, stop):
@@ -98,6 +101,7 @@ def test_resumed_in_any_pass_a_run_ends_with_the_same_bits(tmp_path, form, stop)
     assert resumed["logs"] == straight["logs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["list", "shards", "shuffle buffer"])
 def test_loader_workers_resume_to_the_bits_of_a_run_without_any(tmp_path, form):
     options = {"max_steps": 10, "form": form, "dropout": 0.2}
@@ -112,6 +116,7 @@ def test_loader_workers_resume_to_the_bits_of_a_run_without_any(tmp_path, form):
     assert resumed["logs"] == straight["logs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [6, 3], ids=["at an epoch's end", "amid an epoch"])
 def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, updates):
     job = {"max_steps": updates, "save_steps": 3, "resume": "auto"}
@@ -126,6 +131,7 @@ def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, updates):
     assert (tmp_path / "gradacc_log.jsonl").read_bytes() == log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [8, None])
 def test_the_newest_checkpoint_is_kept_beside_the_best_one(tmp_path, stop):
     """Stock deletes it when training ends, with a limit of 1: a resume would start far behind."""
@@ -147,6 +153,7 @@ def test_the_newest_checkpoint_is_kept_beside_the_best_one(tmp_path, stop):
     assert names(tmp_path / "out") == ["checkpoint-12", "checkpoint-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["list", "stream", "shards"])
 def test_skipped_updates_are_not_collated_again(tmp_path, form):
     options = {"max_steps": 12, "form": form, "per_device_train_batch_size": 4}
@@ -156,6 +163,7 @@ def test_skipped_updates_are_not_collated_again(tmp_path, form):
     assert again["collated"] <= 3
 
 
+@pytest.mark.slow
 def test_updates_drawn_by_tokens_are_found_again_in_a_stream(tmp_path):
     options = {
         "max_steps": 14,
@@ -170,6 +178,7 @@ def test_updates_drawn_by_tokens_are_found_again_in_a_stream(tmp_path):
     assert resumed["logs"] == straight["logs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "then"),
     [(2, {"per_device_train_batch_size": 1}), (1, {"max_tokens_per_micro_batch": 20})],
@@ -189,6 +198,7 @@ def test_resumed_in_another_shape_a_run_ends_within_rounding(tmp_path, ranks, th
         )
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_to_the_same_bits(tmp_path):
     job = {"dropout": 0.2, "num_train_epochs": 2}
     straight = run_ranks(train_and_report, 2, out=str(tmp_path / "straight"), **job)
@@ -202,6 +212,7 @@ def test_two_ranks_resume_to_the_same_bits(tmp_path):
 # ---- refused -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_changed_dataset_is_refused_unless_allowed(tmp_path):
     train_and_report(str(tmp_path), stop=4)
     rows = ragged_rows(22, seed=3)
@@ -240,6 +251,7 @@ def test_a_checkpoint_of_the_stock_trainer_can_be_gone_on_from(tmp_path):
 # ---- damaged, full -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
     straight = train_and_report(str(tmp_path), stop=8)
     weights = tmp_path / "checkpoint-8" / "model.safetensors"
@@ -272,6 +284,7 @@ def rewrite(text):
     return lambda path: path.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifest", [True, False], ids=["with manifest", "without"])
 @pytest.mark.parametrize(
     ("name", "damage"),
@@ -311,6 +324,7 @@ def test_a_damaged_manifest_is_damage_and_no_crash(tmp_path, damage):
     assert find_damage(tmp_path / "checkpoint-4") == "trainer_state.json is missing"
 
 
+@pytest.mark.slow
 def test_a_limit_on_checkpoints_holds_though_a_kill_came_before_the_oldest_went(tmp_path):
     job = {"num_train_epochs": 1, "resume": "auto"}
     train_and_report(str(tmp_path), **job)
@@ -343,6 +357,7 @@ def test_auto_starts_from_the_beginning_where_there_is_no_checkpoint(tmp_path):
     assert train_and_report(str(tmp_path), resume="auto", num_train_epochs=1)["step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "full"), [(1, (0,)), (2, (0,)), (2, (1,))], ids=str)
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path, world_size, full):
     """RLIMIT_FSIZE: the system itself refuses to write, on rank 0 or on a rank that waits."""

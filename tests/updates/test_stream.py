@@ -61,6 +61,7 @@ def whole_gradient(rows):
         return reference_gradient(model, rows, pad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "make",
@@ -70,7 +71,8 @@ def whole_gradient(rows):
 def test_the_rows_left_at_the_end_of_a_pass_make_an_update_of_their_own(tmp_path, make, workers):
     trainer, gradients = train(tmp_path, make(ROWS), max_steps=5, dataloader_num_workers=workers)
     assert [row["effective_batch_size"] for row in log_rows(trainer)] == [3, 3, 1, 3, 3]
-    for gradient, rows in zip(gradients, [ROWS[:3], ROWS[3:6], ROWS[6:], ROWS[:3]], strict=False):
+    first_pass = [ROWS[:3], ROWS[3:6], ROWS[6:]]
+    for gradient, rows in zip(gradients, first_pass + first_pass[:2], strict=True):
         assert relative_error(gradient, whole_gradient(rows)) <= 1e-10
 
 

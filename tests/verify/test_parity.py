@@ -81,6 +81,7 @@ def test_a_right_model_passes_and_the_report_says_so():
     assert str(report).startswith("PASS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gpt2-causal", "bart-causal", "t5-seq2seq", "bert-mlm", "bert-qa", "xlnet-single"]
 )
@@ -91,6 +92,7 @@ def test_other_heads_pass_where_the_stock_trainer_does_not(name):
     assert report.stock_error > 10 * report.tolerance
 
 
+@pytest.mark.slow
 def test_what_the_stock_trainer_gives_is_measured():
     assert zoo_verify("llama-causal").stock_error <= 1e-4
     report = zoo_verify("bert-mlm")
@@ -98,6 +100,7 @@ def test_what_the_stock_trainer_gives_is_measured():
     assert "stock" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-causal", "bert-qa", "roberta-single", "t5-seq2seq"])
 def test_single_rows_are_the_same_reference(name):
     report = zoo_verify(name, reference="rows")
@@ -106,6 +109,7 @@ def test_single_rows_are_the_same_reference(name):
     assert report.error <= 1e-4
 
 
+@pytest.mark.slow
 def test_single_rows_are_the_reference_where_the_whole_does_not_fit():
     class Small(Wrapped):
         def forward(self, input_ids, labels, attention_mask=None):
@@ -127,6 +131,7 @@ def test_a_loss_that_is_a_sum_fails_loudly():
         report.raise_if_failed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [ignores_the_last_label, ignores_one_token])
 def test_a_loss_that_ignores_some_targets_fails_loudly(change):
     report = verify(Wrapped(change))
@@ -256,6 +261,7 @@ def test_an_adapter_is_verified_as_it_is():
     assert verify(model).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral-causal-router", "olmoe-causal-router"])
 def test_a_router_loss_is_held_against_its_share_weighted_sum(name):
     report = zoo_verify(name)
@@ -285,6 +291,7 @@ def test_a_router_loss_counted_more_than_once_fails():
     assert report.share_error > 1e-3
 
 
+@pytest.mark.slow
 def test_the_preflight_runs_the_longest_rows():
     many = ragged_rows(40, seed=7, longest=20)
     report = verify(tiny_llama(dtype=torch.float32), preflight_rows=many)
@@ -299,6 +306,7 @@ def test_the_preflight_runs_the_longest_rows():
     assert "peak" in str(report)
 
 
+@pytest.mark.slow
 def test_a_preflight_that_does_not_fit_is_a_problem_with_a_way_out():
     class Small(Wrapped):
         def forward(self, input_ids, labels, attention_mask=None):
