@@ -102,7 +102,9 @@ class LogsALossOfItsOwn(TrainerCallback):
 
 def test_a_loss_that_somebody_else_logs_makes_no_training_row(tmp_path):
     callback = LogsALossOfItsOwn()
-    callback.trainer = make_trainer(tmp_path, callbacks=[callback], report_to="none", max_steps=2)
+    callback.trainer = tracked_trainer(
+        tmp_path, callbacks=[callback], report_to="none", max_steps=2
+    )
     callback.trainer.train()
     rows = read_log(tmp_path / LOG_NAME)
     found = [(row["kind"], "effective_batch_size" in row) for row in rows if "loss" in row]
