@@ -23,6 +23,8 @@ import typing
 
 from hf_gradacc._doors import open_when_asked
 
+__version__ = "0.1.0"
+
 if typing.TYPE_CHECKING:
     from hf_gradacc.arguments import GradAccArguments, GradAccOptions
     from hf_gradacc.errors import (

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hf_gradacc import __version__
 from hf_gradacc.errors import GradAccError
 from hf_gradacc.recipe.shipped import find_recipe, recipes_app
 
@@ -38,6 +39,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, such as train.max_steps=50."),
 ]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"hf-gradacc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None: ...
 
 
 @app.command()

@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from support.patience import HUNG_AFTER_SECONDS
 
+import hf_gradacc
 from hf_gradacc import cli
 from hf_gradacc.recipe import shipped as cli_recipes
 from hf_gradacc.recipe.load import load_recipe
@@ -577,3 +579,11 @@ def test_every_command_shows_an_example(run, name):
     code, out, _ = run(name, "--help")
     assert code == 0
     assert "hf-gradacc" in out.split("Usage")[1].partition("\n")[2]
+
+
+def test_the_version_is_that_of_the_package_and_of_what_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_gradacc", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"hf-gradacc {hf_gradacc.__version__}\n")
+    assert metadata.version("hf_gradacc") == hf_gradacc.__version__

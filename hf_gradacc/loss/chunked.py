@@ -31,8 +31,6 @@ __all__ = ["ChunkedLoss", "find_owner", "rows_per_chunk", "why_not_chunked", "wi
 # On a CPU a chunk of logits should stay in the cache; on others kernels should be large, and the
 # logits of a chunk (in float32) small beside a model.
 _ROWS_ON_CPU = 256
-
-
 _BYTES_ELSEWHERE = 256 * 2**20
 
 

@@ -155,8 +155,6 @@ def _elsewhere(name: str) -> str | None:
 
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text")
-
-
 _CONFIG_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 

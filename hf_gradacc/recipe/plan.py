@@ -19,8 +19,6 @@ from hf_gradacc.updates.planner import plan_micro_batches
 __all__ = ["RecipePlan", "Spread", "WayToPlan", "plan_recipe"]
 
 MOST_STREAMED_ROWS = 2000
-
-
 MOST_UPDATES_CUT = 200
 """Updates whose micro-batches are planned; the rest is alike, and a plan should take seconds."""
 

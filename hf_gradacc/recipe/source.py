@@ -27,8 +27,6 @@ __all__ = [
 ]
 
 COMMAND_LINE = "command line"
-
-
 SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
 """Environment variables that a recipe may not read."""
 

@@ -31,15 +31,11 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "gradacc_manifest.json"
-
-
 STAGING_NAME = ".saving"
 """Folder beside the checkpoints in which the next one is written."""
 
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
-
 _CHUNK_BYTES = 16 * 2**20
 
 

@@ -32,8 +32,6 @@ logger = logging.get_logger(__name__)
 
 
 LOG_NAME = "gradacc_log.jsonl"
-
-
 RUN_NAME = "gradacc_run.json"
 
 

@@ -173,8 +173,6 @@ class GradAccWandbCallback(WandbCallback):
 
 
 IGNORE_INDEX = -100
-
-
 PREVIEW_COLUMNS = ["row", "text, targets in ⟦ ⟧", "input tokens", "target tokens"]
 
 

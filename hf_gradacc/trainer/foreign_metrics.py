@@ -54,11 +54,14 @@ class _Sums:
 
 
 class ForeignMetrics:
-    """Makes the metrics that a trainer behind the mixin collects independent of the cut."""
+    """Makes the metrics that a trainer behind the mixin collects independent of the cut.
+
+    Attributes:
+        taken: Where ``compute_loss`` leaves what it collected; None to leave it in the trainer.
+    """
 
     def __init__(self) -> None:
-        # Where `compute_loss` leaves what it collected; None to let it be.
-        self._taken: list[_Taken] | None = None
+        self.taken: list[_Taken] | None = None
         # What each micro-batch of this update collected, by its identity: one that runs again,
         # after running out of memory, replaces what it said before.
         self._of_micro_batch: dict[int, _Taken] = {}
@@ -66,11 +69,17 @@ class ForeignMetrics:
         self._unlogged: list[_Sums] = []
         self._of_evaluation: _Sums | None = None
 
+    @staticmethod
+    def collects(trainer: Any) -> bool:
+        """Return whether a trainer keeps lists of metrics the way TRL's do."""
+        metrics = getattr(trainer, "_metrics", None)
+        return isinstance(metrics, dict) and {"train", "eval"} <= set(metrics)
+
     # ---- taking out what a forward collects ----------------------------------------------------
 
     def compute_loss(self, trainer: Any, stock_loss: Callable[[], Any], inputs: Any) -> Any:
         """Take what this forward collects out of the trainer's lists."""
-        if self._taken is None or not _collects(trainer):
+        if self.taken is None or not self.collects(trainer):
             return stock_loss()
         lists, total = trainer._metrics, getattr(trainer, "_total_train_tokens", 0)
         trainer._metrics = {mode: defaultdict(list) for mode in lists}
@@ -80,7 +89,7 @@ class ForeignMetrics:
             values = {key: v for own in trainer._metrics.values() for key, v in own.items()}
             values.pop("num_tokens", None)  # a running total, no mean
             num_tokens = getattr(trainer, "_total_train_tokens", 0) - total
-            self._taken.append(_Taken(values, num_tokens, inputs))
+            self.taken.append(_Taken(values, num_tokens, inputs))
         finally:
             trainer._metrics, trainer._total_train_tokens = lists, total
         return result
@@ -88,11 +97,11 @@ class ForeignMetrics:
     @contextlib.contextmanager
     def taking(self) -> Iterator[list[_Taken]]:
         """Keep what forwards inside collect from the trainer; on its own, without a trace."""
-        before, self._taken = self._taken, []
+        before, self.taken = self.taken, []
         try:
-            yield self._taken
+            yield self.taken
         finally:
-            self._taken = before
+            self.taken = before
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -109,7 +118,7 @@ class ForeignMetrics:
         self, trainer: Any, micro_batches: Iterable[MicroBatch], rule: TargetRule
     ) -> None:
         """Add up what the update's micro-batches collected, as they ran in the end."""
-        if not _collects(trainer):
+        if not self.collects(trainer):
             return
         sums = _Sums()
         for micro_batch in micro_batches:
@@ -127,7 +136,7 @@ class ForeignMetrics:
 
     def hand_over(self, trainer: Any) -> None:
         """Put one value per update into the trainer's lists: the mean over all ranks."""
-        if not _collects(trainer):
+        if not self.collects(trainer):
             return
         ranks = gather_objects(self._unlogged)
         self._unlogged = []
@@ -143,7 +152,7 @@ class ForeignMetrics:
 
     def evaluate(self, trainer: Any, evaluate: Callable[[], Any]) -> Any:
         """Run an evaluation; hand over one mean per metric, over all rows and ranks."""
-        if not _collects(trainer):
+        if not self.collects(trainer):
             return evaluate()
         self._of_evaluation = _Sums()
         try:
@@ -182,12 +191,6 @@ class ForeignMetrics:
             num_targets = micro_batch.targets.under(rule())
             self._of_evaluation.add(last, num_targets=num_targets, inputs=last.inputs)
             missing -= micro_batch.num_sequences
-
-
-def _collects(trainer: Any) -> bool:
-    """Say whether a trainer keeps lists of metrics the way TRL's do."""
-    metrics = getattr(trainer, "_metrics", None)
-    return isinstance(metrics, dict) and {"train", "eval"} <= set(metrics)
 
 
 @contextlib.contextmanager

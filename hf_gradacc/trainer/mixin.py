@@ -12,6 +12,7 @@ on is asserted by ``tests/promise/test_stock_contract.py``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -301,7 +302,12 @@ class GradAccMixin(Trainer):
         facts = self.facts or self._ask(model, agree_on_inputs(update))
         runner = self._update_runner = self._update_runner or self._make_runner(model)
         self._gradient_gate.begin_update(self)
-        with timed_for_budget(self, model, update, self.token_budget):
+        is_tuning = self.token_budget.tuner is not None
+        with (
+            timed_for_budget(self, model, update, self.token_budget)
+            if is_tuning
+            else contextlib.nullcontext()
+        ):
             result = runner.run(self, model, update)
         self._last_update = result
         ran = result.update.micro_batches if result.stats.num_targets else []
@@ -329,6 +335,8 @@ class GradAccMixin(Trainer):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
         else:
             loss = functools.partial(stock_loss, return_outputs=return_outputs)
+        if self._foreign_metrics.taken is None:
+            return loss()
         return self._foreign_metrics.compute_loss(self, loss, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:

@@ -27,12 +27,13 @@ class NoiseListener:
 
     Attributes:
         record: The measurements, kept with every checkpoint; None if nothing is measured.
+        is_listening: The update in progress is one that is measured.
     """
 
     def __init__(self, every: int | None) -> None:
         self.every = every
         self.record = NoiseRecord() if every else None
-        self._listening = False
+        self.is_listening = False
         self._num_local_sequences = 0
 
     def check_engine(self, engine: Engine) -> None:
@@ -61,8 +62,8 @@ class NoiseListener:
 
     def begin(self, model: nn.Module, update: Update) -> None:
         """Listen to an attempt at an update, and to that attempt only."""
-        self._listening = self.record is not None and is_measured(update.index, every=self.every)
-        if self._listening and self.record is not None:
+        self.is_listening = self.record is not None and is_measured(update.index, every=self.every)
+        if self.is_listening and self.record is not None:
             self._num_local_sequences = sum(mb.num_sequences for mb in update)
             self.record.meter.before_update(model.parameters())
 
@@ -75,21 +76,21 @@ class NoiseListener:
             total: Targets of the update over all ranks.
             trainer: The trainer, which knows the loss scale.
         """
-        if self._listening and self.record is not None and not micro_batch.weightless:
+        if self.is_listening and self.record is not None and not micro_batch.weightless:
             self.record.meter.after_micro_batch(
                 num_targets=num_targets, weight=num_targets / total * _grad_scale(trainer)
             )
 
     def end(self, trainer: Any, model: nn.Module) -> None:
         """Close a measurement once the update's gradient is whole."""
-        if self._listening and self.record is not None:
+        if self.is_listening and self.record is not None:
             self.record.meter.after_update(
                 model.parameters(),
                 num_sequences=self._num_local_sequences,
                 sum_over_ranks=partial(sum_over_ranks, device=trainer.args.device),
                 grad_scale=_grad_scale(trainer),
             )
-        self._listening = False
+        self.is_listening = False
 
     def metrics(self) -> dict[str, float]:
         """Give the smoothed noise scale for a log row."""

@@ -170,7 +170,8 @@ class UpdateRunner:
                 self._sum_in_float32()
             loss: Tensor | None = None
             with self._catching(trainer) as failure:
-                self.noise.begin(model, update)
+                if self.noise.record is not None:
+                    self.noise.begin(model, update)
                 loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
             outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
             with self._meeting_ranks():
@@ -188,7 +189,8 @@ class UpdateRunner:
         if self.engine.world_size > 1:
             with self._meeting_ranks():
                 self.engine.reduce(model)
-        self.noise.end(trainer, model)
+        if self.noise.is_listening:
+            self.noise.end(trainer, model)
         scale = self.engine.world_size // self.engine.factor
         return UpdateResult(update, stats, loss * scale, loss, outcome)
 
@@ -210,19 +212,20 @@ class UpdateRunner:
             LossError: If a subclass's ``training_step`` did not weigh its loss.
         """
         facts, step = trainer.facts, type(trainer).training_step
+        factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
             local = micro_batch.targets.under(facts.rule)
             divisor = math.inf
             if not micro_batch.weightless:
-                divisor = divisor_of(local, of=stats.num_targets, factor=self.engine.factor)
+                divisor = divisor_of(local, of=stats.num_targets, factor=factor)
             self.step.begin(divisor)  # the stock step divides the loss by it
             trainer.loss_is_scaled_for_ga = False
             count = torch.tensor(local, device=loss.device) if facts.wants_own_count else None
             is_last = i + 1 == len(micro_batches)
             with (
-                self.metrics.keeping(micro_batch),
+                self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),
                 self.engine.hold_gradients(model, is_last=is_last),
             ):
                 loss = loss + step(trainer, model, micro_batch.inputs, count)
@@ -233,9 +236,10 @@ class UpdateRunner:
                     f"super().training_step(model, inputs, num_items_in_batch) in it, or divide "
                     f"the loss by self.current_gradient_accumulation_steps before its backward."
                 )
-            self.noise.hear(
-                micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
-            )
+            if self.noise.is_listening:
+                self.noise.hear(
+                    micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
+                )
             if not is_last:
                 trainer.control = trainer.callback_handler.on_substep_end(
                     trainer.args, trainer.state, trainer.control

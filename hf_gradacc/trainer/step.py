@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,9 +71,10 @@ class MicroBatchStep:
         shaped, positions = taken.shape(inputs)
         shaped = {key: start_copy(value, device) for key, value in shaped.items()}
         is_chunked = taken.chunked_loss and positions is not None
+        positions = start_copy(positions, device)
         with (
-            onednn_linears(taken.linears),
-            kept_rows(taken.head, start_copy(positions, device)),
+            onednn_linears(taken.linears) if taken.linears else contextlib.nullcontext(),
+            kept_rows(taken.head, positions),
             without_logits(
                 taken.owner if is_chunked else None, taken.head, onednn=bool(taken.linears)
             ),

@@ -27,8 +27,6 @@ __all__ = [
 ]
 
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
-
-
 PAD_VALUES = {"labels": -100, "shift_labels": -100, "attention_mask": 0, "token_type_ids": 0}
 
 

@@ -22,8 +22,6 @@ from hf_gradacc.updates.planner import cut_sorted
 __all__ = ["deal_at_random", "deal_by_cost", "deal_rows", "is_measured"]
 
 _Shares = list[list[int]]
-
-
 _Found = TypeVar("_Found")
 
 

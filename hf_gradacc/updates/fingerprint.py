@@ -22,11 +22,7 @@ from hf_gradacc.updates.stream import is_stream
 __all__ = ["count_rows_of", "fingerprint"]
 
 _BLOCK = 1000
-
-
 _MOST_BLOCKS = 100
-
-
 _FIRST_ROWS = 16
 
 

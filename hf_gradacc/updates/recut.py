@@ -33,8 +33,6 @@ from hf_gradacc.updates.update import MicroBatch, Update
 __all__ = ["can_slice", "cut_again", "cut_to_cap", "even_out", "join_rows", "row_lengths"]
 
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
-
-
 CountTokens = Callable[..., MicroBatch]
 """`make_micro_batch`, told what the main input is."""
 

@@ -80,18 +80,20 @@ class Update:
 
     def with_targets(self, rule: TargetRule) -> Update:
         """Leave out micro-batches in which `rule` finds no target: their mean would be NaN."""
-        kept = [mb for mb in self if mb.targets.under(rule) > 0]
-        left_out = sum(mb.num_sequences for mb in self if mb.targets.under(rule) == 0)
-        return Update(kept, self.epoch, self.index, self.num_left_out + left_out)
+        kept = [mb for mb in self.micro_batches if mb.targets.under(rule) > 0]
+        num_kept = sum([mb.num_sequences for mb in kept])
+        num_left_out = sum([mb.num_sequences for mb in self.micro_batches]) - num_kept
+        return Update(kept, self.epoch, self.index, self.num_left_out + num_left_out)
 
     def stats(self, rule: TargetRule) -> UpdateStats:
         """Add up what this rank's share holds."""
+        micro_batches = self.micro_batches
         return UpdateStats(
-            num_targets=sum(mb.targets.under(rule) for mb in self),
-            num_sequences=sum(mb.num_sequences for mb in self),
-            num_input_tokens=sum(mb.num_input_tokens for mb in self),
-            num_padding_tokens=sum(mb.num_padding_tokens for mb in self),
-            num_micro_batches=len(self),
+            num_targets=sum([mb.targets.under(rule) for mb in micro_batches]),
+            num_sequences=sum([mb.num_sequences for mb in micro_batches]),
+            num_input_tokens=sum([mb.num_input_tokens for mb in micro_batches]),
+            num_padding_tokens=sum([mb.num_padding_tokens for mb in micro_batches]),
+            num_micro_batches=len(micro_batches),
             num_left_out=self.num_left_out,
         )
 

@@ -21,8 +21,6 @@ from hf_gradacc.tracking.run_files import kind_of, read_run
 __all__ = ["MOST_PLACES", "ReportRun", "Table", "load_runs", "make_table"]
 
 TOKENS, UPDATES = "target tokens seen", "updates"
-
-
 MOST_PLACES, FEWEST_PLACES = 600, 60
 """Drawn of a run: more would not be told apart, and the page would grow with the run."""
 
