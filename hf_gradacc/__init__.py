@@ -21,7 +21,7 @@ Read in the order data flows: `updates.targets`, `updates.sampler`, `updates.dea
 
 import typing
 
-from hf_gradacc._doors import open_when_asked
+from hf_gradacc._exports import load_when_asked
 
 __version__ = "0.1.0"
 
@@ -90,4 +90,4 @@ _MODULES = {
 }
 
 if not typing.TYPE_CHECKING:  # a type checker that saw this would take any name for exported
-    __getattr__, __dir__ = open_when_asked(__name__, _MODULES)
+    __getattr__, __dir__ = load_when_asked(__name__, _MODULES)

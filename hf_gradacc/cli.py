@@ -212,7 +212,7 @@ def main() -> None:
     try:
         app(prog_name="hf-gradacc")
     except GradAccError as error:
-        print(f"error: {_words(error)}", file=sys.stderr)
+        print(f"error: {_message_of(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -228,8 +228,8 @@ def main() -> None:
         sys.exit(2)
 
 
-def _words(error: GradAccError) -> str:
-    """An error's message; a loader's worker hands it on at the end of a traceback."""
+def _message_of(error: GradAccError) -> str:
+    """Return an error's message; a loader's worker hands it on at the end of a traceback."""
     name = f"{type(error).__module__}.{type(error).__name__}: "
     text = str(error)
     return text.rpartition(name)[2].strip() if "Original Traceback" in text else text
@@ -238,8 +238,8 @@ def _words(error: GradAccError) -> str:
 def _explain_files(error: Exception) -> str | None:
     """What a file or a disk is at fault for; None for a fault of ours."""
     full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
-    # safetensors, arrow and torch wrap the system's words in exceptions of their own.
-    reason = next((words for words in full if words in str(error)), None)
+    # safetensors, arrow and torch wrap the system's message in exceptions of their own.
+    reason = next((text for text in full if text in str(error)), None)
     if reason is not None:
         where = getattr(error, "filename", None)
         return (

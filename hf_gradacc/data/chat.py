@@ -111,13 +111,13 @@ def _span(
     through = render(messages[: index + 1])
     if start is None or not through.startswith(text[:start]):
         raise ChatError(_rewrites(index))
-    turn, words = through[start:], _words(messages[index])
-    if any(word not in turn for word in words):
+    turn, texts = through[start:], _texts_of(messages[index])
+    if any(text not in turn for text in texts):
         raise ChatError(_rewrites(index))
     # As the last turn it may have begun with a thought that is dropped once others follow, and
     # ended with a token that only closes a conversation. Its own words have to be there.
-    first_word = min((turn.rfind(word) for word in words), default=0)
-    last_word = max((turn.rfind(word) + len(word) for word in words), default=len(turn))
+    first_word = min((turn.rfind(word) for word in texts), default=0)
+    last_word = max((turn.rfind(word) + len(word) for word in texts), default=len(turn))
     tokens = _added_tokens(tokenizer)
     token_ends = [m.end() for m in tokens.finditer(turn) if m.start() >= last_word]
     for dropped in range(first_word + 1):
@@ -126,8 +126,8 @@ def _span(
             if kept and text.startswith(kept, start):
                 return start, start + len(kept) - _trailing_blank(tokens, kept)
         # gpt-oss ends a turn with one token, and the last one with another.
-        said = start + last_word - dropped
-        closing = tokens.match(text, said) if tokens.match(turn, last_word) else None
+        end_of_text = start + last_word - dropped
+        closing = tokens.match(text, end_of_text) if tokens.match(turn, last_word) else None
         if closing is not None and text.startswith(turn[dropped:last_word], start):
             return start, closing.end()
     raise ChatError(_rewrites(index))
@@ -163,12 +163,12 @@ def _rewrites(index: int) -> str:
     )
 
 
-def _words(turn: dict[str, Any]) -> list[str]:
+def _texts_of(turn: dict[str, Any]) -> list[str]:
     """What must be found again of a turn: its content but for thoughts, and the tools it calls."""
     content = turn.get("content")
-    said = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+    answer = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
     calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
-    return [word for word in (said, *(str(call.get("name", "")) for call in calls)) if word]
+    return [word for word in (answer, *(str(call.get("name", "")) for call in calls)) if word]
 
 
 def _added_tokens(tokenizer: Any) -> re.Pattern[str]:

@@ -266,8 +266,8 @@ def measure_padding(
         width = bare["input_ids"].shape[-1]
         # A column beyond the learned positions breaks a GPU's whole process, so there is a margin:
         # RoBERTa's positions begin at 2.
-        room = math.inf if max_width is None else max_width - 8
-        padded = [widen(bare, width + extra) for extra in (1, 3) if width + extra <= room]
+        widest = math.inf if max_width is None else max_width - 8
+        padded = [widen(bare, width + extra) for extra in (1, 3) if width + extra <= widest]
         if main.shape[-1] > width:
             padded.insert(0, row)
         try:

@@ -398,7 +398,7 @@ def _choose_linears(
 def describe_speed(model: nn.Module, shortcuts: Shortcuts | None, args: Any) -> str:
     """Name what the time of a micro-batch depends on, besides the model and the device."""
     taken = shortcuts or Shortcuts()
-    words = {
+    options = {
         "target-only": taken.target_only_logits,
         "chunked": taken.chunked_loss,
         "oneDNN": bool(taken.linears),
@@ -409,7 +409,9 @@ def describe_speed(model: nn.Module, shortcuts: Shortcuts | None, args: Any) -> 
         "bf16": args.bf16,
         "fp16": args.fp16,
     }
-    return ", ".join([attention_of(model) or "no attention", *(w for w, on in words.items() if on)])
+    return ", ".join(
+        [attention_of(model) or "no attention", *(w for w, on in options.items() if on)]
+    )
 
 
 def attention_of(model: nn.Module) -> str:

@@ -157,9 +157,9 @@ def share_of_first_rank(own: Any) -> Any:
     """Give every rank what rank 0 has. It must be picklable."""
     if _is_alone():
         return own
-    told = [own]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    shared = [own]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def gather_objects(own: Any) -> list[Any]:

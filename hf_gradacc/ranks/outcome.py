@@ -115,15 +115,17 @@ class RankFailure:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 store.set(self._key, f"rank {rank} failed with {reason}")
             elif store.check([self._key]):
-                told = store.get(self._key).decode()
-                return RankFailedError(f"{told}\n  Its own log says more. This rank stops with it.")
+                reason = store.get(self._key).decode()
+                return RankFailedError(
+                    f"{reason}\n  Its own log says more. This rank stops with it."
+                )
         return error
 
 
 def _is_broken_connection(error: Exception) -> bool:
     if isinstance(error, GradAccError) or not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in _BROKEN)
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _BROKEN)
 
 
 def _store() -> Any:

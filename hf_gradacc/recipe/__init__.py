@@ -5,7 +5,7 @@ Read `sections` (every key), `load`, then `run`.
 
 import typing
 
-from hf_gradacc._doors import open_when_asked
+from hf_gradacc._exports import load_when_asked
 
 if typing.TYPE_CHECKING:
     from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
@@ -38,4 +38,4 @@ _MODULES = {
 }
 
 if not typing.TYPE_CHECKING:  # a type checker that saw this would take any name for exported
-    __getattr__, __dir__ = open_when_asked(__name__, _MODULES)
+    __getattr__, __dir__ = load_when_asked(__name__, _MODULES)

@@ -86,8 +86,8 @@ def _sentence(details: ErrorDetails) -> str:
     """Pydantic's message, and the nearest word where the value should be one of a few."""
     message = details["msg"][0].lower() + details["msg"][1:]
     if details["type"] == "literal_error" and isinstance(details["input"], str):
-        words = details["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        guess = nearest(details["input"], words)
+        choices = details["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        guess = nearest(details["input"], choices)
         return f"{message}; did you mean {guess}?" if guess else message
     return message
 

@@ -200,8 +200,10 @@ def train_section() -> type[BaseModel]:
 def _plain(hint: Any) -> Any:
     """A hint as YAML can express it: an enum by its values; None for what needs Python objects."""
     if _is_enum(hint):
-        words = tuple(str(member.value) for member in hint)
-        return Annotated[Literal[words], BeforeValidator(_no)] if "no" in words else Literal[words]
+        values = tuple(str(member.value) for member in hint)
+        return (
+            Annotated[Literal[values], BeforeValidator(_no)] if "no" in values else Literal[values]
+        )
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not types.NoneType]
         # `SchedulerType | str` accepts any text by its type, but only a few words by its code.

@@ -108,14 +108,14 @@ def is_storage_error(error: BaseException) -> bool:
     """
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return True
-    words = (
+    signs = (
         "PytorchStreamWriter",
         "inline_container",
         "iostream",
         "No space left",
         "File too large",
     )
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 # ---- checking ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_gradacc.errors import MemoryBudgetError
 
-__all__ = ["free_memory", "is_out_of_memory", "single_row_error", "words_of"]
+__all__ = ["free_memory", "is_out_of_memory", "message_of", "single_row_error"]
 
 # What allocators say that do not raise torch.OutOfMemoryError. Each is a RuntimeError of torch's.
 _MESSAGES = (
@@ -63,10 +63,10 @@ def free_memory(model: nn.Module | None = None) -> None:
             module.empty_cache()
 
 
-def words_of(error: BaseException) -> str:
-    """Give the first line of what an allocator said. The error itself keeps activations alive.
+def message_of(error: BaseException) -> str:
+    """Return the first line of an error's message. The error itself keeps activations alive.
 
-    >>> words_of(RuntimeError("CUDA error: out of memory\\nCompile with ..."))
+    >>> message_of(RuntimeError("CUDA error: out of memory\\nCompile with ..."))
     'CUDA error: out of memory'
     """
     return str(error).strip().partition("\n")[0]
@@ -77,7 +77,7 @@ def single_row_error(
     length: int,
     row: int | None,
     tried: Sequence[str],
-    said: str = "",
+    message: str = "",
     evaluation: bool = False,
 ) -> MemoryBudgetError:
     """Say that one sequence alone does not fit, what was tried, and what would help.
@@ -86,7 +86,7 @@ def single_row_error(
         length: Tokens of the sequence, 1 or less if nobody knows.
         row: Its place in the dataset.
         tried: What was tried, in order.
-        said: The allocator's own words, where this rank heard them.
+        message: The allocator's message, if it was this rank that ran out.
         evaluation: It was in an evaluation.
     """
     which = "one sequence" if row is None or row < 0 else f"row {row} of the dataset"
@@ -102,9 +102,9 @@ def single_row_error(
             "computed twice instead of kept), layout = 'packed', chunked_loss = True or "
             "use_liger_kernel = True (fewer logits at once), LoRA, or a smaller optimizer"
         )
-    heard = f"\n  The allocator said: {said}" if said else ""
+    reason = f"\n  The allocator said: {message}" if message else ""
     return MemoryBudgetError(
         f"{which}{size} does not fit into memory, even alone in its micro-batch.\n"
-        f"  Tried: {'; '.join(tried) or 'the row alone'}.{heard}\n"
+        f"  Tried: {'; '.join(tried) or 'the row alone'}.{reason}\n"
         f"  Set: {options}."
     )

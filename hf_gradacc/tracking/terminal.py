@@ -172,14 +172,14 @@ def describe_evaluation(logs: Mapping[str, Any], *, step: int) -> str:
     ...     "eval_runtime": 4.8, "eval_steps_per_second": 3.1}, step=15)
     'held out after update 15: loss 2.653, perplexity 14.2'
     """
-    told = [
+    fields = [
         f"{key.removeprefix('eval_').replace('_', ' ')} {number(value)}"
         for key, value in logs.items()
         if key.startswith("eval_")
         and isinstance(value, (int, float))
         and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
     ]
-    return f"held out after update {step}: {', '.join(told)}"
+    return f"held out after update {step}: {', '.join(fields)}"
 
 
 def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
@@ -252,8 +252,8 @@ def table(head: str, rows: Iterator[tuple[str, str]]) -> str:
     lines = [fold(head, width=columns, indent=2)]
     for name, text in listed:
         # A command or a path is there to be copied: the terminal may break it, we may not.
-        room = None if name in _TO_COPY else columns
-        lines.append(fold(f"  {name:<{width}}  {text}", width=room, indent=width + 4))
+        limit = None if name in _TO_COPY else columns
+        lines.append(fold(f"  {name:<{width}}  {text}", width=limit, indent=width + 4))
     return "\n".join(lines)
 
 

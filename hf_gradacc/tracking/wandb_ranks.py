@@ -96,5 +96,5 @@ def _agree_on_run(args: Any) -> dict[str, str] | None:
         if run is not None and not run.disabled:
             name = args.run_name or Path(args.output_dir).name
             own = {"run_id": run.id, "name": name, "group": run.group or run.id}
-    told: dict[str, str] | None = share_of_first_rank(own)
-    return told
+    shared: dict[str, str] | None = share_of_first_rank(own)
+    return shared

@@ -21,8 +21,8 @@ from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
     free_memory,
     is_out_of_memory,
+    message_of,
     single_row_error,
-    words_of,
 )
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
@@ -173,7 +173,7 @@ class Evaluation:
                     num_rows, size = num_rows // copies, size // copies
                 if copies > 1 and not prediction_loss_only:
                     raise  # what such a trainer predicts has no row of its own to go to
-                message = words_of(error)
+                message = message_of(error)
             results = []
             free_memory()
             if size <= 1:
@@ -181,7 +181,7 @@ class Evaluation:
                     measure_length({"input_ids": row}) for row in inputs.get("input_ids", [[0]])
                 )
                 raise single_row_error(
-                    length=length, row=None, tried=[], said=message, evaluation=True
+                    length=length, row=None, tried=[], message=message, evaluation=True
                 )
             self._num_rows_that_fit = max(1, size // 2)
             logger.warning(

@@ -29,8 +29,8 @@ from hf_gradacc.ranks.outcome import UpdateOutcome
 from hf_gradacc.safety.out_of_memory import (
     free_memory,
     is_out_of_memory,
+    message_of,
     single_row_error,
-    words_of,
 )
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
@@ -318,9 +318,10 @@ class UpdateRunner:
         except Exception as error:
             if not can_roll_back and is_out_of_memory(error):
                 raise MemoryBudgetError(
-                    f"out of memory: {words_of(error)}\n  Under FSDP and DeepSpeed the other ranks "
-                    f"are by now waiting inside a collective, so the update cannot be undone. Go "
-                    f"on from the last checkpoint with a smaller max_tokens_per_micro_batch."
+                    f"out of memory: {message_of(error)}\n"
+                    f"  Under FSDP and DeepSpeed the other ranks are by now waiting inside a "
+                    f"collective, so the update cannot be undone. Go on from the last checkpoint "
+                    f"with a smaller max_tokens_per_micro_batch."
                 ) from error
             recovers = trainer.args.recover_from_out_of_memory and is_out_of_memory(error)
             if not recovers and (self.engine.world_size == 1 or not can_roll_back):
@@ -329,7 +330,7 @@ class UpdateRunner:
                 failure.error, failure.outcome = error, UpdateOutcome(broken=1)
             else:
                 # Words alone: the error's traceback would keep all activations alive.
-                failure.message = words_of(error)
+                failure.message = message_of(error)
                 failure.outcome = self._describe_failure(trainer.update_collator)
 
     def _describe_failure(self, collator: UpdateCollator | None) -> UpdateOutcome:
@@ -358,7 +359,7 @@ class UpdateRunner:
             # Once more with empty caches: what is fragmented may fit after all.
             if tried and tried[-1].endswith("alone"):
                 raise single_row_error(
-                    length=outcome.row_length, row=outcome.row, tried=tried, said=failure.message
+                    length=outcome.row_length, row=outcome.row, tried=tried, message=failure.message
                 )
             tried.append("the row alone")
             return

@@ -272,12 +272,12 @@ def _count_tokens(
 class _seeded:  # noqa: N801  (a context manager, used as a function)
     """Run with torch's CPU generator seeded by (seed, epoch, update), and put it back after."""
 
-    def __init__(self, *words: int) -> None:
-        self.words = words
+    def __init__(self, *entropy: int) -> None:
+        self.entropy = entropy
 
     def __enter__(self) -> None:
         self.state = torch.get_rng_state()
-        seed = np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence(self.entropy).generate_state(1, np.uint64)[0]
         torch.default_generator.manual_seed(int(seed >> np.uint64(1)))
 
     def __exit__(self, *exc: object) -> None:

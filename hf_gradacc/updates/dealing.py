@@ -130,8 +130,8 @@ class _Price:
     def overhead(self) -> int:
         return self.overhead_tokens * (self.attention_length or 1)
 
-    def room(self, width: int) -> int:
-        """Count the rows of a micro-batch whose longest has this width."""
+    def most_rows(self, width: int) -> int:
+        """Return how many rows a micro-batch holds whose longest has this width."""
         if self.max_tokens is None:
             return self.max_sequences
         return min(self.max_sequences, max(1, self.max_tokens // max(width, 1)))
@@ -189,7 +189,7 @@ def _cut_runs(
         fit = (limit - price.overhead) // max(price.row(widths[start]), 1)
         if len(runs) == count or fit < 1:
             return None
-        stop = min(start + min(fit, price.room(widths[start])), len(widths))
+        stop = min(start + min(fit, price.most_rows(widths[start])), len(widths))
         runs.append((start, stop))
         start = stop
     return runs
@@ -213,7 +213,7 @@ def _fill_ranks(widths: Sequence[int], num_ranks: int, price: _Price, limit: int
                 fit = (limit - loads[rank] - price.overhead) // cost
                 if fit < 1:
                     break
-                stop = min(done + min(fit, price.room(widths[done])), len(widths))
+                stop = min(done + min(fit, price.most_rows(widths[done])), len(widths))
                 shares[rank] += range(done, stop)
                 loads[rank] += price.overhead + (stop - done) * cost
                 done = stop

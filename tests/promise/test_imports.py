@@ -14,7 +14,7 @@ PACKAGE = Path(hf_gradacc.__file__).parent
 ROOMS = {
     "errors": set(),
     "text": set(),
-    "_doors": set(),
+    "_exports": set(),
     "arguments": {"errors"},
     "updates": {"errors", "text", "arguments"},
 }
@@ -28,7 +28,7 @@ ROOMS["cli"] = ROOMS["recipe"] | {"recipe", "__version__"}
 ROOMS["__main__"] = {"cli"}
 DOORS = ("data", "recipe", "tracking", "verify")
 for _door in DOORS:
-    ROOMS[_door] = ROOMS[_door] | {"_doors"}
+    ROOMS[_door] = ROOMS[_door] | {"_exports"}
 
 
 def files():

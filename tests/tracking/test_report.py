@@ -224,7 +224,7 @@ def test_on_hover_a_long_run_tells_means_and_of_which_updates(tmp_path):
 
 def test_the_settings_stand_in_words(tmp_path):
     (run,) = load_runs([write_run(tmp_path / "mine")])
-    words = " ".join(run.in_words())
+    words = " ".join(run.describe_run())
     assert "LlamaForCausalLM has 1.62M parameters" in words
     assert "20k of them were trained" in words
     assert "32 sequences (4 per device × 8 accumulation steps × 1 ranks)" in words

@@ -175,8 +175,8 @@ class ReportRun:
 
     def verdict(self) -> tuple[str, str] | None:
         """Give the noise scale's verdict on the batch, its word and its text, if there is one."""
-        said = [row for row in self.of_kind("event") if row.get("event") == VERDICT]
-        return (str(said[-1].get("word", "")), str(said[-1]["text"])) if said else None
+        verdicts = [row for row in self.of_kind("event") if row.get("event") == VERDICT]
+        return (str(verdicts[-1].get("word", "")), str(verdicts[-1]["text"])) if verdicts else None
 
     def phases(self) -> dict[str, float]:
         """Give the mean seconds per update of each phase, {} where they were not logged."""
@@ -233,13 +233,13 @@ class ReportRun:
         """Updates done, as far as the file tells."""
         return max((int(row["step"]) for row in self.rows if row["kind"] != "event"), default=0)
 
-    def in_words(self) -> list[str]:
+    def describe_run(self) -> list[str]:
         """Say in sentences what was trained, how, and on what."""
         return list(
             describe_settings(self.settings, micro_batches=self.mean("micro_batches_per_update"))
         )
 
-    def time_in_words(self) -> list[str]:
+    def describe_time(self) -> list[str]:
         """Say where the time of an update went, nothing if it was not logged."""
         return list(describe_time(self.phases()))
 

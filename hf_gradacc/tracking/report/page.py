@@ -101,7 +101,7 @@ def _draw_cards(
     ]
     cards = []
     for panel, series in drawn:
-        alt = f"{panel.title} over {axis}. {'; '.join(map(_in_words, series))}."
+        alt = f"{panel.title} over {axis}. {'; '.join(map(_describe_series, series))}."
         plot = draw_svg(panel, series, x_end=x_end, x_label=axis, marks=marks, alt=alt)
         keys = [_Key(s.label, s.colour, _look(s)) for s in series]
         if several:  # who is who stands once, above all panels
@@ -119,7 +119,7 @@ def _look(series: Series) -> str:
     return "area" if series.floor is not None else "dashed" if series.line.dashed else ""
 
 
-def _in_words(series: Series) -> str:
+def _describe_series(series: Series) -> str:
     values = series.y if series.floor is None else series.y - series.floor
     return f"{series.label}: from {quantity(values[0])} to {quantity(values[-1])}"
 

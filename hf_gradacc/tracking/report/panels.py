@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from hf_gradacc.tracking.phases import PHASE_KEYS
 from hf_gradacc.tracking.report.data import ReportRun
-from hf_gradacc.tracking.report.words import PHASE_WORDS
+from hf_gradacc.tracking.report.words import PHASE_LABELS
 
 __all__ = ["COLOURS", "PANELS", "Line", "Panel", "Series", "choose_panels", "choose_series"]
 
@@ -77,7 +77,7 @@ PANELS = (
     Panel(
         "Where time goes",
         "seconds per update",
-        tuple(Line(PHASE_KEYS[phase], words) for phase, words in PHASE_WORDS.items()),
+        tuple(Line(PHASE_KEYS[phase], label) for phase, label in PHASE_LABELS.items()),
         from_zero=True,
         stacked=True,
     ),

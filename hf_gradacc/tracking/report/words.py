@@ -10,9 +10,9 @@ from hf_gradacc.text import quantity
 from hf_gradacc.tracking.parity_file import describe_parity
 from hf_gradacc.tracking.phases import Phase
 
-__all__ = ["PHASE_WORDS", "describe_settings", "describe_time"]
+__all__ = ["PHASE_LABELS", "describe_settings", "describe_time"]
 
-PHASE_WORDS: dict[Phase, str] = {
+PHASE_LABELS: dict[Phase, str] = {
     "data": "waiting for data",
     "forward_backward": "forward and backward",
     "reduction": "reduction over ranks",
@@ -96,7 +96,7 @@ def describe_time(phases: Mapping[Any, float]) -> Iterator[str]:
     if total <= 0:
         return
     shares = sorted(phases.items(), key=lambda item: -item[1])
-    told = [f"{seconds / total:.1%} {PHASE_WORDS[phase]}" for phase, seconds in shares if seconds]
-    first, *rest = told
+    parts = [f"{seconds / total:.1%} {PHASE_LABELS[phase]}" for phase, seconds in shares if seconds]
+    first, *rest = parts
     head = first.replace("% ", "% of it ", 1)
     yield f"Where time goes: an update took {total:.3g} s, {', '.join([head, *rest])}."

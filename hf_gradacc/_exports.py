@@ -9,10 +9,10 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["open_when_asked"]
+__all__ = ["load_when_asked"]
 
 
-def open_when_asked(
+def load_when_asked(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Make the ``__getattr__`` and ``__dir__`` of a package.
