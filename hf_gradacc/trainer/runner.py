@@ -43,7 +43,7 @@ from hf_gradacc.trainer.step import MicroBatchStep
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
-from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_cap, even_out, row_lengths
+from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
 
@@ -261,10 +261,10 @@ class UpdateRunner:
         """Cut an update to what fits, leave out what holds no target, count over all ranks."""
         rule, collator = trainer.facts.rule, trainer.update_collator
         if self.budget.cap is not None:
-            update = cut_to_cap(
+            update = cut_to_limit(
                 update,
                 collator,
-                cap=self.budget.cap,
+                max_tokens=self.budget.cap,
                 encoder_decoder=_is_encoder_decoder(trainer.model),
                 **padding_style(trainer),
             )
@@ -337,7 +337,7 @@ class UpdateRunner:
         micro_batch = self._running
         if micro_batch is None:
             return UpdateOutcome(out_of_memory=1)
-        lengths = row_lengths(micro_batch)
+        lengths = planned_lengths(micro_batch)
         packed = collator is not None and collator.packed
         cost = sum(lengths) if packed else len(lengths) * max(lengths)
         num_rows = micro_batch.num_sequences if can_slice(micro_batch) else 1

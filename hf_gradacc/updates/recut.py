@@ -30,14 +30,14 @@ from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule
 from hf_gradacc.updates.update import MicroBatch, Update
 
-__all__ = ["can_slice", "cut_again", "cut_to_cap", "even_out", "join_rows", "row_lengths"]
+__all__ = ["can_slice", "cut_again", "cut_to_limit", "even_out", "join_rows", "planned_lengths"]
 
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
 CountTokens = Callable[..., MicroBatch]
 """`make_micro_batch`, told what the main input is."""
 
 
-def row_lengths(micro_batch: MicroBatch) -> list[int]:
+def planned_lengths(micro_batch: MicroBatch) -> list[int]:
     """Return the cost of each row as the planner sees it; 1 each if it is unknown."""
     n = micro_batch.num_sequences
     if len(micro_batch.lengths) == n and any(micro_batch.lengths):
@@ -85,7 +85,7 @@ def cut_again(
     rows = [(mb, i) for mb in parts for i in range(mb.num_sequences)]
     if all(len(mb.places) == mb.num_sequences for mb in parts):
         rows.sort(key=lambda row: row[0].places[row[1]])
-    lengths_of = {id(mb): row_lengths(mb) for mb in parts}
+    lengths_of = {id(mb): planned_lengths(mb) for mb in parts}
     fills = _find_fills(parts, pad_token_id)
     trims = not alike and _trims(parts, multiple_of)
     pieces: list[MicroBatch] = []
@@ -115,11 +115,11 @@ def cut_again(
     return dataclasses.replace(update, micro_batches=pieces + whole)
 
 
-def cut_to_cap(
+def cut_to_limit(
     update: Update,
     collator: UpdateCollator | None,
     *,
-    cap: int,
+    max_tokens: int,
     pad_token_id: int = 0,
     left: bool = False,
     encoder_decoder: bool = False,
@@ -130,7 +130,7 @@ def cut_to_cap(
         update: As the loader gave it, whole.
         collator: What made it; None for micro-batches of somebody else's loader, which are then
             cut one by one.
-        cap: Most tokens in a micro-batch.
+        max_tokens: Most tokens in a micro-batch.
         pad_token_id: Fills ``input_ids``.
         left: Padding goes in front.
         encoder_decoder: See `cut_again`.
@@ -141,7 +141,7 @@ def cut_to_cap(
         "encoder_decoder": encoder_decoder,
     }
     if collator is None:
-        cut = partial(plan_micro_batches, max_tokens=cap)
+        cut = partial(plan_micro_batches, max_tokens=max_tokens)
         count = partial(make_micro_batch, encoder_decoder=encoder_decoder)
         parts = [Update([mb]) for mb in update]
         pieces = [mb for part in parts for mb in cut_again(part, cut, count=count, **style)]
@@ -160,7 +160,9 @@ def cut_to_cap(
 
     return cut_again(
         update,
-        partial(collator.cut, max_tokens=cap, at_random=collator.measures_noise(update.index)),
+        partial(
+            collator.cut, max_tokens=max_tokens, at_random=collator.measures_noise(update.index)
+        ),
         count=count_as_collated,
         multiple_of=getattr(collator.data_collator, "pad_to_multiple_of", None) or 1,
         alike=collator.pad_alike,

@@ -8,7 +8,7 @@ from support.tiny import ragged_rows
 
 from hf_gradacc import Update, UpdateCollator
 from hf_gradacc.updates.collator import make_micro_batch
-from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_cap, join_rows, row_lengths
+from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, join_rows, planned_lengths
 from hf_gradacc.updates.stream import Rows
 
 
@@ -86,10 +86,10 @@ def test_it_equals_a_collator_with_the_smaller_limit(variant, seed):
     collator = make_collator(pad, options)
     update = collator(share_of(rows))
     for cap in (60, 31, 9, 1):
-        update = cut_to_cap(
+        update = cut_to_limit(
             update,
             collator,
-            cap=cap,
+            max_tokens=cap,
             pad_token_id=3,
             left=pad.left,
             encoder_decoder=collator.encoder_decoder,
@@ -146,8 +146,8 @@ def test_lengths_are_taken_from_the_mask_where_nobody_planned():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     bare = make_micro_batch({"input_ids": torch.ones(2, 3, dtype=torch.int64)})
     masked = make_micro_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask})
-    assert row_lengths(masked) == [3, 1]
-    assert row_lengths(bare) == [1, 1]
+    assert planned_lengths(masked) == [3, 1]
+    assert planned_lengths(bare) == [1, 1]
 
 
 def test_masks_of_four_dimensions_are_widened_in_both():
