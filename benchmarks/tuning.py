@@ -35,7 +35,7 @@ def tune(model: Any, kind: str) -> tuple[int, int, str]:
         trainer.train()
     model.zero_grad(set_to_none=True)
     tuner: Any = trainer.token_budget.tuner
-    return tuner.budget, tuner.num_updates, tuner.describe()
+    return tuner.tokens, tuner.num_updates, tuner.describe()
 
 
 def main() -> None:

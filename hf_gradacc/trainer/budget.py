@@ -38,8 +38,8 @@ def timed_for_budget(
     if tuner is None or tuner.settled:
         yield
         return
-    if budget.cap is not None and tuner.budget > budget.cap:
-        tuner.forbid(tuner.budget)
+    if budget.cap is not None and tuner.tokens > budget.cap:
+        tuner.forbid(tuner.tokens)
     device = trainer.args.device
     _finish_device_work(device)
     started, cap = time.perf_counter(), budget.cap
@@ -60,7 +60,7 @@ def timed_for_budget(
             if (remembered := recall_budget(tuner.setting)) is not None:
                 tuner.adopt(remembered)
     if trainer.update_collator is not None:
-        trainer.update_collator.max_tokens = tuner.budget
+        trainer.update_collator.max_tokens = tuner.tokens
     _announce_if_settled(trainer, tuner)
 
 
@@ -80,7 +80,7 @@ def _announce_if_settled(trainer: Any, tuner: BudgetTuner) -> None:
     if not tuner.settled:
         return
     if tuner.setting and tuner.tried and trainer.is_world_process_zero():
-        remember_budget(tuner.setting, tuner.budget)
+        remember_budget(tuner.setting, tuner.tokens)
     logger.info(tuner.describe())
     record_event(trainer, "budget_tuned", text=tuner.describe() + ".", alert=False)
 

@@ -39,20 +39,20 @@ class BudgetTuner:
 
     >>> tuner = BudgetTuner()
     >>> while not tuner.settled:
-    ...     per_token = {512: 3.0, 1024: 2.0, 2048: 2.2}[tuner.budget]
-    ...     tuner.note(tuner.budget, seconds=per_token * 9000, num_tokens=9000, longest=400)
-    >>> tuner.budget, tuner.num_updates
+    ...     per_token = {512: 3.0, 1024: 2.0, 2048: 2.2}[tuner.tokens]
+    ...     tuner.note(tuner.tokens, seconds=per_token * 9000, num_tokens=9000, longest=400)
+    >>> tuner.tokens, tuner.num_updates
     (1024, 13)
 
     Attributes:
-        budget: Tokens to plan the next update with.
+        tokens: What to plan the next update with.
         settled: Nothing is tried any more.
         tried: Seconds per input token of each budget, in the order of the updates.
         num_updates: Updates it took so far.
         setting: What the fastest budget depends on, by which it is remembered; empty for nothing.
     """
 
-    budget: int = FIRST_BUDGET
+    tokens: int = FIRST_BUDGET
     settled: bool = False
     tried: dict[int, list[float]] = field(default_factory=dict)
     num_updates: int = 0
@@ -76,7 +76,7 @@ class BudgetTuner:
             return
         self.num_updates += 1
         if self.num_updates == 1:
-            self.budget = max(_SMALLEST, _power_of_two_from(longest))
+            self.tokens = max(_SMALLEST, _power_of_two_from(longest))
             self._whole = _power_of_two_from(num_tokens)
             return
         if planned is not None and num_tokens > 0:
@@ -93,29 +93,29 @@ class BudgetTuner:
 
     def adopt(self, budget: int) -> None:
         """Settle on a budget that an earlier run found."""
-        self.budget, self.settled = budget, True
+        self.tokens, self.settled = budget, True
 
     def forbid(self, budget: int) -> None:
         """Record that a budget does not fit into memory, and stay below it."""
         self._limit = budget - 1 if self._limit is None else min(self._limit, budget - 1)
         self.tried = {b: times for b, times in self.tried.items() if b <= self._limit}
         self._finals = {b: times for b, times in self._finals.items() if b <= self._limit}
-        if self.budget > self._limit:
-            self.budget = max(self.tried, default=max(1, self._limit))
+        if self.tokens > self._limit:
+            self.tokens = max(self.tried, default=max(1, self._limit))
             if not self.settled and self.tried and not self._finals:
                 self._choose_finalists()
 
     def describe(self) -> str:
         """Say what was tried and what came out, in one line."""
         if not self.tried:
-            return f"max_tokens_per_micro_batch = {self.budget}, as an earlier run tuned it"
+            return f"max_tokens_per_micro_batch = {self.tokens}, as an earlier run tuned it"
         best = min(statistics.median(times) for times in self.tried.values())
         tried = ", ".join(
             f"{budget}: {statistics.median(times) / best:.2f}"
             for budget, times in sorted(self.tried.items())
         )
         return (
-            f"max_tokens_per_micro_batch = {self.budget} after {self.num_updates} updates; time "
+            f"max_tokens_per_micro_batch = {self.tokens} after {self.num_updates} updates; time "
             f"per token relative to the fastest: {tried}"
         )
 
@@ -130,12 +130,12 @@ class BudgetTuner:
         largest = max(times, default=0)
         smaller = [seconds for budget, seconds in times.items() if budget < largest]
         slower = bool(smaller) and times[largest] > _CLEARLY_SLOWER * min(smaller)
-        following = self.budget * 2
-        at_end = self.budget >= self._whole or bool(self._limit and following > self._limit)
-        if slower or (at_end and self.budget in times):
+        following = self.tokens * 2
+        at_end = self.tokens >= self._whole or bool(self._limit and following > self._limit)
+        if slower or (at_end and self.tokens in times):
             self._choose_finalists()
         elif not at_end:
-            self.budget, self._proposed = following, 0
+            self.tokens, self._proposed = following, 0
 
     def _choose_finalists(self) -> None:
         best = sorted(self.tried, key=lambda budget: min(self.tried[budget]))
@@ -147,11 +147,11 @@ class BudgetTuner:
             self._settle()
         else:
             first, second = self._finals
-            self.budget = first if self.budget == second else second
+            self.tokens = first if self.tokens == second else second
 
     def _settle(self) -> None:
         among = {budget: times for budget, times in self._finals.items() if times} or self.tried
-        self.budget = min(among, key=lambda budget: statistics.median(among[budget]))
+        self.tokens = min(among, key=lambda budget: statistics.median(among[budget]))
         self.settled = True
 
 
@@ -194,7 +194,7 @@ class TokenBudget(TrainerCallback, ExportableState):
     @property
     def tuned(self) -> int | None:
         """The budget that is being tried, or was settled on; None unless it tunes itself."""
-        return None if self.tuner is None else self.tuner.budget
+        return None if self.tuner is None else self.tuner.tokens
 
     @property
     def planned(self) -> int | None:

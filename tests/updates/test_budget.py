@@ -17,7 +17,7 @@ def tune(seconds_per_token, *, num_tokens=9000, longest=300, lag=0, fits=None):
     """Run a tuner against a made-up machine; `lag` updates are planned ahead by loader workers."""
     tuner, planned = BudgetTuner(), []
     while not tuner.settled:
-        planned.append(tuner.budget)
+        planned.append(tuner.tokens)
         budget = planned[max(0, len(planned) - 1 - lag)]
         if fits is not None and budget > fits:
             tuner.forbid(budget)
@@ -42,21 +42,21 @@ def like_a_gpu(budget):
 def test_it_ends_within_five_per_cent_of_the_best(machine, lag):
     budgets = [2**k for k in range(9, 15)]
     tuner = tune(machine, lag=lag)
-    assert machine(tuner.budget) <= 1.05 * min(map(machine, budgets))
+    assert machine(tuner.tokens) <= 1.05 * min(map(machine, budgets))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_of_ten_per_cent_costs_little(seed):
     draw = random.Random(seed)
     tuner = tune(lambda budget: like_a_cpu(budget) * (1 + 0.1 * draw.random()))
-    assert like_a_cpu(tuner.budget) <= 1.1 * min(like_a_cpu(2**k) for k in range(9, 15))
+    assert like_a_cpu(tuner.tokens) <= 1.1 * min(like_a_cpu(2**k) for k in range(9, 15))
 
 
 def test_it_stays_below_what_does_not_fit():
     tuner = tune(like_a_gpu, fits=3000)
-    assert tuner.budget == 2048
+    assert tuner.tokens == 2048
     tuner.forbid(2048)  # later, when a longer sequence comes along
-    assert tuner.budget < 2048
+    assert tuner.tokens < 2048
 
 
 def test_it_says_what_it_tried():
@@ -110,8 +110,8 @@ def test_updates_are_planned_with_what_was_chosen(tmp_path):
         seen.append(update.max_tokens) or stock(model, update, n)
     )
     trainer.train()
-    assert seen[0] == BudgetTuner.budget
-    assert seen[-1] == trainer.token_budget.tuner.budget
+    assert seen[0] == BudgetTuner.tokens
+    assert seen[-1] == trainer.token_budget.tuner.tokens
     assert len(set(seen)) > 1
 
 
@@ -152,7 +152,7 @@ def test_a_budget_is_tuned_once_per_model_device_and_range_of_lengths(tmp_path, 
     first = tune_for_real(tmp_path)
     assert first.num_updates > 1
     again = tune_for_real(tmp_path)
-    assert (again.budget, again.num_updates, again.settled) == (first.budget, 1, True)
+    assert (again.tokens, again.num_updates, again.settled) == (first.tokens, 1, True)
     assert "as an earlier run tuned it" in again.describe()
     for other in (
         {"rows": ragged_rows(24, seed=7, longest=40)},
