@@ -22,7 +22,7 @@ from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.source import SECRET_KEY
-from hf_gradacc.safety.run_state import remember
+from hf_gradacc.safety.run_state import keep
 
 __all__ = [
     "RecipeCallback",
@@ -163,7 +163,7 @@ class RecipeCallback(TrainerCallback):
         """Write it on the first rank only."""
         if not state.is_world_process_zero:
             return
-        remember(state, saves_model=True)  # whoever runs a recipe saves the model at its end
+        keep(state, saves_model=True)  # whoever runs a recipe saves the model at its end
         save_recipe(self.recipe, args.output_dir)
         if "wandb" in (args.report_to or []):
             import wandb

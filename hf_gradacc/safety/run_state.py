@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["VERDICT", "recall", "remember"]
+__all__ = ["VERDICT", "keep", "kept"]
 
 STATE_KEY = "TrackingCallback"
 """Our entry in `TrainerState.stateful_callbacks`; `trainer_state.json` carries it."""
@@ -14,7 +14,7 @@ VERDICT = "noise_scale_verdict"
 """The event that says whether the batch was too small, right, or larger than useful."""
 
 
-def remember(state: Any, **attributes: Any) -> None:
+def keep(state: Any, **attributes: Any) -> None:
     """Keep values in every checkpoint to come.
 
     Written straight into the state instead of through `ExportableState`: resuming from a
@@ -25,7 +25,7 @@ def remember(state: Any, **attributes: Any) -> None:
         entry["attributes"].update(attributes)
 
 
-def recall(state: Any) -> dict[str, Any]:
-    """Give what `remember` kept, {} in a fresh run."""
+def kept(state: Any) -> dict[str, Any]:
+    """Return what `keep` kept; {} in a fresh run."""
     entry = (state.stateful_callbacks or {}).get(STATE_KEY) or {}
     return dict(entry.get("attributes", {})) if isinstance(entry, dict) else {}

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_gradacc.ranks.collectives import largest_over_ranks
-from hf_gradacc.safety.run_state import remember
+from hf_gradacc.safety.run_state import keep
 
 __all__ = ["EvaluationStopped", "StopSignals"]
 
@@ -134,7 +134,7 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
             at_the_end = state.global_step >= state.max_steps and args.eval_strategy == "epoch"
             if control.should_evaluate or at_the_end:
-                remember(state, evaluation_due="left out")  # the resumed run makes up for it
+                keep(state, evaluation_due="left out")  # the resumed run makes up for it
             control.should_evaluate = False  # there may be seconds left
 
     def on_epoch_end(

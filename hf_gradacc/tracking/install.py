@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
-from hf_gradacc.safety.run_state import VERDICT, recall, remember
+from hf_gradacc.safety.run_state import VERDICT, keep, kept
 from hf_gradacc.tracking.report import build_report
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.run_files import RunFile, kind_of, read_log
@@ -52,8 +52,8 @@ class TrackingCallback(TrainerCallback):
         """Begin the files, or cut them back to the checkpoint that training goes on from."""
         if not state.is_world_process_zero:
             return
-        kept = recall(state)
-        self._events = Counter(kept.get("events", {}))
+        saved = kept(state)
+        self._events = Counter(saved.get("events", {}))
         self._unwritten, self._has_warned = [], False
         self._file = RunFile(Path(args.output_dir))
         self._written = set()
@@ -67,10 +67,10 @@ class TrackingCallback(TrainerCallback):
             # An evaluation that is made up for is due once more after a kill before the next save.
             rows = read_log(self._file.log_path)
             self._written = {(row["kind"], row.get("step", 0)) for row in rows}
-        resumed_at = kept.get("resumed_at", [])
+        resumed_at = saved.get("resumed_at", [])
         if state.global_step:
             resumed_at = [*resumed_at, state.global_step]
-        remember(state, resumed_at=resumed_at)
+        keep(state, resumed_at=resumed_at)
         facts = describe_run(
             args,
             state=state,
@@ -82,7 +82,7 @@ class TrackingCallback(TrainerCallback):
                 "run_name": args.run_name or Path(args.output_dir).name,
                 **facts,
                 "training_arguments": args.to_dict(),
-                "wandb_run_id": recall(state).get("wandb_run_id"),
+                "wandb_run_id": kept(state).get("wandb_run_id"),
                 "resumed_at": resumed_at,
                 "finished": False,
             }
@@ -115,9 +115,9 @@ class TrackingCallback(TrainerCallback):
     def event(self, state: Any, *, name: str, text: str, data: dict[str, Any]) -> int:
         """Append an event and give how many of its name this run has had."""
         self._events[name] += 1
-        remember(state, events=dict(self._events))
+        keep(state, events=dict(self._events))
         if name == VERDICT:
-            remember(state, verdict=text)
+            keep(state, verdict=text)
         # It belongs to the update in progress: a resume from before that update cuts it away.
         step = state.global_step + 1
         self._append({"kind": "event", "event": name, "step": step, "text": text, **data})

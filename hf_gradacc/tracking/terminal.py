@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_gradacc.safety.run_state import VERDICT, recall
+from hf_gradacc.safety.run_state import VERDICT, kept
 from hf_gradacc.text import count_updates, duration, quantity
 from hf_gradacc.tracking.parity_file import describe_parity
 from hf_gradacc.tracking.run_facts import describe_run
@@ -325,7 +325,7 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
 
 def next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
     """List where the files are, and what to run next."""
-    known = recall(state)
+    known = kept(state)
     if "verdict" in known:
         yield "batch size", known["verdict"]
     for name, count in known.get("events", {}).items():

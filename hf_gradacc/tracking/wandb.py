@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
-from hf_gradacc.safety.run_state import remember
+from hf_gradacc.safety.run_state import keep
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.wandb_start import start_run, sync_folder, why_silent
 
@@ -78,7 +78,7 @@ class GradAccWandbCallback(WandbCallback):
             start_run(args, state)
         super().setup(args, state, model, **kwargs)
         run = self._wandb.run
-        remember(state, wandb_run_id=run.id, wandb_step=run.step)
+        keep(state, wandb_run_id=run.id, wandb_step=run.step)
         facts = describe_run(
             args, state=state, model=model, train_dataloader=kwargs.get("train_dataloader")
         )
@@ -111,7 +111,7 @@ class GradAccWandbCallback(WandbCallback):
         super().on_train_begin(args, state, control, model, **kwargs)
         # An evaluation before training has begun the run already, under a state now replaced.
         if state.is_world_process_zero and self._wandb.run is not None:
-            remember(state, wandb_run_id=self._wandb.run.id)
+            keep(state, wandb_run_id=self._wandb.run.id)
 
     @_never_fail
     def on_log(
@@ -130,7 +130,7 @@ class GradAccWandbCallback(WandbCallback):
             row.setdefault("target_tokens_seen", self._last_tokens_seen)
         super().on_log(args, state, control, model=model, logs=row, **kwargs)
         if state.is_world_process_zero:
-            remember(state, wandb_step=self._wandb.run.step)
+            keep(state, wandb_step=self._wandb.run.step)
 
     @_never_fail
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,7 +140,7 @@ class GradAccWandbCallback(WandbCallback):
         why = why_silent(run) if state.is_world_process_zero and run is not None else None
         if why is not None:
             folder = sync_folder(run)
-            remember(state, wandb_sync=[folder])
+            keep(state, wandb_sync=[folder])
             print(f"W&B: the server does not answer ({why}). {folder} holds what was not uploaded.")
 
     @_never_fail

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hf_gradacc.safety.run_state import recall, remember
+from hf_gradacc.safety.run_state import keep, kept
 from hf_gradacc.tracking.run_files import LOG_NAME
 
 __all__ = [
@@ -96,10 +96,10 @@ def start_run(args: Any, state: Any) -> None:
         options |= {"name": state.trial_name, "group": args.run_name or args.output_dir}
     elif args.run_name is not None:
         options["name"] = args.run_name
-    kept = recall(state)
-    resumes = "wandb_run_id" in kept and state.trial_name is None and not os.getenv("WANDB_RUN_ID")
+    saved = kept(state)
+    resumes = "wandb_run_id" in saved and state.trial_name is None and not os.getenv("WANDB_RUN_ID")
     if resumes:
-        options |= {"id": kept["wandb_run_id"], "resume": "allow"}
+        options |= {"id": saved["wandb_run_id"], "resume": "allow"}
     if getattr(args, "wandb_per_rank", False) and "group" not in options:
         # The id makes the group this run's own, whatever else bears its name.
         options.setdefault("id", os.getenv("WANDB_RUN_ID") or secrets.token_hex(4))
@@ -117,10 +117,10 @@ def start_run(args: Any, state: Any) -> None:
         mode = "offline"
         _DECIDED.add("offline")
     if mode != "offline":
-        remember(state, wandb_sync=[])
+        keep(state, wandb_sync=[])
         return
-    folders = [*kept.get("wandb_sync", []), sync_folder(run)] if resumes else [sync_folder(run)]
-    remember(state, wandb_sync=folders)
+    folders = [*saved.get("wandb_sync", []), sync_folder(run)] if resumes else [sync_folder(run)]
+    keep(state, wandb_sync=folders)
     if _DECIDED:
         print(f"W&B: recording offline, since {why}; to upload: wandb sync {' '.join(folders)}")
     if resumes:
@@ -129,7 +129,7 @@ def start_run(args: Any, state: Any) -> None:
         # checkpoint, and more: a gap does no harm.
         run.log(
             {"train/global_step": state.global_step},
-            step=kept.get("wandb_step", 0) + _count_log_lines(args) + 1,
+            step=saved.get("wandb_step", 0) + _count_log_lines(args) + 1,
         )
 
 

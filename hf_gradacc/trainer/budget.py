@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_gradacc.loss.shortcuts import describe_speed
 from hf_gradacc.tracking.install import record_event
 from hf_gradacc.updates.budget import BudgetTuner, TokenBudget
-from hf_gradacc.updates.remembered_budgets import describe_setting, recall_budget, remember_budget
+from hf_gradacc.updates.remembered_budgets import describe_setting, load_budget, store_budget
 from hf_gradacc.updates.update import Update
 
 __all__ = ["timed_for_budget"]
@@ -57,7 +57,7 @@ def timed_for_budget(
         )
         if trainer.args.remember_tuned_budget and tuner.num_updates == 1:
             tuner.setting = _describe(trainer, model, longest=longest)
-            if (remembered := recall_budget(tuner.setting)) is not None:
+            if (remembered := load_budget(tuner.setting)) is not None:
                 tuner.adopt(remembered)
     if trainer.update_collator is not None:
         trainer.update_collator.max_tokens = tuner.tokens
@@ -80,7 +80,7 @@ def _announce_if_settled(trainer: Any, tuner: BudgetTuner) -> None:
     if not tuner.settled:
         return
     if tuner.setting and tuner.tried and trainer.is_world_process_zero():
-        remember_budget(tuner.setting, tuner.tokens)
+        store_budget(tuner.setting, tuner.tokens)
     logger.info(tuner.describe())
     record_event(trainer, "budget_tuned", text=tuner.describe() + ".", alert=False)
 

@@ -12,7 +12,7 @@ from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
 from hf_gradacc.ranks.outcome import RankFailure
 from hf_gradacc.safety.out_of_memory import is_out_of_memory, message_of
 from hf_gradacc.safety.rollback import RandomState
-from hf_gradacc.safety.run_state import recall, remember
+from hf_gradacc.safety.run_state import keep, kept
 from hf_gradacc.safety.signals import EvaluationStopped, StopSignals
 from hf_gradacc.tracking.phases import Phase
 
@@ -103,7 +103,7 @@ class Stopping:
         try:
             return stock_evaluate()
         except EvaluationStopped:
-            remember(trainer.state, evaluation_due="broken off")
+            keep(trainer.state, evaluation_due="broken off")
             return {}
         finally:
             self._is_evaluating = False
@@ -127,8 +127,8 @@ class Stopping:
         Returns:
             Whether there is anything left to train.
         """
-        if due := recall(trainer.state).get("evaluation_due"):
-            remember(trainer.state, evaluation_due=None)
+        if due := kept(trainer.state).get("evaluation_due"):
+            keep(trainer.state, evaluation_due=None)
             if due == "left out":  # what its loader draws is not yet in the checkpoint's state
                 trainer._load_rng_state(arguments["resume_from_checkpoint"])
             before = RandomState(trainer.args.device)

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from torch import nn
 from transformers.utils import logging
 
-__all__ = ["budget_file", "describe_setting", "recall_budget", "remember_budget"]
+__all__ = ["budget_file", "describe_setting", "load_budget", "store_budget"]
 
 logger = logging.get_logger(__name__)
 
@@ -53,14 +53,14 @@ def describe_setting(
     )
 
 
-def recall_budget(setting: str) -> int | None:
-    """Return the budget remembered for a setting, None if there is none."""
+def load_budget(setting: str) -> int | None:
+    """Return the budget stored for a setting, None if there is none."""
     budget = _read().get(setting)
     return budget if isinstance(budget, int) and budget > 0 else None
 
 
-def remember_budget(setting: str, budget: int) -> None:
-    """Write a budget down; a folder that cannot be written costs a warning, not the run."""
+def store_budget(setting: str, budget: int) -> None:
+    """Store the budget of a setting; warn if its folder cannot be written."""
     path = budget_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
