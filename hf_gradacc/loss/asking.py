@@ -163,7 +163,7 @@ def with_warnings(facts: LossFacts, model: nn.Module, sample: ProbeRows | None) 
     padding = find_padding_targets(sample)
     return dataclasses.replace(
         facts,
-        pads_alike=facts.pads_alike or bool(padding),
+        pad_to_one_width=facts.pad_to_one_width or bool(padding),
         warnings=(*facts.warnings, *padding, *find_mixing(model)),
     )
 

@@ -51,7 +51,7 @@ class LossFacts:
         rule: What it takes its mean over.
         wants_own_count: It must be called with ``num_items_in_batch`` set to its own targets to be
             a mean; otherwise it is called with None.
-        pads_alike: Padding changes its value, so an update's micro-batches need one width.
+        pad_to_one_width: Padding changes its value, so an update's micro-batches need one width.
         rule_error: Relative difference between the loss of rows together and the weighted mean of
             the loss of each.
         padding_error: Relative difference that padding made.
@@ -60,7 +60,7 @@ class LossFacts:
 
     rule: TargetRule
     wants_own_count: bool = False
-    pads_alike: bool = False
+    pad_to_one_width: bool = False
     rule_error: float = 0.0
     padding_error: float = 0.0
     warnings: tuple[str, ...] = ()

@@ -150,7 +150,7 @@ def probe_loss(
     return LossFacts(
         rule=rule,
         wants_own_count=wants_own_count,
-        pads_alike=not padding_error <= tolerance,
+        pad_to_one_width=not padding_error <= tolerance,
         rule_error=rule_error,
         padding_error=padding_error,
         warnings=tuple(warnings),

@@ -63,7 +63,7 @@ class ProbeRows:
         """See how collated rows belong to dataset rows."""
         copies = count_copies(inputs, len(rows))
         if copies > 1 and not all(
-            _alike(slice_rows(inputs, [i], copies=copies), collate([row]))
+            _hold_same_sequences(slice_rows(inputs, [i], copies=copies), collate([row]))
             for i, row in enumerate(rows)
         ):
             copies = 0
@@ -138,7 +138,7 @@ def _same_shares(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
     return shares(sliced) == shares(alone)
 
 
-def _alike(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
+def _hold_same_sequences(sliced: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
     """Return whether two batches hold the same sequences, whatever they are padded with."""
     a, b = (find_main_input(trim_padding(part)) for part in (sliced, alone))
     return a is not None and b is not None and a.shape == b.shape and bool(a.eq(b).all())

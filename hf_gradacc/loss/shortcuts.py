@@ -258,7 +258,7 @@ class Setting:
         """Return why no shortcut at all may be tried, empty if they may."""
         if self.facts.rule is not TargetRule.NEXT_TOKEN:
             return "the model is no causal LM whose loss shifts its labels"
-        if self.facts.pads_alike:
+        if self.facts.pad_to_one_width:
             return "padding changes the loss of this model"
         if not can_try(inputs):
             return "there are no two rows of {input_ids, labels} to try it on"

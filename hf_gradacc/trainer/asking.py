@@ -101,7 +101,7 @@ def ask_trainer(
         logger.warning_once(f"{type(bare).__name__}: {warning}")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
-        collator.rule, collator.pad_alike = facts.rule, facts.pads_alike
+        collator.rule, collator.pad_to_one_width = facts.rule, facts.pad_to_one_width
     return facts, shortcuts
 
 

@@ -274,8 +274,8 @@ class UpdateRunner:
         if planned and stats.num_targets:
             update = self._even_out(update, planned, rule, collator)
             stats = replace(stats, num_micro_batches=max(planned) * len(planned))
-        if trainer.facts.pads_alike and stats.num_targets:
-            self._align_widths(trainer, update)
+        if trainer.facts.pad_to_one_width and stats.num_targets:
+            self._pad_to_one_width(trainer, update)
         return update, stats
 
     def _even_out(
@@ -297,7 +297,7 @@ class UpdateRunner:
             copies=1 if collator is None else collator.copies,
         )
 
-    def _align_widths(self, trainer: Any, update: Update) -> None:
+    def _pad_to_one_width(self, trainer: Any, update: Update) -> None:
         """Pad all micro-batches to one width, over all ranks too: this model sees padding."""
         mine = [mb for mb in update if "input_ids" in mb.inputs]
         widths = [mb.inputs["input_ids"].shape[-1] for mb in mine]
@@ -403,5 +403,7 @@ def _halve(micro_batch: MicroBatch, *, collator: UpdateCollator | None) -> list[
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         return [order[:middle], order[middle:]]
 
-    alike = collator is not None and collator.pad_alike
-    return list(cut_again(Update([micro_batch]), cut, count=count, alike=alike))
+    pad_to_one_width = collator is not None and collator.pad_to_one_width
+    return list(
+        cut_again(Update([micro_batch]), cut, count=count, pad_to_one_width=pad_to_one_width)
+    )

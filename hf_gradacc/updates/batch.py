@@ -209,10 +209,10 @@ def trim_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
             # A decoder's labels may be as wide as its encoder's input by chance.
             others = _DECODER if _has_targets_outside(inputs.get("labels"), start, stop) else ()
             for key, value in inputs.items():
-                alike = isinstance(value, Tensor) and (
+                has_columns = isinstance(value, Tensor) and (
                     value.ndim == mask.ndim or key == "position_ids"  # [3, rows, seq] of Qwen-VL
                 )
-                if alike and value.shape[-1] == width and key not in others:
+                if has_columns and value.shape[-1] == width and key not in others:
                     trimmed[key] = value[..., start:stop]
     for key in _DECODER:
         labels = inputs.get("labels")
@@ -246,8 +246,10 @@ def pad_columns(
     fills = {labels_of(inputs)[0]: -100, **PAD_VALUES, "input_ids": pad_token_id}
     padded: dict[str, Any] = {}
     for key, value in inputs.items():
-        alike = isinstance(value, Tensor) and (value.ndim == main.ndim or key == "position_ids")
-        if alike and value.shape[-1] == have:
+        has_columns = isinstance(value, Tensor) and (
+            value.ndim == main.ndim or key == "position_ids"
+        )
+        if has_columns and value.shape[-1] == have:
             fill = fills.get(key, 0)
             padded[key] = torch.nn.functional.pad(value, missing, value=fill)
         else:

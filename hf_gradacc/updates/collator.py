@@ -47,8 +47,8 @@ class UpdateCollator:
 
     Attributes:
         rule: What counts as a target, once the model has been asked; None before that.
-        pad_alike: Pad all micro-batches of an update to one width, for models that let padding
-            into their result. Collates the share once and cuts it by rows.
+        pad_to_one_width: Pad all micro-batches of an update to one width, for models that let
+            padding into their result. Collates the share once and cuts it by rows.
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
         copies: Collated rows that each dataset row becomes; 2 for pairs, see `slice_rows`; 0 if
             they cannot be told apart.
@@ -77,7 +77,7 @@ class UpdateCollator:
         self.encoder_decoder = encoder_decoder
         self.seed = seed
         self.rule: TargetRule | None = None
-        self.pad_alike = False
+        self.pad_to_one_width = False
         self.packed = False
         self.overhead_tokens = OVERHEAD_ON_CPU
         self.num_ranks = 1
@@ -178,10 +178,10 @@ class UpdateCollator:
             return plan_packed_micro_batches(
                 lengths, max_tokens=max_tokens, max_sequences=self.max_sequences
             )
-        if self.pad_alike and max_tokens is not None:
+        if self.pad_to_one_width and max_tokens is not None:
             lengths = [max(lengths, default=0)] * len(lengths)
         # On one rank whoever counts sequences is given the number of micro-batches they asked for.
-        weighs = max_tokens is not None or (self.num_ranks > 1 and not self.pad_alike)
+        weighs = max_tokens is not None or (self.num_ranks > 1 and not self.pad_to_one_width)
         max_sequences = self.max_sequences
         if at_random:
             max_sequences = min(max_sequences or len(lengths), max(1, -(-len(lengths) // 4)))
@@ -195,7 +195,7 @@ class UpdateCollator:
 
     def _collate(self, kept: list[tuple[int, Any]], plan: list[list[int]]) -> list[Any]:
         rows, collated = [row for _, row in kept], []
-        if self.pad_alike and rows and self.copies == 1:
+        if self.pad_to_one_width and rows and self.copies == 1:
             whole = self.data_collator(rows)
             if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(rows):
                 return [(piece, slice_rows(whole, piece)) for piece in plan]

@@ -368,7 +368,7 @@ def deal_update(
         attention_length: See `deal_rows`.
         lockstep: See `deal_rows`.
     """
-    if collator.pad_alike or not any(lengths):
+    if collator.pad_to_one_width or not any(lengths):
         return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
     if collator.packed:
         attends = attention_length or 0

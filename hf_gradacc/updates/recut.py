@@ -61,7 +61,7 @@ def cut_again(
     pad_token_id: int = 0,
     left: bool = False,
     multiple_of: int = 1,
-    alike: bool = False,
+    pad_to_one_width: bool = False,
     encoder_decoder: bool = False,
 ) -> Update:
     """Plan an update anew and slice its tensors accordingly.
@@ -73,7 +73,7 @@ def cut_again(
         pad_token_id: Fills ``input_ids``.
         left: Padding goes in front.
         multiple_of: The collator pads widths to a multiple of this.
-        alike: All micro-batches share one width on purpose: trim nothing.
+        pad_to_one_width: All micro-batches share one width on purpose: trim nothing.
         encoder_decoder: Labels have a width of their own, even where it is that of the input.
 
     Returns:
@@ -87,7 +87,7 @@ def cut_again(
         rows.sort(key=lambda row: row[0].places[row[1]])
     lengths_of = {id(mb): planned_lengths(mb) for mb in parts}
     fills = _find_fills(parts, pad_token_id)
-    trims = not alike and _trims(parts, multiple_of)
+    trims = not pad_to_one_width and _trims(parts, multiple_of)
     pieces: list[MicroBatch] = []
     for piece in cut([lengths_of[id(mb)][i] for mb, i in rows]):
         chosen = [rows[j] for j in piece]
@@ -165,7 +165,7 @@ def cut_to_limit(
         ),
         count=count_as_collated,
         multiple_of=getattr(collator.data_collator, "pad_to_multiple_of", None) or 1,
-        alike=collator.pad_alike,
+        pad_to_one_width=collator.pad_to_one_width,
         **style,
     )
 

@@ -34,7 +34,7 @@ def test_rounding_is_expected_of_the_dtype_a_forward_runs_in(tmp_path, weights, 
     trainer.train()
     facts = trainer.facts
     assert facts.rule is TargetRule.NEXT_TOKEN
-    assert not facts.pads_alike
+    assert not facts.pad_to_one_width
     assert not facts.warnings
 
 

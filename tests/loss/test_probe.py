@@ -120,8 +120,8 @@ def test_padding_that_leaks_into_a_loss_is_noticed(same_length):
         )
 
     batch = pad([ROWS[0]] * 3) if same_length else BATCH
-    assert ask(leaking, batch).pads_alike
-    assert not ask(shifting, batch).pads_alike
+    assert ask(leaking, batch).pad_to_one_width
+    assert not ask(shifting, batch).pad_to_one_width
 
 
 def test_a_model_is_never_given_more_columns_than_it_has_positions():
@@ -145,7 +145,7 @@ def test_a_model_that_cannot_take_a_narrow_row_is_padded_alike():
             raise RuntimeError("output with shape [1, 4] doesn't match the broadcast shape")
         return shifting(inputs)
 
-    assert ask(pooling).pads_alike
+    assert ask(pooling).pad_to_one_width
 
 
 def test_an_encoder_decoder_is_not_asked_whether_it_shifts():

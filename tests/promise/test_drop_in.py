@@ -210,7 +210,7 @@ def test_labels_may_have_another_name(tmp_path, shifts, drawn):
         trainer.train()
         expected = reference_gradient(whole, rows, collate)
     assert not trainer.facts.warnings
-    assert not trainer.facts.pads_alike  # padding is no target under that name either
+    assert not trainer.facts.pad_to_one_width  # padding is no target under that name either
     assert relative_error(recorder.gradients[0], expected) <= 1e-10
     first = 1 if shifts else 0
     targets = sum(label != -100 for row in rows for label in row["targets"][first:])

@@ -73,7 +73,7 @@ def test_padding_alike_gives_all_micro_batches_one_width_and_calls_the_collator_
         return pad(rows)
 
     collator = UpdateCollator(counted, max_sequences=2)
-    collator.pad_alike = True
+    collator.pad_to_one_width = True
     update = collator(ROWS)
     assert len({mb.inputs["input_ids"].shape[1] for mb in update}) == 1
     assert calls == [9]

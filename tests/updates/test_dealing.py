@@ -144,7 +144,7 @@ def test_packed_rows_are_dealt_one_by_one():
 def test_rows_that_are_padded_alike_or_of_unknown_length_are_dealt_by_number():
     collator = UpdateCollator(list, max_sequences=8)
     assert sorted(map(len, deal_update(collator, [0] * 10, 3))) == [3, 3, 4]
-    collator.pad_alike = True
+    collator.pad_to_one_width = True
     assert sorted(map(len, deal_update(collator, [90, *[3] * 9], 3))) == [3, 3, 4]
 
 

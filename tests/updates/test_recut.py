@@ -61,7 +61,7 @@ VARIANTS = {
     "widths in steps of 8": ({"multiple_of": 8}, {}),
     "one fixed width": ({"width": 20}, {}),
     "an encoder-decoder": ({}, {"encoder_decoder": True}),
-    "padded alike": ({}, {"pad_alike": True}),
+    "padded alike": ({}, {"pad_to_one_width": True}),
     "cut in drawn order": ({}, {"noise_scale_every": 2}),
     "planned for packing": ({}, {"packed": True}),
 }
