@@ -13,7 +13,7 @@ from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.tracking.install import record_event
 from hf_gradacc.tracking.noise_meter import NoiseRecord
 from hf_gradacc.trainer.position import restored
-from hf_gradacc.updates.dealing import is_measured
+from hf_gradacc.updates.dealing import measures_noise
 from hf_gradacc.updates.update import MicroBatch, Update
 
 __all__ = ["NoiseListener"]
@@ -62,7 +62,9 @@ class NoiseListener:
 
     def begin(self, model: nn.Module, update: Update) -> None:
         """Listen to an attempt at an update, and to that attempt only."""
-        self.is_listening = self.record is not None and is_measured(update.index, every=self.every)
+        self.is_listening = self.record is not None and measures_noise(
+            update.index, every=self.every
+        )
         if self.is_listening and self.record is not None:
             self._num_local_sequences = sum(mb.num_sequences for mb in update)
             self.record.meter.before_update(model.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
-from hf_gradacc.updates.dealing import is_measured
+from hf_gradacc.updates.dealing import measures_noise
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import (
     OVERHEAD_ON_CPU,
@@ -159,7 +159,7 @@ class UpdateCollator:
 
     def measures_noise(self, index: int) -> bool:
         """Return whether this update of an epoch is one whose noise is measured."""
-        return is_measured(index, every=self.noise_scale_every)
+        return measures_noise(index, every=self.noise_scale_every)
 
     def cut(
         self, lengths: Sequence[int], *, max_tokens: int | None = None, at_random: bool = False

@@ -19,7 +19,7 @@ import numpy as np
 
 from hf_gradacc.updates.planner import cut_sorted
 
-__all__ = ["deal_at_random", "deal_by_cost", "deal_rows", "is_measured"]
+__all__ = ["deal_at_random", "deal_by_cost", "deal_rows", "measures_noise"]
 
 _Shares = list[list[int]]
 _Found = TypeVar("_Found")
@@ -261,10 +261,10 @@ def deal_at_random(num_sequences: int, num_ranks: int, *, seed: Sequence[int]) -
     return [order[rank::num_ranks] for rank in range(num_ranks)]
 
 
-def is_measured(update: int, *, every: int | None) -> bool:
+def measures_noise(update: int, *, every: int | None) -> bool:
     """Return whether an update of an epoch is one whose noise is measured.
 
-    >>> [update for update in range(6) if is_measured(update, every=2)]
+    >>> [update for update in range(6) if measures_noise(update, every=2)]
     [0, 2, 4]
     """
     return bool(every) and update % (every or 1) == 0

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from hf_gradacc.errors import ConfigError, DataError
-from hf_gradacc.updates.dealing import deal_at_random, deal_by_cost, is_measured
+from hf_gradacc.updates.dealing import deal_at_random, deal_by_cost, measures_noise
 
 __all__ = ["Deal", "Share", "UpdateSampler", "bound_updates_by_tokens", "count_updates"]
 
@@ -188,7 +188,7 @@ class UpdateSampler:
         bounds = self.bounds(order)
         for update, (start, stop) in enumerate(itertools.pairwise(bounds)):
             members = order[start:stop].tolist()
-            if is_measured(update, every=self.noise_scale_every):
+            if measures_noise(update, every=self.noise_scale_every):
                 seed = (self.seed, epoch, update)
                 dealt = deal_at_random(len(members), self.world_size, seed=seed)
                 shares = [[members[i] for i in share] for share in dealt]

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_gradacc.errors import DataError
-from hf_gradacc.updates.dealing import deal_at_random, is_measured
+from hf_gradacc.updates.dealing import deal_at_random, measures_noise
 from hf_gradacc.updates.sampler import Deal
 
 __all__ = [
@@ -223,7 +223,7 @@ class UpdateStream(IterableDataset[Rows]):
 
     def _share(self, members: list[Any], first: int, update: int) -> Rows:
         mine: Sequence[int] = range(len(members))
-        if is_measured(update, every=self.noise_scale_every):
+        if measures_noise(update, every=self.noise_scale_every):
             seed = (self.seed, self.epoch, update)
             mine = deal_at_random(len(members), self.world_size, seed=seed)[self.rank]
         elif self.world_size > 1:
