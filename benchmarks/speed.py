@@ -37,7 +37,7 @@ from workloads import (
 )
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.loss.onednn import suits_here
+from hf_gradacc.loss.onednn import is_onednn_faster_here
 
 BATCH = 64
 OURS = "ours"
@@ -184,7 +184,7 @@ def variants(*, sizes: list[int], budgets: list[int], with_trl: bool) -> dict[st
     plain |= {"onednn_linear": False}
     found[f"budget {best} alone"] = ours(best, **plain)
     found[f"budget {best}, target-only logits"] = ours(best, **(plain | TARGETS))
-    if suits_here():
+    if is_onednn_faster_here():
         found[f"budget {best}, all but oneDNN"] = ours(best, onednn_linear=False)
     for budget in budgets:
         found[f"{OURS}, budget {budget}"] = ours(budget)

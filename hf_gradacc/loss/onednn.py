@@ -24,10 +24,10 @@ from torch import Tensor, nn
 __all__ = [
     "cpu_vendor",
     "find_linears",
+    "is_onednn_faster",
+    "is_onednn_faster_here",
     "matmul",
     "onednn_linears",
-    "suits",
-    "suits_here",
     "why_no_onednn",
 ]
 
@@ -47,7 +47,7 @@ def why_no_onednn() -> str:
     return ""
 
 
-def suits(*, vendor: str, instructions: str, has_mkl: bool) -> bool:
+def is_onednn_faster(*, vendor: str, instructions: str, has_mkl: bool) -> bool:
     """Return whether oneDNN multiplies faster than torch's BLAS on such a CPU.
 
     Decided by what is known of the CPU, not by timing: a resumed run has to choose as before to
@@ -58,17 +58,17 @@ def suits(*, vendor: str, instructions: str, has_mkl: bool) -> bool:
         instructions: As ``torch.backends.cpu.get_cpu_capability`` gives them.
         has_mkl: MKL is torch's BLAS.
 
-    >>> suits(vendor="AuthenticAMD", instructions="AVX512", has_mkl=True)
+    >>> is_onednn_faster(vendor="AuthenticAMD", instructions="AVX512", has_mkl=True)
     True
-    >>> suits(vendor="GenuineIntel", instructions="AVX512", has_mkl=True)
+    >>> is_onednn_faster(vendor="GenuineIntel", instructions="AVX512", has_mkl=True)
     False
     """
     return has_mkl and instructions == "AVX512" and "Intel" not in vendor
 
 
-def suits_here() -> bool:
+def is_onednn_faster_here() -> bool:
     """Return whether oneDNN multiplies faster than torch's BLAS on this machine."""
-    return suits(
+    return is_onednn_faster(
         vendor=cpu_vendor(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         has_mkl=torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_rows
 from hf_gradacc.updates.stream import UpdateStream, is_stream
-from hf_gradacc.updates.targets import IGNORE_INDEX, count_row_targets, may_have_target
+from hf_gradacc.updates.targets import IGNORE_INDEX, can_have_target, count_row_targets
 
 __all__ = [
     "ProbeRows",
@@ -162,13 +162,13 @@ def choose_probe_rows(
     """
     dataset: Any = loader.dataset
     if isinstance(dataset, UpdateStream):
-        candidates = [row for row in dataset.peek(16) if may_have_target(row)]
+        candidates = [row for row in dataset.peek(16) if can_have_target(row)]
     else:
         dataset, n = dataset.dataset, len(dataset)
         spread = dict.fromkeys([*range(min(n, 8)), *(n * k // 8 for k in range(1, 8)), n - 1])
-        candidates = [row for row in (dataset[i] for i in spread) if may_have_target(row)]
+        candidates = [row for row in (dataset[i] for i in spread) if can_have_target(row)]
         candidates = candidates or list(
-            itertools.islice(filter(may_have_target, read_rows(dataset)), count)
+            itertools.islice(filter(can_have_target, read_rows(dataset)), count)
         )
         if not candidates:
             raise DataError(

@@ -35,7 +35,7 @@ from hf_gradacc.loss.layouts import (
     seen_rows,
     without_mask,
 )
-from hf_gradacc.loss.onednn import find_linears, suits_here, why_no_onednn
+from hf_gradacc.loss.onednn import find_linears, is_onednn_faster_here, why_no_onednn
 from hf_gradacc.updates.batch import count_rows, slice_rows
 from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
 
@@ -44,7 +44,7 @@ __all__ = [
     "Shortcuts",
     "Trial",
     "attention_of",
-    "can_try",
+    "can_try_shortcuts",
     "choose_shortcuts",
     "describe_speed",
 ]
@@ -260,7 +260,7 @@ class Setting:
             return "the model is no causal LM whose loss shifts its labels"
         if self.facts.pad_to_one_width:
             return "padding changes the loss of this model"
-        if not can_try(inputs):
+        if not can_try_shortcuts(inputs):
             return "there are no two rows of {input_ids, labels} to try it on"
         return ""
 
@@ -374,7 +374,7 @@ def _choose_linears(
 ) -> tuple[nn.Linear, ...]:
     """See which layers may multiply by oneDNN, once the other shortcuts are chosen."""
     asked = setting.args.onednn_linear
-    if asked is False or not (asked or suits_here()):
+    if asked is False or not (asked or is_onednn_faster_here()):
         return ()
     found = find_linears(model, leave_out=shortcuts.head if shortcuts.chunked_loss else None)
     why = why_no_onednn()
@@ -428,7 +428,7 @@ def _attempt(check: Callable[[], str]) -> str:
         return f"it fails with {type(error).__name__}: {first_line}"
 
 
-def can_try(inputs: Any) -> bool:
+def can_try_shortcuts(inputs: Any) -> bool:
     """Return whether rows are fit for a `Trial`: two or more of a causal LM, one with a target."""
     if not isinstance(inputs, Mapping) or count_rows(inputs) < 2:
         return False

@@ -61,8 +61,8 @@ class Float32Gradients:
             if gradient is not None:
                 parameter.grad = gradient.to(parameter.dtype)
 
-    def fits(self, norm: float) -> bool:
-        """Say whether no element of a gradient with this norm overflows when cast.
+    def can_cast(self, norm: float) -> bool:
+        """Return whether no element of a gradient with this norm overflows when cast.
 
         Only float16 can overflow; an element is never larger than the norm.
         """

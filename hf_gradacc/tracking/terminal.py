@@ -64,7 +64,7 @@ class ShowPlan(TrainerCallback):
     @_if_it_can_be_written
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the plan."""
-        if state.is_world_process_zero and _may_speak(args):
+        if state.is_world_process_zero and _is_verbose(args):
             facts = describe_run(
                 args,
                 state=state,
@@ -90,7 +90,7 @@ class ShowSummary(TrainerCallback):
     @_if_it_can_be_written
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the summary."""
-        if state.is_world_process_zero and _may_speak(args):
+        if state.is_world_process_zero and _is_verbose(args):
             seconds = time.monotonic() - self._started
             head = result_line(state, seconds=seconds, first_step=self._first_step)
             print(table(head, next_steps(args, state)))
@@ -161,7 +161,7 @@ class UpdateProgress(ProgressCallback):
         self.training_bar.write(fold(row, width=terminal_width(), indent=2))
 
 
-def _may_speak(args: Any) -> bool:
+def _is_verbose(args: Any) -> bool:
     return args.log_level not in ("error", "critical")
 
 

@@ -25,7 +25,7 @@ from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.stream import is_stream
-from hf_gradacc.updates.targets import TargetRule, count_all_targets, may_have_target
+from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets
 
 __all__ = [
     "ask_trainer",
@@ -121,7 +121,7 @@ def refuse_data_without_targets(dataset: Any, sample: ProbeRows | None, rule: Ta
     counts = count_all_targets(sample.inputs, num_sequences=len(sample.rows), num_input_tokens=2)
     if counts.under(rule):
         return
-    if any(may_have_target(dataset[i], rule=rule) for i in range(len(dataset))):
+    if any(can_have_target(dataset[i], rule=rule) for i in range(len(dataset))):
         return
     raise DataError(
         f"none of the {len(dataset)} training rows has a target: all labels but each row's first "

@@ -164,7 +164,7 @@ class Evaluation:
                 ]
                 return results[0] if len(results) == 1 else self._join(trainer, parts, results)
             except Exception as error:
-                if num_rows == 0 or not _may_split(trainer, engine, error):
+                if num_rows == 0 or not _can_split(trainer, engine, error):
                     raise
                 if self._num_rows_that_fit is None:
                     # Preferences lie in blocks, chosen rows before rejected ones.
@@ -228,7 +228,7 @@ def _is_filled(trainer: Any) -> bool:
     return trainer.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
 
 
-def _may_split(trainer: Any, engine: Engine, error: Exception) -> bool:
+def _can_split(trainer: Any, engine: Engine, error: Exception) -> bool:
     """Say whether fewer rows may help and other ranks are not waiting inside the forward."""
     return (
         bool(getattr(trainer.args, "recover_from_out_of_memory", True))

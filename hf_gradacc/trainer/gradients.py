@@ -95,13 +95,13 @@ class GradientGate:
         if result.stats.num_targets == 0:
             return torch.zeros((), device=trainer.args.device)
         norm = runner.engine.grad_norm(model, norm, stock_norm)
-        if norm is not None and not self._passes(trainer, runner, result, model, norm):
+        if norm is not None and not self._can_pass(trainer, runner, result, model, norm):
             model.zero_grad()
         if runner.float32 is not None:
             runner.float32.cast_to_weights()
         return norm
 
-    def _passes(
+    def _can_pass(
         self,
         trainer: Any,
         runner: UpdateRunner,
@@ -118,7 +118,7 @@ class GradientGate:
         self.grad_norm = norm_value
         bad_loss = not math.isfinite(loss_value) or bool(result.outcome.bad_loss)
         largest = min(norm_value, trainer.args.max_grad_norm or norm_value)
-        overflows = runner.float32 is not None and not runner.float32.fits(largest)
+        overflows = runner.float32 is not None and not runner.float32.can_cast(largest)
         if math.isfinite(norm_value) and not bad_loss and not overflows:
             self._num_skipped_in_a_row = 0
             return True

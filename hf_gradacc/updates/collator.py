@@ -24,9 +24,9 @@ from hf_gradacc.updates.planner import (
 from hf_gradacc.updates.targets import (
     IGNORE_INDEX,
     TargetRule,
+    can_have_target,
     count_all_targets,
     count_input_tokens,
-    may_have_target,
 )
 from hf_gradacc.updates.update import MicroBatch, Update
 
@@ -119,7 +119,7 @@ class UpdateCollator:
             if hasattr(share, "indices")
             else list(enumerate(share))
         )
-        kept = [(i, row) for i, row in pairs if may_have_target(row, rule=self.rule)]
+        kept = [(i, row) for i, row in pairs if can_have_target(row, rule=self.rule)]
         num_left_out = len(pairs) - len(kept)
         rows = [row for _, row in kept]
         lengths = self.measure(rows)

@@ -25,7 +25,7 @@ from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_stream, take_until
-from hf_gradacc.updates.targets import count_row_targets, may_have_target
+from hf_gradacc.updates.targets import can_have_target, count_row_targets
 from hf_gradacc.updates.update import Update
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def build_loader(
 
     def length_of(row: Any) -> int:
         # What has no target is left out before planning.
-        return collator.measure([row])[0] if may_have_target(row, rule=collator.rule) else 0
+        return collator.measure([row])[0] if can_have_target(row, rule=collator.rule) else 0
 
     collator.num_ranks = world_size
     deal = partial(

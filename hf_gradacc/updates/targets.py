@@ -23,12 +23,12 @@ __all__ = [
     "IGNORE_INDEX",
     "TargetCounts",
     "TargetRule",
+    "can_have_target",
     "count_all_targets",
     "count_input_tokens",
     "count_row_targets",
     "count_targets",
     "has_target",
-    "may_have_target",
 ]
 
 IGNORE_INDEX = -100
@@ -143,15 +143,15 @@ def count_all_targets(
     )
 
 
-def may_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
+def can_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
     """Return whether a dataset row can contribute to the loss, before it is collated.
 
     Only rows whose own labels rule it out are answered with False; where the collator makes the
     labels, the answer is True.
 
-    >>> may_have_target({"input_ids": [1, 2], "labels": [-100, -100]})
+    >>> can_have_target({"input_ids": [1, 2], "labels": [-100, -100]})
     False
-    >>> may_have_target({"input_ids": [1, 2], "labels": [7, -100]}, rule=TargetRule.NEXT_TOKEN)
+    >>> can_have_target({"input_ids": [1, 2], "labels": [7, -100]}, rule=TargetRule.NEXT_TOKEN)
     False
     """
     labels = _labels_of_row(row) if isinstance(row, Mapping) else None

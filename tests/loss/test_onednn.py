@@ -10,7 +10,13 @@ from torch import nn
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss import onednn
 from hf_gradacc.loss.chunked import ChunkedLoss
-from hf_gradacc.loss.onednn import find_linears, matmul, onednn_linears, suits, why_no_onednn
+from hf_gradacc.loss.onednn import (
+    find_linears,
+    is_onednn_faster,
+    matmul,
+    onednn_linears,
+    why_no_onednn,
+)
 
 pytestmark = pytest.mark.skipif(bool(why_no_onednn()), reason=why_no_onednn() or "it is there")
 
@@ -151,7 +157,7 @@ def test_only_large_plain_layers_of_float32_are_found(monkeypatch):
     ],
 )
 def test_the_choice_goes_by_what_the_machine_is(vendor, instructions, has_mkl, expected):
-    assert suits(vendor=vendor, instructions=instructions, has_mkl=has_mkl) is expected
+    assert is_onednn_faster(vendor=vendor, instructions=instructions, has_mkl=has_mkl) is expected
 
 
 def test_a_chunked_loss_may_multiply_by_oneDNN(monkeypatch):
@@ -237,7 +243,9 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
     rows = ragged_rows(4, seed=1, longest=40)
     chosen = []
     for here in (True, False):
-        monkeypatch.setattr("hf_gradacc.loss.shortcuts.suits_here", lambda here=here: here)
+        monkeypatch.setattr(
+            "hf_gradacc.loss.shortcuts.is_onednn_faster_here", lambda here=here: here
+        )
         chosen.append(first_gradient(tmp_path, wide_llama(), rows)[1] > 0)
     assert chosen == [True, False]
 
@@ -255,7 +263,7 @@ def test_it_is_chosen_where_it_suits_the_machine(tmp_path, monkeypatch):
 def test_asked_for_where_it_cannot_be_is_an_error_and_left_to_us_is_none(
     tmp_path, monkeypatch, model, options, why
 ):
-    monkeypatch.setattr("hf_gradacc.loss.shortcuts.suits_here", lambda: True)
+    monkeypatch.setattr("hf_gradacc.loss.shortcuts.is_onednn_faster_here", lambda: True)
     rows = ragged_rows(4, seed=1)
     with pytest.raises(ConfigError, match=f"onednn_linear = True: .*{why}"):
         first_gradient(tmp_path, model(), rows, onednn_linear=True, **options)

@@ -21,7 +21,7 @@ from hf_gradacc.loss.layouts import (
     pack_rows,
     without_mask,
 )
-from hf_gradacc.loss.shortcuts import Shortcuts, Trial, can_try
+from hf_gradacc.loss.shortcuts import Shortcuts, Trial, can_try_shortcuts
 from hf_gradacc.trainer.asking import has_foreign_loss
 
 WAYS = {
@@ -183,10 +183,10 @@ def test_a_head_that_is_bypassed_refuses_target_only_logits():
 
 def test_rows_that_say_nothing_are_not_tried():
     inputs = dict(pad(ragged_rows(3, seed=1)))
-    assert can_try(inputs)
-    assert not can_try({k: v[:1] for k, v in inputs.items()})
-    assert not can_try({**inputs, "labels": torch.full_like(inputs["labels"], -100)})
-    assert not can_try({"labels": inputs["labels"][:, 0]})
+    assert can_try_shortcuts(inputs)
+    assert not can_try_shortcuts({k: v[:1] for k, v in inputs.items()})
+    assert not can_try_shortcuts({**inputs, "labels": torch.full_like(inputs["labels"], -100)})
+    assert not can_try_shortcuts({"labels": inputs["labels"][:, 0]})
 
 
 # ---- layouts -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_gradacc.updates.collator import make_micro_batch
-from hf_gradacc.updates.targets import TargetRule, count_all_targets, count_targets, may_have_target
+from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets, count_targets
 
 LABELS = torch.tensor([[5, 6, 7, -100], [-100, -100, 8, 9], [4, -100, -100, -100]])
 
@@ -84,4 +84,4 @@ def test_an_answer_outside_of_the_text_is_no_target():
     ids=str,
 )
 def test_a_row_is_left_out_only_if_its_own_labels_rule_it_out(row, rule, expected):
-    assert may_have_target(row, rule=rule) is expected
+    assert can_have_target(row, rule=rule) is expected
