@@ -80,7 +80,7 @@ def sample_of(
     Returns:
         The inputs, and the dataset rows if collated rows cannot simply be sliced out.
     """
-    if known is not None and known.copies != 1:
+    if known is not None and known.rows_per_sequence != 1:
         return inputs, known
     if can_slice_rows(inputs, count_rows(inputs)):
         inputs = slice_rows(inputs, choose_rows_to_ask(inputs))

@@ -16,8 +16,8 @@ import torch
 
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.updates.batch import (
-    count_copies,
     count_rows,
+    count_rows_per_sequence,
     find_main_input,
     labels_of,
     slice_rows,
@@ -33,9 +33,9 @@ __all__ = [
     "ProbeRows",
     "choose_probe_rows",
     "choose_rows_to_ask",
-    "copies_in",
     "describe",
     "find_padding_targets",
+    "rows_per_sequence_in",
 ]
 
 
@@ -47,37 +47,40 @@ class ProbeRows:
         rows: As the dataset gives them.
         inputs: All of them, collated together.
         collate: The data collator.
-        copies: Collated rows of each, in blocks as `slice_rows` wants them; 0 if collated rows
-            cannot be told apart.
+        rows_per_sequence: Collated rows of each, in blocks as `slice_rows` wants them; None if
+            collated rows cannot be told apart.
     """
 
     rows: Sequence[Any]
     inputs: Mapping[str, Any]
     collate: Callable[[list[Any]], Any]
-    copies: int
+    rows_per_sequence: int | None
 
     @classmethod
     def of(
         cls, rows: Sequence[Any], inputs: Mapping[str, Any], collate: Callable[[list[Any]], Any]
     ) -> ProbeRows:
         """See how collated rows belong to dataset rows."""
-        copies = count_copies(inputs, len(rows))
-        if copies > 1 and not all(
-            _hold_same_sequences(slice_rows(inputs, [i], copies=copies), collate([row]))
-            for i, row in enumerate(rows)
-        ):
-            copies = 0
-        if copies == 1 and not _is_plain(inputs, len(rows)):
+        rows_per_sequence = count_rows_per_sequence(inputs, len(rows))
+        if rows_per_sequence is not None and rows_per_sequence > 1:
+            per = rows_per_sequence
+            sliced = (slice_rows(inputs, [i], rows_per_sequence=per) for i in range(len(rows)))
+            if not all(
+                _hold_same_sequences(part, collate([row]))
+                for part, row in zip(sliced, rows, strict=True)
+            ):
+                rows_per_sequence = None
+        if rows_per_sequence == 1 and not _is_plain(inputs, len(rows)):
             with torch.random.fork_rng(devices=[]):
                 alone = [collate([row]) for row in rows]
             if not all(_same_shares(slice_rows(inputs, [i]), a) for i, a in enumerate(alone)):
-                copies = 0
-        return cls(rows, inputs, collate, copies)
+                rows_per_sequence = None
+        return cls(rows, inputs, collate, rows_per_sequence)
 
     def take(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return some of the rows, collated together."""
-        if self.copies:
-            return slice_rows(self.inputs, indices, copies=self.copies)
+        if self.rows_per_sequence is not None:
+            return slice_rows(self.inputs, indices, rows_per_sequence=self.rows_per_sequence)
         return dict(self.collate([self.rows[i] for i in indices]))
 
 
@@ -88,7 +91,7 @@ def find_padding_targets(known: ProbeRows | None) -> list[str]:
     one width. FSMT does that to the labels it is given, and so does a collator that pads them with
     the tokenizer's padding token.
     """
-    if known is None or known.copies != 1:
+    if known is None or known.rows_per_sequence != 1:
         return []
     labels = labels_of(known.inputs)[1]
     if labels is None or labels.ndim != 2 or labels.is_floating_point():
@@ -107,14 +110,14 @@ def find_padding_targets(known: ProbeRows | None) -> list[str]:
     ]
 
 
-def copies_in(loader: Any) -> int:
+def rows_per_sequence_in(loader: Any) -> int:
     """Count the collated rows that one row of a DataLoader's dataset becomes, at least 1."""
     dataset = getattr(loader, "dataset", None)
     if dataset is None or is_stream(dataset) or not len(dataset):
         return 1
     with torch.random.fork_rng(devices=[]):  # the collator may mask at random
         inputs = loader.collate_fn([dataset[0]])
-    return max(1, count_copies(inputs, 1)) if isinstance(inputs, Mapping) else 1
+    return count_rows_per_sequence(inputs, 1) or 1
 
 
 def _is_plain(inputs: Mapping[str, Any], num_rows: int) -> bool:

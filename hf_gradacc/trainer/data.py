@@ -114,7 +114,7 @@ class TrainingData:
             )
         if isinstance(inputs, Mapping):
             self.sample = ProbeRows.of(rows, inputs, self.collator.data_collator)
-            self.collator.copies = self.sample.copies
+            self.collator.rows_per_sequence = self.sample.rows_per_sequence
         return inputs
 
     def as_updates(self, trainer: Any, loader: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
-from hf_gradacc.loss.probe_rows import copies_in
+from hf_gradacc.loss.probe_rows import rows_per_sequence_in
 from hf_gradacc.ranks.collectives import share_first, share_running_statistics, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
@@ -41,14 +41,14 @@ class Evaluation:
     """The sums of one evaluation, and how many rows are known to fit.
 
     Attributes:
-        copies: Collated rows of each sequence, where ranks have to know.
+        rows_per_sequence: Collated rows of each sequence, where ranks have to know.
     """
 
     def __init__(self) -> None:
-        self.copies = 1
+        self.rows_per_sequence = 1
         self._loss: EvalLoss | None = None
         self._num_rows_that_fit: int | None = None  # None for all of them
-        self._rows_per_sequence = 1
+        self._rows_per_sequence_when_cut = 1
 
     def run(self, trainer: Any, stock_loop: Callable[[], Any], loader: Any, prefix: str) -> Any:
         """Report the loss per target over all batches and ranks, and its perplexity.
@@ -63,7 +63,8 @@ class Evaluation:
             What the stock loop returns, with its loss replaced.
         """
         is_alone = trainer.args.world_size == 1
-        self._loss, self.copies = EvalLoss(), 1 if is_alone else copies_in(loader)
+        self._loss = EvalLoss()
+        self.rows_per_sequence = 1 if is_alone else rows_per_sequence_in(loader)
         try:
             if not is_alone:
                 share_running_statistics(trainer.model)
@@ -119,17 +120,18 @@ class Evaluation:
                 asked = share_first(asked)
             if asked is not None:
                 ask(model, asked)
-        copies = self.copies
-        micro_batch = make_micro_batch(inputs, copies=copies)
+        rows_per_sequence = self.rows_per_sequence
+        micro_batch = make_micro_batch(inputs, rows_per_sequence=rows_per_sequence)
         result = step(inputs, loss_only=prediction_loss_only)
         loss, real = result[0], count_real_rows(trainer, micro_batch.num_sequences)
         if loss is None:
             return result
         if real < micro_batch.num_sequences or (engine.lockstep and _is_filled(trainer)):
             # Accelerate filled this rank's last batch with rows of the first: leave them out.
-            micro_batch = make_micro_batch(first_rows(inputs, real, copies=copies), copies=copies)
+            real_rows = first_rows(inputs, real, rows_per_sequence=rows_per_sequence)
+            micro_batch = make_micro_batch(real_rows, rows_per_sequence=rows_per_sequence)
             if real or engine.lockstep:  # in step, no rank may sit out a forward
-                again = first_rows(inputs, max(real, 1), copies=copies)
+                again = first_rows(inputs, max(real, 1), rows_per_sequence=rows_per_sequence)
                 loss = step(again, loss_only=True)[0]
         if trainer.facts is not None:
             self._loss.add(loss, num_targets=micro_batch.targets.under(trainer.facts.rule))
@@ -149,13 +151,17 @@ class Evaluation:
     ) -> Any:
         """Run the stock step, on fewer rows at a time after an allocator gave up."""
         while True:
-            copies = self._rows_per_sequence
-            num_rows = count_rows(inputs) // copies if isinstance(inputs, Mapping) else 0
+            rows_per_sequence = self._rows_per_sequence_when_cut
+            num_rows = count_rows(inputs) // rows_per_sequence if isinstance(inputs, Mapping) else 0
             size = min(num_rows, self._num_rows_that_fit or num_rows)
             parts = [inputs]
             if size < num_rows:
                 parts = [
-                    slice_rows(inputs, range(start, min(start + size, num_rows)), copies=copies)
+                    slice_rows(
+                        inputs,
+                        range(start, min(start + size, num_rows)),
+                        rows_per_sequence=rows_per_sequence,
+                    )
                     for start in range(0, num_rows, size)
                 ]
             try:
@@ -169,9 +175,11 @@ class Evaluation:
                 if self._num_rows_that_fit is None:
                     # Preferences lie in blocks, chosen rows before rejected ones.
                     loader = trainer.callback_handler.eval_dataloader
-                    self._rows_per_sequence = copies = copies_in(loader)
-                    num_rows, size = num_rows // copies, size // copies
-                if copies > 1 and not prediction_loss_only:
+                    self._rows_per_sequence_when_cut = rows_per_sequence = rows_per_sequence_in(
+                        loader
+                    )
+                    num_rows, size = num_rows // rows_per_sequence, size // rows_per_sequence
+                if rows_per_sequence > 1 and not prediction_loss_only:
                     raise  # what such a trainer predicts has no row of its own to go to
                 message = message_of(error)
             results = []
@@ -208,7 +216,7 @@ class Evaluation:
         return loss, joined[0], joined[1]
 
     def _count_targets(self, trainer: Any, part: Any) -> int:
-        num_sequences = count_rows(part) // self._rows_per_sequence
+        num_sequences = count_rows(part) // self._rows_per_sequence_when_cut
         if trainer.facts is None:
             return num_sequences
         return count_targets(part, trainer.facts.rule, num_sequences=num_sequences)

@@ -168,13 +168,13 @@ class ForeignMetrics:
 
     @contextlib.contextmanager
     def keeping_evaluation(
-        self, *, num_rows: Callable[[], int], copies: int, rule: Callable[[], TargetRule]
+        self, *, num_rows: Callable[[], int], rows_per_sequence: int, rule: Callable[[], TargetRule]
     ) -> Iterator[None]:
         """Keep what the rows of an evaluation batch collect, each row once.
 
         Args:
             num_rows: Gives the rows of the batch that count, once it has run.
-            copies: Collated rows of each sequence.
+            rows_per_sequence: Collated rows of each sequence.
             rule: Gives what counts as a target, once the batch has run.
         """
         if self._of_evaluation is None:
@@ -187,7 +187,7 @@ class ForeignMetrics:
         missing = num_rows()
         while taken and missing > 0:
             last = taken.pop()
-            micro_batch = make_micro_batch(last.inputs, copies=copies)
+            micro_batch = make_micro_batch(last.inputs, rows_per_sequence=rows_per_sequence)
             num_targets = micro_batch.targets.under(rule())
             self._of_evaluation.add(last, num_targets=num_targets, inputs=last.inputs)
             missing -= micro_batch.num_sequences

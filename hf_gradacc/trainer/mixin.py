@@ -429,10 +429,10 @@ class GradAccMixin(Trainer):
         """Run the stock step, in pieces if it must, and count the targets of its loss."""
         stock_step = super().prediction_step
         self._stopping.check_evaluation(self.args)
-        copies = self._exact_evaluation.copies
+        rows_per_sequence = self._exact_evaluation.rows_per_sequence
         with self._foreign_metrics.keeping_evaluation(
-            num_rows=lambda: count_real_rows(self, count_rows(inputs) // copies),
-            copies=copies,
+            num_rows=lambda: count_real_rows(self, count_rows(inputs) // rows_per_sequence),
+            rows_per_sequence=rows_per_sequence,
             rule=lambda: self.facts.rule if self.facts else TargetRule.SEQUENCE,
         ):
             return self._exact_evaluation.predict(

@@ -294,7 +294,7 @@ class UpdateRunner:
             halve=partial(_halve, collator=collator),
             rule=rule,
             spare=self._spare,
-            copies=1 if collator is None else collator.copies,
+            rows_per_sequence=1 if collator is None else collator.rows_per_sequence,
         )
 
     def _pad_to_one_width(self, trainer: Any, update: Update) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 __all__ = [
     "PAD_VALUES",
     "can_slice_rows",
-    "count_copies",
     "count_rows",
+    "count_rows_per_sequence",
     "find_main_input",
     "first_rows",
     "labels_of",
@@ -75,28 +75,39 @@ def count_rows(inputs: Any, name: str = "input_ids") -> int:
     return 0 if main is None else int(main.shape[0])
 
 
-def count_copies(inputs: Any, num_sequences: int, *, name: str = "input_ids") -> int:
-    """Count the collated rows that one dataset row became, 0 if rows share one.
+def count_rows_per_sequence(
+    inputs: Any, num_sequences: int, *, name: str = "input_ids"
+) -> int | None:
+    """Count the collated rows that one dataset row became; None if they share rows.
 
     TRL's preference collators make two of each: all chosen answers, then all rejected ones.
     Padding-free collators make one row of all.
 
-    >>> count_copies({"input_ids": torch.zeros(6, 2)}, 3)
+    >>> count_rows_per_sequence({"input_ids": torch.zeros(6, 2)}, 3)
     2
     """
     total = count_rows(inputs, name)
-    return total // num_sequences if num_sequences and total % num_sequences == 0 else 0
+    if num_sequences == 0 or total == 0 or total % num_sequences:
+        return None
+    return total // num_sequences
 
 
-def can_slice_rows(inputs: Any, num_sequences: int, *, copies: int = 1) -> bool:
+def can_slice_rows(inputs: Any, num_sequences: int, *, rows_per_sequence: int | None = 1) -> bool:
     """Return whether every tensor of a collated batch belongs to its rows one by one.
 
     Images often do not: a vision model's patches of all rows lie in one tensor.
 
+    Args:
+        inputs: Collated batch.
+        num_sequences: Sequences it was made of.
+        rows_per_sequence: Collated rows of each; None if they cannot be told apart.
+
     >>> can_slice_rows({"input_ids": torch.zeros(2, 3), "pixel_values": torch.zeros(24, 8)}, 2)
     False
     """
-    total = num_sequences * copies
+    if rows_per_sequence is None:
+        return False
+    total = num_sequences * rows_per_sequence
     return (
         isinstance(inputs, Mapping)
         and count_rows(inputs) == total
@@ -109,23 +120,26 @@ def can_slice_rows(inputs: Any, num_sequences: int, *, copies: int = 1) -> bool:
 
 
 def slice_rows(
-    inputs: Mapping[str, Any], rows: Sequence[int], *, copies: int = 1
+    inputs: Mapping[str, Any], rows: Sequence[int], *, rows_per_sequence: int = 1
 ) -> dict[str, Any]:
     """Cut some rows out of a collated batch, in the order given.
 
     Args:
         inputs: Collated batch.
         rows: Which sequences.
-        copies: Collated rows of each sequence; sequence ``i`` of ``n`` is at ``i``, ``n + i``, ...
+        rows_per_sequence: Collated rows of each sequence; sequence ``i`` of ``n`` is at ``i``,
+            ``n + i``, ...
 
     >>> slice_rows({"input_ids": torch.arange(6).view(3, 2)}, [2, 0])["input_ids"].tolist()
     [[4, 5], [0, 1]]
-    >>> slice_rows({"input_ids": torch.arange(4).view(4, 1)}, [1], copies=2)["input_ids"].tolist()
+    >>> pairs = {"input_ids": torch.arange(4).view(4, 1)}
+    >>> slice_rows(pairs, [1], rows_per_sequence=2)["input_ids"].tolist()
     [[1], [3]]
     """
     total = count_rows(inputs)
-    n = total // copies
-    index = {n: list(rows)} | {total: [i + n * block for block in range(copies) for i in rows]}
+    n = total // rows_per_sequence
+    places_in_blocks = [i + n * block for block in range(rows_per_sequence) for i in rows]
+    index = {n: list(rows), total: places_in_blocks}
     cut: dict[str, Any] = {}
     for key, value in inputs.items():
         if isinstance(value, Tensor) and value.ndim >= 1 and value.shape[0] in index:
@@ -138,7 +152,9 @@ def slice_rows(
     return cut
 
 
-def first_rows(inputs: Mapping[str, Any], num_sequences: int, *, copies: int = 1) -> dict[str, Any]:
+def first_rows(
+    inputs: Mapping[str, Any], num_sequences: int, *, rows_per_sequence: int = 1
+) -> dict[str, Any]:
     """Keep the first rows of a batch: slice them out, or mask the labels of the others.
 
     If the images of all rows lie in one tensor, rows cannot be removed. Without labels they do not
@@ -148,34 +164,38 @@ def first_rows(inputs: Mapping[str, Any], num_sequences: int, *, copies: int = 1
     ...             "pixel_values": torch.zeros(9, 4)}, 1)["labels"].tolist()
     [[1, 1], [-100, -100]]
     """
-    if can_slice_rows(inputs, count_rows(inputs) // copies, copies=copies):
-        return slice_rows(inputs, range(num_sequences), copies=copies)
+    if can_slice_rows(
+        inputs, count_rows(inputs) // rows_per_sequence, rows_per_sequence=rows_per_sequence
+    ):
+        return slice_rows(inputs, range(num_sequences), rows_per_sequence=rows_per_sequence)
     name, labels = labels_of(inputs)
     if labels is None or labels.is_floating_point():
-        return slice_rows(inputs, range(num_sequences), copies=copies)
+        return slice_rows(inputs, range(num_sequences), rows_per_sequence=rows_per_sequence)
     masked = labels.clone()
     masked[num_sequences:] = -100
     return {**inputs, name: masked}
 
 
-def order_blocks(inputs: Mapping[str, Any], sizes: Sequence[int], *, copies: int) -> dict[str, Any]:
+def order_blocks(
+    inputs: Mapping[str, Any], sizes: Sequence[int], *, rows_per_sequence: int
+) -> dict[str, Any]:
     """Restore the block order of sequences of several rows after batches were concatenated.
 
     Args:
-        inputs: Concatenated batches, each with its own `copies` blocks.
+        inputs: Concatenated batches, each with its own `rows_per_sequence` blocks.
         sizes: Sequences of each batch.
-        copies: Collated rows of each sequence.
+        rows_per_sequence: Collated rows of each sequence.
 
     >>> both = {"input_ids": torch.tensor([[1], [-1], [2], [3], [-2], [-3]])}
-    >>> order_blocks(both, [1, 2], copies=2)["input_ids"].tolist()
+    >>> order_blocks(both, [1, 2], rows_per_sequence=2)["input_ids"].tolist()
     [[1], [2], [3], [-1], [-2], [-3]]
     """
-    if copies == 1:
+    if rows_per_sequence == 1:
         return dict(inputs)
-    starts = [copies * sum(sizes[:part]) for part in range(len(sizes))]
+    starts = [rows_per_sequence * sum(sizes[:part]) for part in range(len(sizes))]
     order = [
         start + block * size + i
-        for block in range(copies)
+        for block in range(rows_per_sequence)
         for start, size in zip(starts, sizes, strict=True)
         for i in range(size)
     ]

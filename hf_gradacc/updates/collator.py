@@ -50,8 +50,8 @@ class UpdateCollator:
         pad_to_one_width: Pad all micro-batches of an update to one width, for models that let
             padding into their result. Collates the share once and cuts it by rows.
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
-        copies: Collated rows that each dataset row becomes; 2 for pairs, see `slice_rows`; 0 if
-            they cannot be told apart.
+        rows_per_sequence: Collated rows that each dataset row becomes; 2 for pairs, see
+            `slice_rows`; None if they cannot be told apart.
         overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
             padding where there is a token budget, or many ranks.
         num_ranks: Ranks that share an update.
@@ -81,7 +81,7 @@ class UpdateCollator:
         self.packed = False
         self.overhead_tokens = OVERHEAD_ON_CPU
         self.num_ranks = 1
-        self.copies = 1
+        self.rows_per_sequence: int | None = 1
         self.noise_scale_every: int | None = None
 
     @property
@@ -134,7 +134,7 @@ class UpdateCollator:
                 places=tuple(piece),
                 main_input=self.main_input,
                 encoder_decoder=self.encoder_decoder,
-                copies=self.copies,
+                rows_per_sequence=self.rows_per_sequence,
             )
             for piece, batch in inputs
         ]
@@ -195,7 +195,7 @@ class UpdateCollator:
 
     def _collate(self, kept: list[tuple[int, Any]], plan: list[list[int]]) -> list[Any]:
         rows, collated = [row for _, row in kept], []
-        if self.pad_to_one_width and rows and self.copies == 1:
+        if self.pad_to_one_width and rows and self.rows_per_sequence == 1:
             whole = self.data_collator(rows)
             if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(rows):
                 return [(piece, slice_rows(whole, piece)) for piece in plan]
@@ -218,7 +218,7 @@ def make_micro_batch(
     places: tuple[int, ...] = (),
     main_input: str = "input_ids",
     encoder_decoder: bool = False,
-    copies: int = 1,
+    rows_per_sequence: int | None = 1,
 ) -> MicroBatch:
     """Count what a collated batch holds.
 
@@ -230,10 +230,13 @@ def make_micro_batch(
         places: Their places in the rank's share of the update.
         main_input: The feature that holds the sequence.
         encoder_decoder: Labels are fed in too, and cost tokens of their own.
-        copies: Collated rows of each sequence.
+        rows_per_sequence: Collated rows of each sequence; None if they cannot be told apart.
     """
     mapping = inputs if isinstance(inputs, Mapping) else {}
-    num_sequences = count_rows(mapping, main_input) // copies if rows is None else len(rows)
+    if rows is None:
+        num_sequences = count_rows(mapping, main_input) // (rows_per_sequence or 1)
+    else:
+        num_sequences = len(rows)
     used, computed = _count_tokens(mapping, rows or (), main_input, encoder_decoder)
     targets = count_all_targets(mapping, num_sequences=num_sequences, num_input_tokens=used)
     return MicroBatch(
@@ -245,7 +248,7 @@ def make_micro_batch(
         indices,
         lengths,
         places,
-        copies=copies,
+        rows_per_sequence=rows_per_sequence,
     )
 
 

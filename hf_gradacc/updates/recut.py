@@ -50,7 +50,11 @@ def planned_lengths(micro_batch: MicroBatch) -> list[int]:
 
 def can_slice(micro_batch: MicroBatch) -> bool:
     """Return whether rows can be sliced out of a micro-batch, see `can_slice_rows`."""
-    return can_slice_rows(micro_batch.inputs, micro_batch.num_sequences, copies=micro_batch.copies)
+    return can_slice_rows(
+        micro_batch.inputs,
+        micro_batch.num_sequences,
+        rows_per_sequence=micro_batch.rows_per_sequence,
+    )
 
 
 def cut_again(
@@ -109,7 +113,7 @@ def cut_again(
                 places=tuple(
                     mb.places[i] for mb, i in chosen if len(mb.places) == mb.num_sequences
                 ),
-                copies=same.copies,
+                rows_per_sequence=same.rows_per_sequence,
             )
         )
     return dataclasses.replace(update, micro_batches=pieces + whole)
@@ -205,14 +209,20 @@ def _take(
 ) -> dict[str, Any]:
     """Slice rows out of the micro-batches they are in, in the order given."""
     parts: list[dict[str, Any]] = []
-    start, copies, sizes = 0, rows[0][0].copies, []
+    start, sizes = 0, []
+    rows_per_sequence = rows[0][0].rows_per_sequence
+    assert rows_per_sequence is not None  # see `can_slice`
     for stop in range(1, len(rows) + 1):
         if stop == len(rows) or rows[stop][0] is not rows[start][0]:
             indices = [i for _, i in rows[start:stop]]
-            parts.append(slice_rows(rows[start][0].inputs, indices, copies=copies))
+            parts.append(
+                slice_rows(rows[start][0].inputs, indices, rows_per_sequence=rows_per_sequence)
+            )
             sizes.append(stop - start)
             start = stop
-    return order_blocks(join_rows(parts, fills=fills, left=left), sizes, copies=copies)
+    return order_blocks(
+        join_rows(parts, fills=fills, left=left), sizes, rows_per_sequence=rows_per_sequence
+    )
 
 
 def _is_mapping(micro_batch: MicroBatch) -> bool:
@@ -300,7 +310,7 @@ def even_out(
     halve: Callable[[MicroBatch], list[MicroBatch]],
     rule: TargetRule,
     spare: Mapping[str, Any] | None,
-    copies: int = 1,
+    rows_per_sequence: int | None = 1,
 ) -> Update:
     """Bring a share to a number of micro-batches.
 
@@ -310,7 +320,8 @@ def even_out(
         halve: Cuts a micro-batch of several rows in two.
         rule: What counts as a target; both halves need some, a mean over none is NaN.
         spare: Collated rows to run with a weight of zero where this share has none.
-        copies: Collated rows of each sequence, see `slice_rows`; 0 if none can be sliced out.
+        rows_per_sequence: Collated rows of each sequence, see `slice_rows`; None if none can be
+            sliced out.
 
     Returns:
         The same rows in as many micro-batches, the costliest first as on every other rank; those
@@ -331,10 +342,11 @@ def even_out(
     if len(done) < num_micro_batches:
         source = done[-1].inputs if done else spare
         assert isinstance(source, Mapping)
-        if copies:
+        if rows_per_sequence is not None:
             row = _row_with_target(source, rule)
-            source = trim_padding(slice_rows(source, row, copies=copies))
-        idle = dataclasses.replace(make_micro_batch(source, copies=copies or 1), weightless=True)
+            source = trim_padding(slice_rows(source, row, rows_per_sequence=rows_per_sequence))
+        idle = make_micro_batch(source, rows_per_sequence=rows_per_sequence or 1)
+        idle = dataclasses.replace(idle, weightless=True)
         # In front: the last micro-batch reduces, and a real one in that place is one wait less.
         done = [idle] * (num_micro_batches - len(done)) + done
     return Update(done, update.epoch, update.index, update.num_left_out)

@@ -29,8 +29,8 @@ class MicroBatch:
         places: Each row's place in this rank's share, likewise; with it and `lengths` the share
             can be planned again.
         weightless: Run only for its collectives, because all ranks run equally many; adds nothing.
-        copies: Rows of the inputs that each sequence became; 2 for pairs, see `slice_rows`; 0 if
-            they cannot be told apart.
+        rows_per_sequence: Rows of the inputs that each sequence became; 2 for pairs, see
+            `slice_rows`; None if they cannot be told apart.
     """
 
     inputs: Any
@@ -42,7 +42,7 @@ class MicroBatch:
     lengths: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
     weightless: bool = False
-    copies: int = 1
+    rows_per_sequence: int | None = 1
 
     def pin_memory(self) -> MicroBatch:
         """Let the DataLoader pin the tensors, as it does for plain dicts."""

@@ -1,11 +1,19 @@
 """Taking collated inputs apart and padding them again loses nothing."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import pad, ragged_rows
 
-from hf_gradacc.updates.batch import count_rows, pad_columns, slice_rows, trim_padding
+from hf_gradacc.updates.batch import (
+    can_slice_rows,
+    count_rows,
+    count_rows_per_sequence,
+    pad_columns,
+    slice_rows,
+    trim_padding,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,3 +81,14 @@ def test_choices_are_trimmed_by_the_longest_of_all():
     mask = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]]])
     bare = trim_padding({"input_ids": mask * 7, "attention_mask": mask})
     assert bare["input_ids"].tolist() == [[[7, 7], [7, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_sequences", "expected"), [(3, 3, 1), (6, 3, 2), (1, 3, None), (4, 3, None)]
+)
+def test_rows_that_sequences_share_belong_to_none_of_them(num_rows, num_sequences, expected):
+    inputs = {"input_ids": torch.zeros(num_rows, 2)}
+    found = count_rows_per_sequence(inputs, num_sequences)
+    assert found == expected
+    assert can_slice_rows(inputs, num_sequences, rows_per_sequence=found) is (found is not None)
+    assert count_rows_per_sequence({}, num_sequences) is None

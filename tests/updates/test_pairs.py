@@ -49,7 +49,9 @@ def assert_collated(micro_batch, rows):
 
 def make_update(rows, *, max_sequences):
     collator = UpdateCollator(COLLATE, max_sequences=max_sequences)
-    collator.copies = ProbeRows.of(rows[:3], COLLATE(rows[:3]), COLLATE).copies
+    collator.rows_per_sequence = ProbeRows.of(
+        rows[:3], COLLATE(rows[:3]), COLLATE
+    ).rows_per_sequence
     return collator(rows)
 
 
@@ -58,7 +60,7 @@ def make_update(rows, *, max_sequences):
 def test_pairs_cut_again_are_what_the_collator_makes_of_them(seed, max_tokens):
     rows = make_rows(9, seed=seed)
     update = make_update(rows, max_sequences=4)
-    assert all(can_slice(mb) and mb.copies == 2 for mb in update)
+    assert all(can_slice(mb) and mb.rows_per_sequence == 2 for mb in update)
     plans = []
 
     def cut(lengths):
@@ -86,11 +88,26 @@ def test_a_rank_with_nothing_left_runs_one_whole_pair_of_weight_zero():
         halve=lambda micro_batch: [micro_batch],
         rule=TargetRule.SEQUENCE,
         spare=COLLATE(rows),
-        copies=2,
+        rows_per_sequence=2,
     )
     assert [mb.weightless for mb in update] == [True, True]
     for micro_batch in update:
         assert_collated(micro_batch, rows[:1])
+
+
+def test_a_rank_with_nothing_left_runs_all_rows_if_they_cannot_be_told_apart():
+    rows = make_rows(3)
+    update = even_out(
+        Update([]),
+        1,
+        halve=lambda micro_batch: [micro_batch],
+        rule=TargetRule.SEQUENCE,
+        spare=COLLATE(rows),
+        rows_per_sequence=None,
+    )
+    (micro_batch,) = update
+    assert micro_batch.weightless
+    assert_collated(micro_batch, rows)
 
 
 def test_rows_that_alternate_are_not_taken_for_blocks():
@@ -105,7 +122,7 @@ def test_rows_that_alternate_are_not_taken_for_blocks():
         }
 
     rows = make_rows(3)
-    assert ProbeRows.of(rows, COLLATE(rows), COLLATE).copies == 2
+    assert ProbeRows.of(rows, COLLATE(rows), COLLATE).rows_per_sequence == 2
     known = ProbeRows.of(rows, alternate(rows), alternate)
-    assert known.copies == 0
+    assert known.rows_per_sequence is None
     assert known.take([2])["input_ids"].equal(alternate(rows[2:])["input_ids"])
