@@ -1,4 +1,4 @@
-"""What the stock loop sees of the arguments, and what everybody else sees."""
+"""Show the stock loop other arguments than everybody else sees."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 __all__ = ["AsRequested"]
 
 # One item of the loader is one update, so the stock loop must not accumulate. Gradients and losses
-# are averaged over ranks by the weight rule, so the stock factor for that must not come on top. Its
-# filter replaces a NaN by the mean of earlier losses.
+# are averaged over ranks by the weight rule, so the stock loop must not multiply by its own factor.
+# Its filter would replace a NaN by the mean of earlier losses.
 _STOCK_LOOP_SEES = {
     "gradient_accumulation_steps": 1,
     "average_tokens_across_devices": False,
@@ -22,7 +22,7 @@ class AsRequested:
     """Lets the stock loop see one batch per step, and callbacks what the user asked for.
 
     Attributes:
-        arguments: The arguments that are hidden while the loop runs, as the user wrote them.
+        arguments: The arguments that are replaced while the loop runs, as the user wrote them.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class AsRequested:
 
     @contextlib.contextmanager
     def hidden_from_loop(self, trainer: Any) -> Iterator[None]:
-        """Hide them for the time of the stock loop; show them to callbacks all the same."""
+        """Replace the arguments while the stock loop runs; callbacks still see the user's."""
         self.arguments = {name: getattr(trainer.args, name) for name in _STOCK_LOOP_SEES}
         handler = trainer.callback_handler
         stock_call_event = handler.call_event

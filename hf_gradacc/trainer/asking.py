@@ -1,4 +1,4 @@
-"""Ask a trainer's own model: with its own `compute_loss`, precision and padding."""
+"""Ask a trainer's own model how its loss counts: with its `compute_loss`, precision and padding."""
 
 from __future__ import annotations
 
@@ -43,22 +43,23 @@ def ask_trainer(
 ) -> tuple[LossFacts, Shortcuts | None]:
     """Ask the model how its loss counts and which shortcuts it allows; say what is not exact.
 
-    ``trainer.facts`` is None while the loss is asked, so that label smoothing keeps out of it, and
-    set before shortcuts are tried, which go by the smoothed loss.
+    While the loss is asked, ``trainer.facts`` is None, so that labels are not smoothed. It is set
+    before shortcuts are tried, because they must reproduce the smoothed loss.
 
     Args:
-        trainer: The trainer. Its collator, if it has one, is told what was found.
+        trainer: The trainer. What was found is written into its collator, if it has one.
         model: The model, wrapped or bare.
         inputs: Collated rows to ask with.
         sample: The dataset rows they are made of; None if those are not known.
         engine: How the ranks work together.
 
     Returns:
-        What the loss is a mean over, and the shortcuts taken; None if no loader of ours plans.
+        What the loss is a mean over, and the shortcuts taken; None for them if the trainer does not
+        use our loader.
 
     Raises:
-        LossError: If the loss is no mean.
-        ConfigError: If a shortcut asked for by name would not give the same gradient.
+        LossError: If the loss is not a mean.
+        ConfigError: If a shortcut was asked for by name and would not give the same gradient.
     """
     if not isinstance(inputs, Mapping) or count_rows(inputs) == 0:
         return LossFacts(TargetRule.SEQUENCE), None
@@ -106,15 +107,15 @@ def ask_trainer(
 
 
 def prepared(trainer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Do to collated inputs what the trainer does before a forward: move, cast."""
+    """Prepare collated inputs as the trainer does before a forward: move and cast them."""
     return trainer._prepare_inputs(inputs)
 
 
 def refuse_data_without_targets(dataset: Any, sample: ProbeRows | None, rule: TargetRule) -> None:
-    """Refuse a dataset whose every row has labels, and none that this loss would predict.
+    """Refuse a dataset in which no row has a target under the loss's rule.
 
     Raises:
-        DataError: If it is one.
+        DataError: If no row has a target.
     """
     if sample is None or is_stream(dataset) or not hasattr(dataset, "__getitem__"):
         return
@@ -131,7 +132,7 @@ def refuse_data_without_targets(dataset: Any, sample: ProbeRows | None, rule: Ta
 
 
 def padding_style(trainer: Any) -> dict[str, Any]:
-    """Say how the trainer's data collator pads: with which token, and on which side."""
+    """Return how the trainer's data collator pads: with which token, and on which side."""
     tokenizer, config = trainer.processing_class, getattr(trainer.model, "config", None)
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
@@ -140,7 +141,7 @@ def padding_style(trainer: Any) -> dict[str, Any]:
 
 
 def has_foreign_loss(trainer_class: type) -> bool:
-    """Say whether ``compute_loss`` is anybody's but the stock Trainer's and ours."""
+    """Return whether a class other than the stock Trainer and ours defines ``compute_loss``."""
     return any(
         "compute_loss" in vars(cls)
         and cls is not Trainer

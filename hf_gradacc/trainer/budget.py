@@ -1,4 +1,4 @@
-"""Time the first updates of a run whose token budget tunes itself, and move the budget."""
+"""Time the first updates of a run whose token budget tunes itself, and choose the next budget."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.get_logger(__name__)
 def timed_for_budget(
     trainer: Any, model: nn.Module, update: Update, budget: TokenBudget
 ) -> Iterator[None]:
-    """Time one update, as long as budgets are being tried, and choose the budget of the next.
+    """Time one update while budgets are being tried, and choose the budget of the next.
 
     Args:
-        trainer: The trainer; its collator is told the next budget.
+        trainer: The trainer; the next budget is written into its collator.
         model: The wrapped model.
         update: The update that runs inside.
         budget: The run's budget.
@@ -46,7 +46,7 @@ def timed_for_budget(
     yield
     _finish_device_work(device)
     if budget.cap != cap and update.max_tokens is not None:
-        tuner.forbid(update.max_tokens)  # it ran out of memory, and then again, cut finer
+        tuner.forbid(update.max_tokens)  # it ran out of memory and was run again, cut finer
     else:
         longest = max((max(mb.lengths, default=0) for mb in update), default=0)
         tuner.note(
@@ -86,6 +86,6 @@ def _announce_if_settled(trainer: Any, tuner: BudgetTuner) -> None:
 
 
 def _finish_device_work(device: torch.device) -> None:
-    """Wait for the device: only while tuning, since kernels are launched ahead of time."""
+    """Wait for the device, which runs kernels later than they are launched. Only while tuning."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The training data of a run: its loader of updates, how many there are, and of how many rows."""
+"""The training data of a run: the loader of updates, their number, and their size in rows."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class TrainingData:
     Attributes:
         requested: The arguments as the user wrote them.
         collator: Makes updates of rows; None before there is a loader, or if a subclass built it.
-        sample: A few dataset rows to ask the model with; None if collated rows are no mapping.
-        sample_inputs: The same, collated; None for a stream that cannot be looked into.
+        sample: A few dataset rows to ask the model with; None if the collator returns no mapping.
+        sample_inputs: The same, collated; None for a stream that cannot be read ahead.
     """
 
     def __init__(self, requested: AsRequested) -> None:
@@ -51,7 +51,8 @@ class TrainingData:
 
         Args:
             trainer: The trainer.
-            is_stock_loader: Nobody between the mixin and the stock Trainer loads data his own way.
+            is_stock_loader: No class between the mixin and the stock Trainer overrides
+                ``get_train_dataloader``.
             engine: How the ranks work together.
 
         Raises:
@@ -88,7 +89,7 @@ class TrainingData:
         return loader
 
     def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:
-        """Collate the rows the model is asked with, so that unusable ones show before training."""
+        """Collate the rows the model is asked with, so that bad rows fail before training."""
         if not rows:
             return None
         assert self.collator is not None
@@ -118,7 +119,7 @@ class TrainingData:
         return inputs
 
     def as_updates(self, trainer: Any, loader: Any) -> Any:
-        """Make updates of a loader that a subclass built its own way; leave ours as it is."""
+        """Group the batches of a subclass's loader into updates; return our own as it is."""
         if isinstance(loader, UpdateLoader):
             return loader
         loader = GroupedBatches(
@@ -140,9 +141,9 @@ class TrainingData:
             updates = list(itertools.islice(epoch_iterator, 1))
         except (ConnectionError, EOFError) as error:
             if trainer.args.dataloader_num_workers == 0 or "Caught" in str(error):
-                raise  # the dataset's own, which torch hands on in these words
-            # A worker was killed while it handed over a tensor. The system tells of its death a
-            # moment later, and torch's handler then raises from here, in words of its own.
+                raise  # the dataset's own error, which torch passes on with this word
+            # A worker was killed while it handed over a tensor. The system reports its death a
+            # moment later, and torch's handler then raises its own error from here.
             time.sleep(1.0)
             raise RuntimeError(f"DataLoader worker hung up ({error})") from error
         if not updates and ledger.epoch == ledger.update == 0:
@@ -161,13 +162,13 @@ class TrainingData:
     # ---- how many updates, of how many sequences -----------------------------------------------
 
     def effective_batch_size(self, trainer: Any) -> int | None:
-        """Resolve the sequences in an update over all ranks; None if it is drawn by tokens."""
+        """Return the sequences in an update over all ranks; None if it is drawn by tokens."""
         with self.requested.shown(trainer):
             size: int | None = trainer.args.resolve_effective_batch_size(trainer.args.world_size)
             return size
 
     def total_batch_size(self, trainer: Any, args: Any) -> int:
-        """Give the effective batch size; the stock formula knows only its own two options."""
+        """Return the effective batch size; the stock formula knows only its own two options."""
         size = self.effective_batch_size(trainer)
         return size or int(trainer._train_batch_size * args.world_size)
 
@@ -186,7 +187,7 @@ class TrainingData:
             As the stock method: epochs, updates per epoch, examples, samples, batch size, steps in
             an epoch, most steps.
         """
-        if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
+        if not isinstance(loader, UpdateLoader):  # a subclass built the loader; see GroupedBatches
             with self.requested.shown(trainer):
                 values = list(stock_values(args, loader))
             values[5] = values[1]  # one step of the stock loop is one update
@@ -203,7 +204,7 @@ class TrainingData:
         return tuple(values)
 
     def membership(self, trainer: Any) -> dict[str, Any]:
-        """Say what decides which sequences share an update; a resume must not change it."""
+        """Return what decides which sequences share an update; a resume must not change it."""
         args = trainer.args
         return {
             "effective_batch_size": self.effective_batch_size(trainer),
@@ -217,7 +218,7 @@ class TrainingData:
 
 
 def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, Any]:
-    """Do what the stock loader does about columns that forward does not take."""
+    """Drop the columns that forward does not take, as the stock loader does."""
     dataset, collator = trainer.train_dataset, trainer.data_collator
     if not is_stock_loader:
         return dataset, collator  # its collator knows the columns
@@ -227,11 +228,11 @@ def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, A
 
 
 def _users_sampler(trainer: Any) -> Any:
-    """Use the sampler of a subclass, if it makes one of its own."""
+    """Return the sampler of a subclass, None if it has none of its own."""
     if type(trainer)._get_train_sampler is Trainer._get_train_sampler:
         return None
     sampler = trainer._get_train_sampler()
-    # The stock one says no more than "shuffle", which the seed does alike on all ranks.
+    # The stock sampler only says "shuffle", which our seed does, the same on all ranks.
     plain = (
         type(sampler) is RandomSampler
         and not sampler.replacement

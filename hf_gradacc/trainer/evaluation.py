@@ -41,7 +41,8 @@ class Evaluation:
     """The sums of one evaluation, and how many rows are known to fit.
 
     Attributes:
-        rows_per_sequence: Collated rows of each sequence, where ranks have to know.
+        rows_per_sequence: Collated rows of each sequence; 1 if there is one rank, which need not
+            know.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class Evaluation:
         engine: Engine,
         ask: Callable[[nn.Module, Any], Any],
     ) -> Any:
-        """Run the stock step, and keep its loss with the number of its targets.
+        """Run the stock step, and add its loss, weighted by its targets, to the evaluation's sum.
 
         Args:
             trainer: The trainer.
@@ -130,7 +131,7 @@ class Evaluation:
             # Accelerate filled this rank's last batch with rows of the first: leave them out.
             real_rows = first_rows(inputs, real, rows_per_sequence=rows_per_sequence)
             micro_batch = make_micro_batch(real_rows, rows_per_sequence=rows_per_sequence)
-            if real or engine.lockstep:  # in step, no rank may sit out a forward
+            if real or engine.lockstep:  # under FSDP and ZeRO, every rank must run the forward
                 again = first_rows(inputs, max(real, 1), rows_per_sequence=rows_per_sequence)
                 loss = step(again, loss_only=True)[0]
         if trainer.facts is not None:
@@ -149,7 +150,7 @@ class Evaluation:
         prediction_loss_only: bool,
         ignore_keys: Any,
     ) -> Any:
-        """Run the stock step, on fewer rows at a time after an allocator gave up."""
+        """Run the stock step; on fewer rows at a time after it ran out of memory."""
         while True:
             rows_per_sequence = self._rows_per_sequence_when_cut
             num_rows = count_rows(inputs) // rows_per_sequence if isinstance(inputs, Mapping) else 0
@@ -180,7 +181,7 @@ class Evaluation:
                     )
                     num_rows, size = num_rows // rows_per_sequence, size // rows_per_sequence
                 if rows_per_sequence > 1 and not prediction_loss_only:
-                    raise  # what such a trainer predicts has no row of its own to go to
+                    raise  # the predictions of such a trainer do not belong to single rows
                 message = message_of(error)
             results = []
             free_memory()
@@ -199,7 +200,7 @@ class Evaluation:
             )
 
     def _join(self, trainer: Any, parts: list[Any], results: list[Any]) -> tuple[Any, Any, Any]:
-        """Put the pieces' results together: the loss per target, predictions row by row."""
+        """Join the results of pieces: the loss per target, predictions row by row."""
         losses = [loss for loss, _, _ in results]
         loss: Tensor | None = None
         if losses[0] is not None:
@@ -231,13 +232,13 @@ def count_real_rows(trainer: Any, num_rows: int) -> int:
 
 
 def _is_filled(trainer: Any) -> bool:
-    """Whether the evaluation batch of some rank holds repeated rows."""
+    """Return whether the evaluation batch of some rank holds repeated rows."""
     state = trainer.accelerator.gradient_state
     return trainer.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
 
 
 def _can_split(trainer: Any, engine: Engine, error: Exception) -> bool:
-    """Say whether fewer rows may help and other ranks are not waiting inside the forward."""
+    """Return whether fewer rows may help, and no other rank waits inside the forward."""
     return (
         bool(getattr(trainer.args, "recover_from_out_of_memory", True))
         and engine.can_roll_back
@@ -260,9 +261,9 @@ class EvalLoss:
         self._num_targets = 0
 
     def add(self, loss: Tensor, *, num_targets: int) -> None:
-        """Take in one batch's mean loss. The sum stays on the device: no synchronization."""
+        """Add one batch's mean loss. The sum stays on the device: no synchronization."""
         if num_targets == 0:
-            return  # the mean over nothing is NaN
+            return  # the mean over no target is NaN
         # CPU and CUDA have float64; MPS has not.
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
         weighted = loss.detach().to(dtype) * num_targets
@@ -270,7 +271,7 @@ class EvalLoss:
         self._num_targets += num_targets
 
     def mean(self, device: torch.device) -> float | None:
-        """Give the loss per target over all ranks, None if there was no target."""
+        """Return the loss per target over all ranks; None if there was no target."""
         local = 0.0 if self._sum is None else float(self._sum)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         total = sum_over_ranks(
@@ -280,7 +281,7 @@ class EvalLoss:
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite where that overflows.
+    """Return ``exp(loss)``; infinity if that overflows.
 
     >>> perplexity(0.0)
     1.0

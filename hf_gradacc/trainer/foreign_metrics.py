@@ -1,11 +1,11 @@
-"""The metrics that other people's trainers collect: one true mean per update, and per evaluation.
+"""The metrics that trainers behind the mixin collect: one true mean per update and evaluation.
 
 TRL's trainers put a value per micro-batch into ``_metrics["train"]`` or ``_metrics["eval"]`` and
-log the plain mean of the list. That is a mean of means: on rows of 3 and 30 tokens it tells the
-token accuracy of neither. For it they gather over ranks in every ``compute_loss``, where ranks that
-run different numbers of micro-batches would wait forever. Here each micro-batch keeps to itself.
-Its values are taken out, weighted by what each is a mean over, and put back as one value per update
-when a row is about to be logged, with a single collective.
+log the plain mean of the list. That is a mean of means: over rows of 3 and 30 tokens it is not the
+accuracy per token. They also gather over ranks in every ``compute_loss``, and ranks that run
+different numbers of micro-batches would wait there forever. Here no micro-batch gathers. Its values
+are taken out and weighted by what each is a mean over. Before a row is logged, a single collective
+turns them into one value per update.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Taken:
 
 @dataclass
 class _Sums:
-    """What an update, or an evaluation, adds up to on this rank."""
+    """The sums of an update, or of an evaluation, on this rank."""
 
     values: WeightedValues = field(default_factory=dict)
     num_tokens: float = 0.0
@@ -54,16 +54,16 @@ class _Sums:
 
 
 class ForeignMetrics:
-    """Makes the metrics that a trainer behind the mixin collects independent of the cut.
+    """Computes the metrics of a trainer behind the mixin, so that the cut does not change them.
 
     Attributes:
-        taken: Where ``compute_loss`` leaves what it collected; None to leave it in the trainer.
+        taken: Where ``compute_loss`` puts what it collected; None to leave it in the trainer.
     """
 
     def __init__(self) -> None:
         self.taken: list[_Taken] | None = None
-        # What each micro-batch of this update collected, by its identity: one that runs again,
-        # after running out of memory, replaces what it said before.
+        # What each micro-batch of this update collected, by its identity: if one runs again after
+        # running out of memory, its new values replace the old ones.
         self._of_micro_batch: dict[int, _Taken] = {}
         # This rank's updates since the last log row.
         self._unlogged: list[_Sums] = []
@@ -87,7 +87,7 @@ class ForeignMetrics:
             with _without_gathering(trainer.accelerator):
                 result = stock_loss()
             values = {key: v for own in trainer._metrics.values() for key, v in own.items()}
-            values.pop("num_tokens", None)  # a running total, no mean
+            values.pop("num_tokens", None)  # a running total, not a mean
             num_tokens = getattr(trainer, "_total_train_tokens", 0) - total
             self.taken.append(_Taken(values, num_tokens, inputs))
         finally:
@@ -96,7 +96,7 @@ class ForeignMetrics:
 
     @contextlib.contextmanager
     def taking(self) -> Iterator[list[_Taken]]:
-        """Keep what forwards inside collect from the trainer; on its own, without a trace."""
+        """Take what forwards inside collect out of the trainer's lists, and yield it."""
         before, self.taken = self.taken, []
         try:
             yield self.taken
@@ -107,7 +107,7 @@ class ForeignMetrics:
 
     @contextlib.contextmanager
     def keeping(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Keep what a micro-batch collects."""
+        """Keep what a micro-batch collects, for `end_update`."""
         with self.taking() as taken:
             yield
         if taken:
@@ -135,7 +135,7 @@ class ForeignMetrics:
             self._unlogged[-1] = _Sums()
 
     def hand_over(self, trainer: Any) -> None:
-        """Put one value per update into the trainer's lists: the mean over all ranks."""
+        """Put one value per update into the trainer's lists, the mean over all ranks."""
         if not self.collects(trainer):
             return
         ranks = gather_objects(self._unlogged)
@@ -151,7 +151,7 @@ class ForeignMetrics:
     # ---- evaluation ----------------------------------------------------------------------------
 
     def evaluate(self, trainer: Any, evaluate: Callable[[], Any]) -> Any:
-        """Run an evaluation; hand over one mean per metric, over all rows and ranks."""
+        """Run an evaluation; put each metric's mean over all rows and ranks into the lists."""
         if not self.collects(trainer):
             return evaluate()
         self._of_evaluation = _Sums()
@@ -173,17 +173,17 @@ class ForeignMetrics:
         """Keep what the rows of an evaluation batch collect, each row once.
 
         Args:
-            num_rows: Gives the rows of the batch that count, once it has run.
+            num_rows: Returns the number of rows of the batch that count. Called after it ran.
             rows_per_sequence: Collated rows of each sequence.
-            rule: Gives what counts as a target, once the batch has run.
+            rule: Returns what counts as a target. Called after the batch ran.
         """
         if self._of_evaluation is None:
             yield
             return
         with self.taking() as taken:
             yield
-        # Rows that only fill up the batch, and attempts that ran out of memory, come before the
-        # rows as they count.
+        # The rows that count come last, after rows that only fill up the batch, and after attempts
+        # that ran out of memory.
         missing = num_rows()
         while taken and missing > 0:
             last = taken.pop()
@@ -195,7 +195,7 @@ class ForeignMetrics:
 
 @contextlib.contextmanager
 def _without_gathering(accelerator: Any) -> Iterator[None]:
-    """Let each rank see its own values alone."""
+    """Let an accelerator gather nothing: each rank sees its own values only."""
 
     def own(values: Any, *args: Any, **kwargs: Any) -> Any:
         return values
@@ -247,7 +247,7 @@ def count_per_metric(inputs: Any) -> dict[str, float]:
 
 
 def add_value(to: WeightedValues, key: str, value: float, *, weight: float) -> None:
-    """Take in one value of a metric, in place.
+    """Add one value of a metric, in place.
 
     >>> sums = {}
     >>> add_value(sums, "accuracy", 1.0, weight=3)
@@ -256,7 +256,7 @@ def add_value(to: WeightedValues, key: str, value: float, *, weight: float) -> N
     {'accuracy': 0.75}
     """
     if weight == 0:
-        return  # the mean over nothing
+        return  # a mean over nothing
     before = to.get(key)
     if key.startswith(("min_", "max_")):
         choose = min if key.startswith("min_") else max
@@ -267,7 +267,7 @@ def add_value(to: WeightedValues, key: str, value: float, *, weight: float) -> N
 
 
 def means_of(parts: Iterable[WeightedValues]) -> dict[str, float]:
-    """Give each metric's mean over all parts: micro-batches of one rank, or ranks.
+    """Return each metric's mean over all parts: micro-batches of one rank, or ranks.
 
     >>> means_of([{"max_reward": (2.0, 1.0), "a": (3.0, 2.0)}, {"max_reward": (4.0, 1.0)}])
     {'max_reward': 4.0, 'a': 1.5}
@@ -279,6 +279,6 @@ def means_of(parts: Iterable[WeightedValues]) -> dict[str, float]:
     means = {key: total / weight for key, (total, weight) in sums.items()}
     sides = [means.get(f"rewards/{side}", math.nan) for side in ("chosen", "rejected")]
     if not any(map(math.isnan, sides)):
-        # KTO's sides have weights of their own, and a micro-batch may hold one side alone.
+        # KTO weights each side by its own rows, and a micro-batch may hold only one side.
         means["rewards/margins"] = sides[0] - sides[1]
     return means

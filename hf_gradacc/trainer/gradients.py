@@ -1,4 +1,4 @@
-"""Between an update's gradient and the optimizer: nothing that is NaN or infinite goes on."""
+"""Check an update's gradient before the optimizer steps: one that is NaN or infinite is stopped."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.get_logger(__name__)
 
 
 class GradientGate:
-    """Clips and checks the gradient of an update, and lets it through or not.
+    """Clips and checks the gradient of an update, and lets it through to the optimizer or not.
 
     Args:
-        metrics: Forgets what an update that is skipped collected.
+        metrics: What a skipped update collected is deleted from them.
 
     Attributes:
-        grad_norm: Norm of the last update's gradient before clipping, None if nobody computed it.
+        grad_norm: Norm of the last update's gradient before clipping; None if it was not computed.
     """
 
     def __init__(self, metrics: ForeignMetrics) -> None:
@@ -45,12 +45,12 @@ class GradientGate:
         self._num_skipped_in_a_row = 0
 
     def begin_update(self, trainer: Any) -> None:
-        """Remember the sum of losses before an update, should it be taken out again."""
+        """Keep the sum of losses before an update, in case the update is skipped."""
         total = getattr(trainer, "_tr_loss", None)
         self._loss_before = None if total is None else total.clone()
 
     def take_norm(self) -> float | None:
-        """Give the norm of the update that has just ended, for its log row."""
+        """Return the norm of the update that has just ended, for its log row, and forget it."""
         norm, self.grad_norm = self.grad_norm, None
         return norm
 
@@ -62,7 +62,7 @@ class GradientGate:
         model: nn.Module,
         stock_clip: Callable[[nn.Module], Any],
     ) -> Any:
-        """Clip nothing in an update without targets: a GradScaler must not unscale it."""
+        """Clip the gradient. One without targets is left out: a GradScaler must not unscale it."""
         if result.stats.num_targets == 0:
             return torch.zeros((), device=trainer.args.device)
         return runner.engine.clip(model, stock_clip)
@@ -90,7 +90,8 @@ class GradientGate:
             The norm of the gradient before clipping.
 
         Raises:
-            NonFiniteError: If it is not finite, and so asked or so too often.
+            NonFiniteError: If the norm is not finite, and ``on_non_finite`` is "raise" or too many
+                updates in a row were skipped.
         """
         if result.stats.num_targets == 0:
             return torch.zeros((), device=trainer.args.device)
@@ -109,9 +110,9 @@ class GradientGate:
         model: nn.Module,
         norm: Any,
     ) -> bool:
-        """Check an update's loss and gradient norm, in one read from the device."""
+        """Check an update's loss and gradient norm, with one read from the device."""
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-        # Many ranks have told each other already, see `UpdateOutcome`.
+        # Several ranks have shared whether a loss is bad already, see `UpdateOutcome`.
         is_alone = trainer.args.world_size == 1
         loss = result.local_loss.to(norm) if is_alone else torch.zeros_like(norm)
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
@@ -123,12 +124,12 @@ class GradientGate:
             self._num_skipped_in_a_row = 0
             return True
         if runner.engine.searches_loss_scale and not bad_loss:
-            # Overflow of scaled gradients is how a GradScaler finds its scale: it skips by itself.
+            # A GradScaler lets scaled gradients overflow to find its scale, and skips such updates.
             self._forget(trainer, result)
             return True
         self._refuse(trainer, runner, result, model, norm=norm_value)
         if trainer.accelerator.scaler is not None:
-            # It has unscaled and would not do so again before this.
+            # The scaler has unscaled, and refuses to do so again until it is updated.
             trainer.accelerator.scaler.update()
         return False
 
@@ -141,7 +142,7 @@ class GradientGate:
         *,
         norm: float,
     ) -> None:
-        """Keep an update from the optimizer, and say which rows made it bad."""
+        """Skip an update, or raise; name the rows that made it bad either way."""
         args, update = trainer.args, result.update
         where = _explain(trainer, runner, result, model)
         text = (
@@ -167,7 +168,7 @@ class GradientGate:
         record_event(trainer, "skipped_update", text=text)
 
     def _forget(self, trainer: Any, result: UpdateResult) -> None:
-        """Take an update that trained nothing out of the logs: loss, targets, sequences."""
+        """Remove a skipped update from the logs: its loss, targets and sequences."""
         if self._loss_before is not None:
             trainer._tr_loss.copy_(self._loss_before)
         result.stats = dataclasses.replace(result.stats, num_targets=0, num_sequences=0)
@@ -175,11 +176,13 @@ class GradientGate:
 
 
 def _explain(trainer: Any, runner: UpdateRunner, result: UpdateResult, model: nn.Module) -> str:
-    """Run this rank's micro-batches again to find the first bad tensor; ask all ranks."""
+    """Run micro-batches again to find the first bad tensor; join what all ranks found."""
     after = RandomState(trainer.args.device)
     runner.rollback.restore()
     rows = "; ".join(describe_rows(mb) for mb in result.update if not mb.weightless)
-    text: str | None = f"its micro-batches held {rows}"  # sharded: no rank can run one alone
+    text: str | None = (
+        f"its micro-batches held {rows}"  # for sharded weights: no rank can run a micro-batch alone
+    )
     if runner.engine.can_roll_back:
         bare = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         try:
@@ -188,7 +191,7 @@ def _explain(trainer: Any, runner: UpdateRunner, result: UpdateResult, model: nn
                 result.update.micro_batches,
                 lambda mb: runner.run_micro_batches(trainer, model, [mb], result.stats),
             )
-        except Exception as error:  # the other ranks wait below for what this one found
+        except Exception as error:  # do not raise: the other ranks wait in the collective below
             text = f"running it again failed ({type(error).__name__}: {error})"
         runner.rollback.restore()
     after.restore()

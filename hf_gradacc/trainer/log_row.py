@@ -1,4 +1,4 @@
-"""One log row: what the updates since the last one consumed, how long they took, what they cost."""
+"""One log row: what the updates since the last row consumed, their times, and their costs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["LogBook"]
 
 
 class LogBook:
-    """Opens and closes the books of each update, and puts them into the log.
+    """Records what each update consumed and how long it took, and puts both into the log.
 
     Args:
-        clock: What the time of an update goes to.
-        rank_runs: This rank's own W&B run, on request.
+        clock: Measures what the time of an update is spent on.
+        rank_runs: This rank's own W&B run, if asked for.
 
     Attributes:
-        clock: The same; another one in each call of ``train()``.
+        clock: The same; each call of ``train()`` has a new one.
     """
 
     def __init__(self, clock: PhaseClock, rank_runs: RankRuns | None) -> None:
@@ -43,17 +43,17 @@ class LogBook:
         return bool(self._started)
 
     def open(self) -> float:
-        """Begin with the wait for an update's data; gives the time."""
+        """Start timing the wait for an update's data; return the time."""
         started = time.perf_counter()
         self.clock.enter("data")
         return started
 
     def begin_update(self, started: float, *, has_data: bool) -> None:
-        """Go on with the update whose data have come, if any came.
+        """Record that the update's data have come, if there were any.
 
         Args:
             started: From `open`.
-            has_data: An iterator that is asked past its end starts no update.
+            has_data: False if the iterator was at its end, so no update starts.
         """
         if has_data:
             self._started = started
@@ -69,7 +69,7 @@ class LogBook:
         grad_norm: float | None,
         facts: LossFacts | None,
     ) -> None:
-        """Close the books of the update that has just ended.
+        """Add the update that has just ended to the log row.
 
         Args:
             window: The updates since the last log row.
@@ -83,17 +83,17 @@ class LogBook:
         if self._rank_runs is not None:
             local = _local_stats(result, facts)
             self._local_window.add(dataclasses.replace(local, step_seconds=seconds))
-        self._started = 0.0  # at the end of an epoch the stock loop calls this once more
+        self._started = 0.0  # at the end of an epoch the stock loop calls this again
 
     def complete(
         self, logs: dict[str, float], window: StatsWindow, *, trainer: Any
     ) -> dict[str, float]:
-        """Put what the updates consumed beside the stock numbers of a training row, in place.
+        """Add what the updates consumed to the stock numbers of a training row, in place.
 
         Args:
             logs: The row, changed in place.
-            window: The updates since the last row; another one begins.
-            trainer: The trainer, whose model and step count are read.
+            window: The updates since the last row; it is reset.
+            trainer: The trainer; its model and step count are read.
 
         Returns:
             The row.
@@ -102,7 +102,7 @@ class LogBook:
             return logs
         num_trained = window.num_updates - window.num_skipped
         if window.num_skipped:
-            # The stock mean took skipped updates for updates with a loss of 0.
+            # The stock mean counted skipped updates as updates with a loss of 0.
             logs["loss"] *= window.num_updates / num_trained if num_trained else math.nan
         logs.update(window.metrics())
         seconds_by_phase = self.clock.take()
@@ -124,7 +124,7 @@ class LogBook:
 
 
 def _local_stats(result: UpdateResult, facts: LossFacts | None) -> UpdateStats:
-    """Add up what this rank ran of the update that has just ended."""
+    """Add up what this rank ran in the update that has just ended."""
     if facts is None or result.stats.num_targets == 0:
         return UpdateStats()
     local = Update([mb for mb in result.update if not mb.weightless]).stats(facts.rule)

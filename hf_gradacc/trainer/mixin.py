@@ -1,13 +1,13 @@
-"""The stock Trainer, with updates for batches: every hook of it that is overridden, each once.
+"""The stock Trainer with updates in place of batches: each hook it overrides, once.
 
 One item of the DataLoader is one `Update`, so for the stock loop ``gradient_accumulation_steps``
-is 1, and its steps, schedule, callbacks and epoch ends are right as they are. Inside
+is 1, and its steps, schedule, callbacks and epoch ends need no change. Inside
 ``training_update`` each micro-batch goes through ``training_step``, and so through the stock one,
 with the weight ``n_i / N``: its own targets over those of the whole update on all ranks.
 
-A hook says in what order the parts are called. The parts are held, not inherited: a part overrides
-nothing, calls no ``super()``, and is handed what it needs of the stock Trainer. What the hooks rely
-on is asserted by ``tests/promise/test_stock_contract.py``.
+A hook calls the parts in their order. The parts are attributes, not base classes: a part overrides
+nothing, calls no ``super()``, and receives what it needs of the stock Trainer as arguments.
+``tests/promise/test_stock_contract.py`` asserts what the hooks assume of the stock code.
 """
 
 from __future__ import annotations
@@ -70,43 +70,44 @@ class GradAccMixin(Trainer):
     =======================================  =====================================================
     ``train``                                resumes from whole checkpoints only; SIGTERM and
                                              SIGINT end it after a whole, saved update
-    ``_inner_training_loop``                 the stock loop sees one batch per step, all others
-                                             what the user asked for
+    ``_inner_training_loop``                 shows the stock loop one batch per step, and all
+                                             others the user's arguments
     ``get_train_dataloader``                 loads updates
-    ``get_total_train_batch_size``           is the effective batch size
-    ``set_initial_training_values``          counts updates as they will be
-    ``_init_training_state``                 the position in the data, from the ledger
+    ``get_total_train_batch_size``           returns the effective batch size
+    ``set_initial_training_values``          counts the updates of each epoch
+    ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
-    ``_run_epoch``                           begins where the run stands; makes up for an evaluation
-    ``_load_rng_state``                      goes on from after that evaluation
-    ``get_batch_samples``                    hands out one update
-    ``training_step``                        one micro-batch, laid out the cheapest way
-    ``current_gradient_accumulation_steps``  what its loss is divided by: the weight rule
-    ``compute_loss``                         label smoothing that keeps the model's own loss
-    ``_get_num_items_in_batch``              an evaluation batch's loss is a mean over its own
+    ``_run_epoch``                           begins at that position; makes up for an evaluation
+                                             that a signal broke off
+    ``_load_rng_state``                      keeps the random state from after that evaluation
+    ``get_batch_samples``                    returns one update
+    ``training_step``                        runs one micro-batch, laid out the cheapest way
+    ``current_gradient_accumulation_steps``  divides its loss: the weight rule
+    ``compute_loss``                         smooths labels without replacing the model's loss
+    ``_get_num_items_in_batch``              counts an evaluation batch by its own targets
     ``floating_point_ops``                   adds up an update's micro-batches
-    ``_track_num_input_tokens``              takes the count from the update's one collective
-    ``_clip_grad_norm``                      clips no update without targets
-    ``_get_grad_norm``                       nothing non-finite goes on to the optimizer
-    ``_maybe_log_save_evaluate``             closes the books of the update; heeds signals
-    ``log``                                  what the updates consumed, in every training row
-    ``_evaluate``                            a signal breaks an evaluation off
-    ``_determine_best_metric``               a broken-off evaluation makes no checkpoint the best
-    ``evaluation_loop``                      evaluation loss per target, over all ranks
-    ``prediction_step``                      counts targets; in pieces if a batch does not fit
-    ``_save_checkpoint``                     written aside, checked, renamed
-    ``_get_output_dir``                      where that is
-    ``_push_from_checkpoint``                uploads nothing that is not whole
-    ``save_model``                           a disk error says where weights can still be found
-    ``_save_optimizer_and_scheduler``        a disk error waits until all ranks have heard of it
+    ``_track_num_input_tokens``              takes the count from the update's only collective
+    ``_clip_grad_norm``                      leaves out updates without targets
+    ``_get_grad_norm``                       keeps NaN and infinity from the optimizer
+    ``_maybe_log_save_evaluate``             adds the update to the log row; acts on signals
+    ``log``                                  adds what the updates consumed to training rows
+    ``_evaluate``                            breaks off on a signal
+    ``_determine_best_metric``               ignores an evaluation that was broken off
+    ``evaluation_loop``                      reports the loss per target, over all ranks
+    ``prediction_step``                      counts targets; cuts a batch that does not fit
+    ``_save_checkpoint``                     writes to a staging folder, checks, renames
+    ``_get_output_dir``                      returns that folder meanwhile
+    ``_push_from_checkpoint``                uploads whole checkpoints only
+    ``save_model``                           says where weights still are if the disk fails
+    ``_save_optimizer_and_scheduler``        holds back a disk error until all ranks know of it
     ``_save_scaler``                         likewise
     ``_save_rng_state``                      likewise
-    ``_finalize_training``                   losses of all ranks; keeps the newest checkpoint
+    ``_finalize_training``                   averages losses over ranks; keeps the newest checkpoint
     =======================================  =====================================================
 
     Attributes:
         facts: What the loss is a mean over; None until the model has been asked.
-        ledger: What the run has consumed, and where it stands.
+        ledger: What the run has consumed, and its position in the data.
         token_budget: The tokens a micro-batch may compute.
         stop_signals: Which signal the run stops for.
     """
@@ -153,22 +154,22 @@ class GradAccMixin(Trainer):
 
     @property
     def shortcuts(self) -> Shortcuts | None:
-        """Which cheaper ways to the same loss are taken, and why not the others."""
+        """The cheaper ways to the same loss that are taken, and why the others are not."""
         return self._micro_batch_step.shortcuts
 
     @property
     def last_update(self) -> UpdateResult | None:
-        """What became of the update that ran last; None before the first."""
+        """The result of the update that ran last; None before the first."""
         return self._last_update
 
     @property
     def update_collator(self) -> UpdateCollator | None:
-        """What makes updates of rows; None if a subclass built its own loader."""
+        """The collator that makes updates of rows; None if a subclass built its own loader."""
         return self._training_data.collator
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a rank holds a part of the weights only."""
+        """Whether each rank holds only a part of the weights."""
         return bool(self._rank_engine.shards_weights)
 
     @property
@@ -185,12 +186,12 @@ class GradAccMixin(Trainer):
 
         Args:
             resume_from_checkpoint: A folder; True for the newest whole one in ``output_dir``; or
-                "auto" for that one if there is any, else from the start.
+                "auto" for that one if there is any, else to start from the beginning.
             *args: As for the stock Trainer.
             **kwargs: Likewise.
 
         Raises:
-            CheckpointError: If the one asked for is damaged, or True was asked and none is whole.
+            CheckpointError: If the folder is damaged, or if True was passed and none is whole.
         """
         checkpoint = choose_checkpoint(self.args, resume_from_checkpoint)
         self._gradient_gate.begin_run()
@@ -211,16 +212,16 @@ class GradAccMixin(Trainer):
         return self._training_data.load(self, is_stock_loader=is_stock, engine=self._rank_engine)
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Give the effective batch size."""
+        """Return the effective batch size."""
         return self._training_data.total_batch_size(self, args)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Count updates and sequences as they will be, epoch by epoch."""
+        """Count the updates and sequences of the run, epoch by epoch."""
         stock_values = super().set_initial_training_values
         return self._training_data.initial_values(self, args, dataloader, stock_values)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        self.ledger.restart()  # the new state takes over what callbacks hold of the last train()
+        self.ledger.restart()  # the new state copies what callbacks kept from the last train()
         self._noise_listener.restore(None)
         epochs, updates = super()._init_training_state(*args, **kwargs)
         saved = self.state.stateful_callbacks or {}
@@ -235,7 +236,9 @@ class GradAccMixin(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         self._rank_engine = self._make_engine()
-        self._log_book.clock = PhaseClock(self.args.device)  # the last run may have ended anywhere
+        self._log_book.clock = PhaseClock(
+            self.args.device
+        )  # the last run may have ended in any phase
         self._rank_engine.before_wrapping(
             resume_from_checkpoint, is_wrapped=getattr(self, "deepspeed", None) is not None
         )
@@ -243,7 +246,7 @@ class GradAccMixin(Trainer):
             max_steps, train_dataloader, resume_from_checkpoint
         )
         self._rank_engine.after_wrapping(model)
-        self.facts = None  # the model may be another one than in the last call of train()
+        self.facts = None  # the model may differ from that of the last call of train()
         if self._training_data.sample_inputs is not None:
             facts = self._ask(model, self._training_data.sample_inputs, sample=self.sample)
             refuse_data_without_targets(self.train_dataset, self.sample, facts.rule)
@@ -265,7 +268,7 @@ class GradAccMixin(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
     ) -> tuple[list[Any], None]:
-        """Hand out the next update. Its items are counted in `training_update`, once."""
+        """Return the next update. `training_update` counts its items, once."""
         started = self._log_book.open()
         updates = self._training_data.next_update(self, self.ledger, epoch_iterator)
         self._log_book.begin_update(started, has_data=bool(updates))
@@ -277,7 +280,7 @@ class GradAccMixin(Trainer):
         """Run forward and backward of one micro-batch, as the stock step does.
 
         An override in a subclass is called for each micro-batch, see `_per_micro_batch`. The stock
-        loop comes here with a whole update, which goes to `training_update`.
+        loop calls this with a whole update, which is passed to `training_update`.
         """
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
@@ -287,7 +290,7 @@ class GradAccMixin(Trainer):
         )
 
     def training_update(self, model: nn.Module, update: Update) -> Tensor:
-        """Run an update up to its gradient; the time that follows is the optimizer's.
+        """Run an update up to its gradient; the optimizer steps after it.
 
         Override it to look at whole updates.
 
@@ -296,9 +299,9 @@ class GradAccMixin(Trainer):
             update: This rank's share.
 
         Returns:
-            The update's mean loss, scaled so that the stock average over ranks gives it.
+            The update's mean loss, scaled so that the stock average over ranks is that mean.
         """
-        # Not asked yet: a stream that nobody could look into, or a loader of a subclass.
+        # Not asked yet: the stream cannot be read ahead, or a subclass built the loader.
         facts = self.facts or self._ask(model, agree_on_inputs(update))
         runner = self._update_runner = self._update_runner or self._make_runner(model)
         self._gradient_gate.begin_update(self)
@@ -318,7 +321,7 @@ class GradAccMixin(Trainer):
 
     @property
     def current_gradient_accumulation_steps(self) -> float:
-        """What a loss is to be divided by. Reading it is taken for doing so."""
+        """What a loss must be divided by. Whoever reads it is trusted to divide by it."""
         self._micro_batch_step.was_weighed = True
         return self._micro_batch_step.divisor
 
@@ -340,7 +343,7 @@ class GradAccMixin(Trainer):
         return self._foreign_metrics.compute_loss(self, loss, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
-        """Tell a loss its own count if it must have it, and nothing otherwise."""
+        """Return the batch's own target count if the loss needs it, else None."""
         if self.facts is None or not self.facts.wants_own_count or not batch_samples:
             return None
         rule = self.facts.rule
@@ -355,7 +358,7 @@ class GradAccMixin(Trainer):
         return stock_count(inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Count what went in, over all ranks, without a collective per micro-batch."""
+        """Count input tokens over all ranks, without a collective per micro-batch."""
         kind = self.args.include_num_input_tokens_seen
         if not isinstance(inputs, Update) or self._last_update is None:
             super()._track_num_input_tokens(inputs)
@@ -383,7 +386,7 @@ class GradAccMixin(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Close the books of the update that has just ended, then log, evaluate, save."""
+        """Add the update that has just ended to the log row, then log, evaluate, save."""
         if self._log_book.is_open and self._last_update is not None:
             norm = self._gradient_gate.take_norm()
             self._log_book.close(
@@ -399,7 +402,7 @@ class GradAccMixin(Trainer):
                 self._stopping.stop_between_updates(self, save)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Put what the updates consumed beside the stock numbers of a training row."""
+        """Add what the updates consumed to the stock numbers of a training row."""
         self._log_book.complete(logs, self.ledger.window, trainer=self)
         if is_training_row(logs):
             logs.update(self._noise_listener.metrics())
@@ -412,7 +415,7 @@ class GradAccMixin(Trainer):
         return self._stopping.evaluate(self, stock_evaluate)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Call no checkpoint the best for an evaluation that was broken off."""
+        """Ignore an evaluation that was broken off."""
         return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -426,7 +429,7 @@ class GradAccMixin(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        """Run the stock step, in pieces if it must, and count the targets of its loss."""
+        """Run the stock step, in pieces if the batch does not fit, and count its targets."""
         stock_step = super().prediction_step
         self._stopping.check_evaluation(self.args)
         rows_per_sequence = self._exact_evaluation.rows_per_sequence
@@ -449,27 +452,27 @@ class GradAccMixin(Trainer):
     # ---- saving --------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Let the stock code write aside, then give the whole checkpoint its name."""
+        """Let the stock code write into a staging folder, then rename the whole checkpoint."""
         run_dir = Path(super()._get_output_dir(trial))
         save = functools.partial(super()._save_checkpoint, model, trial)
         note_losses(self, self.ledger)
         self._checkpoint_writer.save(self, run_dir, save, push=super()._push_from_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Point the stock code aside while it writes a checkpoint."""
+        """Return the staging folder while a checkpoint is written, else the stock folder."""
         staging = self._checkpoint_writer.staging
         return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload nothing that is not whole; `_save_checkpoint` does it once it is."""
+        """Upload nothing while a checkpoint is written; `_save_checkpoint` does it afterwards."""
         if self._checkpoint_writer.staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as stock does.
+        """Save the model as the stock Trainer does.
 
         Raises:
-            CheckpointError: If the disk fails, with where the weights can still be found.
+            CheckpointError: If the disk fails; it says where the weights can still be found.
         """
         if self._checkpoint_writer.staging is not None:
             with self._checkpoint_writer.inside_checkpoint():
@@ -491,14 +494,14 @@ class GradAccMixin(Trainer):
             super()._save_rng_state(output_dir)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take losses not yet logged from all ranks; keep the newest checkpoint beside the best."""
+        """Average the losses not yet logged over ranks; keep the newest checkpoint."""
         self._foreign_metrics.hand_over(self)
         self._noise_listener.tell_verdict(self)
-        # Stock adds rank 0's own to the mean.
+        # The stock code would add only rank 0's losses.
         self._tr_loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean()
         with self._checkpoint_writer.keeping_newest(self.args):
             output = super()._finalize_training(trial, *args, **kwargs)
-        # A kill may have come between saving and this.
+        # The run may have been killed between saving and rotating.
         rotate(self.args, self.state, Path(self._get_output_dir(trial)))
         return output
 
@@ -514,7 +517,7 @@ class GradAccMixin(Trainer):
         )
 
     def _make_runner(self, model: nn.Module) -> UpdateRunner:
-        """Look at the model's weights and buffers once it is wrapped and on its device."""
+        """Make the runner, once the model is wrapped and on its device."""
         sums_in_float32 = self.args.accumulate_grads_in_fp32 is not False
         asked = self.args.max_tokens_per_micro_batch if self.update_collator else None
         self.token_budget.begin(asked)
@@ -533,7 +536,7 @@ class GradAccMixin(Trainer):
         )
 
     def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
-        """Ask the model how its loss counts, without a trace in other trainers' metrics."""
+        """Ask the model how its loss counts; keep that out of the trainer's own metrics."""
         with self._foreign_metrics.taking():
             facts, shortcuts = ask_trainer(
                 self, model, inputs, sample=sample, engine=self._rank_engine
@@ -543,7 +546,7 @@ class GradAccMixin(Trainer):
         return facts
 
     def _replaces_smoothing(self, inputs: Any) -> bool:
-        """Say whether labels are smoothed, and by us: nobody behind the mixin computes the loss."""
+        """Return whether we smooth labels: they are smoothed, and nobody else computes the loss."""
         mro = type(self).__mro__
         behind = mro[mro.index(GradAccMixin) + 1 : mro.index(Trainer)]
         return (
@@ -560,7 +563,7 @@ class GradAccMixin(Trainer):
 
 
 def _check_arguments(trainer: Any) -> None:
-    """Refuse arguments without our options, and ways to train that cannot be exact."""
+    """Refuse arguments without our options, and settings that cannot be exact."""
     args = trainer.args
     if not isinstance(trainer.args, GradAccOptions):
         name = type(trainer.args).__name__
@@ -583,7 +586,7 @@ def _check_arguments(trainer: Any) -> None:
 
 
 def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a ``training_step`` that was written for batches see micro-batches, never updates."""
+    """Wrap a ``training_step`` that was written for batches: it never sees an update."""
 
     @functools.wraps(step)
     def training_step(
@@ -598,7 +601,7 @@ def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class GradAccTrainer(GradAccMixin, Trainer):
-    """``transformers.Trainer`` whose accumulated gradient is that of the whole batch.
+    """``transformers.Trainer`` whose accumulated gradient equals that of the whole batch.
 
     Takes the same arguments; ``args`` is a `GradAccArguments`.
 

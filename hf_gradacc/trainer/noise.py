@@ -1,4 +1,4 @@
-"""Which updates the gradient noise scale is measured on, and listening to their micro-batches."""
+"""Measure the gradient noise scale on some updates, from the gradients of their micro-batches."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["NoiseListener"]
 
 
 class NoiseListener:
-    """Listens to the gradients of an update whose micro-batches were cut at random.
+    """Takes the gradients of an update whose micro-batches were cut at random, and measures noise.
 
     Args:
         every: ``noise_scale_every``; None or 0 measures nothing.
 
     Attributes:
         record: The measurements, kept with every checkpoint; None if nothing is measured.
-        is_listening: The update in progress is one that is measured.
+        is_listening: The update in progress is measured.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -37,10 +37,10 @@ class NoiseListener:
         self._num_local_sequences = 0
 
     def check_engine(self, engine: Engine) -> None:
-        """Refuse to measure where autograd never sees whole gradients.
+        """Refuse to measure under engines in which autograd never sees whole gradients.
 
         Raises:
-            ConfigError: If a scale was asked for under FSDP or ZeRO.
+            ConfigError: If ``noise_scale_every`` is set under FSDP or ZeRO.
         """
         if self.every and engine.lockstep:
             raise ConfigError(
@@ -49,19 +49,19 @@ class NoiseListener:
             )
 
     def restore(self, saved: dict[str, Any] | None) -> None:
-        """Go on with the measurements of a checkpoint, or without any."""
+        """Continue with the measurements of a checkpoint, or start without any."""
         if self.record is not None:
             self.record.restore(saved)
 
     def take_over(self, trainer: Any, saved: dict[str, Any] | None) -> None:
-        """Find the record again after stock may have put a new one in its place; restore it."""
+        """Take the record that the stock code may have put in place of ours, and restore it."""
         if self.record is not None:
             record: NoiseRecord = restored(trainer, NoiseRecord)
             self.record = record
             self.restore(saved)
 
     def begin(self, model: nn.Module, update: Update) -> None:
-        """Listen to an attempt at an update, and to that attempt only."""
+        """Start measuring an attempt at an update; an earlier attempt is dropped."""
         self.is_listening = self.record is not None and measures_noise(
             update.index, every=self.every
         )
@@ -70,13 +70,13 @@ class NoiseListener:
             self.record.meter.before_update(model.parameters())
 
     def hear(self, micro_batch: MicroBatch, *, num_targets: int, total: int, trainer: Any) -> None:
-        """Take in the gradient of one micro-batch as its backward has left it.
+        """Add the gradient of one micro-batch, right after its backward.
 
         Args:
             micro_batch: The micro-batch.
             num_targets: Its targets.
             total: Targets of the update over all ranks.
-            trainer: The trainer, which knows the loss scale.
+            trainer: The trainer; its loss scale is read.
         """
         if self.is_listening and self.record is not None and not micro_batch.weightless:
             self.record.meter.after_micro_batch(
@@ -84,7 +84,7 @@ class NoiseListener:
             )
 
     def end(self, trainer: Any, model: nn.Module) -> None:
-        """Close a measurement once the update's gradient is whole."""
+        """Finish a measurement, after the update's gradient was reduced over ranks."""
         if self.is_listening and self.record is not None:
             self.record.meter.after_update(
                 model.parameters(),
@@ -95,11 +95,11 @@ class NoiseListener:
         self.is_listening = False
 
     def metrics(self) -> dict[str, float]:
-        """Give the smoothed noise scale for a log row."""
+        """Return the smoothed noise scale for a log row."""
         return {} if self.record is None else self.record.meter.metrics()
 
     def tell_verdict(self, trainer: Any) -> None:
-        """Say at the end whether the batch was too small, right, or larger than useful."""
+        """Record at the end whether the batch was too small, right, or larger than useful."""
         verdict = None if self.record is None else self.record.meter.verdict()
         if verdict is not None:
             record_event(
@@ -108,6 +108,6 @@ class NoiseListener:
 
 
 def _grad_scale(trainer: Any) -> float:
-    """Give what gradients are multiplied with while fp16 is trained."""
+    """Return the factor that gradients are multiplied by in fp16 training; else 1."""
     scaler = trainer.accelerator.scaler
     return 1.0 if scaler is None else float(scaler.get_scale())

@@ -1,4 +1,4 @@
-"""Where a run stands in its data: kept with every checkpoint, found again after it."""
+"""The position of a run in its data: saved with every checkpoint, restored from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ledger(TrainerCallback, ExportableState):
         window: Numbers since the last log row and totals of the run.
         epoch: Passes over the data that have ended.
         update: Updates taken from the current pass.
-        position: Where a stream stands after them, see `UpdateStream.start_at`.
+        position: The position of a stream after them, see `UpdateStream.start_at`.
         membership: What decides which sequences share an update; a resume must not change it.
         loss_sums: Each rank's losses since the last log row, in the order of ranks.
         last_logged: Step of the last log row.
@@ -52,11 +52,11 @@ class Ledger(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note that a pass has ended, before a checkpoint of this moment is written."""
+        """Record that a pass has ended, before a checkpoint of this moment is written."""
         self.epoch, self.update, self.position = self.epoch + 1, 0, None
 
     def state(self) -> dict[str, Any]:
-        """Give what `restore` needs; JSON only."""
+        """Return what `restore` needs, as JSON values."""
         attributes = {
             "window": dataclasses.asdict(self.window),
             "epoch": self.epoch,
@@ -69,11 +69,11 @@ class Ledger(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def restore(self, saved: dict[str, Any], *, allow_changed_data: bool = False) -> None:
-        """Continue a run from what `state` gave.
+        """Continue a run from what `state` returned.
 
         Args:
-            saved: As `state` gave it.
-            allow_changed_data: Go on even if the dataset is another one than then.
+            saved: As `state` returned it.
+            allow_changed_data: Continue even if the dataset has changed since.
 
         Raises:
             ConfigError: If the settings that decide membership have changed since.
@@ -104,7 +104,7 @@ class Ledger(TrainerCallback, ExportableState):
         self.restore_totals(saved)
 
     def restore_totals(self, saved: dict[str, Any]) -> None:
-        """Take over what the run has consumed, whatever comes next."""
+        """Restore only what the run has consumed, not its position."""
         saved = saved.get("attributes", saved)
         window = dict(saved["window"])
         self.window = StatsWindow(**{**window, "total": UpdateStats(**window["total"])})
@@ -119,24 +119,24 @@ def _list(changed: dict[str, tuple[Any, Any]]) -> str:
 
 
 def restored(trainer: Any, kind: type) -> Any:
-    """Find a callback of ours after stock may have put a new one in its place from a checkpoint."""
+    """Return our callback of a kind; the stock code may have made a new one from a checkpoint."""
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
 
 
 def find_place(
     trainer: Any, ledger: Ledger, membership: dict[str, Any], *, epochs: int, updates: int
 ) -> tuple[int, int]:
-    """Take the position in the data from the ledger, not from a division of steps.
+    """Return the position in the data by the ledger; stock divides the step by the loader's length.
 
     Args:
         trainer: The trainer, its state restored from the checkpoint if there is one.
         ledger: Its ledger.
         membership: What decides which sequences share an update today.
-        epochs: Passes that have ended, as stock reckons.
+        epochs: Passes that have ended, as the stock code computes them.
         updates: Updates taken from the current pass, likewise.
 
     Returns:
-        Both, as they are.
+        Epochs and updates, corrected.
 
     Raises:
         ConfigError: If the settings that decide membership have changed since.
@@ -148,7 +148,7 @@ def find_place(
     saved = (states or {}).get(type(ledger).__name__)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExportableState) and states is not None:
-            # A checkpoint of the stock Trainer lacks ours, and its next save would stumble.
+            # A checkpoint of the stock Trainer lacks our entries; without them its next save fails.
             states.setdefault(type(callback).__name__, callback.state())
     if not saved or "membership" not in saved.get("attributes", {}):
         return epochs, updates
@@ -167,7 +167,7 @@ def find_place(
 
 
 def begin_epoch(trainer: Any, ledger: Ledger, arguments: dict[str, Any]) -> None:
-    """Tell the loader its epoch and where in it to begin, and stock how many updates it has.
+    """Set the loader's epoch and its start in it, and the number of updates for the stock loop.
 
     Args:
         trainer: The trainer.
@@ -185,8 +185,8 @@ def begin_epoch(trainer: Any, ledger: Ledger, arguments: dict[str, Any]) -> None
     if is_resumed:
         _take_over_losses(trainer, ledger)
     if is_resumed and num_skipped >= arguments["num_update_steps_per_epoch"]:
-        # Saved between the last update and the end of the epoch: the stock loop would restore
-        # the random state with the first batch it loads, and there is none left to load.
+        # Saved between the last update and the end of the epoch. The stock loop restores the
+        # random state when it loads its first batch, but no batch is left to load.
         trainer._load_rng_state(checkpoint)
     if num_skipped and isinstance(loader.dataset, UpdateStream):
         loader.dataset.start_at(epoch, updates=num_skipped, position=ledger.position)
@@ -194,7 +194,7 @@ def begin_epoch(trainer: Any, ledger: Ledger, arguments: dict[str, Any]) -> None
 
 
 def _take_over_losses(trainer: Any, ledger: Ledger) -> None:
-    """Put back the losses not yet logged, so that the next row is the mean it would be."""
+    """Restore the losses not yet logged, so that the next row has the mean of all its updates."""
     sums = ledger.loss_sums
     if not sums:
         return
@@ -202,10 +202,10 @@ def _take_over_losses(trainer: Any, ledger: Ledger) -> None:
     mean = sum(sums) / len(sums)
     trainer._tr_loss += sums[trainer.args.process_index] if is_same_world else mean
     trainer._globalstep_last_logged = ledger.last_logged
-    trainer._total_loss_scalar -= mean  # train_loss is of this call's steps
+    trainer._total_loss_scalar -= mean  # train_loss covers this call's steps only
 
 
 def note_losses(trainer: Any, ledger: Ledger) -> None:
-    """Note for the next checkpoint what every rank has summed up since the last log row."""
+    """Store each rank's sum of losses since the last log row, for the next checkpoint."""
     ledger.loss_sums = gather_objects(float(trainer._tr_loss))
     ledger.last_logged = trainer._globalstep_last_logged

@@ -1,12 +1,12 @@
-"""Run an update: weigh its micro-batches, and start over finer until it went through on all ranks.
+"""Run an update: weigh its micro-batches; if it runs out of memory, cut it finer and start over.
 
 A micro-batch's loss is a mean over its own ``n_i`` targets. Weighted by ``n_i / N``, with ``N`` all
 targets of the update on all ranks,
 
     Σ_i (n_i / N) · mean_i  =  (1 / N) · Σ over all targets
 
-which is the mean of the whole batch at once, and so is its gradient. The cut never changes it, so
-an update that runs out of memory is rolled back, cut finer, and run again.
+which is the mean of the whole batch at once, and its gradient is that of the whole batch. The cut
+never changes it, so an update that runs out of memory is rolled back, cut finer, and run again.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class UpdateResult:
-    """What became of an update.
+    """The result of an update.
 
     Attributes:
         update: This rank's share as it ran in the end.
         stats: What the update held, over all ranks.
-        loss: Its mean loss, scaled so that the stock average over ranks gives it.
+        loss: Its mean loss, scaled so that the stock average over ranks is that mean.
         local_loss: This rank's part of it.
-        outcome: What the ranks said of it.
+        outcome: What the ranks agreed on.
     """
 
     update: Update
@@ -76,9 +76,9 @@ class _Failure:
     """Why an attempt at an update failed on this rank. Holds no traceback, and so no activations.
 
     Attributes:
-        outcome: What the other ranks are told; None where nothing failed.
-        message: What the allocator said.
-        error: What this rank raises once the others know.
+        outcome: What this rank tells the others; None if nothing failed.
+        message: The allocator's message.
+        error: What this rank raises, after it has told the others.
     """
 
     outcome: UpdateOutcome | None = None
@@ -94,7 +94,7 @@ def divisor_of(num_targets: int, *, of: int, factor: int) -> float:
     Args:
         num_targets: Targets of the micro-batch.
         of: Targets of the whole update, over all ranks.
-        factor: What the engine divides gradients by, see `Engine.factor`.
+        factor: The engine divides gradients by it, see `Engine.factor`.
 
     >>> divisor_of(3, of=12, factor=1)
     4.0
@@ -108,14 +108,14 @@ class UpdateRunner:
     Args:
         step: Holds the weight of the micro-batch that runs.
         engine: How the ranks work together.
-        clock: Told what the time goes to.
+        clock: Measures what the time is spent on.
         budget: The tokens a micro-batch may compute.
-        noise: Listens to updates that are measured.
-        metrics: Keeps what other trainers collect.
+        noise: Measures the gradient noise scale.
+        metrics: Keeps what the trainer behind the mixin collects.
         rollback: The state that an update begins from.
-        float32: The weights whose gradients are summed in float32, None for none.
-        spare: Collated rows to run with a weight of zero where ranks run in step and this one has
-            none.
+        float32: The weights whose gradients are summed in float32; None if there are none.
+        spare: Collated rows to run with a weight of zero, if ranks run in lockstep and this rank
+            has none of its own.
     """
 
     def __init__(
@@ -146,16 +146,16 @@ class UpdateRunner:
         """Run this rank's share of an update; leave the update's exact gradient in ``.grad``.
 
         Args:
-            trainer: The trainer; it has been told how its loss counts.
+            trainer: The trainer; its ``facts`` are known.
             model: The wrapped model.
             loaded: The share as the loader gave it.
 
         Returns:
-            What became of it. An update without any target leaves no gradient.
+            The result. An update without any target leaves no gradient.
 
         Raises:
             MemoryBudgetError: If one sequence alone does not fit into memory.
-            RankFailedError: If another rank failed of something else.
+            RankFailedError: If another rank failed for another reason.
         """
         update, stats = self._weigh(trainer, loaded)
         if stats.num_targets == 0:
@@ -165,7 +165,7 @@ class UpdateRunner:
         self.rollback.mark()
         tried: list[str] = []
         while True:
-            # Each time: of one micro-batch that did not fit there are several now, to be summed.
+            # Checked in each attempt: one micro-batch that did not fit may be several by now.
             if trainer.args.accumulate_grads_in_fp32 or stats.num_micro_batches > 1:
                 self._sum_in_float32()
             loss: Tensor | None = None
@@ -203,7 +203,7 @@ class UpdateRunner:
     ) -> Tensor:
         """Run forward and backward of micro-batches, each weighted by its share of the targets.
 
-        Gradients add up in ``.grad``, not yet over ranks.
+        Gradients add up in ``.grad``; they are not summed over ranks yet.
 
         Returns:
             Their part of the update's mean loss.
@@ -247,7 +247,7 @@ class UpdateRunner:
         return loss
 
     def _meeting_ranks(self) -> contextlib.AbstractContextManager[None]:
-        """Count as reduction what waits for other ranks, if there are any."""
+        """Count the time inside as reduction, if there are other ranks to wait for."""
         alone = self.engine.world_size == 1
         return contextlib.nullcontext() if alone else self.clock.within("reduction")
 
@@ -258,7 +258,7 @@ class UpdateRunner:
     # ---- weighing ------------------------------------------------------------------------------
 
     def _weigh(self, trainer: Any, update: Update) -> tuple[Update, UpdateStats]:
-        """Cut an update to what fits, leave out what holds no target, count over all ranks."""
+        """Cut an update to the cap, drop micro-batches without a target, count over all ranks."""
         rule, collator = trainer.facts.rule, trainer.update_collator
         if self.budget.cap is not None:
             update = cut_to_limit(
@@ -285,8 +285,8 @@ class UpdateRunner:
         rule: TargetRule,
         collator: UpdateCollator | None,
     ) -> Update:
-        """Give every rank as many micro-batches as the one that has planned most of them."""
-        if min(planned) == 0 and self._spare is None:  # a stream nobody could look into
+        """Bring this rank to as many micro-batches as the rank that has planned the most."""
+        if min(planned) == 0 and self._spare is None:  # a stream that cannot be read ahead
             self._spare = agree_on_inputs(update)
         return even_out(
             update,
@@ -298,7 +298,7 @@ class UpdateRunner:
         )
 
     def _pad_to_one_width(self, trainer: Any, update: Update) -> None:
-        """Pad all micro-batches to one width, over all ranks too: this model sees padding."""
+        """Pad all micro-batches to one width, the same on all ranks: padding changes this loss."""
         mine = [mb for mb in update if "input_ids" in mb.inputs]
         widths = [mb.inputs["input_ids"].shape[-1] for mb in mine]
         width = largest_over_ranks(max(widths, default=0), device=trainer.args.device)
@@ -309,7 +309,7 @@ class UpdateRunner:
 
     @contextlib.contextmanager
     def _catching(self, trainer: Any) -> Iterator[_Failure]:
-        """Turn an error that can be undone into something to tell the other ranks."""
+        """Turn an error that can be undone into an outcome that the other ranks are told."""
         failure = _Failure()
         self._running = None
         can_roll_back = self.engine.can_roll_back
@@ -329,7 +329,7 @@ class UpdateRunner:
             if not recovers:
                 failure.error, failure.outcome = error, UpdateOutcome(broken=1)
             else:
-                # Words alone: the error's traceback would keep all activations alive.
+                # Only its message: the error's traceback would keep all activations alive.
                 failure.message = message_of(error)
                 failure.outcome = self._describe_failure(trainer.update_collator)
 
@@ -350,13 +350,13 @@ class UpdateRunner:
     def _react(
         self, trainer: Any, outcome: UpdateOutcome, failure: _Failure, tried: list[str]
     ) -> None:
-        """Make the budget smaller, the same on all ranks; or give up on all of them."""
+        """Lower the budget, the same on all ranks; raise if that cannot help."""
         if outcome.broken:
             raise failure.error or RankFailedError(
                 "another rank failed in this update; its own log says how. This one stops with it."
             )
         if not outcome.cap:
-            # Once more with empty caches: what is fragmented may fit after all.
+            # Try again with empty caches: memory may only have been fragmented.
             if tried and tried[-1].endswith("alone"):
                 raise single_row_error(
                     length=outcome.row_length, row=outcome.row, tried=tried, message=failure.message
@@ -378,7 +378,7 @@ def _is_encoder_decoder(model: Any) -> bool:
 
 
 def _skip_optimizer(trainer: Any, update: Update) -> None:
-    """Make this step do nothing: no gradient, and no optimizer step on nothing."""
+    """Make the stock loop skip its optimizer step."""
     trainer.accelerator.gradient_state._set_sync_gradients(False)
     logger.warning_once(
         f"update {update.index} of epoch {update.epoch} has no target in any of its sequences: "
@@ -387,7 +387,7 @@ def _skip_optimizer(trainer: Any, update: Update) -> None:
 
 
 def _halve(micro_batch: MicroBatch, *, collator: UpdateCollator | None) -> list[MicroBatch]:
-    """Cut a micro-batch in two, both trimmed as the collator would have made them."""
+    """Cut a micro-batch in two, each trimmed as the collator would trim it."""
     if not can_slice(micro_batch):
         return [micro_batch]
     count = make_micro_batch

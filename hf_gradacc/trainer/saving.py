@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, checked, renamed; and found again."""
+"""Checkpoints that are whole or absent: written to a staging folder, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def choose_checkpoint(args: Any, asked: str | bool | None) -> str | None:
     Raises:
         CheckpointError: If the one asked for is damaged, or True was asked and none is whole.
     """
-    if args.process_index == 0:  # what a killed run was writing or deleting
+    if args.process_index == 0:  # left behind by a run that was killed while it wrote or deleted
         shutil.rmtree(Path(args.output_dir, STAGING_NAME), ignore_errors=True)
     if not asked:
         return None
@@ -57,7 +57,7 @@ def choose_checkpoint(args: Any, asked: str | bool | None) -> str | None:
 def _look_for_checkpoint(
     output_dir: str, named: str | None, *, is_needed: bool
 ) -> tuple[str | None, str | None]:
-    """Give a checkpoint, or what is wrong; neither if there is nothing to go on from."""
+    """Return a checkpoint, or what is wrong; neither if the run starts from the beginning."""
     if named is not None:
         damage = find_damage(named) if Path(named).is_dir() else "there is no such folder"
         problem = (
@@ -82,7 +82,7 @@ def _look_for_checkpoint(
 
 
 class CheckpointWriter:
-    """Lets the stock code write aside, then gives the whole checkpoint its name.
+    """Lets the stock code write into a staging folder, then renames the whole checkpoint.
 
     Attributes:
         staging: Where the checkpoint in progress is written; None between checkpoints.
@@ -102,11 +102,11 @@ class CheckpointWriter:
         *,
         push: Callable[[str], None],
     ) -> None:
-        """Save a checkpoint; a disk that fails costs the checkpoint, not the run.
+        """Save a checkpoint; if the disk fails, training goes on without it.
 
         Args:
             trainer: The trainer.
-            run_dir: The folder that checkpoints lie in.
+            run_dir: The folder that holds the checkpoints.
             stock_save: Writes one into `staging`.
             push: Uploads a whole checkpoint, if pushing was asked for.
         """
@@ -133,7 +133,7 @@ class CheckpointWriter:
                     _complete(staged, final)
             problem = self._agree_on_problem(args.output_dir)
         if problem is None and args.local_process_index == 0 and staged.is_dir():
-            _complete(staged, final)  # a disk of this node's own, without rank 0's files
+            _complete(staged, final)  # this node has a disk of its own, where rank 0 wrote nothing
         if problem is None:
             self.saved_step = state.global_step
             rotate(args, state, run_dir)
@@ -151,17 +151,17 @@ class CheckpointWriter:
         record_event(trainer, "checkpoint_failed", text=text)
 
     def inside_checkpoint(self) -> contextlib.AbstractContextManager[None]:
-        """Keep an error of the disk for later while a checkpoint is written: some ranks wait."""
+        """While a checkpoint is written, hold back a disk error: other ranks wait for this one."""
         if self.staging is None:
             return contextlib.nullcontext()
         return self._keeping_storage_errors()
 
     @contextlib.contextmanager
     def explaining_failure(self, args: Any, output_dir: str | None) -> Iterator[None]:
-        """Say where weights can still be found if a model outside of checkpoints cannot be saved.
+        """If saving a model outside of checkpoints fails, say where the weights can still be found.
 
         Raises:
-            CheckpointError: In place of an error of the disk.
+            CheckpointError: In place of a disk error.
         """
         try:
             yield
@@ -180,8 +180,8 @@ class CheckpointWriter:
     def keeping_newest(self, args: Any) -> Iterator[None]:
         """Keep the newest checkpoint beside the best one when training ends.
 
-        With ``save_total_limit = 1`` stock deletes it once training ends, be it by a signal: the
-        run would go on, or a finished one begin again, from wherever the best one was.
+        With ``save_total_limit = 1`` the stock code deletes the newest when training ends, also by
+        a signal. A resumed run would then repeat everything since the best one.
         """
         limit, args.save_total_limit = args.save_total_limit, None
         try:
@@ -190,7 +190,7 @@ class CheckpointWriter:
             args.save_total_limit = limit
 
     def _name_best_checkpoint(self, trainer: Any, staged: Path, final: Path) -> None:
-        """Write down the best checkpoint under the name it is going to have."""
+        """Record the best checkpoint under its final name, not that of the staging folder."""
         best = trainer.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             trainer.state.best_model_checkpoint = str(final)
@@ -199,7 +199,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _keeping_storage_errors(self) -> Iterator[None]:
-        """Keep an error of the disk until all ranks can hear of it: some wait in a barrier."""
+        """Hold back a disk error until all ranks are told of it: some wait in a barrier."""
         try:
             yield
         except Exception as error:
@@ -211,14 +211,14 @@ class CheckpointWriter:
         """Tell all ranks whether any of them could not write."""
         error = self._error
         own = None if error is None else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):  # torch says "unexpected pos 64 vs 0" of a full disk
+        with contextlib.suppress(OSError):  # torch reports a full disk as "unexpected pos 64 vs 0"
             free = shutil.disk_usage(output_dir).free
             own = own and f"{own.rstrip('.')} ({free:,} bytes are free on that disk)"
         return next((problem for problem in gather_objects(own) if problem is not None), None)
 
 
 def rotate(args: Any, state: Any, run_dir: Path) -> None:
-    """Do what the stock rotation does, leaving no half-deleted checkpoint under its name."""
+    """Delete old checkpoints as the stock rotation does, each whole or not at all."""
     limit = args.save_total_limit
     if not args.should_save or not limit or limit < 0:
         return

@@ -1,4 +1,4 @@
-"""One micro-batch: laid out the cheapest way that is exact, copied to the device, run by stock."""
+"""Run one micro-batch: lay it out the cheapest exact way, copy it to the device, call stock."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ __all__ = ["MicroBatchStep", "smoothed_loss", "start_copy"]
 
 
 class MicroBatchStep:
-    """The stock step around one micro-batch, and what its loss is divided by.
+    """Runs the stock step on one micro-batch, and holds what its loss is divided by.
 
     Attributes:
         shortcuts: Which cheaper ways to the same loss are taken; None before the model was asked.
-        divisor: What the mean loss is divided by: targets of the update over its own.
-        was_weighed: The divisor was read, which is taken for dividing by it.
+        divisor: The mean loss is divided by it: targets of the update over those of the
+            micro-batch.
+        was_weighed: Whether the divisor was read. Whoever reads it is trusted to divide by it.
     """
 
     def __init__(self) -> None:
@@ -49,8 +50,8 @@ class MicroBatchStep:
     ) -> Tensor:
         """Lay out one micro-batch, start copying it, then run the stock step on it.
 
-        Layout happens here and not in the loader, so that whoever cuts an update again (out of
-        memory, or a loader of somebody else's) deals with plain padded rows.
+        Rows are laid out here and not in the loader. So code that cuts an update again, after
+        running out of memory or from a foreign loader, works on plain padded rows.
 
         Args:
             stock_step: The ``training_step`` behind the mixin.
@@ -83,11 +84,11 @@ class MicroBatchStep:
 
 
 def start_copy(value: Any, device: torch.device) -> Any:
-    """Copy a tensor to the device behind what it still computes; the host does not wait for it."""
+    """Queue the copy of a tensor to the device; the host does not wait for it."""
     if not isinstance(value, Tensor) or value.device == device:
         return value
     if device.type == "cuda" and value.device.type == "cpu":
-        # From pageable memory the host would wait until the copy is staged.
+        # From pageable memory the host would wait until the copy has been staged.
         value = value if value.is_pinned() else value.pin_memory()
     return value.to(device, non_blocking=True)
 
@@ -98,13 +99,13 @@ def smoothed_loss(
     """Add label smoothing to the model's own loss instead of replacing that loss.
 
     Args:
-        trainer: The trainer. Before it knows how its model's loss counts, nothing is smoothed.
+        trainer: The trainer. Nothing is smoothed until its ``facts`` are known.
         stock_loss: The stock ``compute_loss``, called with ``return_outputs`` alone.
         inputs: Collated inputs, with labels.
-        return_outputs: Give the outputs too.
+        return_outputs: Return the outputs too.
 
     Raises:
-        ConfigError: If labels are no classes.
+        ConfigError: If the labels are not classes.
     """
     smoother = trainer.label_smoother
     if inputs["labels"].is_floating_point():

@@ -1,4 +1,4 @@
-"""Stop after a whole, saved update when a signal came; and say in words why a run ended."""
+"""Stop after a whole, saved update when a signal came; explain why a run ended."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Stopping", "outside_error"]
 
 
 class Stopping:
-    """What happens around updates when a signal ends a run. Within one, `runner` passes it on.
+    """Acts on a signal between updates. Within an update, `runner` passes the signal on.
 
     Args:
-        signals: The callback that takes signals over.
+        signals: The callback that handles signals.
     """
 
     _num_runs = 0
@@ -34,20 +34,20 @@ class Stopping:
         self._after_evaluation: RandomState | None = None
 
     def is_asked(self, args: Any) -> bool:
-        """Say whether any rank got a signal. Every rank calls it, at the same place."""
+        """Return whether any rank got a signal. Every rank must call it, at the same place."""
         return bool(self.signals.agree(args.device, alone=args.world_size == 1))
 
     # ---- the run -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def around_run(self, trainer: Any, *, phase: Callable[[], Phase | None]) -> Iterator[None]:
-        """Take signals over while a run lasts; raise what ended it in plain words.
+        """Handle signals while a run lasts; if an error ends it, raise one that explains it.
 
         Args:
             trainer: The trainer.
-            phase: Gives what an update was at, None between updates.
+            phase: Returns the phase that the update is in; None between updates.
         """
-        # The stock answer to "out of memory" is to start over with smaller updates.
+        # Stock answers "out of memory" by starting over with smaller updates.
         args = trainer.args
         finds_batch_size, args.auto_find_batch_size = args.auto_find_batch_size, False
         self.signals.install()
@@ -65,12 +65,12 @@ class Stopping:
             args.auto_find_batch_size = finds_batch_size
 
     def _explain(self, trainer: Any, error: Exception, phase: Phase | None) -> Exception:
-        """Give what to raise for what ended the run, in plain words where it has none."""
+        """Return what to raise for an error that ended the run: itself, or an explanation."""
         update = trainer.state.global_step + 1
         if isinstance(error, GradAccError):
             return error
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            self.signals.exit_if_asked()  # it died of the signal that we got as well
+            self.signals.exit_if_asked()  # it died of the same signal that we got
             return DataError(
                 f"a loader worker died at update {update}: {error}\n"
                 f"  Most often the machine ran out of host memory or of /dev/shm. Set "
@@ -85,20 +85,20 @@ class Stopping:
     # ---- saving --------------------------------------------------------------------------------
 
     def stop_between_updates(self, trainer: Any, save: Callable[[], None]) -> None:
-        """Stop right after an evaluation or a save that a signal came in, not an update later."""
+        """Stop right after an evaluation or a save in which a signal came, not an update later."""
         if self.is_asked(trainer.args):
             trainer.control.should_training_stop = True
             save()
 
     def stop_at_end(self, trainer: Any, save: Callable[[], None]) -> None:
-        """Save what a signal after the last update would leave unsaved, since the exit follows."""
+        """Save if a signal came after the last update, because the process exits next."""
         if self.is_asked(trainer.args) and not trainer.args.load_best_model_at_end:
             save()
 
     # ---- evaluation ----------------------------------------------------------------------------
 
     def evaluate(self, trainer: Any, stock_evaluate: Callable[[], dict[str, float]]) -> Any:
-        """Evaluate while training; a signal breaks it off, since there may be seconds left."""
+        """Evaluate during training; a signal breaks it off, because only seconds may be left."""
         self._is_evaluating = True
         try:
             return stock_evaluate()
@@ -109,10 +109,10 @@ class Stopping:
             self._is_evaluating = False
 
     def check_evaluation(self, args: Any) -> None:
-        """Look for a signal before each batch of an evaluation; ranks have equally many.
+        """Check for a signal before each batch of an evaluation; all ranks have equally many.
 
         Raises:
-            EvaluationStopped: If one came.
+            EvaluationStopped: If a signal came.
         """
         if self._is_evaluating and self.is_asked(args):
             raise EvaluationStopped
@@ -129,27 +129,27 @@ class Stopping:
         """
         if due := kept(trainer.state).get("evaluation_due"):
             keep(trainer.state, evaluation_due=None)
-            if due == "left out":  # what its loader draws is not yet in the checkpoint's state
+            if due == "left out":  # the checkpoint's random state lacks what its loader draws
                 trainer._load_rng_state(arguments["resume_from_checkpoint"])
             before = RandomState(trainer.args.device)
             metrics = trainer._evaluate(arguments["trial"], arguments["ignore_keys_for_eval"])
             if due == "left out":
                 self._after_evaluation = RandomState(trainer.args.device)
             before.restore()
-            if not metrics:  # broken off again: the checkpoint at hand says it is due
+            if not metrics:  # broken off again: the checkpoint still says that it is due
                 trainer.control.should_training_stop = True
                 return False
             best = trainer._determine_best_metric(metrics, arguments["trial"])
             if best and trainer.args.save_strategy == SaveStrategy.BEST:
                 trainer._save_checkpoint(arguments["model"], arguments["trial"])
         if trainer.state.global_step >= trainer.state.max_steps:
-            # Stock asks whether a run has reached its end after an update, never before one.
+            # Stock checks whether a run has reached its end after an update, never before one.
             trainer.control.should_training_stop = True
             return False
         return True
 
     def restore_random_state(self) -> None:
-        """Go on from where the evaluation made up for left the random state."""
+        """Continue with the random state as the evaluation that was made up for left it."""
         if self._after_evaluation is not None:
             self._after_evaluation.restore()
             self._after_evaluation = None
@@ -178,11 +178,11 @@ _PLACES: dict[Phase | None, tuple[str, str]] = {
 
 
 def outside_error(error: BaseException, *, phase: Phase | None, update: int) -> MemoryBudgetError:
-    """Say where memory ran out, if not in a forward or backward: a finer cut is no help there.
+    """Explain where memory ran out outside of forward and backward, where no finer cut helps.
 
     Args:
         error: What the allocator raised.
-        phase: What the update was at, None between updates.
+        phase: The phase that the update was in; None between updates.
         update: Its number, from 1; 0 before the first one has begun.
     """
     place, options = _PLACES[phase]
