@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "Rollback"]
+__all__ = ["BufferState", "RandomState", "Rollback"]
 
 _SMALL_BUFFER_BYTES = 2**20
 
@@ -35,12 +35,54 @@ class RandomState:
         random.setstate(self._python)
 
 
+class BufferState:
+    """A model's buffers as they are: which tensor each is, and what is in it.
+
+    By name and not by object: a forward may change a buffer in place (batch normalization), or put
+    another tensor in its place (``self.count = self.count + 1``).
+
+    Args:
+        model: The model.
+        names: Which buffers to look after; None for all. Quantized models keep their weights in
+            buffers, so large ones are remembered by object alone.
+    """
+
+    def __init__(self, model: nn.Module, names: set[str] | None = None) -> None:
+        self._kept = [
+            (module, key, buffer, _copy(buffer))
+            for prefix, module in model.named_modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and (names is None or f"{prefix}.{key}" in names)
+        ]
+        self._names = {id(module): prefix for prefix, module in model.named_modules()}
+
+    def restore(self) -> None:
+        """Put every buffer back."""
+        with torch.no_grad():
+            for module, key, buffer, copy in self._kept:
+                module._buffers[key] = buffer
+                if copy is not None:
+                    buffer.copy_(copy)
+
+    def changed(self) -> set[str]:
+        """Return the names of the buffers that are not as they were.
+
+        By value: batch normalization does not move the version counter of its statistics.
+        """
+        return {
+            f"{self._names[id(module)]}.{key}"
+            for module, key, buffer, copy in self._kept
+            if module._buffers.get(key) is not buffer
+            or (copy is not None and not _same_bits(buffer, copy))
+        }
+
+
 class Rollback:
     """Where an update began: random states, and buffers that the forward changes.
 
     Weights, optimizer and counters need no copy, since nothing touches them before the optimizer
-    steps. Few models change a buffer in their forward (batch normalization does). Which ones do is
-    seen in the first update, for which all small ones are copied; later only those are.
+    steps. Few models change a buffer in their forward. Which ones do is seen in the first update,
+    for which all small ones are copied; later only those are.
 
     Args:
         model: The model whose buffers to look after.
@@ -48,36 +90,34 @@ class Rollback:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
         self._device = device
-        # Quantized models keep their weights in buffers: do not hold those twice to find out.
-        self._watched: list[Tensor] = [
-            buffer
-            for buffer in model.buffers()
-            if buffer.device.type != "meta"
-            and buffer.numel() * buffer.element_size() <= _SMALL_BUFFER_BYTES
-        ]
-        self._is_first = True
+        self._names: set[str] | None = None  # all of them, until the first update has shown
         self._random = RandomState(device)
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._buffers: BufferState | None = None
 
     def mark(self) -> None:
         """Remember the present as the state to come back to."""
         self._random = RandomState(self._device)
-        self._copies = [(buffer, buffer.detach().clone()) for buffer in self._watched]
+        is_due = self._names is None or bool(self._names)
+        self._buffers = BufferState(self._model, self._names) if is_due else None
 
     def restore(self) -> None:
         """Go back to the state of `mark`."""
         self._random.restore()
-        with torch.no_grad():
-            for buffer, copy in self._copies:
-                buffer.copy_(copy)
+        if self._buffers is not None:
+            self._buffers.restore()
 
     def settle(self) -> None:
         """Note that the update went through: from its first one learn which buffers change."""
-        if self._is_first:
-            # By value: batch normalization does not move the version counter of its statistics.
-            self._watched = [b for b, copy in self._copies if not _same_bits(b, copy)]
-            self._is_first = False
+        if self._names is None and self._buffers is not None:
+            self._names = self._buffers.changed()
+
+
+def _copy(buffer: Tensor) -> Tensor | None:
+    """Copy a small buffer; None for one that is large, or has no values."""
+    is_small = buffer.numel() * buffer.element_size() <= _SMALL_BUFFER_BYTES
+    return buffer.detach().clone() if is_small and buffer.device.type != "meta" else None
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -91,11 +91,15 @@ class ModelFlops:
             weight = count_elements(parameter) * (visited if ".experts." in f".{name}." else 1.0)
             self.used += weight
             self.trained += weight if parameter.requires_grad else 0.0
-        layers = getattr(config, "num_hidden_layers", None) or 0
-        heads = getattr(config, "num_attention_heads", None) or 0
-        width = getattr(config, "hidden_size", None) or 0
-        head_size = getattr(config, "head_dim", None) or (width / heads if heads else 0)
-        self.attention = 12 * layers * heads * head_size / 2
+        layers, heads, width, head_dim = (
+            getattr(config, name, None) or 0
+            for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim")
+        )
+        # Vision models list these by stage (Swin, Segformer, LeViT); what attention costs is then
+        # left out, as it is for models that have none.
+        by_stage = not all(isinstance(n, int | float) for n in (layers, heads, width, head_dim))
+        head_size = 0 if by_stage else head_dim or (width / heads if heads else 0)
+        self.attention = 0.0 if by_stage else 12 * layers * heads * head_size / 2
 
     def per_token(self, *, mean_length: float) -> float:
         """Return ``F``, for sequences of a mean length in input tokens."""
@@ -234,6 +238,8 @@ def _share_of_experts(config: Any) -> float:
         ),
         None,
     )
+    if not (isinstance(visited, int) and isinstance(total, int)):
+        return 1.0
     return visited / total if visited and total else 1.0
 
 

@@ -1,64 +1,86 @@
-"""Show the stock loop other arguments than everybody else sees."""
+"""The stock loop sees one batch per step; everybody else sees the arguments as the user wrote them.
+
+One item of the loader is one update, so the stock loop must not accumulate. Its filter of losses
+replaces a NaN by the mean of earlier ones. Both are arguments that the loop reads in between calls
+of overrides, callbacks, samplers and optimizers, which may read them too. So what is shown depends
+on who reads: the code of the stock loop, or anybody.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["AsRequested"]
+from transformers import Trainer
 
-# One item of the loader is one update, so the stock loop must not accumulate. Gradients and losses
-# are averaged over ranks by the weight rule, so the stock loop must not multiply by its own factor.
-# Its filter would replace a NaN by the mean of earlier losses.
-_STOCK_LOOP_SEES = {
-    "gradient_accumulation_steps": 1,
-    "average_tokens_across_devices": False,
-    "logging_nan_inf_filter": False,
-}
+__all__ = ["changed", "hide_from_stock_loop", "stock_loop_sees_one_batch"]
+
+_LOOP_SEES: dict[str, Any] = {"gradient_accumulation_steps": 1, "logging_nan_inf_filter": False}
+
+_LOOP = frozenset(
+    method.__code__
+    for method in (Trainer._inner_training_loop, Trainer._init_training_state, Trainer._run_epoch)
+)
+
+_in_loop: set[int] = set()
+"""Which arguments, by identity, belong to a loop that runs now."""
 
 
-class AsRequested:
-    """Lets the stock loop see one batch per step, and callbacks what the user asked for.
+class _HiddenFromLoop:
+    """A field of the arguments that the stock loop sees another value of."""
 
-    Attributes:
-        arguments: The arguments that are replaced while the loop runs, as the user wrote them.
+    def __init__(self, name: str, default: Any) -> None:
+        self._name = name
+        self._default = default  # what the class itself gives, as a dataclass does
+
+    def __get__(self, arguments: Any, owner: type) -> Any:
+        if arguments is None:
+            return self._default
+        if id(arguments) in _in_loop and sys._getframe(1).f_code in _LOOP:
+            return _LOOP_SEES[self._name]
+        return vars(arguments)[self._name]
+
+    def __set__(self, arguments: Any, value: Any) -> None:
+        vars(arguments)[self._name] = value
+
+
+def hide_from_stock_loop(arguments: Any) -> None:
+    """Put fields into the class of some arguments that show the stock loop other values.
+
+    Outside of the loop they do what plain attributes do, copies and pickles included.
+
+    Args:
+        arguments: Of any subclass of ``TrainingArguments``.
     """
-
-    def __init__(self) -> None:
-        self.arguments: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def hidden_from_loop(self, trainer: Any) -> Iterator[None]:
-        """Replace the arguments while the stock loop runs; callbacks still see the user's."""
-        self.arguments = {name: getattr(trainer.args, name) for name in _STOCK_LOOP_SEES}
-        handler = trainer.callback_handler
-        stock_call_event = handler.call_event
-
-        def call_event(*args: Any, **kwargs: Any) -> Any:
-            with self.shown(trainer):
-                return stock_call_event(*args, **kwargs)
-
-        handler.call_event = call_event
-        try:
-            with _set(trainer.args, _STOCK_LOOP_SEES):
-                yield
-        finally:
-            del handler.call_event
-            self.arguments = {}
-
-    def shown(self, trainer: Any) -> contextlib.AbstractContextManager[None]:
-        """Show the arguments as the user wrote them, for as long as the context lasts."""
-        return _set(trainer.args, self.arguments)
+    owner = type(arguments)
+    for name in _LOOP_SEES:
+        if not isinstance(vars(owner).get(name), _HiddenFromLoop):
+            setattr(owner, name, _HiddenFromLoop(name, getattr(owner, name, None)))
 
 
 @contextlib.contextmanager
-def _set(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(target, name) for name in values}
+def stock_loop_sees_one_batch(arguments: Any) -> Iterator[None]:
+    """Let the stock loop see one batch per step, for as long as it runs."""
+    hide_from_stock_loop(arguments)
+    was_in_loop = id(arguments) in _in_loop
+    _in_loop.add(id(arguments))
+    try:
+        yield
+    finally:
+        if not was_in_loop:
+            _in_loop.discard(id(arguments))
+
+
+@contextlib.contextmanager
+def changed(arguments: Any, **values: Any) -> Iterator[None]:
+    """Change arguments for as long as the context lasts."""
+    before = {name: getattr(arguments, name) for name in values}
     for name, value in values.items():
-        setattr(target, name, value)
+        setattr(arguments, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(target, name, value)
+            setattr(arguments, name, value)

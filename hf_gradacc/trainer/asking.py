@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.safety.rollback import BufferState, RandomState
 from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.stream import is_stream
 from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets
@@ -77,7 +79,7 @@ def ask_trainer(
         return loss
 
     loss, shortcuts = Loss(bare, compute), None
-    with torch.random.fork_rng(), held_in_eval_mode(bare):
+    with without_trace(bare, args.device), held_in_eval_mode(bare):
         facts = ask(
             loss,
             asked,
@@ -109,6 +111,17 @@ def ask_trainer(
 def prepared(trainer: Any, inputs: Mapping[str, Any]) -> Any:
     """Prepare collated inputs as the trainer does before a forward: move and cast them."""
     return trainer._prepare_inputs(inputs)
+
+
+@contextlib.contextmanager
+def without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a block that leaves buffers and random states as they were."""
+    random_state, buffers = RandomState(device), BufferState(model)
+    try:
+        yield
+    finally:
+        buffers.restore()
+        random_state.restore()
 
 
 def refuse_data_without_targets(dataset: Any, sample: ProbeRows | None, rule: TargetRule) -> None:

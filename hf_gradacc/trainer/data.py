@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import time
@@ -17,7 +18,7 @@ from transformers.trainer_utils import seed_worker
 from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
-from hf_gradacc.trainer.as_requested import AsRequested
+from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
@@ -32,14 +33,12 @@ class TrainingData:
     """Loads updates instead of micro-batches.
 
     Attributes:
-        requested: The arguments as the user wrote them.
         collator: Makes updates of rows; None before there is a loader, or if a subclass built it.
         sample: A few dataset rows to ask the model with; None if the collator returns no mapping.
         sample_inputs: The same, collated; None for a stream that cannot be read ahead.
     """
 
-    def __init__(self, requested: AsRequested) -> None:
-        self.requested = requested
+    def __init__(self) -> None:
         self.collator: UpdateCollator | None = None
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
@@ -124,7 +123,7 @@ class TrainingData:
             return loader
         loader = GroupedBatches(
             loader,
-            micro_batches_per_update=self.requested.arguments["gradient_accumulation_steps"],
+            micro_batches_per_update=trainer.args.gradient_accumulation_steps,
             main_input=getattr(trainer.model, "main_input_name", "input_ids"),
         ).as_loader()
         trainer.callback_handler.train_dataloader = loader
@@ -162,10 +161,9 @@ class TrainingData:
     # ---- how many updates, of how many sequences -----------------------------------------------
 
     def effective_batch_size(self, trainer: Any) -> int | None:
-        """Return the sequences in an update over all ranks; None if it is drawn by tokens."""
-        with self.requested.shown(trainer):
-            size: int | None = trainer.args.resolve_effective_batch_size(trainer.args.world_size)
-            return size
+        """Resolve the sequences in an update over all ranks; None if it is drawn by tokens."""
+        size: int | None = trainer.args.resolve_effective_batch_size(trainer.args.world_size)
+        return size
 
     def total_batch_size(self, trainer: Any, args: Any) -> int:
         """Return the effective batch size; the stock formula knows only its own two options."""
@@ -187,12 +185,12 @@ class TrainingData:
             As the stock method: epochs, updates per epoch, examples, samples, batch size, steps in
             an epoch, most steps.
         """
-        if not isinstance(loader, UpdateLoader):  # a subclass built the loader; see GroupedBatches
-            with self.requested.shown(trainer):
-                values = list(stock_values(args, loader))
+        if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
+            values = list(stock_values(args, loader))
             values[5] = values[1]  # one step of the stock loop is one update
             return tuple(values)
-        values = list(stock_values(args, loader))
+        with changed(args, gradient_accumulation_steps=1):
+            values = list(stock_values(args, loader))
         sampler = loader.batch_sampler
         if isinstance(sampler, UpdateSampler):
             epochs, per_epoch, max_steps = count_updates(
@@ -231,8 +229,11 @@ def _users_sampler(trainer: Any) -> Any:
     """Return the sampler of a subclass, None if it has none of its own."""
     if type(trainer)._get_train_sampler is Trainer._get_train_sampler:
         return None
-    sampler = trainer._get_train_sampler()
-    # The stock sampler only says "shuffle", which our seed does, the same on all ranks.
+    make: Any = trainer._get_train_sampler
+    # As stock calls it; overrides written for older releases take no dataset.
+    takes_dataset = bool(inspect.signature(make).parameters)
+    sampler = make(trainer.train_dataset) if takes_dataset else make()
+    # The stock one says no more than "shuffle", which the seed does alike on all ranks.
     plain = (
         type(sampler) is RandomSampler
         and not sampler.replacement

@@ -7,6 +7,8 @@ import math
 import time
 from typing import Any
 
+from transformers.utils import logging
+
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.tracking.mfu import CostMeter
 from hf_gradacc.tracking.phases import PhaseClock
@@ -17,6 +19,8 @@ from hf_gradacc.trainer.runner import UpdateResult
 from hf_gradacc.updates.update import Update, UpdateStats
 
 __all__ = ["LogBook"]
+
+logger = logging.get_logger(__name__)
 
 
 class LogBook:
@@ -106,12 +110,7 @@ class LogBook:
             logs["loss"] *= window.num_updates / num_trained if num_trained else math.nan
         logs.update(window.metrics())
         seconds_by_phase = self.clock.take()
-        self._costs = self._costs or CostMeter(trainer.args, trainer.model)
-        costs = self._costs.metrics(
-            num_input_tokens=window.total.num_input_tokens,
-            num_sequences=window.total.num_sequences,
-            seconds=window.total.step_seconds,
-        )
+        costs = self._measure_costs(window, trainer)
         logs.update(seconds_by_phase)
         logs.update(costs)
         window.start_next()
@@ -121,6 +120,21 @@ class LogBook:
             self._local_window = StatsWindow(target_tokens_seen=int(local["target_tokens_seen"]))
             self._rank_runs.send(local, step=trainer.state.global_step)
         return logs
+
+    def _measure_costs(self, window: StatsWindow, trainer: Any) -> dict[str, float]:
+        """Measure MFU and memory; what cannot be measured is left out, and never ends a run."""
+        try:
+            self._costs = self._costs or CostMeter(trainer.args, trainer.model)
+            return self._costs.metrics(
+                num_input_tokens=window.total.num_input_tokens,
+                num_sequences=window.total.num_sequences,
+                seconds=window.total.step_seconds,
+            )
+        except Exception as error:  # whatever a model's config or a device's driver answers
+            logger.warning_once(
+                f"mfu and peak_memory_bytes are left out: {type(error).__name__}: {error}"
+            )
+            return {}
 
 
 def _local_stats(result: UpdateResult, facts: LossFacts | None) -> UpdateStats:

@@ -37,7 +37,7 @@ from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
-from hf_gradacc.trainer.as_requested import AsRequested
+from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
 from hf_gradacc.trainer.asking import ask_trainer, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
 from hf_gradacc.trainer.data import TrainingData
@@ -129,8 +129,8 @@ class GradAccMixin(Trainer):
         self._gradient_gate = GradientGate(self._foreign_metrics)
         self._exact_evaluation = Evaluation()
         self._checkpoint_writer = CheckpointWriter()
-        self._as_requested = AsRequested()
-        self._training_data = TrainingData(self._as_requested)
+        self._training_data = TrainingData()
+        self._is_asking = False
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
         super().__init__(*args, **kwargs)
@@ -202,7 +202,7 @@ class GradAccMixin(Trainer):
         return result
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._as_requested.hidden_from_loop(self):
+        with stock_loop_sees_one_batch(self.args):
             return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -235,6 +235,7 @@ class GradAccMixin(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        _refuse_steps_in_backward(self.args)
         self._rank_engine = self._make_engine()
         self._log_book.clock = PhaseClock(
             self.args.device
@@ -338,9 +339,11 @@ class GradAccMixin(Trainer):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
         else:
             loss = functools.partial(stock_loss, return_outputs=return_outputs)
-        if self._foreign_metrics.taken is None:
-            return loss()
-        return self._foreign_metrics.compute_loss(self, loss, inputs)
+        # Losses are averaged over ranks by the weight rule: no factor for that may come on top.
+        with changed(self.args, average_tokens_across_devices=False):
+            if self._foreign_metrics.taken is None:
+                return loss()
+            return self._foreign_metrics.compute_loss(self, loss, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
         """Return the batch's own target count if the loss needs it, else None."""
@@ -395,14 +398,15 @@ class GradAccMixin(Trainer):
         if self.control.should_log or self.control.should_evaluate:
             self._foreign_metrics.hand_over(self)
         lasts = self.control.should_evaluate or self.control.should_save
-        with self._as_requested.shown(self):
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-            if lasts:
-                save = functools.partial(self._save_unless_saved, model, trial)
-                self._stopping.stop_between_updates(self, save)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if lasts:
+            save = functools.partial(self._save_unless_saved, model, trial)
+            self._stopping.stop_between_updates(self, save)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add what the updates consumed to the stock numbers of a training row."""
+        """Put what the updates consumed beside the stock numbers of a training row."""
+        if self._is_asking:
+            return  # a loss that logs is only being asked how it counts
         self._log_book.complete(logs, self.ledger.window, trainer=self)
         if is_training_row(logs):
             logs.update(self._noise_listener.metrics())
@@ -536,11 +540,15 @@ class GradAccMixin(Trainer):
         )
 
     def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
-        """Ask the model how its loss counts; keep that out of the trainer's own metrics."""
-        with self._foreign_metrics.taking():
-            facts, shortcuts = ask_trainer(
-                self, model, inputs, sample=sample, engine=self._rank_engine
-            )
+        """Ask the model how its loss counts, without a trace in metrics, log rows or buffers."""
+        self._is_asking = True
+        try:
+            with self._foreign_metrics.taking():
+                facts, shortcuts = ask_trainer(
+                    self, model, inputs, sample=sample, engine=self._rank_engine
+                )
+        finally:
+            self._is_asking = False
         self.facts = facts
         self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
         return facts
@@ -583,6 +591,33 @@ def _check_arguments(trainer: Any) -> None:
                 f"{kind}_size = {size}: tensor, context and sequence parallelism share rows or "
                 f"targets between ranks, which the weight rule does not know yet. Use DDP."
             )
+
+
+def _refuse_steps_in_backward(args: Any) -> None:
+    """Refuse optimizers that step inside of each backward where an update has several.
+
+    Stock refuses layer-wise ones for accumulation, but not LOMO (transformers'
+    ``trainer_optimizer.py``), and it does not know of updates that are cut by tokens.
+
+    Raises:
+        ConfigError: If weights would move in the middle of an update.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if "layerwise" not in name and name not in ("lomo", "adalomo"):
+        return
+    size = args.per_device_train_batch_size
+    size_of_update = args.resolve_effective_batch_size(args.world_size)
+    if args.max_tokens_per_micro_batch is None and size_of_update is not None:
+        if size_of_update <= size * args.world_size:
+            return
+        what = f"an update of {size_of_update} sequences in micro-batches of {size}"
+    else:
+        what = "an update that is cut or drawn by tokens"
+    raise ConfigError(
+        f"optim = {name!r} steps inside of each backward, so {what} would move weights in every "
+        f"micro-batch: it cannot accumulate. Use another optimizer, or one micro-batch per update: "
+        f"gradient_accumulation_steps = 1 without max_tokens_per_micro_batch."
+    )
 
 
 def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

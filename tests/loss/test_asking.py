@@ -1,12 +1,20 @@
 """How the trainer asks the model: in the precision it computes in, and about its own loss."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from torch.nn.functional import cross_entropy
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    default_data_collator,
+    set_seed,
+)
 
-from hf_gradacc import ConfigError, DataError
+from hf_gradacc import ConfigError, DataError, GradAccTrainer
 from hf_gradacc.loss.asking import dtype_computed_in
 from hf_gradacc.loss.probe_rows import choose_probe_rows
 from hf_gradacc.updates.loader import build_loader
@@ -174,3 +182,46 @@ def test_smoothing_what_are_no_classes_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"label_smoothing_factor = 0.1: there is nothing"):
         trainer.train()
+
+
+class Counting(torch.nn.Module):
+    """Counts its forwards: in place, by a new tensor, and draws a number in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 3)
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, x, labels=None):
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        self.drawn = (torch.rand(()), np.random.rand(), random.random())
+        logits = self.fc(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_asking_leaves_no_trace_in_buffers_log_rows_or_random_states(tmp_path):
+    class Logs(GradAccTrainer):
+        def compute_loss(self, *args, **kwargs):
+            self.log({"aux": 1.0})
+            return super().compute_loss(*args, **kwargs)
+
+    rows = [{"x": torch.randn(4), "labels": i % 3} for i in range(8)]
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        model=Counting(),
+        trainer_class=Logs,
+        data_collator=default_data_collator,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    assert (int(trainer.model.in_place), int(trainer.model.replaced)) == (4, 4)
+    assert sum("aux" in row for row in trainer.state.log_history) == 4
+    set_seed(1)
+    trainer._ask(trainer.model, trainer._training_data.sample_inputs)
+    after = (torch.rand(()), np.random.rand(), random.random())
+    set_seed(1)
+    assert after == (torch.rand(()), np.random.rand(), random.random())

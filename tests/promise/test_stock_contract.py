@@ -170,21 +170,6 @@ def test_the_stock_loop_syncs_gradients_again_before_every_step(tmp_path):
     assert states == [True] * 4
 
 
-def test_callbacks_are_called_through_call_event_of_the_handler(tmp_path):
-    """`trainer.as_requested` wraps it, to show callbacks the user's settings."""
-    trainer = stock(tmp_path)
-    events = []
-    stock_call_event = trainer.callback_handler.call_event
-
-    def call_event(event, *args, **kwargs):
-        events.append(event)
-        return stock_call_event(event, *args, **kwargs)
-
-    trainer.callback_handler.call_event = call_event
-    trainer.train()
-    assert {"on_step_begin", "on_optimizer_step", "on_log", "on_train_end"} <= set(events)
-
-
 def test_skipping_batches_leaves_our_sampler_within_reach_of_set_epoch(tmp_path):
     """On resume the stock loop wraps our sampler and calls `set_epoch` two levels down."""
     from hf_gradacc import UpdateSampler

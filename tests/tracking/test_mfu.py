@@ -7,8 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.tiny import log_rows, make_trainer, ragged_rows
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    SegformerConfig,
+    SegformerForImageClassification,
+)
 
 from hf_gradacc.tracking.mfu import (
     PEAK_FLOPS,
@@ -119,3 +127,32 @@ def test_no_name_in_the_table_hides_a_longer_one():
     names = list(PEAK_FLOPS)
     for place, name in enumerate(names):
         assert not any(earlier in name for earlier in names[:place] if earlier != name)
+
+
+def test_a_model_whose_config_lists_heads_by_stage_is_counted_without_attention():
+    config = SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        num_labels=3,
+    )
+    flops = ModelFlops(SegformerForImageClassification(config))
+    assert flops.attention == 0.0
+    assert flops.per_token(mean_length=10) == 4 * flops.used + 2 * flops.trained
+
+
+def test_what_cannot_be_measured_is_left_out_and_ends_no_run(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise TypeError("unsupported operand type(s)")
+
+    monkeypatch.setattr("hf_gradacc.tracking.mfu.ModelFlops.__init__", refuse)
+    trainer = make_trainer(tmp_path, ragged_rows(6), effective_batch_size=3)
+    trainer.train()
+    rows = log_rows(trainer)
+    assert len(rows) == 2
+    assert all("mfu" not in row and row["effective_batch_size"] == 3 for row in rows)
