@@ -64,7 +64,13 @@ def ask_trainer(
         ConfigError: If a shortcut was asked for by name and would not give the same gradient.
     """
     if not isinstance(inputs, Mapping) or count_rows(inputs) == 0:
-        return LossFacts(TargetRule.SEQUENCE), None
+        unknown = (
+            "the data collator returns no tensors by name, so what the loss is a mean over cannot "
+            "be asked: each micro-batch is weighted by its rows. That is exact if the loss is a "
+            "mean over rows."
+        )
+        logger.warning_once(f"{type(trainer.model).__name__}: {unknown}")
+        return LossFacts(TargetRule.SEQUENCE, warnings=(unknown,)), None
     args, collator = trainer.args, trainer.update_collator
     asked, known = sample_of(inputs, sample)
     bare = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)

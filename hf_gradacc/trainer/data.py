@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import datasets
+import torch
+from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
@@ -20,6 +22,7 @@ from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.position import Ledger
+from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import GroupedBatches, ModelFacts, UpdateLoader, load_updates
@@ -88,32 +91,39 @@ class TrainingData:
         return loader
 
     def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:
-        """Collate the rows the model is asked with, so that bad rows fail before training."""
+        """Collate the rows the model is asked with, so that unusable ones show before training.
+
+        Raises:
+            DataError: If the collator fails, or gives nothing that the model takes.
+        """
         if not rows:
             return None
         assert self.collator is not None
+        collate = self.collator.data_collator
+        inputs, error = None, None
         try:
-            inputs = self.collator.data_collator(rows)
-        except Exception as error:
+            inputs = collate(rows)
+        except Exception as failure:
+            error = failure
+        if self.collator.max_sequences == 1:
+            # Micro-batches of one item each: neither collator nor items need to take others beside.
+            alone = _collate_alone(collate, rows)
+            num_rows = [count_rows(item, self.collator.main_input) for item in alone]
+            if alone and (error or sum(num_rows) != count_rows(inputs, self.collator.main_input)):
+                inputs = alone[num_rows.index(max(num_rows))] if max(num_rows) > 1 else alone[-1]
+                self.sample, self.collator.rows_per_sequence = None, 1
+                self.collator.items_are_batches = max(num_rows) > 1
+                _refuse_unused_inputs(trainer.model, inputs, rows[0])
+                return inputs
+        if error is not None:
             raise DataError(
                 f"the data collator ({type(trainer.data_collator).__name__}) failed on rows of the "
                 f"training dataset: {type(error).__name__}: {error}\n"
                 f"  the first row has {describe(rows[0])}"
             ) from error
-        main = self.collator.main_input
-        if (
-            hasattr(trainer.model, "main_input_name")
-            and isinstance(inputs, Mapping)
-            and not {main, "inputs_embeds"} & set(inputs)
-        ):
-            raise DataError(
-                f"the training rows give no `{main}`, the input of {type(trainer.model).__name__}: "
-                f"after collating there is {sorted(inputs)}; the first row has "
-                f"{describe(rows[0])}. Tokenize the dataset first, or give a data_collator that "
-                f"does."
-            )
+        _refuse_unused_inputs(trainer.model, inputs, rows[0])
         if isinstance(inputs, Mapping):
-            self.sample = ProbeRows.of(rows, inputs, self.collator.data_collator)
+            self.sample = ProbeRows.of(rows, inputs, collate)
             self.collator.rows_per_sequence = self.sample.rows_per_sequence
         return inputs
 
@@ -213,6 +223,39 @@ class TrainingData:
             "incomplete_update": "keep" if args.keeps_incomplete_update else "drop",
             "fingerprint": fingerprint(trainer.train_dataset),
         }
+
+
+def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:
+    """Collate each row by itself; none if the collator fails on any, or gives no mapping."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            alone = [collate([row]) for row in rows]
+    except Exception:  # whatever it is, the collator is asked with all rows first, and that is told
+        return []
+    return alone if all(isinstance(item, Mapping) for item in alone) else []
+
+
+def _refuse_unused_inputs(model: Any, inputs: Any, row: Any) -> None:
+    """Refuse rows that hold nothing a Transformers model takes, such as text not yet tokenized.
+
+    A model of one's own may take what it likes under any name: only one whose ``forward`` names
+    its main input, and is given none of its inputs, is refused.
+
+    Raises:
+        DataError: If it is.
+    """
+    main = getattr(model, "main_input_name", None)
+    if main is None or not isinstance(inputs, Mapping):
+        return
+    named = set(inspect.signature(model.forward).parameters) | {"inputs_embeds"}
+    held = {key for key, value in inputs.items() if isinstance(value, Tensor)} - {"labels"}
+    if main not in named or named & held:
+        return
+    raise DataError(
+        f"the training rows give no `{main}`, the input of {type(model).__name__}: "
+        f"after collating there is {sorted(inputs)}; the first row has "
+        f"{describe(row)}. Tokenize the dataset first, or give a data_collator that does."
+    )
 
 
 def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, Any]:

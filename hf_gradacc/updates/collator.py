@@ -52,6 +52,8 @@ class UpdateCollator:
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
         rows_per_sequence: Collated rows that each dataset row becomes; 2 for pairs, see
             `slice_rows`; None if they cannot be told apart.
+        items_are_batches: Items of the dataset are batches that are ready made, of several rows
+            each, so rows are counted in what the data collator returns.
         overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
             padding where there is a token budget, or many ranks.
         num_ranks: Ranks that share an update.
@@ -82,6 +84,7 @@ class UpdateCollator:
         self.overhead_tokens = OVERHEAD_ON_CPU
         self.num_ranks = 1
         self.rows_per_sequence: int | None = 1
+        self.items_are_batches = False
         self.noise_scale_every: int | None = None
 
     @property
@@ -128,10 +131,10 @@ class UpdateCollator:
         micro_batches = [
             make_micro_batch(
                 batch,
-                [rows[i] for i in piece],
+                None if self.items_are_batches else [rows[i] for i in piece],
                 indices=tuple(kept[i][0] for i in piece),
-                lengths=tuple(lengths[i] for i in piece),
-                places=tuple(piece),
+                lengths=() if self.items_are_batches else tuple(lengths[i] for i in piece),
+                places=() if self.items_are_batches else tuple(piece),
                 main_input=self.main_input,
                 encoder_decoder=self.encoder_decoder,
                 rows_per_sequence=self.rows_per_sequence,

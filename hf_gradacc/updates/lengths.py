@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,21 +24,34 @@ def measure_length(row: Any, *, main_input: str = "input_ids", add_labels: bool 
     3
     >>> measure_length({"input_ids": [[1, 2], [1, 2, 3]]})  # two choices, padded to the longer
     6
+    >>> measure_length({"input_ids": np.ones((1, 7), dtype=int)})  # a leading dimension
+    7
     >>> measure_length({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]})  # 2 × 4
     8
     """
     if isinstance(row, Mapping) and main_input not in row:
         return _measure_preference(row)
     value = row.get(main_input) if isinstance(row, Mapping) else None
-    if value is None or not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
+    return _count(value) + (_count(row.get("labels")) if add_labels else 0)
+
+
+def _count(value: Any) -> int:
+    """Count the tokens of one row's feature: of all its choices, or of a batch that is ready made.
+
+    Features of floats (audio, images) count by their first dimension.
+    """
+    if not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
         return 0
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        return 0
-    length = len(value)
-    if length and not isinstance(value, (Tensor, np.ndarray)) and isinstance(value[0], Sequence):
-        length *= max(len(choice) for choice in value)
-    labels = row.get("labels") if add_labels else None
-    return length + (len(labels) if labels is not None and hasattr(labels, "__len__") else 0)
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim == 0:
+            return 0
+        is_float = (
+            value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
+        )
+        return len(value) if is_float else math.prod(value.shape[:2])
+    if len(value) and isinstance(value[0], (Sequence, Tensor, np.ndarray)):
+        return len(value) * max(len(choice) for choice in value)
+    return len(value)
 
 
 def _measure_preference(row: Mapping[str, Any]) -> int:

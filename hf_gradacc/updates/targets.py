@@ -9,7 +9,7 @@ asking the model once (`hf_gradacc.loss.probe`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -153,15 +153,27 @@ def can_have_target(row: Any, *, rule: TargetRule | None = None) -> bool:
     False
     >>> can_have_target({"input_ids": [1, 2], "labels": [7, -100]}, rule=TargetRule.NEXT_TOKEN)
     False
+    >>> can_have_target({"labels": torch.tensor([[7, 8]])}, rule=TargetRule.NEXT_TOKEN)
+    True
     """
     labels = _labels_of_row(row) if isinstance(row, Mapping) else None
     if labels is None:
         return True
     if isinstance(labels, Tensor) or hasattr(labels, "tolist"):
         labels = labels.tolist()
-    if not isinstance(labels, Sequence) or isinstance(labels, str):
+    return _is_any_a_target(labels, start=1 if rule is TargetRule.NEXT_TOKEN else 0)
+
+
+def _is_any_a_target(labels: Any, *, start: int) -> bool:
+    """Look for a target in labels of any nesting; positions are counted in the innermost.
+
+    A row may carry a leading dimension (``processor(..., return_tensors="pt")``), or be a batch
+    that is ready made. Labels that are neither numbers nor lists of them are the collator's matter.
+    """
+    if not isinstance(labels, list | tuple):
         return bool(labels != IGNORE_INDEX)
-    start = 1 if rule is TargetRule.NEXT_TOKEN else 0
+    if labels and isinstance(labels[0], list | tuple):
+        return any(_is_any_a_target(part, start=start) for part in labels)
     return any(label != IGNORE_INDEX for label in labels[start:])
 
 
@@ -186,7 +198,7 @@ def has_target(inputs: Mapping[str, Any]) -> bool:
 
 
 def count_row_targets(row: Mapping[str, Any], *, shifted: bool) -> int | None:
-    """Count the targets of an uncollated row, or give None if it carries no labels.
+    """Count the targets of an uncollated row; None if it carries no labels, or other than numbers.
 
     Args:
         row: A dataset row; ``labels`` a list, an array or a tensor of token labels.
@@ -195,7 +207,10 @@ def count_row_targets(row: Mapping[str, Any], *, shifted: bool) -> int | None:
     labels = _labels_of_row(row)
     if labels is None:
         return None
-    values = torch.as_tensor(labels)
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # boxes and classes of a detection, lists of unequal length
     if values.ndim == 0:
         return int(values.ne(IGNORE_INDEX))
-    return int(values[1 if shifted else 0 :].ne(IGNORE_INDEX).sum())
+    return int(values[..., 1 if shifted else 0 :].ne(IGNORE_INDEX).sum())
