@@ -229,6 +229,7 @@ def test_a_nested_batch_is_weighted_by_rows_and_that_is_said(tmp_path):
         callbacks=[recorder],
         per_device_train_batch_size=2,
         gradient_accumulation_steps=6,
+        remove_unused_columns=False,
     )
     with float64_everywhere():
         trainer.train()
