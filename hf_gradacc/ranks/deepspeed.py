@@ -127,7 +127,7 @@ class DeepSpeed(Engine):
         if then != now:
             raise CheckpointError(
                 f"{Path(folder).name} was saved by {then} ranks and cannot be loaded by {now}: "
-                f"DeepSpeed cuts optimizer state by ranks.\n  Resume with {then}; or convert it "
+                f"DeepSpeed splits optimizer state by rank.\n  Resume with {then}; or convert it "
                 f"with DeepSpeed's ds_to_universal and set checkpoint.load_universal = true in its "
                 f"configuration."
             )

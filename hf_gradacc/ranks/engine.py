@@ -240,9 +240,9 @@ def make_engine(
         engine = OneProcess(accelerator, args)
     if is_sharded_by_loading and args.world_size > 1:
         raise ConfigError(
-            "the model was sharded while it was loaded (distributed_config), which accelerate "
-            "does not reduce and nobody has compared with the gradient of the whole batch: "
-            'load it whole and set fsdp = True and fsdp_config = {"version": 2}.'
+            "the model was sharded while it was loaded (distributed_config): accelerate does not "
+            "reduce its gradients, and they were never compared with those of the whole batch. "
+            'Load it whole and set fsdp = True and fsdp_config = {"version": 2}.'
         )
     for problem in engine.find_problems():
         raise ConfigError(problem)

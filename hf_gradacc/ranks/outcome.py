@@ -116,9 +116,7 @@ class RankFailure:
                 store.set(self._key, f"rank {rank} failed with {reason}")
             elif store.check([self._key]):
                 reason = store.get(self._key).decode()
-                return RankFailedError(
-                    f"{reason}\n  Its own log says more. This rank stops with it."
-                )
+                return RankFailedError(f"{reason}\n  Its log says more. This rank stops, too.")
         return error
 
 

@@ -108,9 +108,9 @@ class TrainingData:
             and not {main, "inputs_embeds"} & set(inputs)
         ):
             raise DataError(
-                f"the training rows give no `{main}`, the input of {type(trainer.model).__name__}: "
-                f"after collating there is {sorted(inputs)}; the first row has "
-                f"{describe(rows[0])}. Tokenize the dataset first, or give a data_collator that "
+                f"the training rows have no `{main}`, the input of {type(trainer.model).__name__}: "
+                f"the data collator returns {sorted(inputs)}; the first row has "
+                f"{describe(rows[0])}. Tokenize the dataset first, or use a data_collator that "
                 f"does."
             )
         if isinstance(inputs, Mapping):

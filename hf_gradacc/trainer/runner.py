@@ -353,7 +353,7 @@ class UpdateRunner:
         """Lower the budget, the same on all ranks; raise if that cannot help."""
         if outcome.broken:
             raise failure.error or RankFailedError(
-                "another rank failed in this update; its own log says how. This one stops with it."
+                "another rank failed in this update; its log says why. This rank stops, too."
             )
         if not outcome.cap:
             # Try again with empty caches: memory may only have been fragmented.
