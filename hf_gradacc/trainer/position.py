@@ -96,8 +96,8 @@ class Ledger(TrainerCallback, ExportableState):
             raise DataError(
                 "the training dataset is not the one the checkpoint was trained on:\n"
                 f"{_list(of_data)}\nResume with that dataset; set allow_changed_data = True "
-                "to continue at the same place in this one; or set ignore_data_skip = True to start "
-                "it from its beginning."
+                "to continue at the same place in this one; or set ignore_data_skip = True to "
+                "start it from its beginning."
             )
         self.epoch, self.update = saved["epoch"], saved["update"]
         self.position = saved["position"]
