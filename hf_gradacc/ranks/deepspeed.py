@@ -42,9 +42,9 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data_efficiency.enabled", bool, "leaves out rows, or tokens of some layers"),
     ("progressive_layer_drop.enabled", bool, "leaves out layers at random"),
     ("compression_training", bool, "changes weights between updates"),
-    ("hybrid_engine.enabled", bool, "nobody has compared with the gradient of the whole batch"),
-    ("torch_autocast.enabled", bool, "nobody has compared with the gradient of the whole batch"),
-    ("sparse_gradients", bool, "nobody has compared with the gradient of the whole batch"),
+    ("hybrid_engine.enabled", bool, "was never compared with the gradient of the whole batch"),
+    ("torch_autocast.enabled", bool, "was never compared with the gradient of the whole batch"),
+    ("sparse_gradients", bool, "was never compared with the gradient of the whole batch"),
 )
 
 

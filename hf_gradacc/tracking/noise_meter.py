@@ -108,7 +108,7 @@ class NoiseScaleMeter:
             grad_scale: What the ``.grad`` are still multiplied with (fp16's loss scale).
 
         Returns:
-            The measurement, None where the update had fewer than two micro-batches or a
+            The measurement, None if the update had fewer than two micro-batches or a
             non-finite gradient.
         """
         grads = [p.grad for p in parameters if p.requires_grad and p.grad is not None]
