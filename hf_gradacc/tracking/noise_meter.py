@@ -68,10 +68,10 @@ class NoiseScaleMeter:
         self.abandon()
         for p in parameters:
             if p.requires_grad:
-                handle = p.register_hook(self._hear)  # type: ignore[no-untyped-call]
+                handle = p.register_hook(self._add_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
 
-    def _hear(self, gradient: Tensor) -> None:
+    def _add_gradient(self, gradient: Tensor) -> None:
         self._norms.append(_norm(gradient))
 
     def after_micro_batch(self, *, num_targets: int, weight: float) -> None:

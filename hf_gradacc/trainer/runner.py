@@ -237,7 +237,7 @@ class UpdateRunner:
                     f"the loss by self.current_gradient_accumulation_steps before its backward."
                 )
             if self.noise.is_listening:
-                self.noise.hear(
+                self.noise.add_gradient(
                     micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
                 )
             if not is_last:
