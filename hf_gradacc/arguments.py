@@ -178,7 +178,7 @@ class GradAccOptions:
         return self.incomplete_update == "keep"
 
     def resolve_effective_batch_size(self, world_size: int) -> int | None:
-        """Give the sequences of an update over all ranks, None if tokens decide.
+        """Return the sequences of an update over all ranks; None if tokens decide.
 
         Args:
             world_size: Ranks that each train their own share.

@@ -1,7 +1,7 @@
 """The command line: train, plan, verify, report, recipes, schema.
 
-Heavy imports stand inside the commands, so that `--help` answers at once. Exit codes: 0 done,
-1 a check failed, 2 something to correct (recipe, data, options), 130 interrupted.
+Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
+1 a check failed, 2 the recipe, data or options need a correction, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def plan(
     from hf_gradacc.recipe.plan_screen import show_plan
 
     loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
-    # Without a terminal, as in a pipe or a log, rich would take 80 columns.
+    # Without a terminal, as in a pipe or a log, rich would use 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 110)
     show_plan(
         loaded,
@@ -208,7 +208,7 @@ def schema(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is a message and exit code 2, never a traceback."""
+    """Run the command line; a user's mistake prints a message and exits with 2, no traceback."""
     try:
         app(prog_name="hf-gradacc")
     except GradAccError as error:
@@ -217,7 +217,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
@@ -229,14 +229,14 @@ def main() -> None:
 
 
 def _message_of(error: GradAccError) -> str:
-    """Return an error's message; a loader's worker hands it on at the end of a traceback."""
+    """Return an error's message; from a loader's worker it comes at the end of a traceback."""
     name = f"{type(error).__module__}.{type(error).__name__}: "
     text = str(error)
     return text.rpartition(name)[2].strip() if "Original Traceback" in text else text
 
 
 def _explain_files(error: Exception) -> str | None:
-    """What a file or a disk is at fault for; None for a fault of ours."""
+    """Explain an error of a file or a disk; None for any other error."""
     full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
     # safetensors, arrow and torch wrap the system's message in exceptions of their own.
     reason = next((text for text in full if text in str(error)), None)

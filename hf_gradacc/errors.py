@@ -7,7 +7,7 @@
     ├── CheckpointError (RuntimeError)    a checkpoint that is damaged or not there
     ├── MemoryBudgetError (RuntimeError)  out of memory, and no finer cut helps
     ├── NonFiniteError (RuntimeError)     a loss or a gradient that is NaN or infinite
-    └── RankFailedError (RuntimeError)    another rank failed, and this one stops with it
+    └── RankFailedError (RuntimeError)    another rank failed, so this one stops, too
 
 Every message names the field, the value, and the way out.
 """
@@ -55,4 +55,4 @@ class NonFiniteError(GradAccError, RuntimeError):
 
 
 class RankFailedError(GradAccError, RuntimeError):
-    """Another rank failed; its own log says how. This one stops with it."""
+    """Another rank failed, and its log says why. This rank stops, too."""

@@ -10,7 +10,7 @@ __all__ = ["count_updates", "duration", "nearest", "quantity"]
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `word`, or None where nothing comes close.
+    """The choice most like `word`, or None if nothing comes close.
 
     >>> nearest("learning_rat", ["learning_rate", "warmup_steps"])
     'learning_rate'

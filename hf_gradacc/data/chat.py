@@ -173,8 +173,8 @@ def _texts_of(turn: dict[str, Any]) -> list[str]:
 
 def _added_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Finds the tokens that stand for more than their letters, longest first."""
-    words = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
-    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+    texts = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
 
 def _trailing_blank(tokens: re.Pattern[str], turn: str) -> int:

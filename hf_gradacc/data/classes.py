@@ -17,7 +17,7 @@ class Labels:
 
     Attributes:
         names: Class names in order of their ids; empty where labels are numbers to regress on.
-        ids: Name, or number as text, to id; None where labels are taken as they are.
+        ids: Name, or number as text, to id; None if labels are taken as they are.
     """
 
     names: list[str]

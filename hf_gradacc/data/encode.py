@@ -127,7 +127,7 @@ def _encode_batch(
 def _check_columns(
     source: SourceSection, format: Format, reader: RowReader, present: list[str]
 ) -> None:
-    """Say what a format needs and the data has, before the first row is read."""
+    """Report what a format needs and the data has, before the first row is read."""
     if not present:
         raise DataError(f"{source.path} has no rows: name a file that has some.")
     for name in FORMAT_COLUMNS[format]:

@@ -38,8 +38,8 @@ class Loss:
 
     Attributes:
         model: The bare model.
-        compute: Gives the loss of collated inputs as a tensor; the second argument is what to pass
-            as the count.
+        compute: Returns the loss of collated inputs as a tensor; the second argument is what to
+            pass as the count.
     """
 
     model: nn.Module

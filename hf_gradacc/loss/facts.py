@@ -67,7 +67,7 @@ class LossFacts:
 
 
 def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:
-    """Say how far apart rounding alone may bring two evaluations, relative.
+    """Return how far apart two evaluations may be by rounding alone, relative.
 
     Args:
         dtype: What the model computes in; one that is not in the table counts as float32.

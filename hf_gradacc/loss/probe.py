@@ -55,7 +55,7 @@ def probe_loss(
 
     Args:
         inputs: A few rows, collated together; best of different length and target count.
-        loss_of: Gives the loss of collated inputs as a Python float, without gradients.
+        loss_of: Returns the loss of collated inputs as a Python float, without gradients.
         dtype: What the model computes in; says how much rounding to expect.
         encoder_decoder: Such models never shift (and some crash when asked).
         main_input: The feature that holds the sequence.
@@ -65,7 +65,7 @@ def probe_loss(
         has_router_loss: The model adds a loss that is known not to be a mean over targets; the
             deviation it causes is expected and reported as such.
         num_rows: Dataset rows in `inputs`, if that is not what its tensors hold.
-        take: Gives some of them, collated together; default is to slice `inputs`.
+        take: Returns some of them, collated together; default is to slice `inputs`.
         gradient_of: As `loss_of`, gives a gradient ``[numbers]``, of some parameters. Losses of an
             untrained head are all alike and show no weight; their gradients do.
 

@@ -88,7 +88,7 @@ def find_rule_by_masks(
 
     Args:
         inputs: Rows collated together, with integer labels ``[rows, seq]``.
-        loss_of: Gives the loss of collated inputs.
+        loss_of: Returns the loss of collated inputs.
         wants_own_count: It has to be told its count.
         first: The rule to prefer where several fit.
         coarse: How far apart two equal losses may be if the loss itself is in half precision.
@@ -154,7 +154,7 @@ def probe_in_place(
 
     Args:
         inputs: Collated rows.
-        loss_of: Gives the loss of collated inputs.
+        loss_of: Returns the loss of collated inputs.
         first: The rule to prefer where several fit.
         coarse: See `find_rule_by_masks`.
         encoder_decoder: Such models are not given rows without labels.

@@ -108,7 +108,7 @@ class Trial:
 
     Attributes:
         inputs: Collated rows, on the CPU; at least two, with targets.
-        loss_of: Gives the loss of inputs; the second argument is what to pass as their count.
+        loss_of: Returns the loss of inputs; the second argument is what to pass as their count.
         head: The model's output embeddings.
         owner: The model whose forward calls the head and the loss.
         dtype: What the model computes in.
@@ -291,7 +291,7 @@ class Setting:
         return ""
 
     def wanted(self, model: nn.Module) -> dict[str, bool | None]:
-        """Say what was asked for: True and False are the user's, None leaves it to the checks."""
+        """Return what was asked for: True or False by the user; None leaves it to the checks."""
         packs = {"packed": True, "padded": False}.get(self.args.layout)
         if packs is None and not attention_of(model).startswith(_PACKS_FOR_FREE):
             packs = False
@@ -316,7 +316,7 @@ def choose_shortcuts(
     Args:
         model: The bare model.
         inputs: A few rows, collated together.
-        loss_of: Gives the loss of collated inputs, without gradients.
+        loss_of: Returns the loss of collated inputs, without gradients.
         setting: What else decides.
         dtype: The coarsest dtype of a forward.
 

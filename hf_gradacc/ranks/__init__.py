@@ -1,4 +1,4 @@
-"""What ranks tell each other: the only calls of `torch.distributed`.
+"""How ranks work together: the only calls of `torch.distributed`.
 
 Read `engine`, then `collectives`.
 """

@@ -1,8 +1,8 @@
-"""What ranks tell each other: one vector of counts per update, and the gradients, once.
+"""What ranks exchange: one vector of counts per update, and the gradients, once.
 
-Under DDP gradients are accumulated locally and summed here after the last micro-batch, instead of
-by DDP's own hooks during it. Ranks may then run different numbers of micro-batches, or none, and
-a failure inside a backward leaves no rank waiting in a collective.
+Under DDP each rank accumulates gradients locally. They are summed here after the last micro-batch,
+not by DDP's hooks during its backward. So ranks may run different numbers of micro-batches, or
+none, and a failure inside a backward leaves no rank waiting in a collective.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BUCKET_BYTES = 64 * 2**20
 
 
 def sum_over_ranks(vector: Tensor, *, device: torch.device) -> Tensor:
-    """Sum a small vector over all ranks and give it back on the host. One collective."""
+    """Sum a small vector over all ranks, in one collective. The result is on the host."""
     if _is_alone():
         return vector
     on_device = vector.to(device)
@@ -48,19 +48,19 @@ def sum_over_ranks(vector: Tensor, *, device: torch.device) -> Tensor:
 
 
 def trainable(model: nn.Module) -> list[Parameter]:
-    """List the parameters that are trained, in the order that every rank has them in."""
+    """List the trained parameters, in the same order on every rank."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def keep_ranks_apart(model: nn.Module) -> None:
-    """Let no forward of DDP wait for other ranks.
+    """Keep DDP's forward from waiting for other ranks.
 
-    DDP sends rank 0's buffers around in its first forward, and again in every forward whose
+    DDP broadcasts rank 0's buffers in its first forward, and again in every forward whose
     backward it reduces. A rank without a micro-batch in that update runs no forward, and the
     others would wait for it forever. All ranks got rank 0's buffers when DDP was made.
 
     Raises:
-        ConfigError: If DDP was told to do something in its reduction, which never runs.
+        ConfigError: If DDP has a static graph or a communication hook, which need its reduction.
     """
     for module in model.modules():
         if not isinstance(module, DistributedDataParallel):
@@ -83,7 +83,7 @@ def keep_ranks_apart(model: nn.Module) -> None:
 def share_running_statistics(model: nn.Module) -> None:
     """Give every rank the running statistics of rank 0, as DDP would in each forward.
 
-    They are of no use while training. Evaluation needs them, and saves those of rank 0.
+    Training does not use them. Evaluation does, and checkpoints hold those of rank 0.
     """
     for module in model.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:
@@ -96,17 +96,17 @@ def all_reduce_gradients(
 ) -> None:
     """Sum the gradients of parameters over ranks, in place.
 
-    A parameter without a gradient on this rank counts as zero, and one without a gradient on any
-    rank keeps None, as on one process: an optimizer would decay its weight otherwise.
+    A parameter without a gradient on this rank counts as zero. One without a gradient on any rank
+    keeps None, as in one process: with zeros, an optimizer would decay its weight.
 
     Args:
         parameters: The same parameters in the same order on every rank.
-        has_grad_anywhere: Which of them have a gradient on any rank; see `Outcome.agree`.
+        has_grad_anywhere: Which of them have a gradient on any rank; see `UpdateOutcome.agree`.
     """
     used = [p for p, has in zip(parameters, has_grad_anywhere, strict=True) if has]
     for p in used:
         if p.grad is None:
-            # Not the weight's dtype: low-precision weights may sum in float32, see `precision`.
+            # Not the weight's dtype: gradients of bf16 weights may be float32, see `precision`.
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     for bucket in _bucket(used):
         grads = [p.grad for p in bucket if p.grad is not None]
@@ -117,7 +117,7 @@ def all_reduce_gradients(
 
 
 def _bucket(parameters: list[Parameter]) -> Iterable[list[Parameter]]:
-    """Group neighbours of one dtype, so that few large messages are sent instead of many small."""
+    """Group neighbours of one dtype, to send a few large messages instead of many small ones."""
     bucket: list[Parameter] = []
     size = 0
     for p in parameters:
@@ -137,24 +137,24 @@ def _bucket(parameters: list[Parameter]) -> Iterable[list[Parameter]]:
 
 
 def agree_on_inputs(update: Update) -> Any:
-    """Give every rank the same collated inputs, from a rank whose share has some.
+    """Return the same collated inputs on every rank, from a rank whose share has some.
 
-    For streams that cannot be looked at beforehand: the model is asked with its first update, and
-    all ranks have to ask it the same.
+    For streams that cannot be read ahead: the model is asked with the first update, and all ranks
+    must ask with the same rows.
     """
     return share_first(update.micro_batches[0].inputs if len(update) else None)
 
 
 def share_first(own: Any) -> Any:
-    """Give every rank what the first rank that has something has; None where none has."""
+    """Return on every rank the object of the first rank that has one; None if none has."""
     if _is_alone():
         return own
-    shares = gather_objects(send_to_device(own, "cpu"))  # each rank has a device of its own
+    shares = gather_objects(send_to_device(own, "cpu"))  # ranks use different devices
     return next((share for share in shares if share is not None), None)
 
 
 def share_of_first_rank(own: Any) -> Any:
-    """Give every rank what rank 0 has. It must be picklable."""
+    """Return rank 0's object on every rank. It must be picklable."""
     if _is_alone():
         return own
     shared = [own]
@@ -163,7 +163,7 @@ def share_of_first_rank(own: Any) -> Any:
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """Give every rank what each rank has, in the order of ranks. It must be picklable."""
+    """Return all ranks' objects on every rank, in the order of ranks. They must be picklable."""
     if _is_alone():
         return [own]
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -172,7 +172,7 @@ def gather_objects(own: Any) -> list[Any]:
 
 
 def largest_over_ranks(number: int, *, device: torch.device) -> int:
-    """Give the largest of the ranks' numbers. One small collective."""
+    """Return the largest of the ranks' numbers. One small collective."""
     if _is_alone():
         return number
     largest = torch.tensor(number, device=device)
@@ -181,7 +181,7 @@ def largest_over_ranks(number: int, *, device: torch.device) -> int:
 
 
 def wait_for_ranks() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     if not _is_alone():
         dist.barrier()
 

@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO: one step of the engine for each update, however many backwards it took.
 
-DeepSpeed's engine owns gradients, clipping, the loss scale and the optimizer. Left to itself it
-counts micro-batches to know when an update ends, and accelerate makes it step inside of the
-backward that ends one. Here the engine is told which backward is the last, and steps after all
-ranks have said that theirs went through.
+DeepSpeed's engine owns gradients, clipping, the loss scale and the optimizer. By default
+it counts micro-batches to find the end of an update, and accelerate makes it step inside the last
+backward. Here we tell the engine which backward is the last, and it steps after all ranks have
+reported success.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "get_value",
 ]
 
-# What changes a gradient or the rows it is made of, or was never held against the whole batch.
+# Settings that change a gradient or its rows, or that were never compared with the whole batch.
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("gradient_allreduce_op", lambda v: str(v).lower() == "sum", "adds up what is a mean here"),
     ("managed_gradient_accumulation", lambda v: v is False, "accelerate cannot drive"),
@@ -42,9 +42,9 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data_efficiency.enabled", bool, "leaves out rows, or tokens of some layers"),
     ("progressive_layer_drop.enabled", bool, "leaves out layers at random"),
     ("compression_training", bool, "changes weights between updates"),
-    ("hybrid_engine.enabled", bool, "nobody has compared with the gradient of the whole batch"),
-    ("torch_autocast.enabled", bool, "nobody has compared with the gradient of the whole batch"),
-    ("sparse_gradients", bool, "nobody has compared with the gradient of the whole batch"),
+    ("hybrid_engine.enabled", bool, "was never compared with the gradient of the whole batch"),
+    ("torch_autocast.enabled", bool, "was never compared with the gradient of the whole batch"),
+    ("sparse_gradients", bool, "was never compared with the gradient of the whole batch"),
 )
 
 
@@ -52,7 +52,7 @@ _COMPRESSING_OPTIMIZERS = {"onebitadam", "zerooneadam", "onebitlamb"}
 
 
 def get_value(config: Mapping[str, Any], key: str) -> Any:
-    """Look a dotted key up.
+    """Look up a dotted key.
 
     >>> get_value({"zero_optimization": {"stage": 3}}, "zero_optimization.stage")
     3
@@ -64,7 +64,7 @@ def get_value(config: Mapping[str, Any], key: str) -> Any:
 
 
 class DeepSpeed(Engine):
-    """ZeRO 1, 2 and 3. The engine steps as the Trainer asks for the norm, see `grad_norm`."""
+    """ZeRO 1, 2 and 3. The engine steps when the Trainer asks for the norm, see `grad_norm`."""
 
     lockstep = True
 
@@ -79,16 +79,16 @@ class DeepSpeed(Engine):
 
     @property
     def shards_weights(self) -> bool:  # type: ignore[override]
-        """ZeRO-3 shards weights, ZeRO-1 and 2 what is kept beside them."""
+        """Whether weights are sharded: by ZeRO-3 they are; ZeRO-1 and 2 shard only other state."""
         return int(get_value(self._config, "zero_optimization.stage")) == 3
 
     @property
     def searches_loss_scale(self) -> bool:
-        """Whether an overflow may be due to a loss scale that falls by itself."""
+        """Whether an overflow may come from a loss scale that is still being searched."""
         return self._updates is not None and self._updates.searches_loss_scale
 
     def find_problems(self) -> Iterator[str]:
-        """Yield what is set that would train a wrong gradient, or one that nobody has compared."""
+        """Yield settings that train a wrong gradient, or one that was never compared."""
         yield from find_config_problems(
             self._config, sums_in_fp32=self.args.accumulate_grads_in_fp32
         )
@@ -114,7 +114,7 @@ class DeepSpeed(Engine):
         )
 
     def _check_checkpoint(self, folder: str | None) -> None:
-        """Refuse a checkpoint that DeepSpeed could not load, before it says so in its own words."""
+        """Refuse a checkpoint that DeepSpeed cannot load, with a clearer error than its own."""
         if folder is None or get_value(self._config, "checkpoint.load_universal"):
             return
         then, now = count_checkpoint_ranks(folder), self.world_size
@@ -127,13 +127,13 @@ class DeepSpeed(Engine):
         if then != now:
             raise CheckpointError(
                 f"{Path(folder).name} was saved by {then} ranks and cannot be loaded by {now}: "
-                f"DeepSpeed cuts optimizer state by ranks.\n  Resume with {then}; or convert it "
+                f"DeepSpeed splits optimizer state by rank.\n  Resume with {then}; or convert it "
                 f"with DeepSpeed's ds_to_universal and set checkpoint.load_universal = true in its "
                 f"configuration."
             )
 
     def after_wrapping(self, model: nn.Module) -> None:
-        """Take the engine's step out of its backward."""
+        """Keep the engine from stepping inside a backward."""
         super().after_wrapping(model)
         self._updates = UpdateEngine(model)
         self.accelerator.deepspeed_engine_wrapped = self._updates
@@ -147,19 +147,19 @@ class DeepSpeed(Engine):
         return contextlib.nullcontext()
 
     def clip(self, model: nn.Module, stock_clip: Callable[[nn.Module], Any]) -> Any:
-        """Leave it to the engine, which clips as it steps."""
+        """Do nothing: the engine clips when it steps."""
         return None
 
     def grad_norm(
         self, model: nn.Module, norm: Any, stock_norm: Callable[[nn.Module, Any], Any]
     ) -> Any:
-        """Let the engine step: it knows the norm only then, and skips what is not finite."""
+        """Let the engine step, since only then it knows the norm. It skips what is not finite."""
         assert self._updates is not None
         return self._updates.step()
 
 
 def find_config_problems(config: Mapping[str, Any], *, sums_in_fp32: bool | None) -> Iterator[str]:
-    """Yield what would train another gradient than that of the whole batch.
+    """Yield settings that train another gradient than that of the whole batch.
 
     Args:
         config: DeepSpeed's configuration.
@@ -199,15 +199,15 @@ def find_config_problems(config: Mapping[str, Any], *, sums_in_fp32: bool | None
 def complete_config(
     config: dict[str, Any], *, sums_in_fp32: bool | None, max_grad_norm: float | None
 ) -> None:
-    """Write into DeepSpeed's configuration what the arguments say and it is silent on.
+    """Fill what DeepSpeed's configuration leaves open from the arguments.
 
-    The engine clips, and sums in the dtype of the weights, by its own configuration alone; the
-    Trainer passes `max_grad_norm` on only where that says "auto".
+    The engine clips, and sums in the dtype of the weights, by its own configuration alone. The
+    Trainer fills in `max_grad_norm` only if that configuration says "auto".
 
     Args:
         config: DeepSpeed's configuration, changed in place.
-        sums_in_fp32: ``accumulate_grads_in_fp32``; None means where weights are bf16 or fp16.
-        max_grad_norm: What the arguments clip to.
+        sums_in_fp32: ``accumulate_grads_in_fp32``; None means yes for bf16 and fp16 weights.
+        max_grad_norm: The norm to clip to.
 
     >>> config = {"bf16": {"enabled": True}}
     >>> complete_config(config, sums_in_fp32=None, max_grad_norm=1.0)
@@ -221,7 +221,7 @@ def complete_config(
 
 
 class UpdateEngine(DeepSpeedEngineWrapper):  # type: ignore[misc, unused-ignore]
-    """Takes the place of accelerate's wrapper, which would step in every backward that syncs.
+    """Replaces accelerate's wrapper, which would step in every backward that syncs.
 
     Attributes:
         reduces_now: Whether the coming backward is the update's last. ZeRO-1 reduces gradients in
@@ -231,10 +231,10 @@ class UpdateEngine(DeepSpeedEngineWrapper):  # type: ignore[misc, unused-ignore]
     reduces_now = True
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        """Add a micro-batch's gradient to the update's; the optimizer does not see it yet."""
+        """Add a micro-batch's gradient to the update's, without a step."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=self.reduces_now)
-        # The engine looks at gradients only, and an infinite loss can have finite ones. Times NaN
-        # they are not, on any rank once they are reduced, and nobody had to wait to find out.
+        # The engine checks gradients only, and an infinite loss can have finite ones. Times NaN
+        # they become NaN, after the reduction on all ranks. No rank has to wait for a check.
         bad = ~torch.isfinite(loss.detach())
         self.engine.backward(loss * torch.ones_like(loss).masked_fill(bad, torch.nan), **kwargs)
 
@@ -246,20 +246,20 @@ class UpdateEngine(DeepSpeedEngineWrapper):  # type: ignore[misc, unused-ignore]
         """
         self.engine.step()
         if not self.engine.fp16_enabled():
-            # Stock would not step the schedule either. A search for a loss scale may last long and
-            # wants that; an update skipped for its NaN has its place in the schedule.
+            # After an overflow the stock Trainer does not step the schedule. That is right while a
+            # loss scale is searched; an update skipped for its NaN must count in the schedule.
             self.engine.optimizer.overflow = False
         norm: float | None = self.get_global_grad_norm()
         return norm
 
     @property
     def searches_loss_scale(self) -> bool:
-        """Whether an overflow may be due to a loss scale that falls by itself."""
+        """Whether an overflow may come from a loss scale that is still being searched."""
         return bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
 
 
 def count_checkpoint_ranks(folder: str | Path) -> int | None:
-    """Count the ranks that wrote a checkpoint's optimizer state, None if DeepSpeed wrote none."""
+    """Count the ranks that wrote a checkpoint's optimizer state; None if DeepSpeed wrote none."""
     tag = Path(folder) / "latest"
     if not tag.is_file():
         return None

@@ -1,10 +1,11 @@
-"""How the processes of a run share an update: alone, under DDP, or with weights sharded by FSDP2.
+"""How the ranks of a run share an update: one process, DDP, or weights sharded by FSDP2.
 
-An engine says when gradients are held back, sums what the ranks' shares hold, and reduces. Under
-DDP ranks run alone: gradients are accumulated locally and summed once, after the last micro-batch,
-so ranks may run different numbers of them, or none. FSDP2 and ZeRO (`ranks.deepspeed`) gather
-weights in each forward and average gradients in the backward that reduces them, so all ranks run
-the largest number any of them has planned; `updates.recut.even_out` cuts the others' shares finer.
+An engine decides when gradients are held back, sums the counts of the ranks' shares, and reduces.
+Under DDP ranks run alone: each accumulates gradients locally, and they are summed once, after the
+last micro-batch. So ranks may run different numbers of micro-batches, or none. FSDP2 and ZeRO
+(`ranks.deepspeed`) gather weights in each forward and average gradients in the backward that
+reduces them. So all ranks run the largest number that any rank has planned;
+`updates.recut.even_out` cuts the others' shares finer.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _SECONDS_TO_REST = 0.1
 
 
 class Engine:
-    """What drives the ranks of a run. The Trainer asks it at fixed places of every update.
+    """How the ranks of a run work together. The Trainer calls it at fixed places of every update.
 
     Args:
         accelerator: The Trainer's `Accelerator`.
@@ -52,10 +53,10 @@ class Engine:
     Attributes:
         lockstep: Forward and backward contain collectives, and gradients come out of them as an
             average over ranks. Otherwise ranks run alone.
-        shards_weights: A rank holds a part of the weights only.
-        deals_in_lockstep: Rows are dealt to ranks knowing that they wait for each other in every
-            micro-batch.
-        can_differentiate_outside: A gradient can be computed outside of the wrapped model.
+        shards_weights: Each rank holds only a part of the weights.
+        deals_in_lockstep: Rows are dealt to ranks for a run in which ranks wait for each other in
+            every micro-batch.
+        can_differentiate_outside: The bare model can compute a gradient, without its wrapper.
     """
 
     lockstep = False
@@ -70,43 +71,43 @@ class Engine:
 
     @property
     def factor(self) -> int:
-        """What a loss is multiplied by, because the engine divides gradients by it."""
+        """The factor for a loss: the engine divides gradients by it."""
         return self.world_size if self.lockstep else 1
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether a forward or backward may be left in the middle: not with collectives in it."""
+        """Whether a forward or backward may be aborted: not if it contains collectives."""
         return not self.lockstep
 
     @property
     def searches_loss_scale(self) -> bool:
-        """Whether an overflow may be due to a loss scale that falls by itself."""
+        """Whether an overflow may come from a loss scale that is still being searched."""
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1.0
 
     def find_problems(self) -> Iterator[str]:
-        """Yield what would train a wrong gradient, or one that nobody has compared."""
+        """Yield settings that train a wrong gradient, or one that was never compared."""
         yield from ()
 
     def before_wrapping(self, checkpoint: str | None, *, is_wrapped: bool) -> None:
-        """Get ready for the model to be wrapped.
+        """Prepare for the model to be wrapped.
 
         Args:
-            checkpoint: The folder that training goes on from.
+            checkpoint: The folder that training resumes from.
             is_wrapped: An earlier call of ``train()`` has wrapped the model.
         """
 
     def after_wrapping(self, model: nn.Module) -> None:
-        """Let no forward wait for other ranks beyond what the engine itself does."""
+        """Keep a forward from waiting for other ranks, unless the engine needs it."""
         keep_ranks_apart(model)
 
     def count(self, local: UpdateStats) -> tuple[UpdateStats, list[int]]:
-        """Sum what the ranks' shares hold, and tell how many micro-batches each has planned.
+        """Sum what the ranks' shares hold, and collect how many micro-batches each has planned.
 
-        One collective: each rank writes its number of micro-batches into a place of its own.
+        One collective: each rank writes its number of micro-batches into its own element.
 
         Returns:
-            The sums, and the numbers by rank; no numbers where ranks need not run equally many.
+            The sums, and the numbers by rank; no numbers if ranks may run different ones.
         """
         counts = local.counts()
         planned = torch.zeros(self.world_size if self.lockstep else 0, dtype=counts.dtype)
@@ -118,7 +119,7 @@ class Engine:
     def hold_gradients(
         self, model: nn.Module, *, is_last: bool
     ) -> contextlib.AbstractContextManager[Any]:
-        """Keep a backward from reducing gradients, except the one that is meant to.
+        """Keep a backward from reducing gradients, unless it is the one that must.
 
         Args:
             model: The wrapped model.
@@ -129,16 +130,16 @@ class Engine:
     def agree(
         self, outcome: UpdateOutcome, *, loss: Tensor | None, model: nn.Module
     ) -> UpdateOutcome:
-        """Hear what became of the update on all ranks, and tell what became of it here.
+        """Exchange the outcome of the update with all ranks; return the worst.
 
-        One collective, which every rank reaches whatever happened to it.
+        One collective. Every rank calls it, also after a failure.
         """
         if self.world_size == 1:
             return outcome
         return outcome.agree(device=self.args.device, loss=loss)[0]
 
     def reduce(self, model: nn.Module) -> None:
-        """Sum the update's gradients over ranks, unless a backward has done so."""
+        """Sum the update's gradients over ranks, unless a backward has done that."""
 
     def clip(self, model: nn.Module, stock_clip: Callable[[nn.Module], Any]) -> Any:
         """Clip the update's gradient."""
@@ -147,7 +148,7 @@ class Engine:
     def grad_norm(
         self, model: nn.Module, norm: Any, stock_norm: Callable[[nn.Module, Any], Any]
     ) -> Any:
-        """Give the norm of the update's gradient before clipping, if it is known."""
+        """Return the norm of the update's gradient before clipping, None if it is unknown."""
         return stock_norm(model, norm)
 
 
@@ -163,13 +164,13 @@ class DataParallel(Engine):
     def hold_gradients(
         self, model: nn.Module, *, is_last: bool
     ) -> contextlib.AbstractContextManager[Any]:
-        """Never let DDP reduce: `reduce` does, after the last micro-batch."""
+        """Never let DDP reduce: `reduce` does that, after the last micro-batch."""
         return self.accelerator.no_sync(model)
 
     def agree(
         self, outcome: UpdateOutcome, *, loss: Tensor | None, model: nn.Module
     ) -> UpdateOutcome:
-        """Agree in one collective, which also tells which parameters have a gradient anywhere."""
+        """Agree in one collective, which also finds the parameters with a gradient on any rank."""
         has_grad = [p.grad is not None for p in trainable(model)]
         worst, self._has_grad_anywhere = outcome.agree(
             device=self.args.device, loss=loss, has_grad=has_grad
@@ -177,7 +178,7 @@ class DataParallel(Engine):
         return worst
 
     def reduce(self, model: nn.Module) -> None:
-        """Sum gradients in the precision they were added up in."""
+        """Sum gradients in the precision that they were accumulated in."""
         all_reduce_gradients(trainable(model), has_grad_anywhere=self._has_grad_anywhere)
 
 
@@ -190,7 +191,7 @@ class FullySharded(Engine):
     can_differentiate_outside = False
 
     def find_problems(self) -> Iterator[str]:
-        """Yield what of FSDP nobody has compared with the whole batch."""
+        """Yield settings of FSDP that were never compared with the whole batch."""
         if not self.accelerator.is_fsdp2:
             yield (
                 "FSDP1 is deprecated in transformers and was never compared with the gradient of "
@@ -205,7 +206,7 @@ class FullySharded(Engine):
     def hold_gradients(
         self, model: nn.Module, *, is_last: bool
     ) -> contextlib.AbstractContextManager[Any]:
-        """Hold all backwards but the last."""
+        """Hold back gradients in every backward but the last."""
         if is_last or self.world_size == 1:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
@@ -214,7 +215,7 @@ class FullySharded(Engine):
 def make_engine(
     accelerator: Any, args: Any, *, is_fsdp: bool, is_deepspeed: bool, is_sharded_by_loading: bool
 ) -> Engine:
-    """Choose the engine of a run, and refuse what it could not train exactly.
+    """Choose the engine of a run; refuse settings that it cannot train exactly.
 
     Args:
         accelerator: The Trainer's `Accelerator`.
@@ -224,7 +225,7 @@ def make_engine(
         is_sharded_by_loading: The model was sharded by transformers while it was loaded.
 
     Raises:
-        ConfigError: If a setting would train a wrong gradient, or one nobody has compared.
+        ConfigError: If a setting trains a wrong gradient, or one that was never compared.
     """
     engine: Engine
     if is_deepspeed:
@@ -239,9 +240,9 @@ def make_engine(
         engine = OneProcess(accelerator, args)
     if is_sharded_by_loading and args.world_size > 1:
         raise ConfigError(
-            "the model was sharded while it was loaded (distributed_config), which accelerate "
-            "does not reduce and nobody has compared with the gradient of the whole batch: "
-            'load it whole and set fsdp = True and fsdp_config = {"version": 2}.'
+            "the model was sharded while it was loaded (distributed_config): accelerate does not "
+            "reduce its gradients, and they were never compared with those of the whole batch. "
+            'Load it whole and set fsdp = True and fsdp_config = {"version": 2}.'
         )
     for problem in engine.find_problems():
         raise ConfigError(problem)
@@ -249,22 +250,22 @@ def make_engine(
 
 
 def end_group_at_exit() -> None:
-    """Have gloo's threads come to rest before Python ends.
+    """Give gloo's threads time to finish before Python ends.
 
-    Such a thread frees tensors of the last collective, and is aborted if Python has gone by then:
-    19 of 400 exits right after one on a loaded machine (pytorch/pytorch#179291). A launcher that
-    sees a process abort ends the others, which may be saving.
+    Such a thread frees the tensors of the last collective. If Python has ended by then, it aborts
+    the process: in 19 of 400 exits right after a collective, on a loaded machine
+    (pytorch/pytorch#179291). The launcher then ends the other ranks, which may be saving.
     """
     if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend():
         atexit.register(_end_group, os.getpid())
 
 
 def _end_group(process: int) -> None:
-    # A forked child has the group, but not its threads, and would wait for them.
+    # A forked child has the group but not its threads, and would wait for them forever.
     if os.getpid() != process:
         return
     if dist.is_initialized():
         dist.destroy_process_group()
-    # That ends no thread as long as a wrapped model holds the group (9 of 400 were aborted still).
-    # What they have left to do is a matter of microseconds, once they may run Python.
+    # That ends no thread while a wrapped model holds the group: 9 of 400 exits still aborted. Once
+    # the threads may run Python, they need microseconds to finish.
     time.sleep(_SECONDS_TO_REST)

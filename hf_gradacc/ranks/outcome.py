@@ -1,9 +1,9 @@
-"""What became of an update, and of a rank, told to the other ranks.
+"""Tell the other ranks how an update ended, and why a rank stopped.
 
-An attempt's outcome is agreed on before anything is reduced. A rank that stops leaves a reason:
-under FSDP2 a rank that fails inside a forward leaves the others in a collective that nobody will
-complete. They come out of it when its process ends ("Connection closed by peer"), or are ended by
-the launcher. A line in the store that brought the ranks together says why.
+Ranks agree on an attempt's outcome before anything is reduced. A rank that stops leaves a reason:
+under FSDP2, a rank that fails inside a forward leaves the others in a collective that never ends.
+They leave it when the failed rank's process ends ("Connection closed by peer"), or the launcher
+ends them. The reason is a line in the store through which the ranks found each other.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class UpdateOutcome:
     """How one rank's attempt at an update ended; with `agree`, the worst over all ranks.
 
     Attributes:
-        out_of_memory: An allocator gave up.
-        broken: Some other error; its rank raises it, the others say which rank it was.
-        cap: Tokens to allow from now on, 0 for no opinion. The smallest wins.
+        out_of_memory: An allocation failed.
+        broken: Another error; its rank raises it, and the others say that a rank failed.
+        cap: Tokens to allow from now on; 0 for no proposal. The smallest one is taken.
         cost: Tokens of the micro-batch that failed.
         row_length: Tokens of a row that failed alone, 0 if none did.
         row: That row's place in the dataset, -1 if unknown.
@@ -48,7 +48,7 @@ class UpdateOutcome:
 
     @property
     def failed(self) -> bool:
-        """Whether any rank has to do the update again, or cannot."""
+        """Whether any rank must run the update again, or cannot run it."""
         return bool(self.out_of_memory or self.broken)
 
     def agree(
@@ -58,20 +58,20 @@ class UpdateOutcome:
         loss: Tensor | None = None,
         has_grad: Sequence[bool] = (),
     ) -> tuple[UpdateOutcome, list[bool]]:
-        """Tell all ranks, in one collective that every rank reaches whatever happened to it.
+        """Exchange outcomes with all ranks, in one collective that every rank calls, failed or not.
 
         Args:
             device: Where collectives run.
-            loss: This rank's loss. Whether it is finite goes along without a wait of its own.
+            loss: This rank's loss. The same collective exchanges whether it is finite.
             has_grad: Which parameters have a gradient here, in an order that is the same on all
-                ranks. Goes along too: it would be a collective of its own, right after.
+                ranks. Exchanged along, to save a second collective.
 
         Returns:
             The worst of all outcomes, and which parameters have a gradient on any rank.
         """
         values = [getattr(self, field.name) for field in fields(self)]
         largest = torch.iinfo(torch.int64).max
-        # The smallest cap is the largest of its negatives, and no opinion the least of all.
+        # The smallest cap has the largest negative. No proposal is the smallest number of all.
         values[2] = -self.cap if self.cap else -largest
         n = len(values)
         vector = torch.tensor([*values, *map(int, has_grad)], dtype=torch.int64).to(device)
@@ -83,7 +83,7 @@ class UpdateOutcome:
         return UpdateOutcome(*worst[:n]), list(map(bool, worst[n:]))
 
 
-# What a collective says when another rank is gone: gloo, NCCL, and the store itself.
+# Parts of the errors that a collective raises if another rank is gone: gloo, NCCL, the store.
 _BROKEN = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "Socket", "recvValue")
 
 
@@ -91,14 +91,14 @@ class RankFailure:
     """The reason a rank stops, for one call of ``train()``.
 
     Args:
-        run: How many calls of ``train()`` came before in this process, the same on all ranks.
+        run: Number of earlier calls of ``train()`` in this process, the same on all ranks.
     """
 
     def __init__(self, run: int) -> None:
         self._key = f"hf_gradacc/failure/{run}"
 
     def explain(self, error: Exception) -> Exception:
-        """Leave the reason for the others; or learn that this rank stops because of another.
+        """Store the reason for the other ranks; or find that this rank stops because of another.
 
         Args:
             error: What ends the run on this rank.
@@ -116,9 +116,7 @@ class RankFailure:
                 store.set(self._key, f"rank {rank} failed with {reason}")
             elif store.check([self._key]):
                 reason = store.get(self._key).decode()
-                return RankFailedError(
-                    f"{reason}\n  Its own log says more. This rank stops with it."
-                )
+                return RankFailedError(f"{reason}\n  Its log says more. This rank stops, too.")
         return error
 
 
@@ -129,7 +127,7 @@ def _is_broken_connection(error: Exception) -> bool:
 
 
 def _store() -> Any:
-    """Give the store that the ranks met in, None where there is one rank."""
+    """Return the store that connects the ranks; None if there is only one."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.distributed_c10d._get_default_store()

@@ -182,7 +182,7 @@ def plan_recipe(
 
 
 def _changed(arguments: Any, **changes: Any) -> Any:
-    """Give arguments that differ in some options; the checks of the whole are not run again."""
+    """Return arguments that differ in some options, without checking them again."""
     changed = copy.copy(arguments)
     for name, value in changes.items():
         setattr(changed, name, value)

@@ -1,9 +1,9 @@
-"""Checkpoint folders that are whole or not there.
+"""Checkpoint folders that are whole or absent.
 
-A checkpoint is written aside, listed in a manifest with the size and hash of each file, flushed to
-disk, and only then renamed to ``checkpoint-<step>``. A process killed at any moment, or a disk that
-runs full, leaves the previous ones as they were. Before one is loaded, its files are held against
-the manifest.
+A checkpoint is written to a staging folder, listed in a manifest with the size and hash of each
+file, flushed to disk, and only then renamed to ``checkpoint-<step>``. If the process is killed at
+any moment, or the disk runs full, earlier checkpoints stay as they were. Before a checkpoint is
+loaded, its files are compared with the manifest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def find_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str
     """Find the newest checkpoint without damage.
 
     Returns:
-        It, or None, and one line for each newer one that was passed over.
+        The checkpoint, or None, and one line for each newer one that is damaged.
     """
     passed_over: list[str] = []
     for path in list_checkpoints(output_dir):
@@ -65,7 +65,7 @@ def find_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str
 
 # ---- writing -----------------------------------------------------------------------------------
 def write_manifest(folder: Path) -> None:
-    """List all files with size and hash, and wait until they are on the disk."""
+    """Write the manifest: all files with size and hash. Wait until they are on the disk."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
         with path.open("rb") as file:
@@ -81,8 +81,8 @@ def write_manifest(folder: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, in one step that either happens or does not."""
-    if final.exists():  # a damaged one of this step, or the same step saved twice
+    """Rename a finished checkpoint to its final name, in one atomic step."""
+    if final.exists():  # a damaged checkpoint of this step, or the step is saved twice
         remove(final, aside=staged.parent)
     for folder in (p for p in (staged, *staged.rglob("*")) if p.is_dir()):
         _flush(folder)
@@ -93,7 +93,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def remove(folder: Path, *, aside: Path) -> None:
-    """Delete a checkpoint so that no half of it stays under its name."""
+    """Delete a checkpoint; never leave a part of it under its name."""
     aside.mkdir(exist_ok=True)
     grave = aside / f"old-{folder.name}"
     shutil.rmtree(grave, ignore_errors=True)
@@ -102,9 +102,9 @@ def remove(folder: Path, *, aside: Path) -> None:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Say whether writing failed because of the disk: full, over quota, gone, read-only.
+    """Return whether writing failed because of the disk: full, over quota, gone, read-only.
 
-    torch and safetensors wrap what the system said into errors of their own.
+    torch and safetensors wrap the system's error in errors of their own.
     """
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return True
@@ -120,11 +120,11 @@ def is_storage_error(error: BaseException) -> bool:
 
 # ---- checking ----------------------------------------------------------------------------------
 def find_damage(folder: str | Path) -> str | None:
-    """Say what is wrong with a checkpoint, None if it is whole.
+    """Return what is wrong with a checkpoint; None if it is whole.
 
-    With a manifest, every file's size and hash must be as written. Without one (saved by the
-    stock Trainer), the files that can tell are asked: JSON must parse, safetensors must be as
-    long as their header says, torch files must have the end of their archive.
+    With a manifest, every file must have the size and hash written there. The stock Trainer writes
+    none; then files are checked that can be: JSON must parse, safetensors files must have the
+    length that their header states, and torch files must end as an archive does.
     """
     folder = Path(folder)
     manifest = folder / MANIFEST_NAME
@@ -195,7 +195,7 @@ def _hash(path: Path) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Make a folder's entries durable; some file systems cannot, and need not."""
+    """Flush a folder's entries to disk; some file systems neither can nor need to."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
 """Name what made an update NaN or infinite: micro-batch, dataset rows, first bad tensor.
 
-Looking for it while training would make the accelerator wait after every micro-batch. So nothing
-is looked for until the update's one check fails; then its micro-batches are run again, one by one
-and from the same random state, with every module's output and every gradient examined.
+A search during training would make the accelerator wait after every micro-batch. So it begins only
+after the update's single check has failed: the micro-batches run again, one by one and from the
+same random state, and every module's output and every gradient is examined.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def find_bad_tensor(
     micro_batches: Sequence[MicroBatch],
     run: Callable[[MicroBatch], Tensor],
 ) -> str | None:
-    """Run micro-batches again until something is NaN or infinite, and say what.
+    """Run micro-batches again until something is NaN or infinite, and describe it.
 
     Args:
-        model: The bare model; its gradients are dropped.
+        model: The bare model; its gradients are deleted.
         micro_batches: This rank's share of the update.
-        run: Forward and backward of one micro-batch; gives its loss.
+        run: Runs forward and backward of one micro-batch; returns its loss.
 
     Returns:
-        A sentence that names micro-batch, rows and tensor, None if each is finite by itself.
+        A sentence that names micro-batch, rows and tensor; None if each micro-batch is finite.
     """
     for name, weight in model.named_parameters():
         if not _is_finite(weight):
@@ -44,11 +44,11 @@ def find_bad_tensor(
         with _watching(model, found):
             loss = run(micro_batch)
         if not _is_finite(loss):
-            # Gradients were seen after it, and are bad because it is.
+            # The gradients came after the loss, and are bad because the loss is.
             found = [text for text in found if not text.startswith("the gradient")]
             found.append(f"the loss {_kind(loss)}")
         elif not any(text.startswith("the gradient") for text in found):
-            continue  # some models use infinities inside and are none the worse for it
+            continue  # some models use infinities inside, without harm
         first = _bad_input(micro_batch.inputs) or found[0]
         where = f"micro-batch {i + 1} of {len(micro_batches)}"
         return f"in {where} ({describe_rows(micro_batch)}) {first}"
@@ -71,7 +71,7 @@ def describe_rows(micro_batch: MicroBatch, *, most: int = 16) -> str:
 
 @contextmanager
 def _watching(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Note the first module whose output is bad, then the first gradient, in order of computing."""
+    """Record the first module with a bad output, then the first bad gradient, as computed."""
     handles: list[Any] = []
 
     def after_forward(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Out of memory: tell it from other errors, make room, and know how large a micro-batch may be."""
+"""Out of memory: recognize the error, free memory, and explain a row that does not fit alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_gradacc.errors import MemoryBudgetError
 
 __all__ = ["free_memory", "is_out_of_memory", "message_of", "single_row_error"]
 
-# What allocators say that do not raise torch.OutOfMemoryError. Each is a RuntimeError of torch's.
+# Messages of allocators that do not raise torch.OutOfMemoryError but a RuntimeError.
 _MESSAGES = (
     "out of memory",  # CUDA, HIP, XPU, MPS, NPU, MLU, MUSA; "CUDA error: out of memory"
     "can't allocate memory",  # torch's CPU allocator
@@ -28,12 +28,12 @@ _MESSAGES = (
     "UR_RESULT_ERROR_OUT_OF_",  # XPU: ..._DEVICE_MEMORY, ..._HOST_MEMORY, ..._RESOURCES
     "PT_DEVMEM Allocation failed",  # Gaudi
     "RESOURCE_EXHAUSTED",  # XLA
-    "FIND was unable to find an engine",  # cuDNN's convolutions where no workspace fits
+    "FIND was unable to find an engine",  # cuDNN's convolutions if no workspace fits
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an allocator gave up, whichever backend's it is.
+    """Return whether an error means that an allocation failed, on any backend.
 
     >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     True
@@ -48,10 +48,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(model: nn.Module | None = None) -> None:
-    """Drop gradients and give cached blocks back.
+    """Delete gradients and empty the allocators' caches.
 
-    Call it outside of the ``except`` block: while an exception is being handled its traceback
-    keeps the frames of the failed forward alive, and with them every activation.
+    Call it outside of the ``except`` block. While an exception is handled, its traceback keeps the
+    frames of the failed forward alive, and with them every activation.
     """
     if model is not None:
         for parameter in model.parameters():
@@ -80,14 +80,14 @@ def single_row_error(
     message: str = "",
     evaluation: bool = False,
 ) -> MemoryBudgetError:
-    """Say that one sequence alone does not fit, what was tried, and what would help.
+    """Make the error for a sequence that does not fit alone: what was tried, and what helps.
 
     Args:
-        length: Tokens of the sequence, 1 or less if nobody knows.
+        length: Tokens of the sequence; 1 or less if unknown.
         row: Its place in the dataset.
         tried: What was tried, in order.
         message: The allocator's message, if it was this rank that ran out.
-        evaluation: It was in an evaluation.
+        evaluation: It happened in an evaluation.
     """
     which = "one sequence" if row is None or row < 0 else f"row {row} of the dataset"
     size = f" of {length:,} tokens" if length > 1 else ""

@@ -15,19 +15,19 @@ _SMALL_BUFFER_BYTES = 2**20
 
 
 class RandomState:
-    """Every random generator a forward may draw from: torch's, the device's, numpy's, Python's."""
+    """State of all generators a forward may use: torch's, the device's, numpy's, Python's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._backend: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
         self._torch = torch.get_rng_state()
-        # The state of a device's generator lives on the host: nothing waits here.
+        # The state of a device's generator is on the host: nothing waits here.
         self._on_device = self._backend.get_rng_state(device) if self._backend else None
         self._numpy = np.random.get_state()
         self._python = random.getstate()
 
     def restore(self) -> None:
-        """Let every generator go on from where it was."""
+        """Set every generator back to its state."""
         torch.set_rng_state(self._torch)
         if self._backend is not None:
             self._backend.set_rng_state(self._on_device, self._device)
@@ -78,14 +78,14 @@ class BufferState:
 
 
 class Rollback:
-    """Where an update began: random states, and buffers that the forward changes.
+    """The state in which an update began: random states, and buffers that the forward changes.
 
     Weights, optimizer and counters need no copy, since nothing touches them before the optimizer
     steps. Few models change a buffer in their forward. Which ones do is seen in the first update,
     for which all small ones are copied; later only those are.
 
     Args:
-        model: The model whose buffers to look after.
+        model: The model that the buffers belong to.
         device: The device it runs on.
     """
 
@@ -97,13 +97,13 @@ class Rollback:
         self._buffers: BufferState | None = None
 
     def mark(self) -> None:
-        """Remember the present as the state to come back to."""
+        """Store the present state, for `restore`."""
         self._random = RandomState(self._device)
         is_due = self._names is None or bool(self._names)
         self._buffers = BufferState(self._model, self._names) if is_due else None
 
     def restore(self) -> None:
-        """Go back to the state of `mark`."""
+        """Restore the state that `mark` stored."""
         self._random.restore()
         if self._buffers is not None:
             self._buffers.restore()

@@ -1,4 +1,4 @@
-"""What tracking keeps with every checkpoint: the W&B run's id, events so far, earlier resumes."""
+"""What tracking saves with every checkpoint: the W&B run's id, events so far, earlier resumes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ VERDICT = "noise_scale_verdict"
 
 
 def keep(state: Any, **attributes: Any) -> None:
-    """Keep values in every checkpoint to come.
+    """Save values with every later checkpoint.
 
-    Written straight into the state instead of through `ExportableState`: resuming from a
-    checkpoint of the stock Trainer, which lacks our entry, would make its next save fail.
+    They are written into the state directly, not through `ExportableState`. A checkpoint of the
+    stock Trainer lacks our entry, and after resuming from it the next save would fail.
     """
     if isinstance(state.stateful_callbacks, dict):
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
@@ -26,6 +26,6 @@ def keep(state: Any, **attributes: Any) -> None:
 
 
 def kept(state: Any) -> dict[str, Any]:
-    """Return what `keep` kept; {} in a fresh run."""
+    """Return the values that `keep` saved; {} in a fresh run."""
     entry = (state.stateful_callbacks or {}).get(STATE_KEY) or {}
     return dict(entry.get("attributes", {})) if isinstance(entry, dict) else {}

@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT: finish the update, save, exit with the code a shell expects.
 
-Schedulers send SIGTERM some time before they kill a job; people press Ctrl-C. The update in
-progress ends, all ranks agree to stop after it, a checkpoint is written, and the process exits
-with 128 + the signal's number (143, 130). An evaluation in progress is broken off; a save is
-finished, and no other update begins. A second signal of the same kind acts at once.
+Schedulers send SIGTERM some time before they kill a job; people press Ctrl-C. The run finishes the
+update in progress, all ranks agree to stop after it, a checkpoint is written, and the process exits
+with 128 + the signal's number (143, 130). An evaluation in progress is broken off. A save in
+progress is finished, and no other update begins. A second signal of the same kind acts at once.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _DEFAULTS: dict[signal.Signals, Any] = {
 }
 
 
-# Ctrl-C reaches every process of a terminal, and torchrun passes on what it got: the same signal
-# twice within moments is one request.
+# Ctrl-C reaches every process of a terminal, and torchrun forwards it too: the same signal twice
+# within moments is one request.
 _ECHO_SECONDS = 1.0
 
 
@@ -50,7 +50,7 @@ def _take_no_notice(number: int, frame: FrameType | None) -> None:
 class StopSignals(TrainerCallback):
     """Turns a signal into a checkpoint and a clean exit.
 
-    Takes over only signals that nobody handles yet, in the main thread, while training.
+    It handles only signals that have no handler yet, in the main thread, while training.
 
     Attributes:
         received: Number of the signal this rank got, 0 if none.
@@ -66,7 +66,7 @@ class StopSignals(TrainerCallback):
         self._on_child: Any = None
 
     def install(self) -> None:
-        """Take over the signals."""
+        """Install the handlers."""
         self.received = self.agreed = 0
         self._process = os.getpid()
         if threading.current_thread() is not threading.main_thread():
@@ -77,7 +77,7 @@ class StopSignals(TrainerCallback):
                 self._taken.append(number)
 
     def uninstall(self) -> None:
-        """Give them back."""
+        """Restore the handlers that were there before."""
         while self._taken:
             number = self._taken.pop()
             signal.signal(number, _DEFAULTS[number])
@@ -87,7 +87,7 @@ class StopSignals(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a loader worker forked from us: it is ended by us, after the update
+            return  # a loader worker forked from us: we end it after the update
         now = time.monotonic()
         if self.received == number:
             if now - self._received_at < _ECHO_SECONDS:
@@ -98,20 +98,21 @@ class StopSignals(TrainerCallback):
         self.received, self._received_at = number, now
         on_child = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         if self._on_child is None and callable(on_child):
-            # A scheduler signals the loader's workers, too. Torch would raise over their deaths in
-            # the middle of the update, which has all its data already. Not SIG_DFL: Python would
-            # complain of a death it has noticed and not yet handled ("ignored due to race").
+            # A scheduler signals the loader's workers, too. Torch would raise about their deaths in
+            # the middle of the update, which has all its data already. With SIG_DFL, Python would
+            # print a warning about a signal it has noticed and not yet handled ("ignored due to
+            # race").
             self._on_child = on_child
             signal.signal(signal.SIGCHLD, _take_no_notice)
         name = signal.Signals(number).name
-        # Written by hand: logging may be holding a lock right where the signal came in.
-        with contextlib.suppress(OSError):  # it may go to a file on a full disk
+        # Without logging, which may hold a lock at the moment the signal comes.
+        with contextlib.suppress(OSError):  # stderr may go to a file on a full disk
             os.write(
                 2, f"\n{name}: finishing the update, then saving; again to end now.\n".encode()
             )
 
     def agree(self, device: torch.device, *, alone: bool) -> int:
-        """Tell all ranks whether any of them got a signal; one small collective.
+        """Find whether any rank got a signal, in one small collective.
 
         Args:
             device: Where collectives run.
@@ -134,18 +135,18 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
             at_the_end = state.global_step >= state.max_steps and args.eval_strategy == "epoch"
             if control.should_evaluate or at_the_end:
-                keep(state, evaluation_due="left out")  # the resumed run makes up for it
-            control.should_evaluate = False  # there may be seconds left
+                keep(state, evaluation_due="left out")  # the resumed run runs it
+            control.should_evaluate = False  # only seconds may be left
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the end of the epoch, which the stock loop announces now, from saving again."""
+        """Keep the stock loop from saving again at the end of the epoch, which comes next."""
         if self.agreed:
             control.should_save = control.should_evaluate = False
 
     def exit_if_asked(self) -> None:
-        """Exit the way the signal would have.
+        """Exit with the code of the signal, if the run stopped for one.
 
         Raises:
             SystemExit: With 128 + the signal's number.

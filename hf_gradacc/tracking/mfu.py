@@ -113,7 +113,7 @@ class ModelFlops:
         peak_flops: float | None,
         num_devices: int = 1,
     ) -> float | None:
-        """Return the MFU, None where the device's peak is not known.
+        """Return the MFU, None if the device's peak is not known.
 
         Args:
             input_tokens_per_second: Of all ranks, without padding.
@@ -128,7 +128,7 @@ class ModelFlops:
 
 
 class CostMeter:
-    """Give the log row what the hardware was used for: `mfu` and `peak_memory_bytes`.
+    """Computes how the hardware was used, for a log row: `mfu` and `peak_memory_bytes`.
 
     Asks the device nothing but its allocator's counter, so it never waits.
 
@@ -173,7 +173,7 @@ class CostMeter:
 
 
 def find_peak_flops(device_name: str, *, dtype: torch.dtype, tf32: bool = False) -> float | None:
-    """Look up a device's dense peak, in operations per second; None where it is not known.
+    """Look up a device's dense peak, in operations per second; None if it is not known.
 
     Args:
         device_name: As `torch.cuda.get_device_name` gives it.

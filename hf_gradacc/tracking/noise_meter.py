@@ -68,10 +68,10 @@ class NoiseScaleMeter:
         self.abandon()
         for p in parameters:
             if p.requires_grad:
-                handle = p.register_hook(self._hear)  # type: ignore[no-untyped-call]
+                handle = p.register_hook(self._add_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
 
-    def _hear(self, gradient: Tensor) -> None:
+    def _add_gradient(self, gradient: Tensor) -> None:
         self._norms.append(_norm(gradient))
 
     def after_micro_batch(self, *, num_targets: int, weight: float) -> None:
@@ -108,7 +108,7 @@ class NoiseScaleMeter:
             grad_scale: What the ``.grad`` are still multiplied with (fp16's loss scale).
 
         Returns:
-            The measurement, None where the update had fewer than two micro-batches or a
+            The measurement, None if the update had fewer than two micro-batches or a
             non-finite gradient.
         """
         grads = [p.grad for p in parameters if p.requires_grad and p.grad is not None]

@@ -47,7 +47,7 @@ def record_parity(report: Any, *, output_dir: str | Path, model: Any) -> Path:
 
 
 def read_parity(output_dir: str | Path, *, model: Any = None) -> dict[str, Any] | None:
-    """Return what `record_parity` kept, None where nothing was checked.
+    """Return what `record_parity` kept, None if nothing was checked.
 
     Args:
         output_dir: Of the run.
@@ -67,7 +67,7 @@ def read_parity(output_dir: str | Path, *, model: Any = None) -> dict[str, Any] 
 
 
 def describe_parity(parity: dict[str, Any]) -> str:
-    """Say the result in one sentence.
+    """Describe the result in one sentence.
 
     >>> describe_parity({"passed": True, "date": "2026-11-24 16:00 UTC", "error": 1.2e-7,
     ...     "tolerance": 1e-4, "dtype": "float32", "matches_run": True})

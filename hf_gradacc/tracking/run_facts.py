@@ -59,7 +59,7 @@ def describe_run(
 
 
 def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
-    """Say what an update is: as requested, and as it came out for this run.
+    """Return what an update is: as requested, and as computed for this run.
 
     Returns:
         "requested": the options as the user wrote them; "effective_batch_size" or

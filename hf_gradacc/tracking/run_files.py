@@ -166,7 +166,7 @@ def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def kind_of(logs: Mapping[str, Any]) -> str:
-    """Tell what a log row is about: "train", "eval", "end" (the run's totals) or "other".
+    """Return what a log row is about: "train", "eval", "end" (the run's totals) or "other".
 
     >>> kind_of({"loss": 2.5, "learning_rate": 1e-3}), kind_of({"eval_loss": 2.5, "epoch": 1.0})
     ('train', 'eval')
@@ -179,7 +179,7 @@ def kind_of(logs: Mapping[str, Any]) -> str:
 
 
 def is_training_row(logs: Mapping[str, Any]) -> bool:
-    """Say whether a log row is one that the training loop itself wrote about its last updates.
+    """Return whether the training loop itself wrote a log row, about its last updates.
 
     The loop always logs the learning rate beside the loss. Somebody's own ``log({"loss": ...})``
     has none, and belongs to no updates.

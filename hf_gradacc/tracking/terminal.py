@@ -236,7 +236,7 @@ def fold(text: str, *, width: int | None, indent: int) -> str:
 
 
 def terminal_width() -> int | None:
-    """Return the columns of the terminal, None where output goes elsewhere."""
+    """Return the columns of the terminal, None if output goes elsewhere."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -306,7 +306,7 @@ def plan_rows(
 
 
 def result_line(state: Any, *, seconds: float, first_step: int) -> str:
-    """Say in one line what was trained and with what result."""
+    """Describe in one line what was trained and with what result."""
     losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
     held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
     seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]

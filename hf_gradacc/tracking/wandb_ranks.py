@@ -87,7 +87,7 @@ def find_rank_runs(trainer: Any) -> RankRuns | None:
 
 
 def _agree_on_run(args: Any) -> dict[str, str] | None:
-    """Tell every rank the run of rank 0: its id, its name and its group."""
+    """Return on every rank the run of rank 0: its id, its name and its group."""
     own: dict[str, str] | None = None
     if args.process_index == 0:
         import wandb

@@ -61,7 +61,7 @@ def ensure_wandb_mode(args: Any = None) -> str | None:
         args: A `TrainingArguments`; nothing is done where its `report_to` leaves wandb out.
 
     Returns:
-        The mode wandb is in now ("online", "offline", "disabled", ...), or None where it is not
+        The mode wandb is in now ("online", "offline", "disabled", ...), or None if it is not
         used or not installed.
     """
     if args is not None and "wandb" not in (args.report_to or []):

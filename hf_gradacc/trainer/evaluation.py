@@ -196,7 +196,7 @@ class Evaluation:
             logger.warning(
                 f"evaluation ran out of memory on {size} rows: it goes on with "
                 f"{self._num_rows_that_fit} at a time. The results are the same; "
-                f"per_device_eval_batch_size = {self._num_rows_that_fit} would spare the attempt."
+                f"per_device_eval_batch_size = {self._num_rows_that_fit} avoids the failed attempt."
             )
 
     def _join(self, trainer: Any, parts: list[Any], results: list[Any]) -> tuple[Any, Any, Any]:

@@ -157,9 +157,9 @@ class GradientGate:
         self._num_skipped_in_a_row += 1
         if self._num_skipped_in_a_row >= args.max_skipped_updates_in_a_row:
             raise NonFiniteError(
-                f"{text}\n  That is the {self._num_skipped_in_a_row}. update in a row "
+                f"{text}\n  {self._num_skipped_in_a_row} updates in a row were not finite "
                 f"(max_skipped_updates_in_a_row = {args.max_skipped_updates_in_a_row}): the "
-                f"model itself has gone bad. Resume from an earlier checkpoint with a lower "
+                f"weights themselves are damaged. Resume from an earlier checkpoint with a lower "
                 f"learning rate."
             )
         trainer.accelerator.gradient_state._set_sync_gradients(False)

@@ -69,7 +69,9 @@ class NoiseListener:
             self._num_local_sequences = sum(mb.num_sequences for mb in update)
             self.record.meter.before_update(model.parameters())
 
-    def hear(self, micro_batch: MicroBatch, *, num_targets: int, total: int, trainer: Any) -> None:
+    def add_gradient(
+        self, micro_batch: MicroBatch, *, num_targets: int, total: int, trainer: Any
+    ) -> None:
         """Add the gradient of one micro-batch, right after its backward.
 
         Args:

@@ -89,15 +89,15 @@ class Ledger(TrainerCallback, ExportableState):
         if changed:
             raise ConfigError(
                 "the checkpoint was trained with other updates, so its step does not say which "
-                f"rows are still to come:\n{_list(changed)}\nResume with the settings of then, or "
+                f"rows are still to come:\n{_list(changed)}\nResume with those settings, or "
                 "set ignore_data_skip = True to start the data from its beginning."
             )
         if of_data and not allow_changed_data:
             raise DataError(
                 "the training dataset is not the one the checkpoint was trained on:\n"
-                f"{_list(of_data)}\nResume with the dataset of then; set allow_changed_data = True "
-                "to go on at the same place of this one; or set ignore_data_skip = True to start "
-                "it from its beginning."
+                f"{_list(of_data)}\nResume with that dataset; set allow_changed_data = True "
+                "to continue at the same place in this one; or set ignore_data_skip = True to "
+                "start it from its beginning."
             )
         self.epoch, self.update = saved["epoch"], saved["update"]
         self.position = saved["position"]
@@ -115,7 +115,7 @@ _FACTS_OF_DATA = ("num_sequences", "fingerprint")
 
 
 def _list(changed: dict[str, tuple[Any, Any]]) -> str:
-    return "\n".join(f"  {key}: {then} then, {now} now" for key, (then, now) in changed.items())
+    return "\n".join(f"  {key}: {then} before, {now} now" for key, (then, now) in changed.items())
 
 
 def restored(trainer: Any, kind: type) -> Any:
@@ -159,9 +159,9 @@ def find_place(
     then, now = len(ledger.loss_sums), trainer.args.world_size
     if then not in (0, now):
         logger.warning(
-            f"the checkpoint was saved by {then} ranks and goes on with {now}: every update "
-            f"holds the same sequences and weights agree within rounding, but dropout and "
-            f"other layers that draw random numbers will draw others."
+            f"the checkpoint was saved by {then} ranks and is resumed by {now}: every update "
+            f"holds the same sequences, and weights agree within rounding. Dropout and other "
+            f"layers that draw random numbers will draw different ones."
         )
     return ledger.epoch, ledger.update
 

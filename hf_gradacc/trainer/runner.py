@@ -237,7 +237,7 @@ class UpdateRunner:
                     f"the loss by self.current_gradient_accumulation_steps before its backward."
                 )
             if self.noise.is_listening:
-                self.noise.hear(
+                self.noise.add_gradient(
                     micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
                 )
             if not is_last:
@@ -353,7 +353,7 @@ class UpdateRunner:
         """Lower the budget, the same on all ranks; raise if that cannot help."""
         if outcome.broken:
             raise failure.error or RankFailedError(
-                "another rank failed in this update; its own log says how. This one stops with it."
+                "another rank failed in this update; its log says why. This rank stops, too."
             )
         if not outcome.cap:
             # Try again with empty caches: memory may only have been fragmented.

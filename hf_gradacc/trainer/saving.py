@@ -67,7 +67,7 @@ def _look_for_checkpoint(
         return (named, None) if damage is None else (None, problem)
     path, passed_over = find_whole_checkpoint(output_dir)
     for line in passed_over:
-        logger.warning(f"{line}. It is passed over.")
+        logger.warning(f"{line}. It is skipped.")
     if path is not None:
         if passed_over:
             logger.warning(f"The run goes on from {path.name}, the newest whole checkpoint.")
@@ -172,7 +172,7 @@ class CheckpointWriter:
             kept = "No checkpoint holds its weights" if path is None else f"{path} is whole"
             raise CheckpointError(
                 f"the model could not be saved in {output_dir or args.output_dir}: {error}\n"
-                f"  What lies there may be cut short. {kept}. Free some space and save again, or "
+                f"  The files there may be incomplete. {kept}. Free some space and save again, or "
                 f"on another disk: trainer.save_model(FOLDER), output.dir in a recipe."
             ) from error
 

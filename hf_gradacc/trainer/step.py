@@ -111,7 +111,7 @@ def smoothed_loss(
     if inputs["labels"].is_floating_point():
         raise ConfigError(
             f"label_smoothing_factor = {smoother.epsilon}: there is nothing to smooth in "
-            f"labels of {inputs['labels'].dtype}, which are no classes (regression, or several "
+            f"labels of {inputs['labels'].dtype}, which are not classes (regression, or several "
             f"labels at once). Leave it out."
         )
     trainer.label_smoother = None

@@ -158,10 +158,10 @@ class Stopping:
 _PLACES: dict[Phase | None, tuple[str, str]] = {
     "data": (
         "while rows were loaded",
-        "a dataset and a collator that keep off the device",
+        "a dataset and a collator that do not use the device",
     ),
     "forward_backward": (
-        "beside the micro-batches, in a callback or in the sum over ranks",
+        "outside the micro-batches, in a callback or in the sum over ranks",
         "a smaller max_tokens_per_micro_batch, which leaves room for what runs there",
     ),
     "optimizer": (

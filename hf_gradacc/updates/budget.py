@@ -106,7 +106,7 @@ class BudgetTuner:
                 self._choose_finalists()
 
     def describe(self) -> str:
-        """Say what was tried and what came out, in one line."""
+        """Describe what was tried and which budget won, in one line."""
         if not self.tried:
             return f"max_tokens_per_micro_batch = {self.tokens}, as an earlier run tuned it"
         best = min(statistics.median(times) for times in self.tried.values())

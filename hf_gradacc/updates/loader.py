@@ -112,7 +112,7 @@ class UpdateLoader(DataLoader[Any]):
         return self.collate_fn
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell sampler or stream which epoch comes next; the stock training loop calls this."""
+        """Set the epoch of the sampler or stream; the stock training loop calls this."""
         parts: tuple[Any, ...] = (self.batch_sampler, self.dataset)
         for part in parts:
             if hasattr(part, "set_epoch"):

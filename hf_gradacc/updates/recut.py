@@ -72,7 +72,7 @@ def cut_again(
 
     Args:
         update: As the loader gave it, whole.
-        cut: Gives index lists for the lengths of all rows, in the order the share had.
+        cut: Returns index lists for the lengths of all rows, in the order the share had.
         count: Makes a `MicroBatch` of collated inputs; see `make_micro_batch`.
         pad_token_id: Fills ``input_ids``.
         left: Padding goes in front.

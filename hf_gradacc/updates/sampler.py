@@ -128,7 +128,7 @@ class UpdateSampler:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; the DataLoader's owner calls it."""
+        """Set the epoch that comes next; the DataLoader's owner calls it."""
         self.epoch = epoch
 
     def order(self, epoch: int) -> np.ndarray:
@@ -183,7 +183,7 @@ class UpdateSampler:
         return self.num_updates(self.epoch)
 
     def shares(self, epoch: int) -> Iterator[list[Share]]:
-        """Give the share of every rank, update by update."""
+        """Yield the shares of all ranks, update by update."""
         order = self.order(epoch)
         bounds = self.bounds(order)
         for update, (start, stop) in enumerate(itertools.pairwise(bounds)):

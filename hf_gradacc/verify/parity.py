@@ -181,7 +181,7 @@ def _has_router_loss(model: nn.Module) -> bool:
 
 
 def _at_once(trainer: Any, rows: list[Any], reference: str) -> Differentiated | None:
-    """The whole batch's gradient, None where it does not fit and single rows will do."""
+    """The whole batch's gradient, None if it does not fit and single rows will do."""
     try:
         return differentiate(trainer, [collate_at_once(trainer, rows)])
     except RuntimeError as error:

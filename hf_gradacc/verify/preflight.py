@@ -71,7 +71,7 @@ def run_preflight(
     gradient checkpointing.
 
     Returns:
-        The figures, and in plain words what is wrong; None where it ran out of memory.
+        The figures, and in plain words what is wrong; None if it ran out of memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         args = arguments_for_one_update(arguments, len(rows), folder)

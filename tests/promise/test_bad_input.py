@@ -80,7 +80,7 @@ def test_rows_that_collate_to_no_input_name_the_keys_there_are(tmp_path):
         return {"labels": pad([{**ROWS[0], **row} for row in batch])["labels"]}
 
     trainer = make_trainer(tmp_path, rows, data_collator=collate)
-    with pytest.raises(DataError, match=r"no `input_ids`.*after collating there is \['labels'\]"):
+    with pytest.raises(DataError, match=r"no `input_ids`.*the data collator returns \['labels'\]"):
         trainer.train()
 
 

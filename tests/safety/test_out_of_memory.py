@@ -396,7 +396,7 @@ def test_between_micro_batches_it_is_as_in_one(tmp_path):
 @pytest.mark.parametrize(
     ("event", "place", "way_out"),
     [
-        ("step_begin", "beside the micro-batches", "max_tokens_per_micro_batch"),
+        ("step_begin", "outside the micro-batches", "max_tokens_per_micro_batch"),
         ("pre_optimizer_step", "the optimizer's step", "adamw_8bit"),
         ("optimizer_step", "Weights may have been stepped in part", "LoRA"),
         ("evaluate", "between updates", "eval_accumulation_steps = 1"),

@@ -217,7 +217,7 @@ def test_a_changed_dataset_is_refused_unless_allowed(tmp_path):
     train_and_report(str(tmp_path), stop=4)
     rows = ragged_rows(22, seed=3)
     rows[7]["input_ids"][1] += 1
-    with pytest.raises(DataError, match=r"fingerprint: .* then, .* now\n.*allow_changed_data"):
+    with pytest.raises(DataError, match=r"fingerprint: .* before, .* now\n.*allow_changed_data"):
         train_and_report(str(tmp_path), resume=True, rows=rows)
     report = train_and_report(str(tmp_path), resume=True, rows=rows, allow_changed_data=True)
     assert report["step"] == 18
@@ -225,13 +225,13 @@ def test_a_changed_dataset_is_refused_unless_allowed(tmp_path):
 
 def test_another_effective_batch_size_is_refused(tmp_path):
     train_and_report(str(tmp_path), stop=4)
-    with pytest.raises(ConfigError, match="effective_batch_size: 4 then, 8 now"):
+    with pytest.raises(ConfigError, match="effective_batch_size: 4 before, 8 now"):
         train_and_report(str(tmp_path), resume=True, effective_batch_size=8)
 
 
 def test_another_order_of_the_rows_is_refused(tmp_path):
     train_and_report(str(tmp_path), stop=4)
-    with pytest.raises(ConfigError, match="order: shuffled then, sequential now"):
+    with pytest.raises(ConfigError, match="order: shuffled before, sequential now"):
         train_and_report(str(tmp_path), resume=True, train_sampling_strategy="sequential")
 
 
@@ -263,7 +263,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monk
     again = train_and_report(str(tmp_path), stop=8, resume=True)
     assert said[0] == (
         "checkpoint-8 is damaged: model.safetensors holds other bytes than were written. "
-        "It is passed over."
+        "It is skipped."
     )
     assert said[1] == "The run goes on from checkpoint-6, the newest whole checkpoint."
     assert_same(straight, again)

@@ -12,22 +12,22 @@ __all__ = ["build_report"]
 
 
 def build_report(runs: Sequence[Path], *, html: Path, png: Path | None = None) -> list[ReportRun]:
-    """Write a self-contained HTML page about runs, and on request a picture of its plots.
+    """Write a self-contained HTML page about runs, and if asked for a picture of its plots.
 
     Args:
         runs: Output directories. Those of the stock Trainer are understood too; then the plots
             go over updates, since it does not count target tokens.
-        html: Where the page goes; its directory is made.
-        png: Where the picture goes.
+        html: File to write the page to; its directory is made.
+        png: File to write the picture to.
 
     Returns:
-        What was read, in the order given.
+        The runs that were read, in the order given.
 
     Raises:
         ConfigError: If no run is given.
         DataError: If a directory holds no run, or a run has no row yet.
     """
-    # matplotlib takes a while to import, and a training that writes no report never needs it.
+    # matplotlib takes long to import, and training without a report does not need it.
     from hf_gradacc.tracking.report.page import marks_of, render_page
     from hf_gradacc.tracking.report.plots import draw_picture
 

@@ -1,4 +1,4 @@
-"""From a run's own files to what a report draws: tables, events, tiles, and settings in words."""
+"""Read a run's own files into what a report draws: tables, events, tiles, described settings."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows of one kind as a report draws them; of a long run, means over neighbouring rows.
+    """Rows of one kind as a report draws them; for a long run, means over neighbouring rows.
 
     Attributes:
-        first: ``[places]``, the update a place stands for, or the first of those it averages.
+        first: ``[places]``, the update of each place, or the first of those it averages.
         last: ``[places]``, the last of them.
         x: ``[places]``, along the report's axis.
-        columns: ``[places]`` for each key; NaN where no row has a finite value.
+        columns: ``[places]`` for each key; NaN if no row has a finite value there.
     """
 
     first: npt.NDArray[np.int64]
@@ -44,17 +44,17 @@ class Table:
     columns: dict[str, Floats]
 
     def column(self, key: str) -> Floats:
-        """Give a key's values, NaN everywhere if it was never logged."""
+        """Return a key's values; NaN everywhere if it was never logged."""
         return self.columns.get(key, np.full(len(self.x), np.nan))
 
     def points(self, key: str) -> tuple[Floats, Floats]:
-        """Give the places that have a value of a key, and the values."""
+        """Return the places that have a value of a key, and the values."""
         values = self.column(key)
         known = ~np.isnan(values)
         return self.x[known], values[known]
 
     def band(self, low: str, high: str) -> Floats | None:
-        """Give a band's x, lower and upper end, ``[3, places]``; None if it was not logged.
+        """Return a band's x, lower and upper end, ``[3, places]``; None if it was not logged.
 
         An upper end that was not logged is infinite.
         """
@@ -64,7 +64,7 @@ class Table:
         return np.stack([self.x, lower, upper])[:, known] if known.any() else None
 
     def stack(self, keys: Sequence[str]) -> tuple[Floats, Floats]:
-        """Pile up the parts of a whole where all of them are known.
+        """Stack the parts of a whole, at the places where all parts are known.
 
         Returns:
             The places, and ``[keys + 1, places]``: the edges between the parts from the ground up.
@@ -72,20 +72,20 @@ class Table:
         parts = np.array([self.column(key) for key in keys]).reshape(len(keys), len(self.x))
         known = ~np.isnan(parts).any(axis=0)
         x, parts = self.x[known], parts[:, known]
-        if len(x) == 1:  # it tells of all updates before it, and a single place has no area
+        if len(x) == 1:  # it stands for all updates before it, and a single place has no area
             x, parts = np.array([0.0, x[0]]), np.repeat(parts, 2, axis=1)
         return x, np.concatenate([np.zeros((1, len(x))), np.cumsum(parts, axis=0)])
 
 
 def make_table(rows: Sequence[Mapping[str, Any]], x: Sequence[float], *, most: int) -> Table:
-    """Set out log rows as columns, and average neighbours until at most `most` places are left.
+    """Turn log rows into columns; average neighbours until at most `most` places are left.
 
-    A place that is a single row holds that row's values as they are.
+    A place of a single row holds that row's values unchanged.
 
     Args:
         rows: Log rows of one kind.
         x: Their places on the report's axis.
-        most: See above.
+        most: Most places.
     """
     size = max(1, math.ceil(len(rows) / most))
     begins = np.arange(0, len(rows), size)
@@ -139,17 +139,17 @@ class ReportRun:
         return bool(self._tokens_at)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of one kind: "train", "eval", "event", "end"."""
+        """Return the rows of one kind: "train", "eval", "event" or "end"."""
         return self._by_kind.get(kind, [])
 
     def x_of(self, step: int) -> float:
-        """Place an update on the report's axis, between logged rows by straight line."""
+        """Place an update on the report's axis; interpolate linearly between logged rows."""
         if self.axis == UPDATES:
             return float(step)
         return float(np.interp(step, *self._tokens_by_step))
 
     def table(self, kind: str) -> Table:
-        """Give the rows of one kind as they are drawn, at most `most_places` of them."""
+        """Return the rows of one kind as they are drawn, at most `most_places` of them."""
         if kind not in self._tables:
             rows = self.of_kind(kind)
             x = [self.x_of(int(row["step"])) for row in rows]
@@ -157,7 +157,7 @@ class ReportRun:
         return self._tables[kind]
 
     def points(self, key: str, *, kind: str = "train") -> list[tuple[float, float]]:
-        """Give a key's finite values along the axis."""
+        """Return a key's finite values along the axis."""
         return [
             (self.x_of(int(row["step"])), float(row[key]))
             for row in self.of_kind(kind)
@@ -165,7 +165,7 @@ class ReportRun:
         ]
 
     def events(self) -> list[tuple[float, dict[str, Any]]]:
-        """Give what happened beside the numbers, resumes too, each with its place on the axis."""
+        """Return events and resumes, each with its place on the axis."""
         rows = [row for row in self.of_kind("event") if row.get("event") != VERDICT]
         for step in self.settings.get("resumed_at", []):
             text = f"the run was resumed from the checkpoint of update {step:,}"
@@ -174,28 +174,28 @@ class ReportRun:
         return [(self.x_of(int(row["step"])), row) for row in rows]
 
     def verdict(self) -> tuple[str, str] | None:
-        """Give the noise scale's verdict on the batch, its word and its text, if there is one."""
+        """Return the noise scale's verdict on the batch, its word and its text, if there is one."""
         verdicts = [row for row in self.of_kind("event") if row.get("event") == VERDICT]
         return (str(verdicts[-1].get("word", "")), str(verdicts[-1]["text"])) if verdicts else None
 
     def phases(self) -> dict[str, float]:
-        """Give the mean seconds per update of each phase, {} where they were not logged."""
+        """Return the mean seconds per update of each phase; {} if they were not logged."""
         means = {phase: self.mean(key) for phase, key in PHASE_KEYS.items()}
         return {phase: mean for phase, mean in means.items() if mean is not None}
 
     def last(self, key: str, *, kind: str = "train") -> float | None:
-        """Give a key's last value, None if it was never logged."""
+        """Return a key's last value; None if it was never logged."""
         values = [row[key] for row in self.of_kind(kind) if row.get(key) is not None]
         return values[-1] if values else None
 
     def mean(self, key: str) -> float | None:
-        """Average a key over the training rows, None if it was never logged."""
+        """Average a key over the training rows; None if it was never logged."""
         logged = [row[key] for row in self.of_kind("train") if row.get(key) is not None]
         values = [value for value in logged if math.isfinite(value)]
         return math.fsum(values) / len(values) if values else None
 
     def tiles(self) -> list[tuple[str, str, str]]:
-        """Give the numbers to read first: name, value, and what stands under it."""
+        """Return the numbers to read first: name, value, and the note below it."""
         losses = [value for _, value in self.points("loss")]
         perplexity = self.last("eval_perplexity", kind="eval")
         runtime = self.last("train_runtime", kind="end")
@@ -230,22 +230,22 @@ class ReportRun:
 
     @property
     def updates(self) -> int:
-        """Updates done, as far as the file tells."""
+        """Updates done, by the last row of the file."""
         return max((int(row["step"]) for row in self.rows if row["kind"] != "event"), default=0)
 
     def describe_run(self) -> list[str]:
-        """Say in sentences what was trained, how, and on what."""
+        """Describe in sentences what was trained, how, and on what."""
         return list(
             describe_settings(self.settings, micro_batches=self.mean("micro_batches_per_update"))
         )
 
     def describe_time(self) -> list[str]:
-        """Say where the time of an update went, nothing if it was not logged."""
+        """Describe where the time of an update went; [] if it was not logged."""
         return list(describe_time(self.phases()))
 
 
 def load_runs(directories: Sequence[Path]) -> list[ReportRun]:
-    """Read runs, name them apart, and put them on one axis.
+    """Read runs, give them distinct names, and put them on one axis.
 
     The axis is target tokens seen, or updates as soon as one run did not log tokens.
 
@@ -266,6 +266,6 @@ def load_runs(directories: Sequence[Path]) -> list[ReportRun]:
     knows_tokens = all(run.knows_tokens for run in runs)
     for run in runs:
         run.axis = TOKENS if knows_tokens else UPDATES
-        # However many runs there are, the page must open.
+        # A page with many runs must still open in a browser.
         run.most_places = max(FEWEST_PLACES, min(MOST_PLACES, 2 * MOST_PLACES // len(runs)))
     return runs

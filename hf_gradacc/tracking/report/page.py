@@ -37,7 +37,7 @@ class _Key:
 
 @dataclass(frozen=True)
 class _Card:
-    """One panel of the page: its plot, and the keys to its lines where there are several."""
+    """One panel of the page: its plot, and a legend if it has several lines."""
 
     panel: Panel
     plot: Plot
@@ -45,7 +45,7 @@ class _Card:
 
     @property
     def svg(self) -> Markup:
-        """The plot, which is markup and escaped already."""
+        """The plot as markup, escaped already."""
         return Markup(self.plot.svg)
 
 
@@ -77,13 +77,13 @@ def render_page(runs: Sequence[ReportRun]) -> str:
         log_name=LOG_NAME,
         data=_hover_data(drawn, cards, runs),
         script=Markup(script),
-        # The browser itself then keeps the page from the network, and from any other script.
+        # With this policy the browser blocks the network and any other script.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
 def marks_of(runs: Sequence[ReportRun]) -> list[Mark]:
-    """Give what is marked in each plot: what happened in the runs beside their numbers."""
+    """Return the marks of each plot: the events of the runs."""
     several = len(runs) > 1
     return [
         Mark(x, f"{run.name + ', ' if several else ''}update {row['step']:,}: {row['text']}")
@@ -104,7 +104,7 @@ def _draw_cards(
         alt = f"{panel.title} over {axis}. {'; '.join(map(_describe_series, series))}."
         plot = draw_svg(panel, series, x_end=x_end, x_label=axis, marks=marks, alt=alt)
         keys = [_Key(s.label, s.colour, _look(s)) for s in series]
-        if several:  # who is who stands once, above all panels
+        if several:  # the names of runs are shown once, above all panels
             has_dashed = any(s.line.dashed for s in series)
             keys = [
                 _Key(line.label, "currentColor", "dashed" if line.dashed else "")
@@ -125,7 +125,7 @@ def _describe_series(series: Series) -> str:
 
 
 def _compare(runs: Sequence[ReportRun]) -> dict[str, list[str]]:
-    """Give the tiles of all runs as rows of one table."""
+    """Return the tiles of all runs as rows of one table."""
     columns = [{name: value for name, value, _ in run.tiles()} for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
     table = {name: [column.get(name, "–") for column in columns] for name in names}
@@ -138,7 +138,7 @@ def _compare(runs: Sequence[ReportRun]) -> dict[str, list[str]]:
 def _hover_data(
     drawn: Sequence[tuple[Panel, list[Series]]], cards: Sequence[_Card], runs: Sequence[ReportRun]
 ) -> dict[str, Any]:
-    """Give the values that the page's script shows: columns of each run, and who reads which."""
+    """Return the values that the page's script shows: columns of runs, and what panels use."""
     lines = [s for _, series in drawn for s in series]
     tables: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
@@ -172,7 +172,7 @@ def _keys(series: Series) -> list[str]:
 
 
 def _to_columns(table: Table, keys: Iterable[str]) -> dict[str, list[float | None]]:
-    """Write a table for JSON. Rows stand as they were logged, means to six digits."""
+    """Write a table for JSON. Rows keep their logged values; means have six digits."""
     is_row = bool((table.first == table.last).all())
 
     def plain(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What the panels of a report show, and the lines that runs put into them."""
+"""The panels of a report, and the lines of each run in them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. The first line of a panel is the one that compared runs show.
+    """One plot. If runs are compared, a panel shows only its first line for each.
 
-    The lines of a stacked one are parts of a whole; compared runs do not show it.
+    The lines of a stacked panel are parts of a whole; a comparison leaves it out.
     """
 
     title: str
@@ -107,12 +107,12 @@ PANELS = (
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A line of a panel as one run fills it.
+    """A line of a panel with the values of one run.
 
     Attributes:
         line: What it shows.
         run: The number of its run in the report.
-        label: What a legend calls it.
+        label: Its name in a legend.
         colour: ``#rrggbb``.
         x: ``[places]``, along the report's axis.
         y: ``[places]``; of an area its upper edge.
@@ -136,15 +136,15 @@ class Series:
 
 
 def choose_panels(runs: Sequence[ReportRun]) -> tuple[list[tuple[Panel, list[Series]]], float]:
-    """Give the panels that have data, each with its lines, and where the axis of them all ends."""
+    """Return the panels that have data, each with its lines, and the end of their common axis."""
     drawn = [(panel, series) for panel in PANELS if (series := choose_series(panel, runs))]
     return drawn, max((float(s.x[-1]) for _, series in drawn for s in series), default=0.0)
 
 
 def choose_series(panel: Panel, runs: Sequence[ReportRun]) -> list[Series]:
-    """Give a panel's lines: all of them for one run, the first (and evaluations) for several.
+    """Return a panel's lines: all for one run, the first and evaluations for several.
 
-    A panel whose first line no run logged is left out: the others are its context.
+    A panel is left out if no run logged its first line: the other lines only add to that.
     """
     if panel.stacked:
         return _stack(panel, runs[0]) if len(runs) == 1 else []
@@ -170,7 +170,7 @@ def choose_series(panel: Panel, runs: Sequence[ReportRun]) -> list[Series]:
 
 
 def _stack(panel: Panel, run: ReportRun) -> list[Series]:
-    """One area above the other; those that are empty everywhere are left out."""
+    """Stack areas; those that are empty everywhere are left out."""
     table = run.table("train")
     lines = [line for line in panel.lines if np.any(table.points(line.key)[1])]
     x, edges = table.stack([line.key for line in lines])

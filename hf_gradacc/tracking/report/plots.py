@@ -1,7 +1,7 @@
-"""The plots of a report by matplotlib: the same panels as SVG for its page and as one picture.
+"""The plots of a report, by matplotlib: the same panels as SVG for its page and as one PNG.
 
-Nothing here goes through `pyplot`, and every setting is made for the drawing alone, so that the
-caller's own figures and style stay as they are.
+Nothing here uses `pyplot`, and settings apply only while a plot is drawn, so the caller's own
+figures and style stay as they are.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _STYLE: dict[str, Any] = {
     "lines.markersize": 5.5,
     "lines.solid_capstyle": "round",
     "text.color": INK,
-    "text.parse_math": False,  # names of runs are no formulas
+    "text.parse_math": False,  # a $ in a run's name does not begin a formula
     "xtick.bottom": False,
     "xtick.color": SOFT,
     "xtick.major.pad": 6,
@@ -96,7 +96,7 @@ class Plot:
     Attributes:
         svg: An ``<svg>`` element. It needs the page's colours ``--ink``, ``--soft``, ``--line``
             and ``--event``.
-        frame: Where values lie in it, for a script: the axes' ``box`` (left, top, right, bottom),
+        frame: Where values are in it, for a script: the axes' ``box`` (left, top, right, bottom),
             the values at its ends (``x``, ``y``) and whether the vertical axis is logarithmic.
     """
 
@@ -106,7 +106,7 @@ class Plot:
 
 @contextmanager
 def _in_style(*, salt: str = "") -> Iterator[None]:
-    """Draw in the report's style inside, and in the caller's again after.
+    """Use the report's style inside the context, and restore the caller's after it.
 
     Args:
         salt: Goes into the identifiers of an SVG, which are then the same each time it is drawn,
@@ -168,9 +168,9 @@ def choose_ticks(low: float, high: float, *, log_scale: bool = False) -> Floats:
             half = (abs(low) or 1.0) / 2
             low, high = low - half, high + half
         values = np.asarray(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
-    slack = 1e-9 * (high - low)  # a tick may miss by a rounding error the value it stands for
+    slack = 1e-9 * (high - low)  # a tick may differ from its value by a rounding error
     begin, end = values[values <= low + slack].max(), values[values >= high - slack].min()
-    if begin == end:  # one value, and a tick of the logarithmic axis lies upon it
+    if begin == end:  # there is one value, on a tick of the logarithmic axis
         end = values[values > high].min()
     return values[(begin <= values) & (values <= end)]
 
@@ -192,7 +192,7 @@ def draw_svg(
         x_end: Where the horizontal axis ends.
         x_label: What it counts.
         marks: What to mark on it.
-        alt: What a screen reader says.
+        alt: Text for screen readers.
     """
     with _in_style(salt=panel.title):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, frameon=False)
@@ -240,7 +240,7 @@ def draw_picture(runs: Sequence[ReportRun], path: Path, *, marks: Sequence[Mark]
 
 
 def _limits(panel: Panel, series: Sequence[Series]) -> tuple[float, float]:
-    """The lowest and highest value that the vertical axis must hold."""
+    """Return the lowest and highest value that the vertical axis must show."""
     values = np.concatenate([s.y for s in series])
     low, high = float(values.min()), float(values.max())
     ends = np.concatenate(
@@ -254,7 +254,7 @@ def _limits(panel: Panel, series: Sequence[Series]) -> tuple[float, float]:
 def _draw_series(axes: Axes, s: Series) -> None:
     if s.floor is not None:
         axes.fill_between(s.x, s.floor, s.y, color=s.colour, alpha=0.6, lw=0, label=s.label)
-        # A thin part is seen by its edge.
+        # Only its edge makes a thin area visible.
         axes.plot(s.x, s.y, color=s.colour, linewidth=0.8, clip_on=False)
         return
     axes.plot(
@@ -268,7 +268,7 @@ def _draw_series(axes: Axes, s: Series) -> None:
     )
     if s.band is not None:
         x, lower, upper = s.band
-        ends = axes.get_ylim()  # infinity has no place on paper
+        ends = axes.get_ylim()  # infinity cannot be drawn
         axes.fill_between(x, lower.clip(*ends), upper.clip(*ends), color=s.colour, alpha=0.16, lw=0)
 
 
@@ -289,7 +289,7 @@ def _draw_mark(axes: Axes, mark: Mark, *, gid: str) -> Line2D:
 
 
 def _name_runs(figure: Figure, runs: Sequence[ReportRun]) -> None:
-    """Say once, above all panels, who is who."""
+    """Show the names of the runs once, above all panels."""
     names = [
         Line2D([], [], color=COLOURS[number % len(COLOURS)], label=run.name)
         for number, run in enumerate(runs)
@@ -312,10 +312,10 @@ _MARK = "mark-"
 
 
 def _for_page(svg: str, *, marks: Sequence[Mark], alt: str) -> str:
-    """Make of matplotlib's file an element of a page: smaller, in its colours, with `marks` told.
+    """Turn matplotlib's SVG file into an element of the page, with its colours and `marks`.
 
-    Left out are names of XML (HTML needs none), identifiers that nothing refers to, and fonts,
-    which are the page's. Each mark becomes ``<g class="event">`` with its text as ``<title>``.
+    XML namespaces (HTML needs none), unused identifiers and fonts (the page sets them) are removed.
+    Each mark becomes ``<g class="event">`` with its text as ``<title>``.
     """
     root = ElementTree.fromstring(svg)
     referred = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))

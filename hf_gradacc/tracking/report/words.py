@@ -1,4 +1,4 @@
-"""Numbers and settings in words, for reports and the terminal."""
+"""Describe settings and times in sentences, for reports and the terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PHASE_LABELS: dict[Phase, str] = {
 def describe_settings(
     settings: Mapping[str, Any], *, micro_batches: float | None = None
 ) -> Iterator[str]:
-    """Say in sentences what was trained, how, and on what.
+    """Describe in sentences what was trained, how, and on what.
 
     Args:
         settings: The content of `gradacc_run.json`.
-        micro_batches: Mean micro-batches per update, where the log told.
+        micro_batches: Mean micro-batches per update; None if it was not logged.
     """
     batch, model = settings.get("batch", {}), settings.get("model", {})
     args, hardware = settings.get("training_arguments", {}), settings.get("hardware", {})
@@ -83,10 +83,10 @@ def describe_settings(
 
 
 def describe_time(phases: Mapping[Any, float]) -> Iterator[str]:
-    """Say where the time of an update went, largest share first.
+    """Describe where the time of an update went, largest share first.
 
     Args:
-        phases: Seconds per update of each phase; nothing is said if there is none.
+        phases: Seconds per update of each phase; {} yields nothing.
 
     >>> list(describe_time({"data": 0.1, "forward_backward": 0.8, "optimizer": 0.1}))
     ['Where time goes: an update took 1 s, 80.0% of it forward and backward, 10.0% waiting for data,
