@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from hf_gradacc.errors import ConfigError
 
-__all__ = ["GradAccArguments", "GradAccOptions"]
+__all__ = ["GradAccArguments", "GradAccOptions", "add_options", "check_options"]
 
 
 @dataclass
@@ -166,9 +167,7 @@ class GradAccOptions:
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
             parent.__post_init__()
-        problems = list(_find_problems(self))
-        if problems:
-            raise ConfigError("\n".join(problems))
+        check_options(self)
 
     @property
     def keeps_incomplete_update(self) -> bool:
@@ -255,13 +254,6 @@ def _find_problems(args: Any) -> Any:
             f"{args.max_tokens_per_micro_batch!r} tunes nothing: set it to 'auto'."
         )
     yield from _find_transaction_problems(args)
-    accelerator = getattr(args, "accelerator_config", None)
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(accelerator, name, None):
-            yield (
-                f"accelerator_config.{name} = True has no meaning here: every rank loads its own "
-                f"share of each update. Leave it out."
-            )
 
 
 def _find_transaction_problems(args: Any) -> Any:
@@ -288,3 +280,68 @@ class GradAccArguments(GradAccOptions, TrainingArguments):
     >>> GradAccArguments(output_dir="out", tokens_per_update=50_000).tokens_per_update
     50000
     """
+
+
+def check_options(arguments: Any) -> None:
+    """Check our options, in whatever order a class was put together.
+
+    Raises:
+        ConfigError: Naming every field that is at fault, its value and the way out.
+    """
+    problems = list(_find_problems(arguments))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def add_options(arguments: TrainingArguments) -> None:
+    """Add our options, at their defaults, to arguments that were made without them.
+
+    The object stays the same one, so whoever holds it goes on setting what the trainer reads. Its
+    class becomes a subclass of its own: `GradAccArguments`, or one made for the purpose.
+
+    Args:
+        arguments: Of any subclass of ``TrainingArguments``; those that have the options are only
+            checked.
+
+    Raises:
+        ConfigError: If an option is at fault.
+
+    >>> plain = TrainingArguments(output_dir="out", gradient_accumulation_steps=4)
+    >>> add_options(plain)
+    >>> type(plain).__name__, plain.layout, plain.gradient_accumulation_steps
+    ('GradAccArguments', 'auto', 4)
+    """
+    if not isinstance(arguments, GradAccOptions):
+        kind: Any = type(arguments)
+        wider = GradAccArguments if kind is TrainingArguments else _with_options(kind)
+        for option in fields(GradAccOptions):
+            assert option.default is not MISSING
+            vars(arguments).setdefault(option.name, option.default)
+        arguments.__class__ = wider
+    check_options(arguments)
+
+
+class _MadeFor:
+    """Arguments of a class that `add_options` made: pickled by the class they were made for."""
+
+    made_for: type
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (self.made_for, dict(vars(self)))
+
+
+def _unpickle(made_for: type, values: dict[str, Any]) -> Any:
+    arguments: Any = object.__new__(_with_options(made_for))
+    vars(arguments).update(values)
+    return arguments
+
+
+@functools.cache
+def _with_options(kind: Any) -> Any:
+    """Make a class of arguments that has our options too."""
+    made = type(
+        f"GradAcc{kind.__name__}",
+        (_MadeFor, GradAccOptions, kind),
+        {"__module__": __name__, "__doc__": kind.__doc__, "made_for": kind},
+    )
+    return dataclass(made)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
+from transformers.utils import logging
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
@@ -30,6 +31,8 @@ from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import is_stream
 
 __all__ = ["TrainingData"]
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingData:
@@ -63,6 +66,12 @@ class TrainingData:
         if trainer.train_dataset is None:
             raise ValueError("Trainer: training requires a train_dataset.")
         args = trainer.args
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(args.accelerator_config, name, None):
+                logger.warning_once(
+                    f"accelerator_config.{name} = True has no effect: every rank loads its own "
+                    f"share of each update."
+                )
         dataset, data_collator = _drop_unused_columns(trainer, is_stock_loader=is_stock_loader)
         loader = load_updates(
             dataset,
@@ -253,7 +262,7 @@ def _refuse_unused_inputs(model: Any, inputs: Any, row: Any) -> None:
         return
     raise DataError(
         f"the training rows give no `{main}`, the input of {type(model).__name__}: "
-        f"after collating there is {sorted(inputs)}; the first row has "
+        f"the data collator returns {sorted(inputs)}; the first row has "
         f"{describe(row)}. Tokenize the dataset first, or give a data_collator that does."
     )
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
-from hf_gradacc.arguments import GradAccArguments, GradAccOptions
+from hf_gradacc.arguments import GradAccArguments, add_options
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import refuse_by_name
@@ -134,6 +134,7 @@ class GradAccMixin(Trainer):
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
         super().__init__(*args, **kwargs)
+        add_options(self.args)
         _check_arguments(self)
         refuse_by_name(self)
         self._rank_engine = self._make_engine()
@@ -571,14 +572,8 @@ class GradAccMixin(Trainer):
 
 
 def _check_arguments(trainer: Any) -> None:
-    """Refuse arguments without our options, and settings that cannot be exact."""
+    """Refuse settings that cannot be exact."""
     args = trainer.args
-    if not isinstance(trainer.args, GradAccOptions):
-        name = type(trainer.args).__name__
-        raise ConfigError(
-            f"args is a {name}, which has none of our options: use GradAccArguments, or "
-            f"class MyArguments(GradAccOptions, {name})."
-        )
     if args.n_gpu > 1:
         raise ConfigError(
             f"{args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "

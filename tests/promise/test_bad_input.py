@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_gradacc import ConfigError, DataError, GradAccArguments, GradAccTrainer, LossError
 
@@ -36,7 +36,6 @@ class NothingTrained(TrainerCallback):
             {"incomplete_update": "keep", "dataloader_drop_last": True},
             "contradicts dataloader_drop_last",
         ),
-        ({"accelerator_config": {"split_batches": True}}, "split_batches = True has no meaning"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -53,9 +52,14 @@ def test_all_problems_of_the_options_come_at_once(tmp_path):
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_arguments_without_our_options_are_refused_with_the_class_to_write(tmp_path):
-    with pytest.raises(ConfigError, match=r"GradAccOptions, TrainingArguments"):
-        GradAccTrainer(tiny_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+def test_what_loads_batches_in_stock_has_no_effect_and_that_is_said(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("hf_gradacc.trainer.data.logger.warning_once", lines.append)
+    options = {"accelerator_config": {"split_batches": True}, "max_steps": 1}
+    make_trainer(tmp_path, ragged_rows(4), **options).train()
+    assert [line.partition(" has")[0] for line in lines] == [
+        "accelerator_config.split_batches = True"
+    ]
 
 
 @pytest.mark.parametrize(
