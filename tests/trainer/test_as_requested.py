@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import inspect
 import pickle
 import textwrap
@@ -126,6 +127,8 @@ def test_arguments_can_be_copied_and_pickled_and_made_anew_as_before(tmp_path):
     for copied in (copy.deepcopy(trainer.args), pickle.loads(pickle.dumps(trainer.args))):
         assert copied.to_dict() == trainer.args.to_dict()
         assert copied.gradient_accumulation_steps == 4
+    other = dataclasses.replace(trainer.args, gradient_accumulation_steps=2)
+    assert (other.gradient_accumulation_steps, trainer.args.gradient_accumulation_steps) == (2, 4)
     (default,) = (f.default for f in fields(GradAccArguments) if f.name == "logging_nan_inf_filter")
     assert default is True
     assert GradAccArguments(output_dir=str(tmp_path)).gradient_accumulation_steps == 1
