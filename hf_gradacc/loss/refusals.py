@@ -1,4 +1,4 @@
-"""Losses that are no mean over rows, known by name.
+"""What is known by name to train another gradient: losses, optimizers, kinds of parallelism.
 
 The probe compares rows together with rows alone and would find most of these. Not all: before its
 first update a DPO model equals its reference, and then all pairs have the same loss, however it is
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_gradacc.errors import DataError, LossError
+from hf_gradacc.errors import ConfigError, DataError, LossError
 
-__all__ = ["refuse_by_name"]
+__all__ = ["refuse_by_name", "refuse_steps_in_backward", "refuse_unknown_engines"]
 
 # Of TRL 1.16, `trl.experimental` included; every Trainer it ships stands in one of these three.
 _MEANS_OVER_ROWS = {"DPOTrainer", "KTOTrainer", "RewardTrainer", "SFTTrainer", "TPOTrainer"}
@@ -143,3 +143,51 @@ def _own_losses(trainer: Any) -> Iterable[Any]:
     loss = getattr(trainer, "loss", None)
     losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
     return [x for x in losses if isinstance(x, nn.Module)]
+
+
+def refuse_unknown_engines(trainer: Any) -> None:
+    """Refuse ways to share rows or targets that the weight rule does not know.
+
+    Raises:
+        ConfigError: Naming the setting and the way out.
+    """
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "
+            f"process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+        )
+    for kind in ("tp", "cp", "sp"):
+        size = getattr(trainer, f"get_{kind}_size")()
+        if size > 1:
+            raise ConfigError(
+                f"{kind}_size = {size}: tensor, context and sequence parallelism share rows or "
+                f"targets between ranks, which the weight rule does not know yet. Use DDP."
+            )
+
+
+def refuse_steps_in_backward(args: Any) -> None:
+    """Refuse optimizers that step inside of each backward where an update has several.
+
+    Stock refuses layer-wise ones for accumulation, but not LOMO (transformers'
+    ``trainer_optimizer.py``), and it does not know of updates that are cut by tokens.
+
+    Raises:
+        ConfigError: If weights would move in the middle of an update.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if "layerwise" not in name and name not in ("lomo", "adalomo"):
+        return
+    size = args.per_device_train_batch_size
+    size_of_update = args.resolve_effective_batch_size(args.world_size)
+    if args.max_tokens_per_micro_batch is None and size_of_update is not None:
+        if size_of_update <= size * args.world_size:
+            return
+        what = f"an update of {size_of_update} sequences in micro-batches of {size}"
+    else:
+        what = "an update that is cut or drawn by tokens"
+    raise ConfigError(
+        f"optim = {name!r} steps inside of each backward, so {what} would move weights in every "
+        f"micro-batch: it cannot accumulate. Use another optimizer, or one micro-batch per update: "
+        f"gradient_accumulation_steps = 1 without max_tokens_per_micro_batch."
+    )

@@ -24,9 +24,12 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
 from hf_gradacc.arguments import GradAccArguments, add_options
-from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.facts import LossFacts
-from hf_gradacc.loss.refusals import refuse_by_name
+from hf_gradacc.loss.refusals import (
+    refuse_by_name,
+    refuse_steps_in_backward,
+    refuse_unknown_engines,
+)
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
 from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
@@ -135,7 +138,7 @@ class GradAccMixin(Trainer):
         self._last_update: UpdateResult | None = None
         super().__init__(*args, **kwargs)
         add_options(self.args)
-        _check_arguments(self)
+        refuse_unknown_engines(self)
         refuse_by_name(self)
         self._rank_engine = self._make_engine()
         end_group_at_exit()
@@ -236,7 +239,7 @@ class GradAccMixin(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        _refuse_steps_in_backward(self.args)
+        refuse_steps_in_backward(self.args)
         self._rank_engine = self._make_engine()
         self._log_book.clock = PhaseClock(
             self.args.device
@@ -569,50 +572,6 @@ class GradAccMixin(Trainer):
         if self._checkpoint_writer.saved_step != self.state.global_step:
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-
-def _check_arguments(trainer: Any) -> None:
-    """Refuse settings that cannot be exact."""
-    args = trainer.args
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"{args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "
-            f"process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
-        )
-    for kind in ("tp", "cp", "sp"):
-        size = getattr(trainer, f"get_{kind}_size")()
-        if size > 1:
-            raise ConfigError(
-                f"{kind}_size = {size}: tensor, context and sequence parallelism share rows or "
-                f"targets between ranks, which the weight rule does not know yet. Use DDP."
-            )
-
-
-def _refuse_steps_in_backward(args: Any) -> None:
-    """Refuse optimizers that step inside of each backward where an update has several.
-
-    Stock refuses layer-wise ones for accumulation, but not LOMO (transformers'
-    ``trainer_optimizer.py``), and it does not know of updates that are cut by tokens.
-
-    Raises:
-        ConfigError: If weights would move in the middle of an update.
-    """
-    name = str(getattr(args.optim, "value", args.optim))
-    if "layerwise" not in name and name not in ("lomo", "adalomo"):
-        return
-    size = args.per_device_train_batch_size
-    size_of_update = args.resolve_effective_batch_size(args.world_size)
-    if args.max_tokens_per_micro_batch is None and size_of_update is not None:
-        if size_of_update <= size * args.world_size:
-            return
-        what = f"an update of {size_of_update} sequences in micro-batches of {size}"
-    else:
-        what = "an update that is cut or drawn by tokens"
-    raise ConfigError(
-        f"optim = {name!r} steps inside of each backward, so {what} would move weights in every "
-        f"micro-batch: it cannot accumulate. Use another optimizer, or one micro-batch per update: "
-        f"gradient_accumulation_steps = 1 without max_tokens_per_micro_batch."
-    )
 
 
 def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
