@@ -35,6 +35,7 @@ __all__ = [
     "padding_style",
     "prepared",
     "refuse_data_without_targets",
+    "without_trace",
 ]
 
 logger = logging.get_logger(__name__)
