@@ -344,7 +344,13 @@ class GradAccMixin(Trainer):
         else:
             loss = functools.partial(stock_loss, return_outputs=return_outputs)
         # Losses are averaged over ranks by the weight rule: no factor for that may come on top.
-        with changed(self.args, average_tokens_across_devices=False):
+        # Whoever multiplies by it does so only if a count is given.
+        has_count = kwargs.get("num_items_in_batch") is not None
+        with (
+            changed(self.args, average_tokens_across_devices=False)
+            if has_count
+            else contextlib.nullcontext()
+        ):
             if self._foreign_metrics.taken is None:
                 return loss()
             return self._foreign_metrics.compute_loss(self, loss, inputs)
