@@ -23,6 +23,13 @@ from .tiny import Recorder, make_trainer, pad, ragged_rows, timeless_log_rows, t
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
+
+def loss_by_count(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> Any:
+    """A sum over the count it is given, as stock's own losses are; it must be given one."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
 SCENARIOS: dict[str, dict[str, Any]] = {
     "an epoch that ends mid-update": {
         "num_rows": 11,
@@ -64,6 +71,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "num_rows": 11,
         "form": "iterable",
         "options": {"tokens_per_update": 25, "max_steps": 5},
+    },
+    "a loss that divides by the count it is given": {
+        "num_rows": 6,
+        "options": {
+            "effective_batch_size": 3,
+            "trainer_options": {"compute_loss_func": loss_by_count},
+        },
     },
     "label smoothing": {
         "num_rows": 6,
