@@ -23,7 +23,7 @@ from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.position import Ledger
-from hf_gradacc.updates.batch import count_rows
+from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import GroupedBatches, ModelFacts, UpdateLoader, load_updates
@@ -117,8 +117,9 @@ class TrainingData:
         if self.collator.max_sequences == 1:
             # Micro-batches of one item each: neither collator nor items need to take others beside.
             alone = _collate_alone(collate, rows)
-            num_rows = [count_rows(item, self.collator.main_input) for item in alone]
-            if alone and (error or sum(num_rows) != count_rows(inputs, self.collator.main_input)):
+            main = self.collator.main_input
+            num_rows = [count_rows(item, main) for item in alone]
+            if alone and (error or _leaves_items_out(inputs, alone, main)):
                 inputs = alone[num_rows.index(max(num_rows))] if max(num_rows) > 1 else alone[-1]
                 self.sample, self.collator.rows_per_sequence = None, 1
                 self.collator.items_are_batches = max(num_rows) > 1
@@ -242,6 +243,18 @@ def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list
     except Exception:  # whatever it is, the collator is asked with all rows first, and that is told
         return []
     return alone if all(isinstance(item, Mapping) for item in alone) else []
+
+
+def _leaves_items_out(together: Any, alone: list[Any], main: str) -> bool:
+    """Return whether a collator gives less of several items than of each by itself.
+
+    One that takes the first (``lambda items: items[0]``) does. One that lays rows end to end gives
+    fewer rows, but all of their tokens.
+    """
+    whole = find_main_input(together, main)
+    parts = [find_main_input(item, main) for item in alone]
+    size = 0 if whole is None else whole.numel()
+    return size < sum(part.numel() for part in parts if part is not None)
 
 
 def _refuse_unused_inputs(model: Any, inputs: Any, row: Any) -> None:

@@ -241,9 +241,8 @@ class GradAccMixin(Trainer):
     ) -> Any:
         refuse_steps_in_backward(self.args)
         self._rank_engine = self._make_engine()
-        self._log_book.clock = PhaseClock(
-            self.args.device
-        )  # the last run may have ended in any phase
+        # The last run may have ended in any phase.
+        self._log_book.clock = PhaseClock(self.args.device)
         self._rank_engine.before_wrapping(
             resume_from_checkpoint, is_wrapped=getattr(self, "deepspeed", None) is not None
         )

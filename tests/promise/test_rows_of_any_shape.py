@@ -112,6 +112,26 @@ def test_a_collator_that_takes_one_row_is_given_one(tmp_path):
     assert relative_error(gradient, gradient_of(tiny_llama(), pad(ROWS))) <= 1e-12
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_laid_end_to_end_are_asked_together_whatever_the_size_of_a_micro_batch(tmp_path, size):
+    """Fewer collated rows than items, and none left out: not to be taken for ready batches."""
+
+    def end_to_end(rows):
+        ids = [token for row in rows for token in row["input_ids"]]
+        starts = [place for row in rows for place in range(len(row["input_ids"]))]
+        labels = [label for row in rows for label in [-100, *row["labels"][1:]]]
+        values = {"input_ids": ids, "labels": labels, "position_ids": starts}
+        return {key: torch.tensor([value]) for key, value in values.items()}
+
+    trainer = make_trainer(
+        tmp_path, ROWS, data_collator=end_to_end, per_device_train_batch_size=size
+    )
+    trainer.get_train_dataloader()
+    assert len(trainer.sample.rows) == 3
+    assert trainer.update_collator.rows_per_sequence is None
+    assert not trainer.update_collator.items_are_batches
+
+
 class TabularConfig(PreTrainedConfig):
     model_type = "tabular_of_a_test"
 
