@@ -3,6 +3,7 @@
     python benchmarks/exactness.py              ten well-known models, as in the README
     python benchmarks/exactness.py --all        every text architecture of Transformers
     python benchmarks/exactness.py --only bert  every head of one architecture
+    python benchmarks/exactness.py --all --rows 1   the same with rows of other lengths (0, 1, 2)
 
 Tiny random models in float64 without dropout, built from their configurations (no hub). One update
 of eleven rows of very unequal length, cut into four micro-batches of 3, 3, 3 and 2 by both
@@ -75,11 +76,11 @@ class Result:
     note: str = ""
 
 
-def measure(case: zoo.Case) -> Result:
+def measure(case: zoo.Case, seed: int = 0) -> Result:
     """Run one case through both trainers and the reference."""
     try:
         with reference.float64_everywhere():
-            model, rows = case.build(), case.rows()
+            model, rows = case.build(), case.rows(seed=seed)
             collator = case.collator(model)
             expected = reference.reference_gradient(model, rows, collator)
         finite = bool(expected) and all(g.isfinite().all() for g in expected.values())
@@ -88,7 +89,7 @@ def measure(case: zoo.Case) -> Result:
     if not finite:
         return Result(case, "not run", note="the whole batch's gradient is not finite")
     result = Result(case, "WRONG")
-    result.stock, result.stock_scale, result.note = _measure_stock(case, expected)
+    result.stock, result.stock_scale, result.note = _measure_stock(case, rows, expected)
     try:
         with reference.float64_everywhere():
             run = zoo_runs.train_ours(case.build(), rows, collator)
@@ -113,12 +114,12 @@ def measure(case: zoo.Case) -> Result:
 
 
 def _measure_stock(
-    case: zoo.Case, expected: reference.Gradient
+    case: zoo.Case, rows: list[Any], expected: reference.Gradient
 ) -> tuple[float | None, float | None, str]:
     try:
         with reference.float64_everywhere():
             model = case.build()
-            run = zoo_runs.train_stock(model, case.rows(), case.collator(model))
+            run = zoo_runs.train_stock(model, rows, case.collator(model))
     except Exception as error:
         return None, None, "stock: " + _say(error)
     error = reference.relative_error(run.gradient, expected)
@@ -156,19 +157,20 @@ def ten_models() -> str:
     return "\n".join(lines)
 
 
-def sweep(cases: list[zoo.Case], log: Path | None) -> str:
+def sweep(cases: list[zoo.Case], log: Path | None, seed: int = 0) -> str:
     """Run every case; counts by head, then each case that is not simply exact.
 
     Args:
         cases: What to run.
         log: A file of JSON lines; cases it holds already are not run again.
+        seed: Of the rows; it decides their lengths, too.
     """
     results = _read_log(log)
     done = {result.case for result in results}
     started = time.monotonic()
     for i, case in enumerate(case for case in cases if case not in done):
         with _time_limit(SECONDS_PER_CASE), contextlib.redirect_stdout(io.StringIO()):
-            result = _measure_or_give_up(case)
+            result = _measure_or_give_up(case, seed)
         results.append(result)
         if log:
             with log.open("a") as file:
@@ -232,9 +234,9 @@ def _read_log(log: Path | None) -> list[Result]:
     return [Result(**{**row, "case": zoo.Case(**row["case"])}) for row in rows]
 
 
-def _measure_or_give_up(case: zoo.Case) -> Result:
+def _measure_or_give_up(case: zoo.Case, seed: int) -> Result:
     try:
-        return measure(case)
+        return measure(case, seed)
     except TimeoutError:
         return Result(case, "not run", note=f"longer than {SECONDS_PER_CASE} s")
 
@@ -266,6 +268,7 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="every text architecture")
     parser.add_argument("--only", help="every head of one architecture")
+    parser.add_argument("--rows", type=int, default=0, help="which rows: 0, 1 or 2")
     parser.add_argument("--log", type=Path, help="go on where this file of results ends")
     parser.add_argument("--no-file", action="store_true", help="print, write no result file")
     chosen = parser.parse_args()
@@ -274,9 +277,11 @@ def main() -> None:
     logging.getLogger("hf_gradacc").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if chosen.all or chosen.only:
-        name = "exactness-all"
+        name = "exactness-all" + (f"-rows-{chosen.rows}" if chosen.rows else "")
         body = sweep(
-            [c for c in zoo.all_cases() if chosen.only in (None, c.model_type)], chosen.log
+            [c for c in zoo.all_cases() if chosen.only in (None, c.model_type)],
+            chosen.log,
+            chosen.rows,
         )
     else:
         name = "exactness"

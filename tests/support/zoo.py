@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from .zoo_configs import has_router_loss, tiny_config
-from .zoo_rows import NUM_LABELS, Collator, HeadRow, collator_for, rows_for
+from .zoo_configs import MAX_LENGTH, has_router_loss, tiny_config
+from .zoo_rows import MORE_LENGTHS, NUM_LABELS, Collator, HeadRow, collator_for, rows_for
 
 _MAPPINGS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -49,7 +49,7 @@ NOT_TEXT = frozenset(
             "musicgen_melody",
             "blt",
         ),
-        *("layoutlmv2", "layoutlmv3", "modernvbert", "ultravbert", "encoder-decoder", "perceiver"),
+        *("layoutlmv2", "layoutlmv3", "modernvbert", "ultravbert", "encoder-decoder"),
     }
 )
 
@@ -90,7 +90,8 @@ class Case:
         return model.double().train()
 
     def rows(self, *, seed: int = 0) -> list[HeadRow]:
-        rows = rows_for(self.head, seed=seed)
+        """Rows of the lengths that go with the seed, see ``MORE_LENGTHS``."""
+        rows = rows_for(self.head, seed=seed, lengths=MORE_LENGTHS[seed % len(MORE_LENGTHS)])
         special = SENTENCE_ENDS.get((self.model_type, self.head))
         for row in rows if special else ():
             # Replaced at the end of each row, where a tokenizer would have put them.
@@ -101,7 +102,9 @@ class Case:
 
     def collator(self, model: nn.Module) -> Collator:
         pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-        return collator_for(self.head, model=model, pad_token_id=pad or 0)
+        # Perceiver predicts every position it has room for, so its labels are padded to all.
+        width = MAX_LENGTH if (self.model_type, self.head) == ("perceiver", "mlm") else None
+        return collator_for(self.head, model=model, pad_token_id=pad or 0, width=width)
 
     def _config(self) -> Any:
         extra: dict[str, Any] = {}

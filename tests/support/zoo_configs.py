@@ -99,6 +99,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
     **dict.fromkeys(("n_group", "topk_group"), 1),
+    # Fewer than a row has tokens, so that sparse attention chooses among them.
+    **dict.fromkeys(("index_topk", "keep_window_size"), 4),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
@@ -242,6 +244,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mpt": {"attn_config": {}},
     "nemotron": {"num_key_value_heads": 2},
     "neomme": {"head_dim": 16, "num_attention_heads": 2},
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 32,
+        "d_model": 32,
+        "num_self_attends_per_block": 1,
+        "num_self_attention_heads": 2,
+        "num_cross_attention_heads": 2,
+    },
     "reformer": {
         "axial_pos_embds": False,
         "attn_layers": ("local", "local"),

@@ -30,6 +30,13 @@ NUM_LABELS = 3
 NUM_CHOICES = 2
 FIRST_PLAIN_TOKEN = 5  # below it stand the special tokens: pad, bos, eos, sep, mask
 LENGTHS = (7, 4, 12, 5, 9, 3, 14, 6, 8, 10, 11)
+# Other rows to run the same cases with: very short beside long; and short ones only where nobody
+# looks who reads the first rows and some from all over (8, 10, 11, 13, 14, 16, 17, 19, 20 of 24).
+MORE_LENGTHS = (
+    LENGTHS,
+    (20, 3, 29, 5, 24, 4, 17, 31, 12, 9, 26),
+    (22, 19, 27, 21, 30, 18, 24, 20, 3, 23, 4, 7, 28, 5, 6, 25, 3, 9, 26, 4, 8, 29, 31, 17),
+)
 TARGETS = (
     7,
     1,
@@ -69,7 +76,9 @@ def rows_for(head: str, *, seed: int = 0, lengths: Sequence[int] = LENGTHS) -> l
     ]
 
 
-def collator_for(head: str, *, model: Any = None, pad_token_id: int = 0) -> Collator:
+def collator_for(
+    head: str, *, model: Any = None, pad_token_id: int = 0, width: int | None = None
+) -> Collator:
     """The collator a user of this head takes from Transformers, or a small one of their own."""
     tokenizer = tiny_tokenizer(pad_token_id=pad_token_id)
     if head == "seq2seq":
@@ -77,7 +86,8 @@ def collator_for(head: str, *, model: Any = None, pad_token_id: int = 0) -> Coll
     if head == "causal":
         return DataCollatorForSeq2Seq(tokenizer)
     if head in ("mlm", "tok"):
-        return DataCollatorForTokenClassification(tokenizer)
+        padding = True if width is None else "max_length"
+        return DataCollatorForTokenClassification(tokenizer, padding=padding, max_length=width)
     if head == "mc":
         return MultipleChoiceCollator(tokenizer)
     return DataCollatorWithPadding(tokenizer)
