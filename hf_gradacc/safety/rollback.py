@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import deque
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BufferState", "RandomState", "Rollback"]
+__all__ = ["AttributeState", "BufferState", "RandomState", "Rollback"]
 
 _SMALL_BUFFER_BYTES = 2**20
+_MOST_ITEMS = 1024
 
 
 class RandomState:
@@ -22,9 +26,20 @@ class RandomState:
         self._backend: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
         self._torch = torch.get_rng_state()
         # The state of a device's generator is on the host: nothing waits here.
-        self._on_device = self._backend.get_rng_state(device) if self._backend else None
-        self._numpy = np.random.get_state()
+        self._on_device: Any = self._backend.get_rng_state(device) if self._backend else None
+        self._numpy: Any = np.random.get_state()
         self._python = random.getstate()
+
+    def has_moved(self) -> bool:
+        """Return whether any generator was used since."""
+        now = RandomState(self._device)
+        return (
+            not torch.equal(self._torch, now._torch)
+            or (self._backend is not None and not torch.equal(self._on_device, now._on_device))
+            or self._numpy[2:] != now._numpy[2:]
+            or not np.array_equal(self._numpy[1], now._numpy[1])
+            or self._python != now._python
+        )
 
     def restore(self) -> None:
         """Set every generator back to its state."""
@@ -77,6 +92,39 @@ class BufferState:
         }
 
 
+class AttributeState:
+    """What objects keep in plain attributes: numbers, text, and lists, sets and dicts of them.
+
+    A counter of forwards, a list of losses seen. Attributes that hold anything else, or more than
+    a thousand things, are left alone.
+
+    Args:
+        objects: Whose attributes to look after.
+        leave_out: Names of attributes to leave alone.
+    """
+
+    def __init__(self, objects: Iterable[Any], *, leave_out: Container[str] = ()) -> None:
+        self._kept = [
+            (
+                vars(item),
+                {key: _kept(value) for key, value in vars(item).items() if key not in leave_out},
+            )
+            for item in objects
+        ]
+        self._leave_out = leave_out
+
+    def restore(self) -> None:
+        """Put every attribute back, and remove new ones."""
+        for attributes, kept in self._kept:
+            added = [key for key in attributes if key not in kept and key not in self._leave_out]
+            for key in added:
+                if _kept(attributes[key]) is not None:
+                    del attributes[key]
+            for key, value in kept.items():
+                if value is not None:
+                    attributes[key] = value.restored()
+
+
 class Rollback:
     """The state in which an update began: random states, and buffers that the forward changes.
 
@@ -112,6 +160,40 @@ class Rollback:
         """Note that the update went through: from its first one learn which buffers change."""
         if self._names is None and self._buffers is not None:
             self._names = self._buffers.changed()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An attribute's value as it was; a container together with what was in it."""
+
+    value: Any
+    items: tuple[Any, ...] | None = None
+
+    def restored(self) -> Any:
+        if self.items is None:
+            return self.value
+        self.value.clear()
+        if isinstance(self.value, dict):
+            self.value.update((key, item.restored()) for key, item in self.items)
+        elif isinstance(self.value, set):
+            self.value.update(self.items)
+        else:
+            self.value.extend(item.restored() for item in self.items)
+        return self.value
+
+
+def _kept(value: Any, depth: int = 3) -> _Kept | None:
+    """Keep a plain value; None for one that is not, or too large to look through."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return _Kept(value)
+    if isinstance(value, set | dict | list | deque) and len(value) <= _MOST_ITEMS and depth:
+        if isinstance(value, set):
+            return _Kept(value, tuple(value))
+        if isinstance(value, dict):
+            pairs = [(key, _kept(item, depth - 1)) for key, item in value.items()]
+            return _Kept(value, tuple((key, item or _Kept(value[key])) for key, item in pairs))
+        return _Kept(value, tuple(_kept(item, depth - 1) or _Kept(item) for item in value))
+    return None
 
 
 def _copy(buffer: Tensor) -> Tensor | None:

@@ -1,10 +1,13 @@
-"""A model's buffers go back to what they were, changed in place or replaced."""
+"""Buffers, plain attributes and random states go back to what they were."""
 
+import random
+
+import numpy as np
 import torch
 from torch import nn
 
 from hf_gradacc.safety import rollback
-from hf_gradacc.safety.rollback import BufferState, Rollback
+from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, Rollback
 
 
 class Counting(nn.Module):
@@ -63,3 +66,41 @@ def test_large_buffers_are_not_copied_but_found_again(monkeypatch):
     model.part.still = torch.zeros(3)
     state.restore()
     assert model.part.still is still
+
+
+class Counts:
+    def __init__(self):
+        self.calls, self.seen, self.by_name = 0, [1.0], {"a": [1], "b": {2}}
+        self.tensor = torch.zeros(2)
+        self.many = list(range(5000))
+
+
+def test_plain_attributes_are_put_back_with_what_is_in_them():
+    counts = Counts()
+    seen, tensor, inner = counts.seen, counts.tensor, counts.by_name["a"]
+    state = AttributeState([counts])
+    counts.calls += 3
+    counts.seen.append(2.0)
+    counts.by_name["a"].append(7)
+    counts.by_name["b"].clear()
+    counts.by_name["c"] = 1
+    counts.added, counts.cache = 1, torch.ones(1)
+    counts.tensor = torch.ones(2)
+    state.restore()
+    assert (counts.calls, counts.seen, counts.by_name) == (0, [1.0], {"a": [1], "b": {2}})
+    assert counts.seen is seen  # the same object, for whoever holds it
+    assert counts.by_name["a"] is inner
+    assert not hasattr(counts, "added")
+    assert hasattr(counts, "cache")  # what is not plain is left alone
+    assert counts.tensor is not tensor
+    assert len(counts.many) == 5000
+
+
+def test_random_states_tell_whether_a_number_was_drawn():
+    for draw in (lambda: torch.rand(1), np.random.rand, random.random):
+        state = RandomState(torch.device("cpu"))
+        assert not state.has_moved()
+        draw()
+        assert state.has_moved()
+        state.restore()
+        assert not state.has_moved()
