@@ -62,6 +62,17 @@ class GradAccOptions:
         },
     )
 
+    loss_is_mean_over: Literal[
+        "auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing"
+    ] = field(
+        default="auto",
+        metadata={
+            "help": "What the loss of a micro-batch is a mean over, and so how much it weighs. "
+            "'auto' asks the model with a few rows before the first update; 'target_tokens', "
+            "'tokens' (all that are fed in) or 'sequences' says it by hand; 'nothing' is a sum; "
+            "'micro_batch' weighs all micro-batches alike, as stock does."
+        },
+    )
     target_only_logits: bool | None = field(
         default=None,
         metadata={
@@ -242,6 +253,12 @@ def _find_problems(args: Any) -> Any:
         yield (
             "chunked_loss = True needs target_only_logits: it is only given rows with a target. "
             "Leave target_only_logits out, or chunked_loss."
+        )
+    stated = ("auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing")
+    if args.loss_is_mean_over not in stated:
+        yield (
+            f"loss_is_mean_over = {args.loss_is_mean_over!r}: use one of "
+            f"{', '.join(map(repr, stated))}."
         )
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."

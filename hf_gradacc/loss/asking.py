@@ -1,71 +1,48 @@
 """Ask a prepared model how its loss counts, and leave it as it was.
 
-`probe` asks with rows by themselves; where rows cannot be told apart in the collated tensors,
-`questions` asks with labels alone.
+`probe` asks with rows by themselves; where rows cannot be told apart in the collated tensors, or
+the model takes one row at a time, it asks with labels alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_gradacc.loss.facts import LossFacts, rounding_of
-from hf_gradacc.loss.probe import guess_rule, probe_loss
+from hf_gradacc.errors import GradAccError
+from hf_gradacc.loss.answers import Loss
+from hf_gradacc.loss.evidence import CANNOT_TAKE, Evidence, rules_in_order
+from hf_gradacc.loss.facts import LossFacts, Weighing
+from hf_gradacc.loss.probe import (
+    complete,
+    may_share_images,
+    measure_padding,
+    probe_in_place,
+    probe_loss,
+)
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_rows_to_ask, find_padding_targets
-from hf_gradacc.loss.questions import probe_in_place, vary_targets
+from hf_gradacc.loss.questions import shorten_first_row, vary_targets
 from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
+from hf_gradacc.updates.targets import TargetRule
 
 __all__ = [
-    "Loss",
+    "as_stated",
     "ask",
+    "choose_mode",
     "dtype_computed_in",
     "find_mixing",
-    "held_in_eval_mode",
+    "held_in_mode",
     "sample_of",
+    "stated_facts",
+    "unknown_facts",
     "with_warnings",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """The loss of a model, to be asked.
-
-    Attributes:
-        model: The bare model.
-        compute: Returns the loss of collated inputs as a tensor; the second argument is what to
-            pass as the count.
-    """
-
-    model: nn.Module
-    compute: Callable[[Mapping[str, Any], int | None], Tensor]
-
-    def value(self, inputs: Mapping[str, Any], count: int | None) -> float:
-        """Compute the loss, without gradients."""
-        with torch.no_grad():
-            return float(self._of_copy(inputs, count))
-
-    def gradient(self, inputs: Mapping[str, Any], count: int | None) -> Tensor:
-        """Compute the gradient ``[numbers]`` of the last few trainable parameters.
-
-        The last few are most often a head's, and the backward stops there.
-        """
-        last = [p for p in self.model.parameters() if p.requires_grad][-4:]
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self._of_copy(inputs, count), last, allow_unused=True, materialize_grads=True
-            )
-        return torch.cat([gradient.reshape(-1) for gradient in gradients])
-
-    def _of_copy(self, inputs: Mapping[str, Any], count: int | None) -> Tensor:
-        # A copy, since FSMT writes padding over the -100 of the labels it is given.
-        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        return self.compute(copied, count)
 
 
 def sample_of(
@@ -87,75 +64,186 @@ def sample_of(
     return inputs, None
 
 
+def choose_mode(
+    loss: Loss, inputs: Mapping[str, Any], known: ProbeRows | None, *, pad_token_id: int
+) -> tuple[bool, Mapping[str, Any]]:
+    """Choose the mode to ask in, and the inputs to ask with.
+
+    Evaluation mode, in which nothing is dropped out and hooks of a user's own take no forward for
+    one of training; training mode if only that gives a loss.
+
+    Args:
+        loss: To be asked.
+        inputs: From `sample_of`.
+        known: Likewise.
+        pad_token_id: What rows are padded with.
+
+    Returns:
+        True for training mode, and the inputs: with rows that show more (one cut very short,
+        unequal numbers of targets), or as they are if the model does not take those.
+
+    Raises:
+        Exception: What the model raised in evaluation mode, if it answers in neither.
+    """
+    changed = dict(inputs)
+    if known is None:
+        changed = vary_targets(shorten_first_row(inputs, pad_token_id=pad_token_id))
+    first_error: Exception | None = None
+    for training in (False, True):
+        for part in (changed, dict(inputs)):
+            try:
+                with held_in_mode(loss.model, training=training):
+                    loss.ask_either_way(part, _any_count(part, loss.model))
+            except GradAccError:
+                raise
+            except Exception as error:
+                first_error = first_error or error
+            else:
+                return training, part
+    assert first_error is not None
+    raise first_error
+
+
+def _any_count(inputs: Mapping[str, Any], model: nn.Module) -> int:
+    return max(count_rows(inputs, getattr(model, "main_input_name", "input_ids")), 1)
+
+
 def ask(
     loss: Loss,
     inputs: Mapping[str, Any],
     known: ProbeRows | None,
     *,
     dtype: torch.dtype,
-    can_differentiate: bool,
     pad_token_id: int,
     left: bool,
 ) -> LossFacts:
     """Find out what a loss is a mean over, and whether padding matters to it.
 
     Args:
-        loss: Of a model in evaluation mode.
-        inputs: From `sample_of`.
-        known: Likewise.
+        loss: Of a model held in the mode that `choose_mode` gave.
+        inputs: From `choose_mode`.
+        known: From `sample_of`.
         dtype: The coarsest dtype of a forward, see `dtype_computed_in`.
-        can_differentiate: Gradients can be computed outside of the wrapped model. Sharded weights
-            are whole only inside of a forward.
         pad_token_id: What rows are widened by.
         left: Padding goes in front.
 
     Raises:
-        LossError: If the loss is no mean, whichever way it is called.
+        Exception: Whatever the model raises on the rows together.
     """
-    model = loss.model
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    main_input = getattr(model, "main_input_name", "input_ids")
-    routed = any(getattr(c, "output_router_logits", False) for c in (config, text))
+    config: Any = getattr(loss.model, "config", None)
+    main_input = getattr(loss.model, "main_input_name", "input_ids")
     num_rows = count_rows(inputs, main_input) if known is None else len(known.rows)
-    if known is not None or can_slice_rows(inputs, num_rows):
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "encoder_decoder": bool(getattr(config, "is_encoder_decoder", False)),
+        "main_input": main_input,
+        "has_router_loss": any(
+            getattr(c, "output_router_logits", False) for c in _configs(loss.model)
+        ),
+    }
+    if num_rows > 1 and (known is not None or can_slice_rows(inputs, num_rows)):
         try:
-            return probe_loss(
-                vary_targets(inputs) if known is None else inputs,
-                loss.value,
-                dtype=dtype,
-                encoder_decoder=encoder_decoder,
-                main_input=main_input,
+            facts = probe_loss(
+                inputs,
+                loss.ask,
                 pad_token_id=pad_token_id,
                 left=left,
                 max_width=getattr(config, "max_position_embeddings", None),
-                has_router_loss=routed,
                 num_rows=num_rows,
                 take=None if known is None else known.take,
-                gradient_of=loss.gradient if can_differentiate else None,
+                **options,
             )
-        except (RuntimeError, ValueError, IndexError):
+        except CANNOT_TAKE:
             # As many images as rows by chance, but some rows hold none and others several.
-            if known is not None or all(
-                value.ndim <= 2 for value in inputs.values() if isinstance(value, Tensor)
-            ):
+            if known is not None or not may_share_images(inputs):
                 raise
-    guess = guess_rule(
-        inputs,
-        loss.value,
-        main_input=main_input,
-        encoder_decoder=encoder_decoder,
-        wants_own_count=False,
+            facts = probe_in_place(inputs, loss.ask, **options)
+    else:
+        facts = probe_in_place(inputs, loss.ask, **options)
+    if _chooses_tokens(loss.model):
+        return dataclasses.replace(facts, pad_to_one_width=True)
+    return facts
+
+
+def stated_facts(
+    loss: Loss,
+    inputs: Mapping[str, Any],
+    stated: str,
+    *,
+    dtype: torch.dtype,
+    pad_token_id: int,
+    left: bool,
+) -> LossFacts:
+    """Take the user's word for what a loss is a mean over.
+
+    Left to ask is what the word does not say: whether labels are shifted, whether the loss has to
+    be told its count, and whether padding matters. What cannot be asked is taken to be as usual.
+    """
+    config: Any = getattr(loss.model, "config", None)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    main_input = getattr(loss.model, "main_input_name", "input_ids")
+    evidence = Evidence(
+        inputs, loss.ask, dtype=dtype, encoder_decoder=encoder_decoder, main_input=main_input
     )
-    return probe_in_place(
-        inputs,
-        loss.value,
-        first=guess,
-        coarse=rounding_of(dtype),
-        encoder_decoder=encoder_decoder,
-        has_router_loss=routed,
+    facts = as_stated(stated, rule=evidence.order[0])
+    try:
+        facts = complete(facts, evidence)
+        if can_slice_rows(inputs, count_rows(inputs, main_input)) and not facts.draws:
+            error = measure_padding(
+                evidence,
+                facts,
+                pad_token_id=pad_token_id,
+                left=left,
+                max_width=getattr(config, "max_position_embeddings", None),
+                rows_alone_add_up=False,
+            )
+            facts = dataclasses.replace(
+                facts, padding_error=error, pad_to_one_width=not error <= evidence.loss_limit
+            )
+    except GradAccError:
+        raise
+    except Exception:
+        return facts
+    return facts
+
+
+def as_stated(stated: str, *, rule: TargetRule) -> LossFacts:
+    """Return the facts of a mean that was stated; `rule` says which tokens are targets."""
+    rules = {"tokens": TargetRule.INPUT_TOKEN, "sequences": TargetRule.SEQUENCE}
+    weighings: dict[str, Weighing] = {"micro_batch": "micro_batch", "nothing": "sum"}
+    return LossFacts(rules.get(stated, rule), weighings.get(stated, "mean"))
+
+
+def unknown_facts(
+    inputs: Mapping[str, Any], reason: str, *, main_input: str, encoder_decoder: bool
+) -> LossFacts:
+    """Go by stock's own rule, every micro-batch alike, because the model gave no answer."""
+    rule = rules_in_order(inputs, main_input=main_input, encoder_decoder=encoder_decoder)[0]
+    return LossFacts(
+        rule,
+        "micro_batch",
+        warnings=(
+            f"what the loss is a mean over could not be asked ({reason}): each micro-batch weighs "
+            f"alike, as in the stock Trainer. loss_is_mean_over = 'target_tokens', 'tokens', "
+            f"'sequences' or 'nothing' (a sum) makes the gradient that of the whole update.",
+        ),
     )
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [config, text]
+
+
+def _chooses_tokens(model: nn.Module) -> bool:
+    """Return whether attention looks at a choice of tokens that padding may change.
+
+    Doge keeps the best ``keep_window_size`` tokens of a row, sparse attention as in DeepSeek-V3.2
+    the best ``index_topk``. Rows short enough to be asked with are kept whole and show nothing.
+    """
+    names = ("index_topk", "keep_window_size")
+    return any(getattr(config, name, None) for config in _configs(model) for name in names)
 
 
 def with_warnings(facts: LossFacts, model: nn.Module, sample: ProbeRows | None) -> LossFacts:
@@ -185,21 +273,22 @@ def dtype_computed_in(model: nn.Module, *, bf16: bool, fp16: bool) -> torch.dtyp
 
 
 @contextlib.contextmanager
-def held_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block with a model in eval mode.
+def held_in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run a block with a model in training or evaluation mode.
 
     NLLB-MoE's routers write ``expert_capacity`` in every eval forward and train with it from then
     on: after a look at three short rows they would drop most tokens of a micro-batch. It is put
     back.
     """
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     routers: list[Any] = [m for m in model.modules() if hasattr(m, "expert_capacity")]
     capacities = [router.expert_capacity for router in routers]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
         for router, capacity in zip(routers, capacities, strict=True):
             router.expert_capacity = capacity
 
@@ -214,10 +303,8 @@ def find_mixing(model: nn.Module) -> list[str]:
             "(expert_capacity) and drops the rest, so rows influence each other: no cut gives "
             "exactly the whole update."
         )
-    was_training = model.training
-    model.train()  # a vision tower may pin its own to evaluation mode
-    num_norms = sum(isinstance(m, _BatchNorm) and m.training for m in model.modules())
-    model.train(was_training)
+    with held_in_mode(model, training=True):  # a vision tower may pin its own to evaluation mode
+        num_norms = sum(isinstance(m, _BatchNorm) and m.training for m in model.modules())
     if num_norms:
         warnings.append(
             f"{num_norms} BatchNorm layers normalize by the rows of a micro-batch, so rows "

@@ -1,17 +1,16 @@
-"""What the probe finds out about a loss, and how close two losses have to be."""
+"""What asking finds out about a loss, and how close two answers have to be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from hf_gradacc.updates.targets import TargetRule
 
-__all__ = ["Compared", "LossFacts", "LossOf", "differ", "rounding_of"]
+__all__ = ["Compared", "LossFacts", "Weighing", "differ", "rounding_of"]
 
 Compared = Literal["loss", "rows_gradient", "shortcut", "isolation", "update_gradient"]
 """What two evaluations are compared by; `rounding_of` says how far apart they may be.
@@ -39,31 +38,66 @@ _ROUNDING: dict[str, dict[torch.dtype, float]] = {
 }
 
 
-LossOf = Callable[[Mapping[str, Any], "int | None"], float]
-"""Gives the loss of collated inputs; the second argument is what to pass as the count."""
+Weighing = Literal["mean", "sum", "micro_batch"]
+"""How the losses of micro-batches make up that of their update.
+
+- ``mean``: each is a mean over its targets and weighs as many of them as it has.
+- ``sum``: each is a sum, and they add up.
+- ``micro_batch``: nothing is known, and each weighs alike, as in the stock Trainer.
+"""
 
 
 @dataclass(frozen=True)
 class LossFacts:
-    """What the probe found out about a loss.
+    """What was found out about a loss.
 
     Attributes:
-        rule: What it takes its mean over.
+        rule: What its targets are.
+        weighing: Whether it is a mean over them, a sum, or neither as far as is known.
         wants_own_count: It must be called with ``num_items_in_batch`` set to its own targets to be
             a mean; otherwise it is called with None.
         pad_to_one_width: Padding changes its value, so an update's micro-batches need one width.
+        draws: It draws random numbers in every forward.
         rule_error: Relative difference between the loss of rows together and the weighted mean of
             the loss of each.
         padding_error: Relative difference that padding made.
         warnings: In plain words, what is not exact and by how much.
+        notes: In plain words, what is exact but may surprise.
     """
 
     rule: TargetRule
+    weighing: Weighing = "mean"
     wants_own_count: bool = False
     pad_to_one_width: bool = False
+    draws: bool = False
     rule_error: float = 0.0
     padding_error: float = 0.0
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def divisor(
+        self, num_targets: int, *, of: int, num_micro_batches: int, factor: int = 1
+    ) -> float:
+        """Compute what the loss of a micro-batch is divided by: the inverse of its weight.
+
+        A Python float: in float32 it would cost 6e-8 of precision.
+
+        Args:
+            num_targets: Targets of the micro-batch.
+            of: Targets of the whole update, over all ranks.
+            num_micro_batches: Micro-batches of the update, over all ranks.
+            factor: The engine divides gradients by it, see `Engine.factor`.
+
+        >>> LossFacts(TargetRule.SEQUENCE).divisor(3, of=12, num_micro_batches=2)
+        4.0
+        >>> LossFacts(TargetRule.SEQUENCE, "sum").divisor(3, of=12, num_micro_batches=2, factor=2)
+        0.5
+        """
+        if self.weighing == "sum":
+            return 1 / factor
+        if self.weighing == "micro_batch":
+            return num_micro_batches / factor
+        return of / (num_targets * factor)
 
 
 def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:

@@ -2,257 +2,340 @@
 
 GPT-2's class is missing from Transformers' ``LOSS_MAPPING`` and shifts its labels; BART's decoder
 is a causal LM and does not; dozens of losses accept ``num_items_in_batch`` and ignore it. A few
-forward passes over the first rows, without gradients, settle all of that:
-
-1. Is the loss a mean, and does it need to be told its own count? (rows twice, same loss)
-2. Does it shift? (only the first label of each row set: a loss of nothing means yes)
-3. Is the loss of rows together the weighted mean of the loss of each? (the weight rule itself,
-   first with the labels of the other rows masked, then with the rows alone)
-4. Does padding change a row's loss? (the same row, with padding and without)
+forward passes over a few rows settle all of that: the rows together, then each by itself. Whatever
+rule makes the parts add up to the whole, in loss and gradient, is the one the loss follows
+(`hf_gradacc.loss.questions`). Usually that is all. More is asked if they do not add up: is it the
+padding, the rounding, the random numbers, or do rows influence each other?
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_gradacc.errors import LossError
-from hf_gradacc.loss.facts import LossFacts, LossOf, differ, rounding_of
-from hf_gradacc.loss.questions import find_rule_by_gradients, find_rule_by_masks, measure_padding
-from hf_gradacc.updates.batch import (
-    count_rows,
-    find_main_input,
-    labels_of,
-    pad_columns,
-    slice_rows,
-)
-from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule, count_targets
+from hf_gradacc.loss.answers import Ask
+from hf_gradacc.loss.evidence import CANNOT_TAKE, Errors, Evidence, Found
+from hf_gradacc.loss.facts import LossFacts, Weighing, differ
+from hf_gradacc.loss.questions import has_token_labels, misfit
+from hf_gradacc.updates.batch import pad_columns, trim_padding
+from hf_gradacc.updates.targets import TargetRule
 
-__all__ = ["guess_rule", "probe_loss"]
+__all__ = ["complete", "may_share_images", "measure_padding", "probe_in_place", "probe_loss"]
+
+_NOTHING = (0.0, 0.0)
 
 
 def probe_loss(
     inputs: Mapping[str, Any],
-    loss_of: LossOf,
+    ask: Ask,
     *,
-    dtype: torch.dtype = torch.float32,
-    encoder_decoder: bool = False,
-    main_input: str = "input_ids",
     pad_token_id: int = 0,
     left: bool = False,
     max_width: int | None = None,
-    has_router_loss: bool = False,
-    num_rows: int | None = None,
-    take: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
-    gradient_of: Callable[[Mapping[str, Any], int | None], Tensor] | None = None,
+    **options: Any,
 ) -> LossFacts:
-    """Find out how a loss counts.
+    """Find out how a loss counts, and whether padding changes it.
 
     Args:
         inputs: A few rows, collated together; best of different length and target count.
-        loss_of: Returns the loss of collated inputs as a Python float, without gradients.
-        dtype: What the model computes in; says how much rounding to expect.
-        encoder_decoder: Such models never shift (and some crash when asked).
-        main_input: The feature that holds the sequence.
+        ask: Answers for collated inputs.
         pad_token_id: To widen rows by.
         left: Padding goes in front.
         max_width: Most columns the model can take (learned positions), None if there is no limit.
-        has_router_loss: The model adds a loss that is known not to be a mean over targets; the
-            deviation it causes is expected and reported as such.
-        num_rows: Dataset rows in `inputs`, if that is not what its tensors hold.
-        take: Returns some of them, collated together; default is to slice `inputs`.
-        gradient_of: As `loss_of`, gives a gradient ``[numbers]``, of some parameters. Losses of an
-            untrained head are all alike and show no weight; their gradients do.
+        **options: See `Evidence`.
 
     Raises:
-        LossError: If the loss is no mean, whichever way it is called.
+        Exception: Whatever the model raises on the rows together, or on some of them if their
+            images may be shared.
     """
-    tolerance = rounding_of(dtype)
-    n = num_rows or count_rows(inputs, main_input)
-    take = take or partial(slice_rows, inputs)
-    twice = take([*range(n), *range(n)])
-    count = partial(count_targets, main_input=main_input)
-    wants_own_count = _find_way_to_call(inputs, twice, loss_of, main_input)
-
-    def mean_of(part: Mapping[str, Any], rule: TargetRule) -> float:
-        return loss_of(part, count(part, rule) if wants_own_count else None)
-
-    rule = guess_rule(
-        inputs,
-        loss_of,
-        main_input=main_input,
-        encoder_decoder=encoder_decoder,
-        wants_own_count=wants_own_count,
+    evidence = Evidence(inputs, ask, **options)
+    if not math.isfinite(evidence.together.loss):
+        return _facts_of_nan(evidence)
+    if evidence.together.drew:
+        return _facts_of_draws(evidence)
+    facts = _facts(evidence)
+    if facts.pad_to_one_width:
+        return facts
+    add_up = not (facts.warnings or evidence.is_coarse or evidence.has_router_loss)
+    error = measure_padding(
+        evidence,
+        facts,
+        pad_token_id=pad_token_id,
+        left=left,
+        max_width=max_width,
+        rows_alone_add_up=add_up,
     )
-    shown = None
-    if not encoder_decoder:  # mBART looks for the last of a row's labels, and on a GPU crashes hard
-        shown = find_rule_by_masks(
-            inputs,
-            loss_of,
-            wants_own_count=wants_own_count,
-            first=rule,
-            coarse=tolerance,
-            has_router_loss=has_router_loss,
+    is_changed = not error <= evidence.loss_limit
+    return dataclasses.replace(facts, padding_error=error, pad_to_one_width=is_changed)
+
+
+def probe_in_place(inputs: Mapping[str, Any], ask: Ask, **options: Any) -> LossFacts:
+    """Find out how a loss counts from one batch whose rows cannot be told apart.
+
+    Images of a batch may lie in one tensor, or the model takes one row at a time. Whether padding
+    matters is not asked.
+
+    Args:
+        inputs: Collated rows.
+        ask: Answers for collated inputs.
+        **options: See `Evidence`.
+
+    Raises:
+        Exception: Whatever the model raises on the inputs.
+    """
+    evidence = Evidence(inputs, ask, **options)
+    together = evidence.together
+    found = None if evidence.encoder_decoder else evidence.by_masks
+    if found is None and not evidence.wants_own_count and not evidence.encoder_decoder:
+        try:
+            found = evidence.told_its_count().by_masks
+        except CANNOT_TAKE:
+            found = None
+        evidence.wants_own_count = found is not None
+    warnings: tuple[str, ...] = ()
+    if found is None and (evidence.num_rows > 1 or has_token_labels(inputs)):
+        warnings = (
+            "rows cannot be separated in a batch (images in one tensor?), and masking labels did "
+            "not show what the loss is a mean over: the gradient of an update may depend on how it "
+            "is cut.",
         )
-    rows = [dict(take([i])) for i in range(n)]
-    candidates = [shown] if shown else [rule, *(r for r in TargetRule if r is not rule)]
-    counts = {r: [count(row, r) for row in rows] for r in candidates}
-    alone = rows
-    if shown is None and dtype in (torch.bfloat16, torch.float16):
-        # As many copies of a row as there are rows: a batch of one shape is rounded in one way.
-        alone, tolerance = [dict(take([i] * n)) for i in range(n)], tolerance / 8
-    guess, (rule, rule_error) = rule, _check_rule(inputs, alone, counts, mean_of, tolerance)
-    tolerance = rounding_of(dtype)
+    rule, weighing = found or (evidence.tell_shift(evidence.order[0]), "mean")
+    return LossFacts(
+        rule,
+        weighing,
+        wants_own_count=evidence.wants_own_count,
+        draws=together.drew,
+        warnings=warnings,
+        notes=_notes_on(weighing),
+    )
+
+
+def complete(facts: LossFacts, evidence: Evidence) -> LossFacts:
+    """Add to a rule that is known how the loss is called, and whether it shifts its labels."""
+    draws = evidence.together.drew
+    rule = evidence.tell_shift(facts.rule)
+    if not evidence.wants_own_count and facts.weighing == "mean":
+        _divided_by_its_count(evidence, rule)
+    return dataclasses.replace(
+        facts, rule=rule, wants_own_count=evidence.wants_own_count, draws=draws
+    )
+
+
+def measure_padding(
+    evidence: Evidence,
+    facts: LossFacts,
+    *,
+    pad_token_id: int,
+    left: bool,
+    max_width: int | None,
+    rows_alone_add_up: bool,
+) -> float:
+    """Measure by how much more padding changes the loss, relative.
+
+    Several widths: pooling models (Funnel, CANINE) let padding in between some widths and not
+    between others. A model that cannot take a row as narrow as this one counts as changed, which
+    costs speed and never exactness.
+
+    Args:
+        evidence: The rows, and how to ask with them.
+        facts: What the loss is a mean over.
+        pad_token_id: To widen rows by.
+        left: Padding goes in front.
+        max_width: See `probe_loss`.
+        rows_alone_add_up: Rows without padding have made up the whole, so the widths they have in
+            it are asked already.
+    """
+    inputs = evidence.inputs
+    main, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(main, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return 0.0
+    widen = partial(pad_columns, pad_token_id=pad_token_id, left=left)
+    # A column beyond the learned positions breaks a GPU's whole process, so there is a margin:
+    # RoBERTa's positions begin at 2.
+    widest = math.inf if max_width is None else max_width - 8
+    width = main.shape[-1]
+    extras = [extra for extra in (3, 1) if width + extra <= widest]
+    if rows_alone_add_up:
+        extras = extras[:1]
+    worst = 0.0
+    try:
+        pairs = [(evidence.together, widen(inputs, width + extra)) for extra in extras]
+        padded, bare = evidence.rows[0], trim_padding(evidence.rows[0])
+        if not rows_alone_add_up and width > bare["input_ids"].shape[-1]:
+            pairs.append((evidence.ask(bare, evidence.own_count(bare, facts.rule)), padded))
+        for expected, part in pairs:
+            actual = evidence.ask(part, evidence.own_count(part, facts.rule))
+            error = misfit(expected, [actual], [1], "mean")
+            worst = max(worst, error[0] if evidence.fits(error) else max(error))
+    except CANNOT_TAKE:
+        return math.inf
+    return worst
+
+
+# ---- deciding ----------------------------------------------------------------------------------
+
+
+def _facts(evidence: Evidence) -> LossFacts:
+    """Ask until the answers decide, and say in plain words what they leave open."""
+    found, errors, is_padding = _find(evidence)
+    if found is not None and found[1] == "sum" and not evidence.wants_own_count:
+        rule = evidence.tell_shift(evidence.order[0])
+        found = (rule, "mean") if _divided_by_its_count(evidence, rule) else found
+    if found is None and not evidence.wants_own_count:
+        found, errors, is_padding = _find_with_own_count(evidence) or (None, errors, False)
     warnings = []
-    if shown is None and gradient_of is not None and not has_router_loss:
-        limit = rounding_of(dtype, "rows_gradient")
-        found, error = find_rule_by_gradients(
-            inputs,
-            rows,
-            {r: counts[r] for r in (rule, *(r for r in counts if r is not rule))},
-            lambda part, count: gradient_of(part, count if wants_own_count else None),
-            tolerance=limit,
+    if found is None and evidence.failure is not None and may_share_images(evidence.inputs):
+        raise evidence.failure
+    if found is None:
+        found = _closest(errors, first=(evidence.tell_shift(evidence.order[0]), "mean"))
+        warnings.append(_misfit_message(evidence, errors.get(found, _NOTHING)))
+    elif evidence.has_router_loss and not evidence.fits(errors.get(found, _NOTHING)):
+        warnings.append(_misfit_message(evidence, errors[found]))
+    error = errors.get(found, _NOTHING)[0]
+    return LossFacts(
+        rule=found[0],
+        weighing=found[1],
+        wants_own_count=evidence.wants_own_count,
+        pad_to_one_width=is_padding,
+        rule_error=error,
+        padding_error=error if is_padding else 0.0,
+        warnings=tuple(warnings),
+        notes=_notes_on(found[1]),
+    )
+
+
+def may_share_images(inputs: Mapping[str, Any]) -> bool:
+    """Return whether there may be as many images as rows by chance, some rows holding none."""
+    return any(value.ndim > 2 for value in inputs.values() if isinstance(value, torch.Tensor))
+
+
+def _find(evidence: Evidence) -> tuple[Found | None, Errors, bool]:
+    """Find what makes the parts add up: with rows alone, copies, masks, in this order.
+
+    Returns:
+        What was found, the errors under all rules, and whether padding explains them.
+    """
+    if evidence.has_router_loss:
+        return evidence.by_masks, evidence.errors_of(evidence.rows_alone), False
+    errors: Errors = {}
+    if not evidence.is_coarse:
+        errors = evidence.errors_of(evidence.rows_alone)
+        if found := evidence.first_fit(errors):
+            return found, errors, False
+    of_copies = evidence.errors_of(evidence.copies)
+    found = evidence.first_fit(of_copies, tight=evidence.is_coarse)
+    by_masks = None if found else evidence.by_masks
+    if found is None and evidence.is_coarse:
+        is_explained = by_masks is not None and evidence.fits(of_copies[by_masks])
+        found = by_masks if is_explained else evidence.first_fit(of_copies)
+    if found is not None:
+        return found, of_copies, bool(errors)
+    if by_masks is not None and by_masks in of_copies:
+        of_copies = {by_masks: of_copies[by_masks]}
+    return None, of_copies, False
+
+
+def _find_with_own_count(evidence: Evidence) -> tuple[Found, Errors, bool] | None:
+    """Ask again, telling the loss its own count; None if that makes no mean of it either."""
+    try:
+        found, errors, is_padding = _find(evidence.told_its_count())
+    except CANNOT_TAKE:
+        return None
+    if found is None or found[1] == "sum":
+        return None
+    evidence.wants_own_count = True
+    return found, {found: errors[found]}, is_padding
+
+
+def _divided_by_its_count(evidence: Evidence, rule: TargetRule) -> bool:
+    """See whether a sum becomes a mean once it is told its count; if so, note that it wants it."""
+    count = evidence.count(evidence.inputs, rule)
+    if count < 2:
+        return False
+    try:
+        told = evidence.ask(evidence.inputs, count)
+    except CANNOT_TAKE:
+        return False
+    if differ(told.loss * count, evidence.together.loss) > evidence.loss_limit:
+        return False
+    evidence.wants_own_count = True
+    return True
+
+
+def _closest(errors: Errors, *, first: Found) -> Found:
+    """Choose among rules of which none fits: the first, unless another is clearly better.
+
+    Losses that are all alike say nothing.
+    """
+    means = {found: error[0] for found, error in errors.items() if found[1] == "mean"}
+    best = min(means, key=lambda found: means[found], default=first)
+    if first in means and (means[best] > 0.1 * means[first] or means[first] < 1e-3):
+        return first
+    return best
+
+
+def _facts_of_draws(evidence: Evidence) -> LossFacts:
+    """Ask a loss that draws random numbers: only forwards of one shape draw the same ones."""
+    seen = evidence.by_masks or evidence.by_rotations()
+    found = seen or (evidence.tell_shift(evidence.order[0]), "mean")
+    warnings: tuple[str, ...] = ()
+    if seen is None:
+        what = "rows" if found[0] is TargetRule.SEQUENCE else "target tokens"
+        warnings = (
+            f"the loss draws random numbers, and the losses of rows do not add up to that of all: "
+            f"it is taken for a mean over {what}. If rows influence each other, the gradient of an "
+            f"update depends on how it is cut; if not, loss_is_mean_over says what it is.",
         )
-        if found is not rule:
-            rule = found or guess
-            rule, rule_error = _check_rule(inputs, alone, {rule: counts[rule]}, mean_of, tolerance)
-        if found is None:
-            warnings.append(
-                f"the gradient of {n} rows together differs from the weighted mean of the gradient "
-                f"of each by {error:.1e} (relative; rounding explains {limit:.0e}). Rows of a "
-                f"batch influence each other, or the loss is not a mean over its targets (as with "
-                f"class weights): the gradient of an update depends on how it is cut."
-            )
-    if not rule_error <= tolerance and not warnings:
+    return LossFacts(
+        rule=found[0],
+        weighing=found[1],
+        wants_own_count=evidence.wants_own_count,
+        draws=True,
+        warnings=warnings,
+        notes=_notes_on(found[1]),
+    )
+
+
+def _facts_of_nan(evidence: Evidence) -> LossFacts:
+    return LossFacts(
+        evidence.tell_shift(evidence.order[0]),
+        wants_own_count=evidence.wants_own_count,
+        warnings=(
+            f"the loss of {evidence.num_rows} rows is {evidence.together.loss} before the first "
+            f"update, so what it is a mean over could not be asked: it is taken for a mean over "
+            f"its targets.",
+        ),
+    )
+
+
+def _notes_on(weighing: Weighing) -> tuple[str, ...]:
+    if weighing != "sum":
+        return ()
+    return (
+        "the loss is a sum over its targets, not a mean: the losses of micro-batches are added up, "
+        "so the gradient is that of the whole update at once and grows with its size.",
+    )
+
+
+def _misfit_message(evidence: Evidence, error: tuple[float, float]) -> str:
+    cause = (
+        "Rows of a batch influence each other, or the loss is not a mean over its targets (as with "
+        "class weights): the gradient of an update depends on how it is cut."
+    )
+    if evidence.has_router_loss:
         cause = (
             "The router loss of a mixture of experts is not a mean over targets; its weight in the "
             "update is right, what is left is its own nonlinearity."
-            if has_router_loss
-            else "Rows of a batch influence each other, or the loss is not a mean over its "
-            "targets: the gradient of an update depends on how it is cut."
         )
-        warnings.append(
-            f"the loss of {n} rows together differs from the weighted mean of the loss of each by "
-            f"{rule_error:.1e} (relative; rounding explains {tolerance:.0e}). {cause}"
-        )
-    padding_error = measure_padding(
-        rows,
-        lambda part: mean_of(part, rule),
-        widen=lambda part, width: pad_columns(part, width, pad_token_id=pad_token_id, left=left),
-        max_width=max_width,
-        enough=tolerance,
+    of, value, limit = "loss", error[0], evidence.loss_limit
+    if value <= limit:
+        of, value, limit = "gradient", error[1], evidence.gradient_limit
+    return (
+        f"the {of} of {evidence.num_rows} rows together differs from the weighted mean of the {of} "
+        f"of each by {value:.1e} (relative; rounding explains {limit:.0e}). {cause}"
     )
-    return LossFacts(
-        rule=rule,
-        wants_own_count=wants_own_count,
-        pad_to_one_width=not padding_error <= tolerance,
-        rule_error=rule_error,
-        padding_error=padding_error,
-        warnings=tuple(warnings),
-    )
-
-
-def _is_token_level(inputs: Mapping[str, Any], main_input: str) -> bool:
-    """Return whether labels go with tokens rather than with rows."""
-    if isinstance(inputs.get("shift_labels"), Tensor):
-        return True
-    labels, main = labels_of(inputs)[1], find_main_input(inputs, main_input)
-    if labels is None or labels.is_floating_point() or labels.ndim < 2:
-        return False
-    # [rows, classes] of a multi-label classifier that was given integers is not token level.
-    return main is None or labels.shape == main.shape or bool(labels.eq(IGNORE_INDEX).any())
-
-
-def _find_way_to_call(
-    inputs: Mapping[str, Any], twice: Mapping[str, Any], loss_of: LossOf, main_input: str
-) -> bool:
-    """Return whether the loss is a mean only when it is told its own count."""
-    n = count_rows(inputs, main_input)
-    token_level = _is_token_level(inputs, main_input)
-    count = partial(count_targets, main_input=main_input)
-    seen: list[str] = []
-    for own_count in (False, True):
-        rule = TargetRule.SAME_TOKEN if token_level else TargetRule.SEQUENCE
-        try:
-            once_loss = loss_of(inputs, count(inputs, rule) if own_count else None)
-            twice_loss = loss_of(twice, count(twice, rule) if own_count else None)
-        except (TypeError, AttributeError) as error:  # "unsupported operand ...: NoneType"
-            seen.append(f"{type(error).__name__}: {error}")
-            continue
-        # A mean stays, a sum doubles. In between lie losses whose rows influence each other
-        # (expert capacity); the check of the weight rule measures those.
-        if differ(once_loss, twice_loss) <= 0.25:
-            return own_count
-        seen.append(f"{once_loss:.6g} for {n} rows, {twice_loss:.6g} for the same rows twice")
-    raise LossError(
-        "the loss is not a mean over its targets, so micro-batches cannot be weighted by theirs.\n"
-        f"  called with num_items_in_batch=None: {seen[0]}\n"
-        f"  called with its own count:           {seen[-1]}\n"
-        "  Return a mean over the micro-batch, or a sum divided by num_items_in_batch."
-    )
-
-
-def guess_rule(
-    inputs: Mapping[str, Any],
-    loss_of: LossOf,
-    *,
-    main_input: str,
-    encoder_decoder: bool,
-    wants_own_count: bool,
-) -> TargetRule:
-    """Find out whether a token-level loss shifts; other losses are taken to count sequences."""
-    if not _is_token_level(inputs, main_input):
-        return TargetRule.SEQUENCE
-    name, labels = labels_of(inputs)
-    if encoder_decoder or labels is None or "shift_labels" in inputs:
-        return TargetRule.SAME_TOKEN
-    valid = labels[labels.ne(IGNORE_INDEX)]
-    if len(valid) == 0:
-        return TargetRule.SAME_TOKEN
-    none = torch.full_like(labels, IGNORE_INDEX)
-    first = none.clone()
-    first[..., 0] = valid[0]
-    count = 1 if wants_own_count else None
-    try:
-        loss_of_none = loss_of({**inputs, name: none}, count)
-        loss_of_first = loss_of({**inputs, name: first}, count)
-    except (RuntimeError, ValueError, IndexError):
-        return TargetRule.SAME_TOKEN  # the weight rule is checked next, and says if this is wrong
-    shifts = differ(loss_of_none, loss_of_first) < 1e-6
-    return TargetRule.NEXT_TOKEN if shifts else TargetRule.SAME_TOKEN
-
-
-def _check_rule(
-    inputs: Mapping[str, Any],
-    alone: list[dict[str, Any]],
-    counts: Mapping[TargetRule, list[int]],
-    mean_of: Callable[[Mapping[str, Any], TargetRule], float],
-    tolerance: float,
-) -> tuple[TargetRule, float]:
-    """Compare the loss of rows together with the weighted mean; try rules until one fits."""
-    errors: dict[TargetRule, float] = {}
-    rule = next(iter(counts))
-    for candidate, own in counts.items():
-        if sum(own) <= 0 or min(own) < 0:
-            continue
-        together = mean_of(inputs, candidate)
-        if not math.isfinite(together):
-            return rule, 0.0  # nothing can be seen by it, whatever made it so
-        parts = [(n, mean_of(row, candidate)) for n, row in zip(own, alone, strict=True) if n]
-        expected = sum(n * loss for n, loss in parts) / sum(own)
-        errors[candidate] = differ(together, expected)
-        if errors[candidate] <= tolerance:
-            return candidate, errors[candidate]
-    if not errors:
-        return rule, 0.0
-    # Nothing fits. Another rule has to be clearly better to win over what the labels say, and
-    # losses that are all alike say nothing.
-    best = min(errors, key=lambda r: errors[r])
-    if rule in errors and (errors[best] > 0.1 * errors[rule] or errors[rule] < 1e-3):
-        best = rule
-    return best, errors[best]

@@ -8,10 +8,11 @@ ones lay all rows end to end, and the images of a batch may be one tensor of pat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 
 from hf_gradacc.errors import ConfigError, DataError
@@ -164,12 +165,13 @@ def choose_probe_rows(
         ConfigError: If tokens are to be counted that show only once rows are collated.
     """
     dataset: Any = loader.dataset
+    taken: list[int] = []
     if isinstance(dataset, UpdateStream):
         candidates = [row for row in dataset.peek(16) if can_have_target(row)]
     else:
         dataset, n = dataset.dataset, len(dataset)
-        spread = dict.fromkeys([*range(min(n, 8)), *(n * k // 8 for k in range(1, 8)), n - 1])
-        candidates = [row for row in (dataset[i] for i in spread) if can_have_target(row)]
+        taken = [*dict.fromkeys([*range(min(n, 8)), *(n * k // 8 for k in range(1, 8)), n - 1])]
+        candidates = [row for row in (dataset[i] for i in taken) if can_have_target(row)]
         candidates = candidates or list(
             itertools.islice(filter(can_have_target, read_rows(dataset)), count)
         )
@@ -189,15 +191,49 @@ def choose_probe_rows(
             f"per_device_train_batch_size and effective_batch_size."
         )
     traits = [_traits(row, collator.main_input) for row in candidates]
+    chosen = _choose_unlike(traits, min(count, len(candidates)))
+    rows = [candidates[i] for i in sorted(chosen, key=lambda i: traits[i][0])]
+    classes = [_class_of(row) for row in rows]
+    if len(rows) > 2 and None not in classes and len(set(classes)) == len(classes):
+        # A loss that pulls rows of one class together does nothing to rows of different ones.
+        others = [candidates[i] for i in range(len(candidates)) if i not in chosen]
+        more = () if isinstance(dataset, UpdateStream) else _rows_of(classes[:2], dataset, taken)
+        twin = next((r for r in (*others, *more) if _class_of(r) in classes[:2]), rows[2])
+        rows = [*rows[:2], twin]
+    return rows
+
+
+def _choose_unlike(traits: Sequence[tuple[Any, ...]], count: int) -> list[int]:
+    """Choose rows that differ in as many traits as possible, the shorter first."""
     chosen: list[int] = []
-    while len(chosen) < min(count, len(candidates)):
-        rest = [i for i in range(len(candidates)) if i not in chosen]
-        chosen.append(
-            max(
-                rest, key=lambda i: (_unlike(traits[i], [traits[j] for j in chosen]), -traits[i][0])
-            )
-        )
-    return [candidates[i] for i in sorted(chosen, key=lambda i: traits[i][0])]
+    while len(chosen) < count:
+        rest = [i for i in range(len(traits)) if i not in chosen]
+        unlike = {i: _unlike(traits[i], [traits[j] for j in chosen]) for i in rest}
+        chosen.append(max(rest, key=lambda i: (unlike[i], -traits[i][0])))
+    return chosen
+
+
+def _rows_of(
+    classes: Sequence[str | None], dataset: Any, leave_out: Sequence[int]
+) -> Iterator[Any]:
+    """Yield rows of some classes, from the labels of many or from few whole rows."""
+    name = "labels"
+    if isinstance(dataset, datasets.Dataset):
+        name = next((key for key in ("labels", "label") if key in dataset.column_names), name)
+    if isinstance(dataset, datasets.Dataset) and name in dataset.column_names:
+        labels = dataset.with_format(None)[:4096][name]
+        places = [i for i, label in enumerate(labels) if _class_of({name: label}) in classes]
+    else:
+        places = list(range(min(len(dataset), 64)))
+    return (dataset[i] for i in places if i not in leave_out)
+
+
+def _class_of(row: Any) -> str | None:
+    """Return the class of a row that has one; None if it has none, or other labels."""
+    label: Any = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+    if hasattr(label, "item") and getattr(label, "ndim", 0) == 0:
+        label = label.item()
+    return str(label) if isinstance(label, int | str) else None
 
 
 def _traits(row: Any, main_input: str) -> tuple[int, int | None, str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Shortcuts:
 
 @dataclass(frozen=True)
 class Trial:
-    """Tries shortcuts on a model in evaluation mode, with a few of its own rows.
+    """Tries shortcuts on a model in the mode it was asked in, with a few of its own rows.
 
     Attributes:
         inputs: Collated rows, on the CPU; at least two, with targets.
@@ -124,10 +125,10 @@ class Trial:
 
     def try_target_only_logits(self) -> str:
         """Compare the loss over chosen logits with the loss over all. Empty if they agree."""
-        loss, hidden = self._run(self.inputs)
+        loss, hidden = self._as_it_is
         if hidden.shape[0] != self.inputs["input_ids"].numel():
             return "its LM head is not fed one row per input token (virtual tokens in front?)"
-        all_targets = self._run(*keep_targets(self.inputs))[0]
+        all_targets = self._of_targets
         if self._differs(all_targets, loss):
             return f"its loss ignores shift_labels: {all_targets:.7g} instead of {loss:.7g}"
         # One target alone. A loss that shifts what it is given would find none.
@@ -149,7 +150,7 @@ class Trial:
         """
         if why := why_not_chunked(self.owner, self.head):
             return why
-        expected = self._run(*keep_targets(self.inputs))[0]
+        expected = self._of_targets
         with without_logits(self.owner, self.head):
             actual = self._run(*keep_targets(self.inputs))[0]
         if self._differs(actual, expected):
@@ -162,7 +163,8 @@ class Trial:
         if padded is None:
             return "its rows are not padded on the right"
         real = padded["attention_mask"].reshape(-1).ne(0)
-        loss, hidden = self._run(padded)
+        is_padded = padded["attention_mask"].equal(self.inputs["attention_mask"])
+        loss, hidden = self._as_it_is if is_padded else self._run(padded)
         bare = without_mask(padded)
         bare_loss, bare_hidden = self._run(bare)
         if self._differs(bare_loss, loss) or self._moved(bare_hidden, hidden, real):
@@ -181,7 +183,7 @@ class Trial:
             return str(error)
         mask = self.inputs.get("attention_mask")
         real = None if mask is None else mask.reshape(-1).ne(0)
-        loss, hidden = self._run(self.inputs)
+        loss, hidden = self._as_it_is
         packed_loss, packed_hidden = self._run(packed)
         if real is not None:
             hidden = hidden[real.to(hidden.device)]
@@ -199,6 +201,16 @@ class Trial:
         if self._moved(moved, packed_hidden, rest, kind="isolation"):
             return "in a packed row the first sequence changes the hidden states of the others"
         return ""
+
+    @cached_property
+    def _as_it_is(self) -> tuple[float, Tensor]:
+        """The loss without any shortcut, and what the head was fed."""
+        return self._run(self.inputs)
+
+    @cached_property
+    def _of_targets(self) -> float:
+        """The loss over the logits of targets alone."""
+        return self._run(*keep_targets(self.inputs))[0]
 
     def _run(self, inputs: Mapping[str, Any], rows: Tensor | None = None) -> tuple[float, Tensor]:
         """Return the loss, and what the model feeds its head: ``[batch * seq, hidden]``."""
@@ -311,7 +323,7 @@ def choose_shortcuts(
     setting: Setting,
     dtype: torch.dtype,
 ) -> Shortcuts:
-    """Try each shortcut on the model, in evaluation mode, and take those that are exact.
+    """Try each shortcut on the model, as it was asked, and take those that are exact.
 
     Args:
         model: The bare model.
@@ -460,6 +472,8 @@ def _with_padding(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or not is_right_padded(mask):
         return None
+    if not bool(mask.all()):
+        return dict(inputs)
     padded = slice_rows(inputs, range(count_rows(inputs)))
     width = mask.shape[1]
     longest = int(mask.ne(0).sum(1).argmax())

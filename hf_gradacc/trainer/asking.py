@@ -11,25 +11,30 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_gradacc.errors import DataError
+from hf_gradacc.errors import DataError, GradAccError
+from hf_gradacc.loss.answers import Loss
 from hf_gradacc.loss.asking import (
-    Loss,
+    as_stated,
     ask,
+    choose_mode,
     dtype_computed_in,
-    held_in_eval_mode,
+    held_in_mode,
     sample_of,
+    stated_facts,
+    unknown_facts,
     with_warnings,
 )
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
-from hf_gradacc.safety.rollback import BufferState, RandomState
+from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState
 from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.stream import is_stream
 from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets
 
 __all__ = [
+    "Trace",
     "ask_trainer",
     "has_foreign_loss",
     "padding_style",
@@ -58,24 +63,23 @@ def ask_trainer(
 
     Returns:
         What the loss is a mean over, and the shortcuts taken; None for them if the trainer does not
-        use our loader.
+        use our loader. A model that gives no answer trains by stock's rule.
 
     Raises:
-        LossError: If the loss is not a mean.
         ConfigError: If a shortcut was asked for by name and would not give the same gradient.
     """
-    if not isinstance(inputs, Mapping) or count_rows(inputs) == 0:
-        unknown = (
-            "the data collator returns no tensors by name, so what the loss is a mean over cannot "
-            "be asked: each micro-batch is weighted by its rows. That is exact if the loss is a "
-            "mean over rows."
-        )
-        logger.warning_once(f"{type(trainer.model).__name__}: {unknown}")
-        return LossFacts(TargetRule.SEQUENCE, warnings=(unknown,)), None
     args, collator = trainer.args, trainer.update_collator
+    stated = args.loss_is_mean_over
+    if not isinstance(inputs, Mapping) or count_rows(inputs) == 0:
+        facts = LossFacts(TargetRule.SEQUENCE)
+        if stated == "auto":
+            facts = _facts_without_names()
+        _tell(trainer.model, facts)
+        return facts, None
     asked, known = sample_of(inputs, sample)
     bare = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
     dtype = dtype_computed_in(bare, bf16=args.bf16, fp16=args.fp16)
+    style = padding_style(trainer)
 
     def compute(part: Mapping[str, Any], count: int | None) -> Tensor:
         num_items = None if count is None else torch.tensor(count, device=args.device)
@@ -85,16 +89,27 @@ def ask_trainer(
             )
         return loss
 
-    loss, shortcuts = Loss(bare, compute), None
-    with without_trace(bare, args.device), held_in_eval_mode(bare):
-        facts = ask(
-            loss,
-            asked,
-            known,
-            dtype=dtype,
+    shortcuts = None
+    with without_trace(trainer, bare, args.device) as trace:
+        loss = Loss(
+            bare,
+            compute,
+            restart=trace.restore,
+            has_drawn=trace.has_drawn,
             can_differentiate=engine.can_differentiate_outside,
-            **padding_style(trainer),
         )
+        try:
+            training, asked = choose_mode(loss, asked, known, pad_token_id=style["pad_token_id"])
+            with held_in_mode(bare, training=training):
+                if stated == "auto":
+                    facts = ask(loss, asked, known, dtype=dtype, **style)
+                else:
+                    facts = stated_facts(loss, asked, stated, dtype=dtype, **style)
+        except GradAccError:
+            raise
+        except Exception as error:
+            training, facts = False, _facts_without_answer(bare, inputs, error, stated)
+        facts = with_warnings(facts, bare, trainer.sample)
         if collator is not None:
             trainer.facts = facts
             setting = Setting(
@@ -105,14 +120,47 @@ def ask_trainer(
                 smooths_labels=trainer.label_smoother is not None,
                 lockstep=engine.lockstep,
             )
-            shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
-    facts = with_warnings(facts, bare, trainer.sample)
-    for warning in facts.warnings:
-        logger.warning_once(f"{type(bare).__name__}: {warning}")
+            with held_in_mode(bare, training=training):
+                shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
+    _tell(bare, facts)
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
         collator.rule, collator.pad_to_one_width = facts.rule, facts.pad_to_one_width
     return facts, shortcuts
+
+
+def _tell(model: nn.Module, facts: LossFacts) -> None:
+    for line in (*facts.warnings, *facts.notes):
+        logger.warning_once(f"{type(model).__name__}: {line}")
+
+
+def _facts_without_names() -> LossFacts:
+    return LossFacts(
+        TargetRule.SEQUENCE,
+        warnings=(
+            "the data collator returns no tensors by name, so what the loss is a mean over cannot "
+            "be asked: each micro-batch is weighted by its rows. That is exact if the loss is a "
+            "mean over rows.",
+        ),
+    )
+
+
+def _facts_without_answer(
+    model: nn.Module, inputs: Mapping[str, Any], error: Exception, stated: str
+) -> LossFacts:
+    """Go on with what is known if the model fails on the rows it is asked with.
+
+    If it fails on all rows, training tells, with the traceback of its own first micro-batch.
+    """
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    config: Any = getattr(model, "config", None)
+    facts = unknown_facts(
+        inputs,
+        f"{type(error).__name__}: {first_line}",
+        main_input=getattr(model, "main_input_name", "input_ids"),
+        encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+    )
+    return facts if stated == "auto" else as_stated(stated, rule=facts.rule)
 
 
 def prepared(trainer: Any, inputs: Mapping[str, Any]) -> Any:
@@ -120,15 +168,51 @@ def prepared(trainer: Any, inputs: Mapping[str, Any]) -> Any:
     return trainer._prepare_inputs(inputs)
 
 
+class Trace:
+    """What asking could leave behind: random states, buffers, plain attributes.
+
+    Args:
+        trainer: The trainer; a subclass may count its calls.
+        model: The bare model.
+        device: Where it runs.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, device: torch.device) -> None:
+        self._random = RandomState(device)
+        self._buffers = BufferState(model)
+        self._of_modules = AttributeState(
+            model.modules(),
+            # torch's own, and Transformers' note that it has put its hooks in place.
+            leave_out={*vars(nn.Module()), "_output_capturing_hooks_installed"},
+        )
+        self._of_trainer = AttributeState(
+            [trainer], leave_out=("train_dataset", "eval_dataset", "facts")
+        )
+
+    def restore(self) -> None:
+        """Put everything back, but for the mode that modules are in."""
+        self._buffers.restore()
+        self._random.restore()
+
+    def restore_all(self) -> None:
+        """Put everything back."""
+        self.restore()
+        self._of_modules.restore()
+        self._of_trainer.restore()
+
+    def has_drawn(self) -> bool:
+        """Return whether a random number was drawn since the last `restore`."""
+        return self._random.has_moved()
+
+
 @contextlib.contextmanager
-def without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block that leaves buffers and random states as they were."""
-    random_state, buffers = RandomState(device), BufferState(model)
+def without_trace(trainer: Any, model: nn.Module, device: torch.device) -> Iterator[Trace]:
+    """Run a block that leaves buffers, random states and plain attributes as they were."""
+    trace = Trace(trainer, model, device)
     try:
-        yield
+        yield trace
     finally:
-        buffers.restore()
-        random_state.restore()
+        trace.restore_all()
 
 
 def refuse_data_without_targets(dataset: Any, sample: ProbeRows | None, rule: TargetRule) -> None:

@@ -135,7 +135,9 @@ class Evaluation:
                 again = first_rows(inputs, max(real, 1), rows_per_sequence=rows_per_sequence)
                 loss = step(again, loss_only=True)[0]
         if trainer.facts is not None:
-            self._loss.add(loss, num_targets=micro_batch.targets.under(trainer.facts.rule))
+            num_targets = micro_batch.targets.under(trainer.facts.rule)
+            is_sum = trainer.facts.weighing == "sum"
+            self._loss.add(loss, num_targets=num_targets, is_sum=is_sum)
         elif not is_labelled:  # preferences, before any training: a mean over rows
             self._loss.add(loss, num_targets=micro_batch.num_sequences)
         return result
@@ -206,8 +208,11 @@ class Evaluation:
         if losses[0] is not None:
             counts = [self._count_targets(trainer, part) for part in parts]
             total = sum(counts)
+            is_sum = trainer.facts is not None and trainer.facts.weighing == "sum"
             # A piece without a target has a loss of NaN and no weight.
-            weighted = [a * (n / total) for a, n in zip(losses, counts, strict=True) if n]
+            weighted = [
+                a * (1 if is_sum else n / total) for a, n in zip(losses, counts, strict=True) if n
+            ]
             loss = sum(weighted[1:], start=weighted[0]) if weighted else losses[0]
         joined = [results[0][1], results[0][2]]
         for _, *more in results[1:]:
@@ -260,13 +265,13 @@ class EvalLoss:
         self._sum: Tensor | None = None
         self._num_targets = 0
 
-    def add(self, loss: Tensor, *, num_targets: int) -> None:
-        """Add one batch's mean loss. The sum stays on the device: no synchronization."""
+    def add(self, loss: Tensor, *, num_targets: int, is_sum: bool = False) -> None:
+        """Add one batch's loss, a mean or a sum, without synchronizing with the device."""
         if num_targets == 0:
             return  # the mean over no target is NaN
         # CPU and CUDA have float64; MPS has not.
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        weighted = loss.detach().to(dtype) * num_targets
+        weighted = loss.detach().to(dtype) * (1 if is_sum else num_targets)
         self._sum = weighted if self._sum is None else self._sum + weighted
         self._num_targets += num_targets
 

@@ -77,7 +77,7 @@ class NoiseListener:
         Args:
             micro_batch: The micro-batch.
             num_targets: Its targets.
-            total: Targets of the update over all ranks.
+            total: Targets of the update over all ranks; 1 if the loss is a sum over them.
             trainer: The trainer; its loss scale is read.
         """
         if self.is_listening and self.record is not None and not micro_batch.weightless:
@@ -85,14 +85,20 @@ class NoiseListener:
                 num_targets=num_targets, weight=num_targets / total * _grad_scale(trainer)
             )
 
-    def end(self, trainer: Any, model: nn.Module) -> None:
-        """Finish a measurement, after the update's gradient was reduced over ranks."""
+    def end(self, trainer: Any, model: nn.Module, *, num_summed: int = 1) -> None:
+        """Finish a measurement, after the update's gradient was reduced over ranks.
+
+        Args:
+            trainer: The trainer; its device and loss scale are read.
+            model: Its gradients are the update's.
+            num_summed: Targets whose losses were summed and not averaged; else 1.
+        """
         if self.is_listening and self.record is not None:
             self.record.meter.after_update(
                 model.parameters(),
                 num_sequences=self._num_local_sequences,
                 sum_over_ranks=partial(sum_over_ranks, device=trainer.args.device),
-                grad_scale=_grad_scale(trainer),
+                grad_scale=_grad_scale(trainer) * num_summed,
             )
         self.is_listening = False
 

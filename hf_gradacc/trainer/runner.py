@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_gradacc.errors import LossError, MemoryBudgetError, RankFailedError
-from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks
+from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.ranks.outcome import UpdateOutcome
 from hf_gradacc.safety.out_of_memory import (
@@ -47,7 +47,7 @@ from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_ou
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
 
-__all__ = ["UpdateResult", "UpdateRunner", "divisor_of"]
+__all__ = ["UpdateResult", "UpdateRunner"]
 
 logger = logging.get_logger(__name__)
 
@@ -84,22 +84,6 @@ class _Failure:
     outcome: UpdateOutcome | None = None
     message: str = ""
     error: Exception | None = None
-
-
-def divisor_of(num_targets: int, *, of: int, factor: int) -> float:
-    """Compute what the mean loss of a micro-batch is divided by: the inverse of its weight.
-
-    A Python float: in float32 it would cost 6e-8 of precision.
-
-    Args:
-        num_targets: Targets of the micro-batch.
-        of: Targets of the whole update, over all ranks.
-        factor: The engine divides gradients by it, see `Engine.factor`.
-
-    >>> divisor_of(3, of=12, factor=1)
-    4.0
-    """
-    return of / (num_targets * factor)
 
 
 class UpdateRunner:
@@ -141,6 +125,7 @@ class UpdateRunner:
         self.float32 = float32
         self._spare = spare
         self._running: MicroBatch | None = None
+        self._num_weighed = 0
 
     def run(self, trainer: Any, model: nn.Module, loaded: Update) -> UpdateResult:
         """Run this rank's share of an update; leave the update's exact gradient in ``.grad``.
@@ -170,7 +155,8 @@ class UpdateRunner:
                 self._sum_in_float32()
             loss: Tensor | None = None
             with self._catching(trainer) as failure:
-                if self.noise.record is not None:
+                # Of means that weigh alike whatever is in them, the scale is not defined.
+                if self.noise.record is not None and trainer.facts.weighing != "micro_batch":
                     self.noise.begin(model, update)
                 loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
             outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
@@ -190,7 +176,8 @@ class UpdateRunner:
             with self._meeting_ranks():
                 self.engine.reduce(model)
         if self.noise.is_listening:
-            self.noise.end(trainer, model)
+            is_sum = trainer.facts.weighing == "sum"
+            self.noise.end(trainer, model, num_summed=stats.num_targets if is_sum else 1)
         scale = self.engine.world_size // self.engine.factor
         return UpdateResult(update, stats, loss * scale, loss, outcome)
 
@@ -219,7 +206,12 @@ class UpdateRunner:
             local = micro_batch.targets.under(facts.rule)
             divisor = math.inf
             if not micro_batch.weightless:
-                divisor = divisor_of(local, of=stats.num_targets, factor=factor)
+                divisor = facts.divisor(
+                    local,
+                    of=stats.num_targets,
+                    num_micro_batches=self._num_weighed,
+                    factor=factor,
+                )
             self.step.begin(divisor)  # the stock step divides the loss by it
             trainer.loss_is_scaled_for_ga = False
             count = torch.tensor(local, device=loss.device) if facts.wants_own_count else None
@@ -238,7 +230,10 @@ class UpdateRunner:
                 )
             if self.noise.is_listening:
                 self.noise.add_gradient(
-                    micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
+                    micro_batch,
+                    num_targets=local,
+                    total=1 if facts.weighing == "sum" else stats.num_targets,
+                    trainer=trainer,
                 )
             if not is_last:
                 trainer.control = trainer.callback_handler.on_substep_end(
@@ -271,9 +266,13 @@ class UpdateRunner:
         update = update.with_targets(rule)
         with self._meeting_ranks():
             stats, planned = self.engine.count(update.stats(rule))
+        self._num_weighed = stats.num_micro_batches
         if planned and stats.num_targets:
             update = self._even_out(update, planned, rule, collator)
             stats = replace(stats, num_micro_batches=max(planned) * len(planned))
+            if trainer.facts.weighing == "micro_batch":
+                real = torch.tensor([sum(not mb.weightless for mb in update)])
+                self._num_weighed = int(sum_over_ranks(real, device=trainer.args.device))
         if trainer.facts.pad_to_one_width and stats.num_targets:
             self._pad_to_one_width(trainer, update)
         return update, stats

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers.utils import logging
 
-from hf_gradacc.loss.asking import held_in_eval_mode
+from hf_gradacc.loss.asking import held_in_mode
 
 __all__ = ["compared_in", "own_log_level", "without_autocast", "without_dropout"]
 
@@ -30,7 +30,7 @@ def own_log_level() -> Iterator[None]:
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Keep a model in eval mode even where a trainer calls ``model.train()``."""
-    with held_in_eval_mode(model):
+    with held_in_mode(model, training=False):
         model.train = lambda mode=True: model  # type: ignore[method-assign]
         try:
             yield

@@ -247,7 +247,7 @@ def collate_by_row(trainer: Any, rows: list[Any]) -> list[dict[str, Any]]:
 
 
 def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentiated:
-    """Differentiate the mean loss over pieces, each weighted by its own targets.
+    """Differentiate the loss over pieces, each weighted by its own targets unless it is a sum.
 
     Args:
         trainer: The trainer that ran the rows; its loss is taken, not its weights, and not its
@@ -257,13 +257,14 @@ def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentia
     model = trainer.model
     gradient: dict[str, Tensor] = {}
     losses, counts, seen = [], [], []
+    is_sum = trainer.facts.weighing == "sum"
     for piece in pieces:
         count = count_targets(piece, trainer.facts.rule)
         if not count:
             continue
         model.zero_grad(set_to_none=True)
         loss, reached = _backward(trainer, model, piece, count)
-        weight = count if reached is None else reached
+        weight = 1 if is_sum else count if reached is None else reached
         for name, part in copy_gradient(model).items():
             part = part if len(pieces) == 1 else part.double() * weight
             gradient[name] = gradient[name] + part if name in gradient else part
@@ -271,7 +272,7 @@ def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentia
         counts.append(weight)
         seen.append(reached)
     model.zero_grad(set_to_none=True)
-    total = sum(counts)
+    total = 1 if is_sum else sum(counts)
     if len(pieces) > 1:
         gradient = {name: part / total for name, part in gradient.items()}
     loss = sum(n * value for n, value in zip(counts, losses, strict=True)) / max(total, 1)

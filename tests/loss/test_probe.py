@@ -6,11 +6,11 @@ from support.reference import float64_everywhere
 from support.tiny import pad, ragged_rows, tiny_llama
 from torch import nn
 
-from hf_gradacc import LossError
+from hf_gradacc.loss.answers import Answer
 from hf_gradacc.loss.asking import find_mixing
 from hf_gradacc.loss.probe import probe_loss
 from hf_gradacc.loss.probe_rows import choose_rows_to_ask
-from hf_gradacc.loss.questions import vary_targets
+from hf_gradacc.loss.questions import shorten_first_row, vary_targets
 from hf_gradacc.updates.targets import TargetRule
 
 ROWS = [row for row in ragged_rows(30, seed=21) if sum(x != -100 for x in row["labels"]) > 2][:3]
@@ -21,7 +21,7 @@ MODEL = tiny_llama().eval()
 def ask(loss_of_batch, batch=BATCH, **options):
     def loss_of(inputs, count):
         with torch.no_grad(), float64_everywhere():
-            return float(loss_of_batch(inputs, count))
+            return Answer(float(loss_of_batch(inputs, count)))
 
     return probe_loss(batch, loss_of, dtype=torch.float64, **options)
 
@@ -68,7 +68,7 @@ def test_a_loss_shows_whether_it_shifts_its_labels(loss, rule):
 def test_shifting_is_seen_even_where_rounding_hides_every_difference_of_means():
     def coarse(inputs, count):
         with torch.no_grad(), float64_everywhere():
-            return round(float(shifting(inputs)), 1)
+            return Answer(round(float(shifting(inputs)), 1))
 
     assert probe_loss(BATCH, coarse, dtype=torch.bfloat16).rule is TargetRule.NEXT_TOKEN
 
@@ -84,9 +84,45 @@ def test_a_loss_that_needs_its_count_is_given_it():
     assert (facts.rule, facts.wants_own_count) == (TargetRule.NEXT_TOKEN, True)
 
 
-def test_a_sum_is_refused_whichever_way_it_is_called():
-    with pytest.raises(LossError, match="not a mean over its targets"):
-        ask(lambda inputs, count: shifting(inputs, reduction="sum"))
+def test_a_sum_is_told_from_a_mean_whether_or_not_it_takes_its_count():
+    facts = ask(lambda inputs, count: shifting(inputs, reduction="sum"))
+    assert (facts.rule, facts.weighing, facts.wants_own_count) == ("next_token", "sum", False)
+    assert facts.warnings == ()
+    assert "a sum over its targets" in facts.notes[0]
+
+    def divided(inputs, count):
+        loss = shifting(inputs, reduction="sum")
+        return loss if count is None else loss / count
+
+    facts = ask(divided)
+    assert (facts.rule, facts.weighing, facts.wants_own_count) == ("next_token", "mean", True)
+    assert facts.notes == ()
+
+
+def test_a_loss_that_is_neither_trains_on_with_the_figure():
+    facts = ask(lambda inputs, count: shifting(inputs, reduction="sum").sqrt())
+    assert facts.weighing == "mean"
+    assert "the loss of 3 rows together differs" in facts.warnings[0]
+
+
+def test_a_mean_is_settled_by_five_forwards():
+    asked = []
+
+    def noting(inputs, count=None):
+        asked.append(inputs["input_ids"].shape)
+        return shifting(inputs)
+
+    assert not ask(noting).pad_to_one_width
+    assert len(asked) == 5
+    together, *alone, wide = asked
+    assert [shape[0] for shape in alone] == [1, 1, 1]
+    assert wide[1] > together[1]
+
+
+def test_a_loss_that_is_not_a_number_is_said_to_tell_nothing():
+    facts = ask(lambda inputs, count: shifting(inputs) * float("nan"))
+    assert facts.rule in (TargetRule.NEXT_TOKEN, TargetRule.SAME_TOKEN)
+    assert "nan before the first update" in facts.warnings[0]
 
 
 def test_a_loss_that_mixes_the_rows_of_a_batch_is_named_with_a_figure():
@@ -137,6 +173,9 @@ def test_a_model_is_never_given_more_columns_than_it_has_positions():
     assert max(widths) == width + 1  # a margin of 8: RoBERTa's positions begin at 2
     ask(noting, batch, max_width=None)
     assert max(widths) == width + 3
+    widths.clear()
+    ask(noting, batch, max_width=width + 8)
+    assert max(widths) == width
 
 
 def test_a_model_that_cannot_take_a_narrow_row_is_padded_alike():
@@ -206,7 +245,20 @@ def test_rows_alike_are_given_targets_of_different_number(offset):
     assert min(counts) > 0
     if offset == 0:
         assert not varied[mask == 0].ne(-100).any()
+        assert varied[:, 0].ne(-100).tolist() == [True, False, False]
     else:
         assert not varied[batch["labels"] == -100].ne(-100).any()
-    ragged = {**BATCH}
-    assert vary_targets(ragged)["labels"] is ragged["labels"]
+    unequal = {key: value.clone() for key, value in BATCH.items()}
+    assert vary_targets(unequal)["labels"][:, 1:].equal(unequal["labels"][:, 1:])
+
+
+def test_the_first_row_is_cut_short_where_rows_are_plain_text():
+    short = shorten_first_row(BATCH, pad_token_id=7)
+    assert short["attention_mask"].sum(1).tolist()[0] == 3
+    assert short["input_ids"][0, 3:].eq(7).all()
+    assert short["labels"][0, 3:].eq(-100).all()
+    assert short["input_ids"][1:].equal(BATCH["input_ids"][1:])
+    answers = {**BATCH, "start_positions": torch.tensor([4, 1, 1])}
+    assert shorten_first_row(answers, pad_token_id=7)["attention_mask"].equal(
+        BATCH["attention_mask"]
+    )

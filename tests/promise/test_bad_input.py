@@ -6,7 +6,7 @@ from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from hf_gradacc import ConfigError, DataError, GradAccArguments, GradAccTrainer, LossError
+from hf_gradacc import ConfigError, DataError, GradAccArguments
 
 ROWS = ragged_rows(6)
 
@@ -86,18 +86,6 @@ def test_rows_that_collate_to_no_input_name_the_keys_there_are(tmp_path):
     trainer = make_trainer(tmp_path, rows, data_collator=collate)
     with pytest.raises(DataError, match=r"no `input_ids`.*the data collator returns \['labels'\]"):
         trainer.train()
-
-
-def test_a_loss_that_is_a_sum_is_refused_with_both_figures(tmp_path):
-    class Summing(GradAccTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss = model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum()
-            return (loss, None) if return_outputs else loss
-
-    trainer = make_trainer(tmp_path, ROWS, trainer_class=Summing, callbacks=[NothingTrained()])
-    with pytest.raises(LossError, match="not a mean over its targets") as error:
-        trainer.train()
-    assert "the same rows twice" in str(error.value)
 
 
 def test_an_update_without_a_target_is_skipped_and_counted_and_nothing_moves(tmp_path):

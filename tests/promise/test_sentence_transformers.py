@@ -186,7 +186,11 @@ def test_a_sum_over_rows_is_found_by_asking(bert, tmp_path):
     def summed(model):
         return losses.ContrastiveLoss(model, size_average=False)
 
-    model = st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
+    def model():
+        return st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
+
     rows = CASES["ContrastiveLoss"][1]
-    with pytest.raises(LossError, match="sum"):
-        train(Mixed, Arguments, model, summed, rows, tmp_path, **PIECES)
+    stock = st.SentenceTransformerTrainer, st.SentenceTransformerTrainingArguments
+    whole = train(*stock, model(), summed, rows, tmp_path, **WHOLE)
+    pieces = train(Mixed, Arguments, model(), summed, rows, tmp_path, **PIECES)
+    assert_same_updates(pieces, whole)

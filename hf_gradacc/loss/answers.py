@@ -1,0 +1,145 @@
+"""Put one question to a loss: its value and a small part of its gradient, the same way each time.
+
+Every question starts from the same random state and the same buffers, so two answers differ only
+by what was asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Answer", "Ask", "Loss"]
+
+_MOST_NUMBERS = 2**20
+"""A parameter this large is not differentiated: a head's gradient would take gigabytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What one forward told.
+
+    Attributes:
+        loss: The loss.
+        gradient: Its gradient ``[numbers]`` by some parameters, float64 where the device has it;
+            None if there is none.
+        drew: The forward moved a random number generator.
+    """
+
+    loss: float
+    gradient: Tensor | None = None
+    drew: bool = False
+
+
+Ask = Callable[[Mapping[str, Any], "int | None"], Answer]
+"""Answers for collated inputs; the second argument is what to pass as the count."""
+
+
+@dataclasses.dataclass
+class Loss:
+    """The loss of a model, to be asked.
+
+    Attributes:
+        model: The bare model.
+        compute: Returns the loss of collated inputs as a tensor; the second argument is what to
+            pass as the count.
+        restart: Brings random states and buffers back to where they were.
+        has_drawn: Tells whether a random number was drawn since.
+        can_differentiate: Gradients can be computed outside of the wrapped model. Sharded weights
+            are whole only inside of a forward.
+        num_asked: How many forwards ran.
+    """
+
+    model: nn.Module
+    compute: Callable[[Mapping[str, Any], int | None], Tensor]
+    restart: Callable[[], None] = lambda: None
+    has_drawn: Callable[[], bool] = lambda: False
+    can_differentiate: bool = True
+    num_asked: int = 0
+    _last: tuple[Any, ...] = dataclasses.field(default=(None,), repr=False)
+
+    def value(self, inputs: Mapping[str, Any], count: int | None) -> float:
+        """Compute the loss, without gradients."""
+        with torch.no_grad():
+            return float(self._of_copy(inputs, count))
+
+    def ask(self, inputs: Mapping[str, Any], count: int | None) -> Answer:
+        """Compute the loss, and its gradient by the last few small parameters.
+
+        Losses of an untrained head are all alike and show no weight; their gradients do. The last
+        parameters are most often a head's or its norm's. Only they require a gradient meanwhile,
+        so the forward keeps no activations of the layers before them. The last answer is kept, as
+        a mode is chosen by the question that is put first.
+        """
+        question = (inputs, count, self.model.training)
+        if self._last[0] is inputs and self._last[1:3] == question[1:]:
+            answer: Answer = self._last[3]
+            return answer
+        answer = self._ask_anew(inputs, count)
+        self._last = (*question, answer)
+        return answer
+
+    def _ask_anew(self, inputs: Mapping[str, Any], count: int | None) -> Answer:
+        chosen = _last_parameters(self.model) if self.can_differentiate else []
+        if not chosen:
+            return Answer(self.value(inputs, count), drew=self.has_drawn())
+        with torch.enable_grad():
+            try:
+                with _only_these_require_grad(self.model, chosen):
+                    loss = self._of_copy(inputs, count)
+                    return self._differentiate(loss, chosen)
+            except RuntimeError:  # a loss may differentiate by others, as gradient penalties do
+                loss = self._of_copy(inputs, count)
+                return self._differentiate(loss, chosen)
+
+    def ask_either_way(self, inputs: Mapping[str, Any], count: int) -> Answer:
+        """Ask without a count, or with one if the loss cannot do without."""
+        try:
+            return self.ask(inputs, None)
+        except (TypeError, AttributeError) as error:  # "unsupported operand ...: NoneType"
+            try:
+                return self.ask(inputs, count)
+            except Exception:
+                raise error from None
+
+    def _differentiate(self, loss: Tensor, chosen: list[nn.Parameter]) -> Answer:
+        drew, gradient = self.has_drawn(), None
+        if loss.requires_grad:
+            with contextlib.suppress(RuntimeError):  # cuDNN's RNNs, in evaluation mode
+                parts = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+                gradient = torch.cat([_in_double(part).reshape(-1) for part in parts])
+        return Answer(float(loss.detach()), gradient, drew)
+
+    def _of_copy(self, inputs: Mapping[str, Any], count: int | None) -> Tensor:
+        # A copy, since FSMT writes padding over the -100 of the labels it is given.
+        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        self.restart()
+        self.num_asked += 1
+        return self.compute(copied, count)
+
+
+def _last_parameters(model: nn.Module, count: int = 4) -> list[nn.Parameter]:
+    small = [p for p in model.parameters() if p.requires_grad and p.numel() <= _MOST_NUMBERS]
+    return small[-count:]
+
+
+@contextlib.contextmanager
+def _only_these_require_grad(model: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
+    kept = {id(p) for p in chosen}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _in_double(value: Tensor) -> Tensor:
+    return value if value.device.type == "mps" else value.double()
