@@ -49,6 +49,12 @@ from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
 from hf_gradacc.trainer.log_row import LogBook
 from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.overrides import (
+    OwnStep,
+    find_own_step,
+    plain_for_steps_behind,
+    refuse_old_signature,
+)
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
@@ -240,6 +246,7 @@ class GradAccMixin(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         refuse_steps_in_backward(self.args)
+        refuse_old_signature(type(self))
         self._rank_engine = self._make_engine()
         # The last run may have ended in any phase.
         self._log_book.clock = PhaseClock(self.args.device)
@@ -326,8 +333,7 @@ class GradAccMixin(Trainer):
     @property
     def current_gradient_accumulation_steps(self) -> float:
         """What a loss must be divided by. Whoever reads it is trusted to divide by it."""
-        self._micro_batch_step.was_weighed = True
-        return self._micro_batch_step.divisor
+        return self._micro_batch_step.read_divisor()
 
     @current_gradient_accumulation_steps.setter
     def current_gradient_accumulation_steps(self, divisor: float) -> None:
@@ -534,6 +540,9 @@ class GradAccMixin(Trainer):
         sums_in_float32 = self.args.accumulate_grads_in_fp32 is not False
         asked = self.args.max_tokens_per_micro_batch if self.update_collator else None
         self.token_budget.begin(asked)
+        # Where ranks run in lockstep, gradients of micro-batches are not in .grad.
+        owner = None if self._rank_engine.lockstep else find_own_step(type(self))
+        self._micro_batch_step.own = None if owner is None else OwnStep(owner, self.args)
         return UpdateRunner(
             step=self._micro_batch_step,
             engine=self._rank_engine,
@@ -559,6 +568,9 @@ class GradAccMixin(Trainer):
         finally:
             self._is_asking = False
         self.facts = facts
+        shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
+        if shortcuts is not None and self.update_collator is not None:
+            self.update_collator.packed = shortcuts.packed
         self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
         return facts
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_gradacc.errors import LossError, MemoryBudgetError, RankFailedError
+from hf_gradacc.errors import MemoryBudgetError, RankFailedError
 from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.ranks.outcome import UpdateOutcome
@@ -170,7 +170,7 @@ class UpdateRunner:
                 self._sum_in_float32()
             loss: Tensor | None = None
             with self._catching(trainer) as failure:
-                if self.noise.record is not None:
+                if self.noise.record is not None and self.step.own is None:
                     self.noise.begin(model, update)
                 loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
             outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
@@ -214,6 +214,9 @@ class UpdateRunner:
         facts, step = trainer.facts, type(trainer).training_step
         factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
+        own = self.step.own
+        if own is not None:
+            own.begin_update()
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
             local = micro_batch.targets.under(facts.rule)
@@ -227,15 +230,14 @@ class UpdateRunner:
             with (
                 self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),
                 self.engine.hold_gradients(model, is_last=is_last),
+                contextlib.nullcontext() if own is None else own.weighing(model, divisor),
             ):
-                loss = loss + step(trainer, model, micro_batch.inputs, count)
-            if not self.step.was_weighed:
-                raise LossError(
-                    f"{type(trainer).__name__}.training_step did not weigh this micro-batch, so "
-                    f"its gradient would be {divisor:.3g} times too large.\n  Call "
-                    f"super().training_step(model, inputs, num_items_in_batch) in it, or divide "
-                    f"the loss by self.current_gradient_accumulation_steps before its backward."
-                )
+                part = step(trainer, model, micro_batch.inputs, count)
+            if own is not None:
+                part = part * own.weight(divisor)
+            else:
+                self.step.check_weighed(type(trainer))
+            loss = loss + part
             if self.noise.is_listening:
                 self.noise.add_gradient(
                     micro_batch, num_targets=local, total=stats.num_targets, trainer=trainer
