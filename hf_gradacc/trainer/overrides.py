@@ -31,6 +31,7 @@ from hf_gradacc.trainer.as_requested import noting_reads
 __all__ = [
     "OwnStep",
     "find_own_step",
+    "has_own_loader_behind",
     "plain_for_steps_behind",
     "refuse_old_signature",
     "warn_of_several_backwards",
@@ -68,12 +69,7 @@ def plain_for_steps_behind(
     One behind the mixin receives what the stock step would be given: it may look at labels, or take
     a gradient twice.
     """
-    mro = trainer_class.__mro__
-    behind = [
-        cls
-        for cls in _definers(mro[mro.index(mixin) + 1 :], "training_step")
-        if cls.__module__.partition(".")[0] not in _LIBRARIES
-    ]
+    behind = _users_behind(trainer_class, mixin, "training_step")
     if shortcuts is None or not behind:
         return shortcuts
     why = f"{behind[0].__name__}.training_step sees the rows as they are"
@@ -84,7 +80,12 @@ def plain_for_steps_behind(
     )
 
 
-_LIBRARIES = ("transformers", "trl", "sentence_transformers")
+def has_own_loader_behind(trainer_class: type, *, mixin: type) -> bool:
+    """Return whether somebody's class behind the mixin builds the training loader by itself.
+
+    Loaders of libraries are replaced by ours: what they do is known.
+    """
+    return bool(_users_behind(trainer_class, mixin, "get_train_dataloader"))
 
 
 def refuse_old_signature(trainer_class: type) -> None:
@@ -111,6 +112,16 @@ def _definers(classes: Iterable[type], name: str) -> Iterator[type]:
         ours = cls.__module__.partition(".")[0] == "hf_gradacc"
         if name in vars(cls) and cls is not Trainer and not ours:
             yield cls
+
+
+def _users_behind(trainer_class: type, mixin: type, name: str) -> list[type]:
+    """Find the classes behind the mixin, of no library, that define a method."""
+    mro = trainer_class.__mro__
+    behind = _definers(mro[mro.index(mixin) + 1 :], name)
+    return [cls for cls in behind if cls.__module__.partition(".")[0] not in _LIBRARIES]
+
+
+_LIBRARIES = ("sentence_transformers", "transformers", "trl")
 
 
 def _names_in(code: CodeType) -> set[str]:

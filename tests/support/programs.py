@@ -2,7 +2,7 @@
 
 A `Program` is what somebody wrote for the stock Trainer. Nothing in it knows of this package: the
 mixin is put before its trainer, and plain ``TrainingArguments`` are handed on. Three updates, of
-eight rows, eight and seven, run in float64 by SGD. What must hold is said by `Program.ours`:
+eight rows, eight and seven, run in float64 by SGD. `Program.ours` says what must hold:
 
 - ``exact``: the weights are those of stock on the whole batch.
 - ``as stock``: they are no farther from them than stock's in pieces, and a warning says so.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_gradacc import GradAccMixin
+from hf_gradacc import GradAccMixin, GradAccTrainer
 
 from .reference import float64_everywhere
 from .tiny import PLAIN
@@ -35,6 +35,7 @@ NUM_ROWS, NUM_UPDATES = 23, 3
 WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 PIECES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 ROUNDING = 1e-10
+By = Literal["stock", "ours before", "ours behind"]
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,15 @@ class Trained:
         return float((self.weights - other.weights).norm() / other.trainer.moved)
 
 
-def train(program: Program, out: Path, *, ours: bool, whole: bool = False) -> Trained:
-    """Train a program; its class comes behind the mixin if it is ours."""
+def train(program: Program, out: Path, *, by: By, whole: bool = False) -> Trained:
+    """Train a program: as it is, or with the mixin before or behind its class."""
     kind, replay = program.trainer, Replay()
-    if ours:
+    if by == "ours before":
         kind = type(f"Our{kind.__name__}", (GradAccMixin, kind), {})
-    if ours and program.ours == "drawn":
+    elif by == "ours behind":  # as if it had been written as a subclass of ours
+        kind = type(f"Our{kind.__name__}", (kind, GradAccTrainer), {})
+    replays = program.ours == "drawn" and by != "stock"
+    if replays:
         kind = replay.before(kind)
     options = {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
     options |= {"max_steps": NUM_UPDATES, "output_dir": str(out)}
@@ -148,7 +152,7 @@ def train(program: Program, out: Path, *, ours: bool, whole: bool = False) -> Tr
             data_collator=program.collate,
             **program.more(model),
         )
-        if ours and program.ours == "drawn":
+        if replays:
             replay.trainer = trainer
             trainer.add_callback(replay)
         before = weights_of(trainer.model)
@@ -160,29 +164,36 @@ def train(program: Program, out: Path, *, ours: bool, whole: bool = False) -> Tr
     return Trained(trainer, weights, warnings, replay)
 
 
-def hold(program: Program, out: Path) -> str:
-    """Run a program three times and hold what it claims; return its row of the table."""
-    ours = train(program, out / "ours", ours=True)
-    if program.check is not None:
-        program.check(ours.trainer)
-    whole = train(program, out / "whole", ours=program.reference == "ours", whole=True)
-    stock = train(program, out / "stock", ours=False)
-    assert ours.trainer.state.global_step == whole.trainer.state.global_step
-    mine, theirs = ours.distance(whole), stock.distance(whole)
-    row = f"stock in pieces {theirs:.1e}, ours {mine:.1e}: {'; '.join(ours.warnings) or 'silent'}"
-    if program.says is not None:
-        assert program.says in "\n".join(ours.warnings), row
+def hold(program: Program, out: Path, *, ways: Sequence[By] = ("ours before",)) -> None:
+    """Run a program, whole and in pieces, and hold what it claims of `ways`."""
+    if program.reference == "stock":
+        whole = train(program, out / "whole", by="stock", whole=True)
     else:
-        assert not ours.warnings, row
-    if program.ours == "drawn":
-        assert max(ours.replay.errors) <= ROUNDING, row
-        return row
-    assert (theirs > ROUNDING) == (program.stock == "off"), row
-    if program.ours == "exact":
-        assert mine <= ROUNDING, row
-    elif program.ours == "as stock":
-        assert mine <= theirs * 1.001, row
-    return row
+        whole = train(program, out / "whole", by="ours before", whole=True)
+    stock = train(program, out / "stock", by="stock")
+    theirs = stock.distance(whole)
+    if program.ours != "drawn":
+        assert (theirs > ROUNDING) == (program.stock == "off"), f"stock in pieces: {theirs:.1e}"
+    ways: list[By] = (
+        ["ours before"] if program.trainer is Trainer else ["ours before", "ours behind"]
+    )
+    for by in ways:
+        ours = train(program, out / by, by=by)
+        mine = ours.distance(whole)
+        row = f"{by}: {mine:.1e}, stock in pieces {theirs:.1e}; {ours.warnings or 'silent'}"
+        assert ours.trainer.state.global_step == whole.trainer.state.global_step
+        if program.check is not None:
+            program.check(ours.trainer)
+        if program.says is not None:
+            assert program.says in "\n".join(ours.warnings), row
+        else:
+            assert not ours.warnings, row
+        if program.ours == "drawn":
+            assert max(ours.replay.errors) <= ROUNDING, row
+        elif program.ours == "exact":
+            assert mine <= ROUNDING, row
+        elif program.ours == "as stock":
+            assert mine <= theirs * 1.001, row
 
 
 def cases(programs: dict[str, Program]) -> list[Any]:

@@ -75,18 +75,40 @@ class GroupsByLength(T.Trainer):
 
 
 class OwnLoader(T.Trainer):
+    """From the last row to the first, which no other loader gives."""
+
     def get_train_dataloader(self):
-        return DataLoader(
-            self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator
-        )
+        rows = list(reversed(self.train_dataset))
+        return DataLoader(rows, self.args.train_batch_size, collate_fn=self.data_collator)
 
 
-class OwnPreparedLoader(T.Trainer):
+class OwnPreparedLoader(OwnLoader):
     def get_train_dataloader(self):
-        loader = DataLoader(
-            self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator
-        )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(super().get_train_dataloader())
+
+
+class OwnStreamLoader(T.Trainer):
+    def get_train_dataloader(self):
+        return DataLoader(Stream(), self.args.train_batch_size, collate_fn=self.data_collator)
+
+
+class ChangesTheLoader(T.Trainer):
+    """Calls the stock loader and wraps it."""
+
+    def get_train_dataloader(self):
+        return Doubles(super().get_train_dataloader())
+
+
+class Doubles:
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield {**batch, "input_ids": batch["input_ids"] // 2}
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -333,6 +355,8 @@ PROGRAMS = {
     "weighted sampler": Program(tiny_llama, rows, pad, Balanced, stock="exact"),
     "grouped by length": Program(tiny_llama, rows, pad, GroupsByLength, stock="exact"),
     "own loader": Program(tiny_llama, rows, pad, OwnLoader, stock="exact"),
+    "own loader of a stream": Program(tiny_llama, rows, pad, OwnStreamLoader, stock="exact"),
+    "stock loader, changed": Program(tiny_llama, rows, pad, ChangesTheLoader, stock="exact"),
     "own loader, prepared": Program(tiny_llama, rows, pad, OwnPreparedLoader, stock="exact"),
     "stream": Program(tiny_llama, Stream, pad, stock="exact"),
     "stream of datasets": Program(tiny_llama, hub_stream, pad, stock="exact"),
@@ -383,4 +407,4 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", cases(PROGRAMS))
 def test_a_program_with_machinery_of_its_own_trains(program, tmp_path):
-    hold(program, tmp_path)
+    hold(program, tmp_path, ways=["ours before", "ours behind"])
