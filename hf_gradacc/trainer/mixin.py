@@ -27,8 +27,10 @@ from hf_gradacc.arguments import GradAccArguments, add_options
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
+    refuse_generating,
     refuse_steps_in_backward,
     refuse_unknown_engines,
+    warn_by_name,
 )
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
@@ -136,6 +138,7 @@ class GradAccMixin(Trainer):
             cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_generating(type(self))
         self.facts: LossFacts | None = None
         self._micro_batch_step = MicroBatchStep()
         self._foreign_metrics = ForeignMetrics()
@@ -150,6 +153,7 @@ class GradAccMixin(Trainer):
         add_options(self.args)
         refuse_unknown_engines(self)
         refuse_by_name(self)
+        warn_by_name(self)
         self._rank_engine = self._make_engine()
         end_group_at_exit()
         self._noise_listener = NoiseListener(self.args.noise_scale_every)
@@ -461,6 +465,8 @@ class GradAccMixin(Trainer):
         self._stopping.check_evaluation(self.args)
         rows_per_sequence = self._exact_evaluation.rows_per_sequence
         with self._foreign_metrics.keeping_evaluation(
+            self,
+            inputs,
             num_rows=lambda: count_real_rows(self, count_rows(inputs) // rows_per_sequence),
             rows_per_sequence=rows_per_sequence,
             rule=lambda: self.facts.rule if self.facts else TargetRule.SEQUENCE,
