@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
-from hf_gradacc.arguments import GradAccArguments, add_options
+from hf_gradacc.arguments import GradAccArguments, add_options, options_apart
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -149,8 +149,10 @@ class GradAccMixin(Trainer):
         self._is_asking = False
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
-        super().__init__(*args, **kwargs)
-        add_options(self.args)
+        is_trl = any(cls.__module__.startswith("trl.") for cls in type(self).__mro__)
+        with options_apart([*args, *kwargs.values()] if is_trl else []) as options:
+            super().__init__(*args, **kwargs)
+        add_options(self.args, options)
         refuse_unknown_engines(self)
         refuse_by_name(self)
         warn_by_name(self)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 pytest.importorskip("trl")
 
@@ -32,7 +35,8 @@ from support.trl_cases import (
     tokenizer,
 )
 
-from hf_gradacc import GradAccMixin
+from hf_gradacc import GradAccArguments, GradAccMixin, GradAccOptions
+from hf_gradacc.arguments import add_options
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.refusals import _OF_ROWS, refuse_generating
 
@@ -375,3 +379,56 @@ def test_only_what_the_assistant_says_is_counted_and_trained(pieces):
     # The first token of a row has nothing before it; the end of the answer is a target.
     every = sum(len(tokenize(row["prompt"] + row["completion"])) for row in rows)
     assert pieces("sft_all_tokens").rows[0]["tokens_per_update"] == every
+
+
+def configs_of_trl():
+    """Every class of arguments in TRL's source."""
+    root, found = Path(trl.__file__).parent, {}
+    for path in sorted(root.rglob("*_config.py")):
+        module = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+        for name in re.findall(r"^class ([A-Z]\w*Config)\(", path.read_text("utf-8"), re.M):
+            found[name] = module
+    return found
+
+
+@pytest.mark.parametrize("name", configs_of_trl())
+def test_every_config_of_trl_takes_our_options_before_it_behind_it_and_when_it_is_made(
+    tmp_path, name
+):
+    stock = getattr(importlib.import_module(configs_of_trl()[name]), name)
+    if not issubclass(stock, TrainingArguments):
+        pytest.skip("no arguments of a trainer")
+    more = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    if name == "ServerDistillationConfig":
+        more["teacher_model_server_url"] = "http://localhost"
+    for bases in ((GradAccOptions, stock), (stock, GradAccOptions)):
+        made = dataclass(type("Both", bases, {}))(effective_batch_size=8, **more)
+        assert (made.effective_batch_size, made.layout) == (8, "auto")
+    plain = stock(**more)
+    add_options(plain)
+    copied = pickle.loads(pickle.dumps(plain))
+    assert copied.to_dict() == plain.to_dict()
+    assert copied.layout == "auto"
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, GradAccArguments, trl.SFTConfig])
+def test_a_trainer_that_converts_its_arguments_keeps_our_options(tmp_path, kind):
+    more = {"effective_batch_size": 6} if kind is GradAccArguments else {}
+    given = kind(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        **{"use_cpu": True, "report_to": "none", "bf16": False, **more},
+    )
+    trainer = type("Mixed", (GradAccMixin, trl.SFTTrainer), {})(
+        language_model(),
+        given,
+        train_dataset=datasets.Dataset.from_list(sft_rows()),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    size = 6 if kind is GradAccArguments else 2
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    assert trainer.get_total_train_batch_size(trainer.args) == size
+    assert isinstance(trainer.args, trl.SFTConfig)
+    assert type(given).__name__.endswith(kind.__name__)
