@@ -193,7 +193,8 @@ class TrainingData:
             what = f"{size} sequences" if size else f"{tokens} target tokens"
             raise DataError(
                 f"the stream ended before it gave one update of {what}: it is empty, or shorter "
-                f"than an update while incomplete_update = 'drop'. Use 'keep' or a smaller update."
+                f"than an update while incomplete_update = 'drop'. Use 'keep' and leave "
+                f"dataloader_drop_last out, or a smaller update."
             )
         ledger.update += len(updates)
         if updates:
