@@ -43,15 +43,12 @@ class TrainingData:
         collator: Makes updates of rows; None before there is a loader, or if a subclass built it.
         sample: A few dataset rows to ask the model with; None if the collator returns no mapping.
         sample_inputs: The same, collated; None for a stream that cannot be read ahead.
-        is_overridden: A subclass's ``get_train_dataloader`` runs now.
     """
 
     def __init__(self) -> None:
         self.collator: UpdateCollator | None = None
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
-        self.is_overridden = False
-        self._offered: Any = None
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -101,24 +98,6 @@ class TrainingData:
         self.collator = loader.collator
         rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
         self.sample_inputs = self.collate_sample(trainer, rows)
-        return loader
-
-    def overridden(self, override: Callable[[], Any], ours: Callable[[], Any]) -> Any:
-        """Let a subclass build its loader; return ours if it only hands on what it was offered.
-
-        Written for the stock Trainer, it may wrap the loader that ``super()`` gives it, and look
-        into the batches: it is offered the stock one.
-        """
-        is_outermost, self.is_overridden = not self.is_overridden, True
-        try:
-            loader = override()
-        finally:
-            self.is_overridden = not is_outermost
-        return ours() if is_outermost and loader is self._offered else loader
-
-    def offer(self, loader: Any) -> Any:
-        """Remember the loader of batches that a subclass is offered."""
-        self._offered = loader
         return loader
 
     def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:

@@ -128,11 +128,8 @@ class GradAccMixin(Trainer):
     _tr_loss: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let a subclass's ``training_step`` and ``get_train_dataloader`` see batches, as stock."""
+        """Call a subclass's own ``training_step`` once per micro-batch, as stock does."""
         super().__init_subclass__(**kwargs)
-        load = cls.get_train_dataloader
-        if load is not GradAccMixin.get_train_dataloader and not hasattr(load, "of_batches"):
-            cls.get_train_dataloader = _on_batches(load)  # type: ignore[method-assign]
         step = cls.training_step
         if step is not GradAccMixin.training_step and not hasattr(step, "of_micro_batch"):
             cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
@@ -228,8 +225,6 @@ class GradAccMixin(Trainer):
     def get_train_dataloader(self) -> Any:
         """Load updates instead of micro-batches."""
         behind: Any = super().get_train_dataloader
-        if self._training_data.is_overridden:
-            return self._training_data.offer(behind())
         if has_own_loader_behind(type(self), mixin=GradAccMixin):
             return behind()  # its batches are grouped, as those of a subclass's loader are
         is_stock = behind.__func__ is Trainer.get_train_dataloader
@@ -620,18 +615,6 @@ def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     training_step.of_micro_batch = True  # type: ignore[attr-defined]
     return training_step
-
-
-def _on_batches(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a ``get_train_dataloader`` that was written for batches: it is offered no updates."""
-
-    @functools.wraps(load)
-    def get_train_dataloader(self: Any) -> Any:
-        ours = functools.partial(GradAccMixin.get_train_dataloader, self)
-        return self._training_data.overridden(functools.partial(load, self), ours)
-
-    get_train_dataloader.of_batches = True  # type: ignore[attr-defined]
-    return get_train_dataloader
 
 
 class GradAccTrainer(GradAccMixin, Trainer):

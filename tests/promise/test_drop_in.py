@@ -341,28 +341,6 @@ def test_a_sampler_without_a_seed_is_drawn_once_an_epoch(tmp_path):
     assert sampler.membership(1) != sampler.membership(0)
 
 
-class LooksAtTheLoader(GradAccTrainer):
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        self.keys = set(next(iter(loader)))
-        return loader
-
-
-class LooksTwice(LooksAtTheLoader):
-    def get_train_dataloader(self):
-        return super().get_train_dataloader()
-
-
-@pytest.mark.parametrize("trainer_class", [LooksAtTheLoader, LooksTwice])
-def test_a_loader_that_is_only_looked_at_leaves_the_plan_as_it_is(tmp_path, trainer_class):
-    options = {"max_tokens_per_micro_batch": 40, "effective_batch_size": 6}
-    trainer = make_trainer(tmp_path, ROWS, trainer_class=trainer_class, **options)
-    trainer.train()
-    assert trainer.keys == {"input_ids", "attention_mask", "labels"}
-    assert trainer.update_collator.max_tokens == 40
-    assert trainer.state.global_step == 4
-
-
 def test_options_are_read_from_a_command_line():
     line = (
         "--output_dir out --effective_batch_size 8 --max_tokens_per_micro_batch 2048 "
