@@ -349,9 +349,16 @@ class GradAccMixin(Trainer):
         self._micro_batch_step.divisor = divisor
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Add label smoothing to the model's own loss instead of replacing that loss."""
+        if args:  # the count, by position; it is not named to one behind that takes none
+            kwargs["num_items_in_batch"] = args[0]
         stock_loss = functools.partial(super().compute_loss, model, inputs, **kwargs)
         if self._replaces_smoothing(inputs):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)

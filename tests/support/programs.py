@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ from hf_gradacc import GradAccMixin, GradAccTrainer
 
 from .reference import float64_everywhere
 from .tiny import PLAIN
+
+datasets.disable_progress_bars()
 
 NUM_ROWS, NUM_UPDATES = 23, 3
 WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
