@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
@@ -10,7 +12,13 @@ from transformers import TrainingArguments
 
 from hf_gradacc.errors import ConfigError
 
-__all__ = ["GradAccArguments", "GradAccOptions", "add_options", "check_options"]
+__all__ = [
+    "GradAccArguments",
+    "GradAccOptions",
+    "add_options",
+    "check_options",
+    "options_apart",
+]
 
 
 @dataclass
@@ -310,7 +318,30 @@ def check_options(arguments: Any) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def add_options(arguments: TrainingArguments) -> None:
+@contextlib.contextmanager
+def options_apart(values: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Let a trainer see plain arguments in place of ours, and yield our options.
+
+    TRL makes an ``SFTConfig`` of the ``TrainingArguments`` it is given, field by field, and fails
+    on fields it does not know.
+
+    Args:
+        values: What the trainer is made with; `GradAccArguments` among it become plain.
+    """
+    ours: list[Any] = [value for value in values if type(value) is GradAccArguments]
+    names = [option.name for option in fields(GradAccOptions)]
+    apart = [{name: vars(arguments).pop(name) for name in names} for arguments in ours]
+    for arguments in ours:
+        arguments.__class__ = TrainingArguments
+    try:
+        yield apart[0] if apart else {}
+    finally:
+        for arguments, options in zip(ours, apart, strict=True):
+            vars(arguments).update(options)
+            arguments.__class__ = GradAccArguments
+
+
+def add_options(arguments: TrainingArguments, options: Mapping[str, Any] | None = None) -> None:
     """Add our options, at their defaults, to arguments that were made without them.
 
     The object stays the same one, so whoever holds it goes on setting what the trainer reads. Its
@@ -319,6 +350,7 @@ def add_options(arguments: TrainingArguments) -> None:
     Args:
         arguments: Of any subclass of ``TrainingArguments``; those that have the options are only
             checked.
+        options: Those that are not at their defaults.
 
     Raises:
         ConfigError: If an option is at fault.
@@ -333,7 +365,8 @@ def add_options(arguments: TrainingArguments) -> None:
         wider = GradAccArguments if kind is TrainingArguments else _with_options(kind)
         for option in fields(GradAccOptions):
             assert option.default is not MISSING
-            vars(arguments).setdefault(option.name, option.default)
+            value = (options or {}).get(option.name, option.default)
+            vars(arguments).setdefault(option.name, value)
         arguments.__class__ = wider
     check_options(arguments)
 

@@ -2,22 +2,42 @@
 
 The probe compares rows together with rows alone and would find most of these. Not all: before its
 first update a DPO model equals its reference, and then all pairs have the same loss, however it is
-made. So what cannot be exact is refused here, with the reason.
+made. So what no cut makes exact is named here, with the reason. It is refused only where an update
+is not made of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, DataError, LossError
 
-__all__ = ["refuse_by_name", "refuse_steps_in_backward", "refuse_unknown_engines"]
+__all__ = [
+    "find_inexact_by_name",
+    "refuse_by_name",
+    "refuse_generating",
+    "refuse_steps_in_backward",
+    "refuse_unknown_engines",
+    "warn_by_name",
+]
 
-# Of TRL 1.16, `trl.experimental` included; every Trainer it ships stands in one of these three.
-_MEANS_OVER_ROWS = {"DPOTrainer", "KTOTrainer", "RewardTrainer", "SFTTrainer", "TPOTrainer"}
+logger = logging.get_logger(__name__)
+
+# Of TRL 1.16, `trl.experimental` included; every Trainer it ships stands in one of these two.
+_OF_ROWS = {
+    "CPOTrainer",
+    "DPOTrainer",
+    "GKDTrainer",
+    "KTOTrainer",
+    "ORPOTrainer",
+    "RewardTrainer",
+    "SFTTrainer",
+    "TPOTrainer",
+}
 
 
 _GENERATING = {
@@ -25,7 +45,6 @@ _GENERATING = {
     "AsyncDistillationTrainer",
     "AsyncGRPOTrainer",
     "DistillationTrainer",
-    "GKDTrainer",
     "GMPOTrainer",
     "GOLDTrainer",
     "GRPOTrainer",
@@ -38,7 +57,8 @@ _GENERATING = {
 }
 
 
-_TWO_MEANS = {"CPOTrainer", "ORPOTrainer"}
+_BUILDS_BATCHES = ("_prepare_inputs", "get_train_dataloader")
+"""Hooks by which a trainer makes its batches of something else than rows, or several times."""
 
 
 _DPO_LOSSES = {
@@ -62,79 +82,96 @@ _ROW_BY_ROW = {
 }
 
 
-def refuse_by_name(trainer: Any) -> None:
-    """Refuse a trainer whose update is not the sum of its micro-batches.
+def refuse_generating(trainer_class: type) -> None:
+    """Refuse a trainer whose updates are not made of rows, before it loads what it generates with.
 
     Raises:
-        LossError: Naming the trainer, the loss, why no cut is exact, and a way out.
-        DataError: Several datasets in one dictionary.
+        LossError: Naming the trainer, why, and a way out.
     """
-    names = {cls.__name__ for cls in type(trainer).__mro__}
-    for name in sorted(names & _GENERATING):
+    for name in sorted({cls.__name__ for cls in trainer_class.__mro__} & _GENERATING):
         raise LossError(
             f"{name} generates what it trains on, or has it scored elsewhere, and compares answers "
             f"of a group with each other: its updates are not rows of a dataset that may be cut "
             f"anywhere.\n  Use {name} without GradAccMixin."
         )
-    for name in sorted(names & _TWO_MEANS):
-        raise LossError(
-            f"{name} adds a mean over the tokens of the chosen answers to a mean over pairs: no "
-            f"weight makes pieces of both add up. It also gathers its metrics over ranks in every "
-            f"forward, where ranks with other numbers of micro-batches would wait forever.\n"
-            f"  Use DPOTrainer, or {name} without GradAccMixin."
-        )
-    for cls in type(trainer).__mro__:
+    for cls in trainer_class.__mro__:
         theirs = cls.__module__.startswith("trl.") and cls.__name__.endswith("Trainer")
-        if theirs and cls.__name__ not in {"_BaseTrainer", *_MEANS_OVER_ROWS}:
+        builds = sorted(x for x in vars(cls) if x in _BUILDS_BATCHES or "generate" in x)
+        if theirs and builds and cls.__name__ not in {"_BaseTrainer", *_OF_ROWS}:
             raise LossError(
-                f"{cls.__name__} is a trainer of TRL that is not known here: whether its loss is a "
-                f"mean over rows of a dataset has not been looked at.\n"
-                f"  Use it without GradAccMixin, or one of {', '.join(sorted(_MEANS_OVER_ROWS))}."
+                f"{cls.__name__} is a trainer of TRL that is not known here, and it has "
+                f"{', '.join(builds)}: it may generate what it trains on.\n"
+                f"  Use it without GradAccMixin, or one of {', '.join(sorted(_OF_ROWS))}."
             )
-    if "TPOTrainer" in names and getattr(trainer, "tpo_alpha", 1.0) != 0:
+
+
+def refuse_by_name(trainer: Any) -> None:
+    """Refuse settings and data of which no updates can be made.
+
+    Raises:
+        LossError: Naming the trainer, why, and a way out.
+        DataError: Several datasets in one dictionary.
+    """
+    share: float = getattr(trainer, "lmbda", 0.5)
+    seq_kd: bool = getattr(trainer, "seq_kd", False)
+    is_gkd = any(cls.__name__ == "GKDTrainer" for cls in type(trainer).__mro__)
+    if is_gkd and (share > 0 or seq_kd):
         raise LossError(
-            f"TPOTrainer with tpo_alpha = {getattr(trainer, 'tpo_alpha', 1.0)} adds a mean over "
-            f"the tokens of the reference answers to a mean over pairs: no weight makes pieces of "
-            f"both add up.\n  Set tpo_alpha = 0.0, or use TPOTrainer without GradAccMixin."
+            f"GKDTrainer with lmbda = {share} and seq_kd = {seq_kd} generates what it trains on: "
+            f"what a micro-batch weighs is known only when it has run.\n"
+            f"  Set lmbda = 0.0 and seq_kd = False, or use GKDTrainer without GradAccMixin."
         )
-    if "KTOTrainer" in names and getattr(trainer, "calculate_KL", True):
-        raise LossError(
-            f"KTOTrainer with loss_type = {getattr(trainer, 'loss_type', 'kto')!r} compares each "
-            f"row with the mean KL of the micro-batch it is in, so its loss is no mean over rows "
-            f"and no cut of an update is exact.\n"
-            f"  Set loss_type = 'apo_zero_unpaired', or use KTOTrainer without GradAccMixin."
-        )
-    if "DPOTrainer" in names:
-        for loss in getattr(trainer, "loss_types", ()):
-            if loss in _DPO_LOSSES:
-                raise LossError(
-                    f"DPOTrainer with loss_type = {loss!r} {_DPO_LOSSES[loss]}: no cut of an "
-                    f"update is exact.\n"
-                    f"  Set another loss_type, such as 'sigmoid', or use DPOTrainer without "
-                    f"GradAccMixin."
-                )
     if isinstance(getattr(trainer, "train_dataset", None), Mapping):
         raise DataError(
             f"train_dataset is a dictionary of the datasets {sorted(trainer.train_dataset)}: an "
             f"update is drawn from one. Join them with datasets.concatenate_datasets."
         )
+
+
+def warn_by_name(trainer: Any) -> None:
+    """Say of a loss that is no mean over rows that no cut of an update is exact."""
+    for reason in find_inexact_by_name(trainer):
+        logger.warning_once(f"{reason}: no cut of an update gives exactly the whole.")
+
+
+def find_inexact_by_name(trainer: Any) -> Iterator[str]:
+    """Yield why a trainer's loss is no mean over rows, naming the setting."""
+    names = {cls.__name__ for cls in type(trainer).__mro__}
+    for name in sorted(names & {"CPOTrainer", "ORPOTrainer"}):
+        alpha = getattr(trainer, "cpo_alpha", 1.0)
+        if name == "ORPOTrainer" or alpha != 0:
+            yield (
+                f"{name} adds a mean over the tokens of the chosen answers to a mean over pairs"
+                + (f" (cpo_alpha = {alpha})" if name == "CPOTrainer" else "")
+            )
+    if "TPOTrainer" in names and getattr(trainer, "tpo_alpha", 1.0) != 0:
+        yield (
+            f"TPOTrainer with tpo_alpha = {getattr(trainer, 'tpo_alpha', 1.0)} adds a mean over "
+            f"the tokens of the reference answers to a mean over pairs"
+        )
+    if "KTOTrainer" in names and getattr(trainer, "calculate_KL", True):
+        yield (
+            f"KTOTrainer with loss_type = {getattr(trainer, 'loss_type', 'kto')!r} compares each "
+            f"row with the mean KL of its micro-batch ('apo_zero_unpaired' does not)"
+        )
+    if "DPOTrainer" in names:
+        for loss in getattr(trainer, "loss_types", ()):
+            if loss in _DPO_LOSSES:
+                yield f"DPOTrainer with loss_type = {loss!r} {_DPO_LOSSES[loss]}"
     for loss in _own_losses(trainer):
         if getattr(loss, "n_dims_per_step", -1) > 0:
-            raise LossError(
+            yield (
                 f"{type(loss).__name__} with n_dims_per_step = {loss.n_dims_per_step} draws other "
-                f"dimensions in every micro-batch: the gradient depends on how an update is cut.\n"
-                f"  Set n_dims_per_step = -1, which takes all of them."
+                f"dimensions in every micro-batch (-1 takes all)"
             )
         # A sum over embeddings cut to several sizes: what counts is the loss inside.
         loss = getattr(loss, "loss", loss) if type(loss).__name__ == "MatryoshkaLoss" else loss
         name = type(loss).__name__
         if type(loss).__module__.startswith("sentence_transformers") and name not in _ROW_BY_ROW:
-            raise LossError(
-                f"{name} is not known to be a mean over rows. Most losses of sentence-transformers "
-                f"compare each row with the others of its micro-batch (in-batch negatives, "
-                f"rankings): a smaller micro-batch is another loss and no cut is exact.\n"
-                f"  Use a loss of single rows ({', '.join(sorted(_ROW_BY_ROW))}), or a Cached... "
-                f"loss, which does its own cutting, without GradAccMixin."
+            yield (
+                f"{name} is not known to be a mean over rows; most losses of "
+                f"sentence-transformers compare each row with the others of its micro-batch, which "
+                f"are fewer the smaller it is"
             )
 
 

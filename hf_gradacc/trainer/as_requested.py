@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import Trainer
 
-__all__ = ["changed", "hide_from_stock_loop", "stock_loop_sees_one_batch"]
+__all__ = ["changed", "hide_from_stock_loop", "noting_reads", "stock_loop_sees_one_batch"]
 
 _LOOP_SEES: dict[str, Any] = {"gradient_accumulation_steps": 1, "logging_nan_inf_filter": False}
 
@@ -26,6 +26,11 @@ _LOOP = frozenset(
 
 _in_loop: set[int] = set()
 """Which arguments, by identity, belong to a loop that runs now."""
+
+_noted: dict[int, Callable[[], None]] = {}
+"""What to call when a user's code reads ``gradient_accumulation_steps``, by identity."""
+
+_LIBRARIES = ("accelerate", "hf_gradacc", "transformers")
 
 
 class _HiddenFromLoop:
@@ -40,6 +45,10 @@ class _HiddenFromLoop:
             return self._default
         if id(arguments) in _in_loop and sys._getframe(1).f_code in _LOOP:
             return _LOOP_SEES[self._name]
+        if id(arguments) in _noted and self._name == "gradient_accumulation_steps":
+            reader = str(sys._getframe(1).f_globals.get("__name__"))
+            if reader.partition(".")[0] not in _LIBRARIES:
+                _noted[id(arguments)]()
         return vars(arguments)[self._name]
 
     def __set__(self, arguments: Any, value: Any) -> None:
@@ -71,6 +80,17 @@ def stock_loop_sees_one_batch(arguments: Any) -> Iterator[None]:
     finally:
         if not was_in_loop:
             _in_loop.discard(id(arguments))
+
+
+@contextlib.contextmanager
+def noting_reads(arguments: Any, note: Callable[[], None]) -> Iterator[None]:
+    """Call `note` whenever a user's code reads ``gradient_accumulation_steps``."""
+    hide_from_stock_loop(arguments)
+    _noted[id(arguments)] = note
+    try:
+        yield
+    finally:
+        del _noted[id(arguments)]
 
 
 @contextlib.contextmanager

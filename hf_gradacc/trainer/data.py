@@ -22,6 +22,7 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import changed
+from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.collator import UpdateCollator
@@ -123,7 +124,7 @@ class TrainingData:
                 inputs = alone[num_rows.index(max(num_rows))] if max(num_rows) > 1 else alone[-1]
                 self.sample, self.collator.rows_per_sequence = None, 1
                 self.collator.items_are_batches = max(num_rows) > 1
-                _refuse_unused_inputs(trainer.model, inputs, rows[0])
+                _refuse_unused_inputs(trainer, inputs, rows[0])
                 return inputs
         if error is not None:
             raise DataError(
@@ -131,7 +132,7 @@ class TrainingData:
                 f"training dataset: {type(error).__name__}: {error}\n"
                 f"  the first row has {describe(rows[0])}"
             ) from error
-        _refuse_unused_inputs(trainer.model, inputs, rows[0])
+        _refuse_unused_inputs(trainer, inputs, rows[0])
         if isinstance(inputs, Mapping):
             self.sample = ProbeRows.of(rows, inputs, collate)
             self.collator.rows_per_sequence = self.sample.rows_per_sequence
@@ -171,7 +172,8 @@ class TrainingData:
             what = f"{size} sequences" if size else f"{tokens} target tokens"
             raise DataError(
                 f"the stream ended before it gave one update of {what}: it is empty, or shorter "
-                f"than an update while incomplete_update = 'drop'. Use 'keep' or a smaller update."
+                f"than an update while incomplete_update = 'drop'. Use 'keep' and leave "
+                f"dataloader_drop_last out, or a smaller update."
             )
         ledger.update += len(updates)
         if updates:
@@ -257,17 +259,19 @@ def _leaves_items_out(together: Any, alone: list[Any], main: str) -> bool:
     return size < sum(part.numel() for part in parts if part is not None)
 
 
-def _refuse_unused_inputs(model: Any, inputs: Any, row: Any) -> None:
+def _refuse_unused_inputs(trainer: Any, inputs: Any, row: Any) -> None:
     """Refuse rows that hold nothing a Transformers model takes, such as text not yet tokenized.
 
     A model of one's own may take what it likes under any name: only one whose ``forward`` names
-    its main input, and is given none of its inputs, is refused.
+    its main input, and is given none of its inputs, is refused. Whoever calls the model in a
+    ``compute_loss`` of their own may hand it the batch under other names, or piece by piece.
 
     Raises:
         DataError: If it is.
     """
+    model = trainer.model
     main = getattr(model, "main_input_name", None)
-    if main is None or not isinstance(inputs, Mapping):
+    if main is None or not isinstance(inputs, Mapping) or has_foreign_loss(type(trainer)):
         return
     named = set(inspect.signature(model.forward).parameters) | {"inputs_embeds"}
     held = {key for key, value in inputs.items() if isinstance(value, Tensor)} - {"labels"}

@@ -1,11 +1,11 @@
 """The metrics that trainers behind the mixin collect: one true mean per update and evaluation.
 
-TRL's trainers put a value per micro-batch into ``_metrics["train"]`` or ``_metrics["eval"]`` and
-log the plain mean of the list. That is a mean of means: over rows of 3 and 30 tokens it is not the
-accuracy per token. They also gather over ranks in every ``compute_loss``, and ranks that run
-different numbers of micro-batches would wait there forever. Here no micro-batch gathers. Its values
-are taken out and weighted by what each is a mean over. Before a row is logged, a single collective
-turns them into one value per update.
+TRL's trainers put a value per micro-batch into ``_metrics["train"]`` or ``_metrics["eval"]``, older
+ones into ``_stored_metrics``, and log the plain mean of the list. That is a mean of means: over
+rows of 3 and 30 tokens it is not the accuracy per token. They also gather over ranks in every
+``compute_loss``, and ranks that run different numbers of micro-batches would wait there forever.
+Here no micro-batch gathers. Its values are taken out and weighted by what each is a mean over.
+Before a row is logged, a single collective turns them into one value per update.
 """
 
 from __future__ import annotations
@@ -72,27 +72,36 @@ class ForeignMetrics:
     @staticmethod
     def collects(trainer: Any) -> bool:
         """Return whether a trainer keeps lists of metrics the way TRL's do."""
-        metrics = getattr(trainer, "_metrics", None)
-        return isinstance(metrics, dict) and {"train", "eval"} <= set(metrics)
+        return _name_of_lists(trainer) is not None
 
     # ---- taking out what a forward collects ----------------------------------------------------
 
     def compute_loss(self, trainer: Any, stock_loss: Callable[[], Any], inputs: Any) -> Any:
         """Take what this forward collects out of the trainer's lists."""
-        if self.taken is None or not self.collects(trainer):
+        with self._collecting(trainer, inputs):
             return stock_loss()
-        lists, total = trainer._metrics, getattr(trainer, "_total_train_tokens", 0)
-        trainer._metrics = {mode: defaultdict(list) for mode in lists}
+
+    @contextlib.contextmanager
+    def _collecting(self, trainer: Any, inputs: Any) -> Iterator[None]:
+        """Take what is collected inside out of the trainer's lists; gather nothing."""
+        name = _name_of_lists(trainer)
+        if self.taken is None or name is None:
+            yield
+            return
+        lists, total = getattr(trainer, name), getattr(trainer, "_total_train_tokens", 0)
+        collected: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+        setattr(trainer, name, collected)
         try:
             with _without_gathering(trainer.accelerator):
-                result = stock_loss()
-            values = {key: v for own in trainer._metrics.values() for key, v in own.items()}
+                yield
+            values = {key: v for own in collected.values() for key, v in own.items()}
             values.pop("num_tokens", None)  # a running total, not a mean
             num_tokens = getattr(trainer, "_total_train_tokens", 0) - total
-            self.taken.append(_Taken(values, num_tokens, inputs))
+            if values or num_tokens:
+                self.taken.append(_Taken(values, num_tokens, inputs))
         finally:
-            trainer._metrics, trainer._total_train_tokens = lists, total
-        return result
+            setattr(trainer, name, lists)
+            trainer._total_train_tokens = total
 
     @contextlib.contextmanager
     def taking(self) -> Iterator[list[_Taken]]:
@@ -136,23 +145,26 @@ class ForeignMetrics:
 
     def hand_over(self, trainer: Any) -> None:
         """Put one value per update into the trainer's lists, the mean over all ranks."""
-        if not self.collects(trainer):
+        name = _name_of_lists(trainer)
+        if name is None:
             return
+        lists = getattr(trainer, name)
         ranks = gather_objects(self._unlogged)
         self._unlogged = []
         for update in zip(*ranks, strict=True):
             for key, value in means_of([own.values for own in update]).items():
-                trainer._metrics["train"][key].append(value)
+                lists["train"][key].append(value)
         num_tokens = sum(own.num_tokens for rank in ranks for own in rank)
         if num_tokens:
             trainer._total_train_tokens += num_tokens
-            trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
+            lists["train"]["num_tokens"] = [trainer._total_train_tokens]
 
     # ---- evaluation ----------------------------------------------------------------------------
 
     def evaluate(self, trainer: Any, evaluate: Callable[[], Any]) -> Any:
         """Run an evaluation; put each metric's mean over all rows and ranks into the lists."""
-        if not self.collects(trainer):
+        name = _name_of_lists(trainer)
+        if name is None:
             return evaluate()
         self._of_evaluation = _Sums()
         try:
@@ -161,18 +173,29 @@ class ForeignMetrics:
         finally:
             self._of_evaluation = None
         for key, value in means_of([own.values for own in ranks]).items():
-            trainer._metrics["eval"][key] = [value]
+            getattr(trainer, name)["eval"][key] = [value]
         if getattr(trainer, "_total_train_tokens", 0):
-            trainer._metrics["eval"]["num_tokens"] = [trainer._total_train_tokens]
+            getattr(trainer, name)["eval"]["num_tokens"] = [trainer._total_train_tokens]
         return output
 
     @contextlib.contextmanager
     def keeping_evaluation(
-        self, *, num_rows: Callable[[], int], rows_per_sequence: int, rule: Callable[[], TargetRule]
+        self,
+        trainer: Any,
+        inputs: Any,
+        *,
+        num_rows: Callable[[], int],
+        rows_per_sequence: int,
+        rule: Callable[[], TargetRule],
     ) -> Iterator[None]:
         """Keep what the rows of an evaluation batch collect, each row once.
 
+        TRL's older trainers of pairs collect in ``prediction_step``, the others in
+        ``compute_loss`` inside of it.
+
         Args:
+            trainer: The trainer.
+            inputs: The batch.
             num_rows: Returns the number of rows of the batch that count. Called after it ran.
             rows_per_sequence: Collated rows of each sequence.
             rule: Returns what counts as a target. Called after the batch ran.
@@ -180,7 +203,11 @@ class ForeignMetrics:
         if self._of_evaluation is None:
             yield
             return
-        with self.taking() as taken:
+        in_step = _name_of_lists(trainer) == "_stored_metrics"
+        with (
+            self.taking() as taken,
+            self._collecting(trainer, inputs) if in_step else contextlib.nullcontext(),
+        ):
             yield
         # The rows that count come last, after rows that only fill up the batch, and after attempts
         # that ran out of memory.
@@ -193,6 +220,14 @@ class ForeignMetrics:
             missing -= micro_batch.num_sequences
 
 
+def _name_of_lists(trainer: Any) -> str | None:
+    """Return the attribute that holds a trainer's lists of metrics; None if it has none."""
+    metrics = getattr(trainer, "_metrics", None)
+    if isinstance(metrics, dict) and {"train", "eval"} <= set(metrics):
+        return "_metrics"
+    return "_stored_metrics" if hasattr(trainer, "store_metrics") else None
+
+
 @contextlib.contextmanager
 def _without_gathering(accelerator: Any) -> Iterator[None]:
     """Let an accelerator gather nothing: each rank sees its own values only."""
@@ -200,8 +235,8 @@ def _without_gathering(accelerator: Any) -> Iterator[None]:
     def own(values: Any, *args: Any, **kwargs: Any) -> Any:
         return values
 
-    names = ("gather", "gather_for_metrics")
-    for name in names:
+    names = [name for name in ("gather", "gather_for_metrics") if name not in vars(accelerator)]
+    for name in names:  # one inside of another leaves it to that one
         setattr(accelerator, name, own)
     try:
         yield

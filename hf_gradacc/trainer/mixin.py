@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
-from hf_gradacc.arguments import GradAccArguments, add_options
+from hf_gradacc.arguments import GradAccArguments, add_options, options_apart
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
+    refuse_generating,
     refuse_steps_in_backward,
     refuse_unknown_engines,
+    warn_by_name,
 )
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
@@ -49,6 +51,13 @@ from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
 from hf_gradacc.trainer.log_row import LogBook
 from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.overrides import (
+    OwnStep,
+    find_own_step,
+    has_own_loader_behind,
+    plain_for_steps_behind,
+    refuse_old_signature,
+)
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
@@ -126,6 +135,7 @@ class GradAccMixin(Trainer):
             cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_generating(type(self))
         self.facts: LossFacts | None = None
         self._micro_batch_step = MicroBatchStep()
         self._foreign_metrics = ForeignMetrics()
@@ -136,10 +146,13 @@ class GradAccMixin(Trainer):
         self._is_asking = False
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
-        super().__init__(*args, **kwargs)
-        add_options(self.args)
+        is_trl = any(cls.__module__.startswith("trl.") for cls in type(self).__mro__)
+        with options_apart([*args, *kwargs.values()] if is_trl else []) as options:
+            super().__init__(*args, **kwargs)
+        add_options(self.args, options)
         refuse_unknown_engines(self)
         refuse_by_name(self)
+        warn_by_name(self)
         self._rank_engine = self._make_engine()
         end_group_at_exit()
         self._noise_listener = NoiseListener(self.args.noise_scale_every)
@@ -212,6 +225,8 @@ class GradAccMixin(Trainer):
     def get_train_dataloader(self) -> Any:
         """Load updates instead of micro-batches."""
         behind: Any = super().get_train_dataloader
+        if has_own_loader_behind(type(self), mixin=GradAccMixin):
+            return behind()  # its batches are grouped, as those of a subclass's loader are
         is_stock = behind.__func__ is Trainer.get_train_dataloader
         return self._training_data.load(self, is_stock_loader=is_stock, engine=self._rank_engine)
 
@@ -240,6 +255,7 @@ class GradAccMixin(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         refuse_steps_in_backward(self.args)
+        refuse_old_signature(type(self))
         self._rank_engine = self._make_engine()
         # The last run may have ended in any phase.
         self._log_book.clock = PhaseClock(self.args.device)
@@ -326,17 +342,23 @@ class GradAccMixin(Trainer):
     @property
     def current_gradient_accumulation_steps(self) -> float:
         """What a loss must be divided by. Whoever reads it is trusted to divide by it."""
-        self._micro_batch_step.was_weighed = True
-        return self._micro_batch_step.divisor
+        return self._micro_batch_step.read_divisor()
 
     @current_gradient_accumulation_steps.setter
     def current_gradient_accumulation_steps(self, divisor: float) -> None:
         self._micro_batch_step.divisor = divisor
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Add label smoothing to the model's own loss instead of replacing that loss."""
+        if args:  # the count, by position; it is not named to one behind that takes none
+            kwargs["num_items_in_batch"] = args[0]
         stock_loss = functools.partial(super().compute_loss, model, inputs, **kwargs)
         if self._replaces_smoothing(inputs):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
@@ -447,6 +469,8 @@ class GradAccMixin(Trainer):
         self._stopping.check_evaluation(self.args)
         rows_per_sequence = self._exact_evaluation.rows_per_sequence
         with self._foreign_metrics.keeping_evaluation(
+            self,
+            inputs,
             num_rows=lambda: count_real_rows(self, count_rows(inputs) // rows_per_sequence),
             rows_per_sequence=rows_per_sequence,
             rule=lambda: self.facts.rule if self.facts else TargetRule.SEQUENCE,
@@ -534,6 +558,9 @@ class GradAccMixin(Trainer):
         sums_in_float32 = self.args.accumulate_grads_in_fp32 is not False
         asked = self.args.max_tokens_per_micro_batch if self.update_collator else None
         self.token_budget.begin(asked)
+        # Where ranks run in lockstep, gradients of micro-batches are not in .grad.
+        owner = None if self._rank_engine.lockstep else find_own_step(type(self))
+        self._micro_batch_step.own = None if owner is None else OwnStep(owner, self.args)
         return UpdateRunner(
             step=self._micro_batch_step,
             engine=self._rank_engine,
@@ -559,6 +586,9 @@ class GradAccMixin(Trainer):
         finally:
             self._is_asking = False
         self.facts = facts
+        shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
+        if shortcuts is not None and self.update_collator is not None:
+            self.update_collator.packed = shortcuts.packed
         self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
         return facts
 

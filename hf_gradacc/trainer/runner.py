@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_gradacc.errors import LossError, MemoryBudgetError, RankFailedError
+from hf_gradacc.errors import MemoryBudgetError, RankFailedError
+from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.ranks.outcome import UpdateOutcome
@@ -155,8 +156,7 @@ class UpdateRunner:
                 self._sum_in_float32()
             loss: Tensor | None = None
             with self._catching(trainer) as failure:
-                # Of means that weigh alike whatever is in them, the scale is not defined.
-                if self.noise.record is not None and trainer.facts.weighing != "micro_batch":
+                if self._can_measure_noise(trainer.facts):
                     self.noise.begin(model, update)
                 loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
             outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
@@ -201,6 +201,9 @@ class UpdateRunner:
         facts, step = trainer.facts, type(trainer).training_step
         factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
+        own = self.step.own
+        if own is not None:
+            own.begin_update()
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
             local = micro_batch.targets.under(facts.rule)
@@ -219,15 +222,14 @@ class UpdateRunner:
             with (
                 self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),
                 self.engine.hold_gradients(model, is_last=is_last),
+                contextlib.nullcontext() if own is None else own.weighing(model, divisor),
             ):
-                loss = loss + step(trainer, model, micro_batch.inputs, count)
-            if not self.step.was_weighed:
-                raise LossError(
-                    f"{type(trainer).__name__}.training_step did not weigh this micro-batch, so "
-                    f"its gradient would be {divisor:.3g} times too large.\n  Call "
-                    f"super().training_step(model, inputs, num_items_in_batch) in it, or divide "
-                    f"the loss by self.current_gradient_accumulation_steps before its backward."
-                )
+                part = step(trainer, model, micro_batch.inputs, count)
+            if own is not None:
+                part = part * own.weight(divisor)
+            else:
+                self.step.check_weighed(type(trainer))
+            loss = loss + part
             if self.noise.is_listening:
                 self.noise.add_gradient(
                     micro_batch,
@@ -240,6 +242,11 @@ class UpdateRunner:
                     trainer.args, trainer.state, trainer.control
                 )
         return loss
+
+    def _can_measure_noise(self, facts: LossFacts) -> bool:
+        """Return whether the noise scale is defined: not of means that weigh alike, say."""
+        is_asked = self.noise.record is not None
+        return is_asked and self.step.own is None and facts.weighing != "micro_batch"
 
     def _meeting_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Count the time inside as reduction, if there are other ranks to wait for."""

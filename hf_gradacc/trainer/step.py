@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_gradacc.errors import ConfigError
+from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.chunked import without_logits
 from hf_gradacc.loss.layouts import kept_rows
 from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
+from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.updates.targets import TargetRule
 
 __all__ = ["MicroBatchStep", "smoothed_loss", "start_copy"]
@@ -27,17 +28,40 @@ class MicroBatchStep:
         shortcuts: Which cheaper ways to the same loss are taken; None before the model was asked.
         divisor: The mean loss is divided by it: targets of the update over those of the
             micro-batch.
-        was_weighed: Whether the divisor was read. Whoever reads it is trusted to divide by it.
+        num_reads: How often the divisor was read. Whoever reads it is trusted to divide by it.
+        own: Weighs a ``training_step`` that runs a backward of its own; None if there is none.
     """
 
     def __init__(self) -> None:
         self.shortcuts: Shortcuts | None = None
+        self.own: OwnStep | None = None
         self.divisor = 1.0
-        self.was_weighed = False
+        self.num_reads = 0
 
     def begin(self, divisor: float) -> None:
         """Set the weight of the micro-batch that comes next."""
-        self.divisor, self.was_weighed = divisor, False
+        self.divisor, self.num_reads = divisor, 0
+
+    def read_divisor(self) -> float:
+        """Return what a loss must be divided by."""
+        self.num_reads += 1
+        return self.divisor if self.own is None else self.own.read_divisor()
+
+    def check_weighed(self, trainer_class: type) -> None:
+        """Check that the step has divided its loss, once.
+
+        Raises:
+            LossError: If it has not.
+        """
+        if self.num_reads == 0:
+            raise LossError(
+                f"{trainer_class.__name__}.training_step did not weigh this micro-batch, so its "
+                f"gradient would be {self.divisor:.3g} times too large.\n  Call "
+                f"super().training_step(model, inputs, num_items_in_batch) in it, or divide the "
+                f"loss by self.current_gradient_accumulation_steps before its backward."
+            )
+        if self.num_reads > 1:
+            warn_of_several_backwards(trainer_class)
 
     def run(
         self,

@@ -148,20 +148,107 @@ def test_a_training_step_of_ones_own_is_called_for_each_micro_batch(tmp_path, tr
     assert log_rows(trainer)[0]["micro_batches_per_update"] == 3
 
 
-def test_a_training_step_that_does_not_weigh_its_loss_is_refused(tmp_path):
-    class DividesByTheArgument(GradAccTrainer):
-        """As in tutorials. While our loop runs, that argument is 1."""
+class DividesByTheArgument(GradAccTrainer):
+    """As in tutorials; stock makes it a mean of means."""
 
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            loss = self.compute_loss(model, inputs) / self.args.gradient_accumulation_steps
-            self.accelerator.backward(loss)
-            return loss.detach()
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, inputs) / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
 
+
+class DividesByNothing(GradAccTrainer):
+    """As copied from before 4.46, when accelerate divided in its backward."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Forgets(GradAccTrainer):
+    """PGD's: its own backward begins from a gradient of nothing, and what was there is put back."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        kept = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+        model.zero_grad()
+        steps = self.args.gradient_accumulation_steps
+        (self.compute_loss(model, inputs) / steps).backward()
+        for weight, gradient in kept.items():
+            weight.grad += gradient
+        return self.compute_loss(model, inputs).detach() / steps
+
+
+@pytest.mark.parametrize("trainer_class", [DividesByTheArgument, DividesByNothing, Forgets])
+def test_a_backward_of_ones_own_is_weighed_whatever_it_divides_by(tmp_path, trainer_class):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path,
+        ROWS[:7],
+        trainer_class=trainer_class,
+        callbacks=[recorder],
+        learning_rate=0.0,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    whole = tiny_llama().train()
+    with float64_everywhere():
+        trainer.train()
+        expected = reference_gradient(whole, ROWS[:7], pad)
+        loss = whole(**pad(ROWS[:7])).loss
+    assert relative_error(recorder.gradients[0], expected) <= 1e-10
+    assert log_rows(trainer)[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
+
+
+def test_where_gradients_are_kept_elsewhere_such_a_step_is_refused(tmp_path, monkeypatch):
+    """In lockstep, FSDP2 and DeepSpeed hold the sums of an update, not ``.grad``."""
+    monkeypatch.setattr("hf_gradacc.trainer.mixin.find_own_step", lambda trainer_class: None)
     trainer = make_trainer(tmp_path, ROWS, trainer_class=DividesByTheArgument, **STOCK)
     before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
     with pytest.raises(LossError, match=r"DividesByTheArgument.training_step did not weigh"):
         trainer.train()
     assert relative_error(trainer.model.state_dict(), before) == 0
+
+
+class SeesRows(Trainer):
+    """Behind the mixin: looks at what the collator made, not at how a shortcut lays it out."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        assert inputs["labels"].shape == inputs["input_ids"].shape
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_step_behind_the_mixin_sees_rows_as_they_are(tmp_path):
+    kind = type("Mixed", (GradAccMixin, SeesRows), {})
+    trainer = make_trainer(tmp_path, ROWS, trainer_class=kind, **STOCK)
+    trainer.train()
+    assert "SeesRows.training_step" in trainer.shortcuts.reason("target_only_logits")
+
+
+class OldLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class AsAdvised(OldLoss):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+def test_a_loss_of_before_4_46_is_named_as_such(tmp_path):
+    """Stock fails on it in its first step; one that is called by a newer one trains in both."""
+    with pytest.raises(TypeError, match="num_items_in_batch"):
+        make_trainer(
+            tmp_path, ROWS, trainer_class=OldLoss, arguments_class=TrainingArguments, **STOCK
+        ).train()
+    kind = type("Mixed", (GradAccMixin, OldLoss), {})
+    with pytest.raises(LossError, match=r"OldLoss.compute_loss takes no num_items.*since 4.46"):
+        make_trainer(tmp_path, ROWS, trainer_class=kind, **STOCK).train()
+    for advised in (type("Behind", (GradAccMixin, AsAdvised), {}), AsAdvised):
+        trainer = make_trainer(tmp_path, ROWS, trainer_class=advised, **STOCK)
+        trainer.train()
+        assert trainer.state.global_step == 4
 
 
 # ---- rows and labels ---------------------------------------------------------------------------

@@ -243,6 +243,14 @@ def test_overrides_accept_what_the_stock_loop_passes(name):
             inspect.signature(override).bind(None, *site.args, **named)
 
 
+@pytest.mark.parametrize("name", sorted(set(CALLED_FROM) - {"_run_epoch"}))
+def test_overrides_of_subclasses_may_hand_their_arguments_on_by_position(name):
+    stock_parameters = inspect.signature(getattr(Trainer, name)).parameters.values()
+    places = [p for p in stock_parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    for override in OVERRIDES[name]:
+        inspect.signature(override).bind(*places)
+
+
 @pytest.mark.parametrize("name", sorted(CALLED_BY_USERS))
 def test_what_users_call_takes_the_parameters_of_stock(name):
     stock_parameters = list(inspect.signature(getattr(Trainer, name)).parameters.values())

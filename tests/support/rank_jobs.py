@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, ParallelismConfig
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+from hf_gradacc import GradAccTrainer
 from hf_gradacc.updates.collator import UpdateCollator
 
 from .reference import float64_everywhere
@@ -30,7 +31,26 @@ def loss_by_count(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = 
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
+class OwnBackward(GradAccTrainer):
+    """Runs its backward by itself, as in stock: it divides by the attribute that says by what."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
 SCENARIOS: dict[str, dict[str, Any]] = {
+    "a step with a backward of its own": {
+        "num_rows": 9,
+        "options": {
+            "effective_batch_size": 5,
+            "per_device_train_batch_size": 1,
+            "trainer_class": OwnBackward,
+        },
+    },
     "an epoch that ends mid-update": {
         "num_rows": 11,
         "options": {

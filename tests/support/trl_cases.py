@@ -131,6 +131,7 @@ class Case:
     rows: Any
     model: Any = language_model
     needs_reference: bool = False
+    needs_teacher: bool = False
     options: Any = None
     home: str = "trl"
     config: str | None = None
@@ -162,6 +163,8 @@ class Case:
         more: dict[str, Any] = {}
         if self.needs_reference:
             more["ref_model"] = language_model(seed=1)
+        if self.needs_teacher:
+            more["teacher_model"] = language_model(seed=2)
         trainer = (Mixed if mixed else stock_class)(
             model=self.model(),
             args=(Arguments if mixed else stock_arguments)(**settings),
@@ -220,7 +223,38 @@ CASES |= {
         },
     ),
     "tpo": Case("TPO", triple_rows, options={"tpo_alpha": 0.0}, home="trl.experimental.tpo"),
+    "simpo": Case(
+        "CPO",
+        pair_rows,
+        options={"loss_type": "simpo", "cpo_alpha": 0.0},
+        home="trl.experimental.cpo",
+    ),
+    "gkd": Case(
+        "GKD",
+        chat_rows,
+        options={"lmbda": 0.0, "max_length": 256},
+        home="trl.experimental.gkd",
+        needs_teacher=True,
+    ),
 }
+
+INEXACT = {
+    "orpo": Case("ORPO", pair_rows, home="trl.experimental.orpo"),
+    "cpo": Case("CPO", pair_rows, home="trl.experimental.cpo"),
+    "kto_kl": Case("KTO", labelled_rows, needs_reference=True, options={"loss_type": "kto"}),
+    "dpo_aot": Case("DPO", pair_rows, needs_reference=True, options={"loss_type": ["aot"]}),
+    "dpo_aot_unpaired": Case(
+        "DPO", pair_rows, needs_reference=True, options={"loss_type": ["aot_unpaired"]}
+    ),
+    "dpo_sft": Case(
+        "DPO",
+        pair_rows,
+        needs_reference=True,
+        options={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
+    ),
+    "tpo_alpha": Case("TPO", triple_rows, options={"tpo_alpha": 0.5}, home="trl.experimental.tpo"),
+}
+"""No cut of these is exact: they go on, and a line says why."""
 
 WHOLE = {"per_device_train_batch_size": ROWS_PER_UPDATE}
 IN_STOCK_PIECES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_UPDATE}
@@ -245,7 +279,7 @@ def run(
     ``prepare`` may change the trainer before that.
     """
     with tempfile.TemporaryDirectory() as out, float64_everywhere():
-        trainer, recorder = CASES[name].make(out, mixed=mixed, **options)
+        trainer, recorder = (CASES | INEXACT)[name].make(out, mixed=mixed, **options)
         if prepare is not None:
             prepare(trainer)
         evaluation = trainer.evaluate() if evaluates else {}
