@@ -48,6 +48,7 @@ class TrainingData:
         self.collator: UpdateCollator | None = None
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
+        self._first_rows: list[Any] | None = None
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -96,6 +97,7 @@ class TrainingData:
         )
         self.collator = loader.collator
         rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
+        self._first_rows = getattr(loader.dataset, "first_rows", None)
         self.sample_inputs = self.collate_sample(trainer, rows)
         return loader
 
@@ -231,7 +233,7 @@ class TrainingData:
             "order": _order(trainer),
             "num_sequences": count_rows_of(trainer.train_dataset),
             "incomplete_update": "keep" if args.keeps_incomplete_update else "drop",
-            "fingerprint": fingerprint(trainer.train_dataset),
+            "fingerprint": fingerprint(trainer.train_dataset, first_rows=self._first_rows),
         }
 
 
