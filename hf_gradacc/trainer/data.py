@@ -96,9 +96,12 @@ class TrainingData:
             ),
         )
         self.collator = loader.collator
+        self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
         rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
         self._first_rows = getattr(loader.dataset, "first_rows", None)
         self.sample_inputs = self.collate_sample(trainer, rows)
+        if args.include_num_input_tokens_seen == "non_padding":
+            _tell_unknown_padding(self.sample_inputs, self.collator)
         return loader
 
     def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:
@@ -280,6 +283,20 @@ def _refuse_unused_inputs(model: Any, inputs: Any, row: Any) -> None:
         f"the data collator returns {sorted(inputs)}; the first row has "
         f"{describe(row)}. Tokenize the dataset first, or give a data_collator that does."
     )
+
+
+def _tell_unknown_padding(inputs: Any, collator: UpdateCollator) -> None:
+    """Warn if nothing says which of the tokens to be counted are padding."""
+    if (
+        isinstance(inputs, Mapping)
+        and "attention_mask" not in inputs
+        and collator.pad_token_id is None
+    ):
+        logger.warning(
+            "include_num_input_tokens_seen = 'non_padding': batches have no attention_mask, and no "
+            "processing_class says what padding is. Rows count with the length they have in the "
+            "dataset."
+        )
 
 
 def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, Any]:
