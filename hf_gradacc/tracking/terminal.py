@@ -23,6 +23,7 @@ from hf_gradacc.text import count_updates, duration, quantity
 from hf_gradacc.tracking.parity_file import describe_parity
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.run_files import RUN_NAME, RunFile, kind_of
+from hf_gradacc.updates.fingerprint import count_rows_of
 
 __all__ = [
     "RowPrinter",
@@ -271,8 +272,8 @@ def plan_rows(
         name = model["name_or_path"] or model["class"]
         yield "model", f"{name}, {quantity(total)} parameters, {share}, {'/'.join(model['dtypes'])}"
     dataset: Any = getattr(train_dataloader, "dataset", None)
-    if hasattr(dataset, "__getitems__"):  # a stream's items are updates, and it may have no length
-        yield "data", f"{len(dataset):,} rows"
+    if (num_rows := count_rows_of(dataset)) is not None:
+        yield "data", f"{num_rows:,} rows"
     ranks = batch["world_size"]
     size = (
         f"at least {batch['tokens_per_update']:,} target tokens"

@@ -24,9 +24,10 @@ from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
+from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
-from hf_gradacc.updates.loader import GroupedBatches, ModelFacts, UpdateLoader, load_updates
+from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import is_stream
 
@@ -52,7 +53,7 @@ class TrainingData:
 
     # ---- the loader ----------------------------------------------------------------------------
 
-    def load(self, trainer: Any, *, is_stock_loader: bool, engine: Engine) -> UpdateLoader:
+    def load(self, trainer: Any, *, is_stock_loader: bool, engine: Engine) -> BatchLoader:
         """Build the loader of updates, and collate the rows the model is asked with.
 
         Args:
@@ -74,6 +75,17 @@ class TrainingData:
                     f"share of each update."
                 )
         dataset, data_collator = _drop_unused_columns(trainer, is_stock_loader=is_stock_loader)
+        sampler = None if is_stream(dataset) else _users_sampler(trainer)
+        options: dict[str, Any] = {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+            "persistent_workers": args.dataloader_persistent_workers,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "worker_init_fn": partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        }
         loader = load_updates(
             dataset,
             data_collator,
@@ -85,15 +97,8 @@ class TrainingData:
             world_size=args.world_size,
             on_accelerator=args.device.type != "cpu",
             lockstep=engine.deals_in_lockstep,
-            sampler=None if is_stream(dataset) else _users_sampler(trainer),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
+            sampler=sampler,
+            **options,
         )
         self.collator = loader.collator
         self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
@@ -102,7 +107,21 @@ class TrainingData:
         self.sample_inputs = self.collate_sample(trainer, rows)
         if args.include_num_input_tokens_seen == "non_padding":
             _tell_unknown_padding(self.sample_inputs, self.collator)
-        return loader
+        steps = args.gradient_accumulation_steps
+        return BatchLoader(
+            loader,
+            dataset,
+            device=args.device,
+            steps_per_update=steps,
+            world_size=args.world_size,
+            total_batch_size=self.total_batch_size(trainer, args) // steps,
+            batch_size=trainer._train_batch_size,
+            drop_last=args.dataloader_drop_last and not is_stream(dataset),
+            collate_fn=data_collator,
+            sampler=sampler,
+            shuffle=args.train_sampling_strategy != "sequential",
+            **options,
+        )
 
     def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:
         """Collate the rows the model is asked with, so that unusable ones show before training.
@@ -143,16 +162,14 @@ class TrainingData:
         return inputs
 
     def as_updates(self, trainer: Any, loader: Any) -> Any:
-        """Group the batches of a subclass's loader into updates; return our own as it is."""
-        if isinstance(loader, UpdateLoader):
-            return loader
-        loader = GroupedBatches(
+        """Return our updates, or group the batches of a subclass's loader into updates."""
+        if isinstance(loader, BatchLoader):
+            return loader.updates
+        return GroupedBatches(
             loader,
             micro_batches_per_update=trainer.args.gradient_accumulation_steps,
             main_input=getattr(trainer.model, "main_input_name", "input_ids"),
         ).as_loader()
-        trainer.callback_handler.train_dataloader = loader
-        return loader
 
     def next_update(self, trainer: Any, ledger: Ledger, epoch_iterator: Iterator[Any]) -> list[Any]:
         """Take the next update, or nothing at the end of the epoch.
@@ -210,6 +227,7 @@ class TrainingData:
             As the stock method: epochs, updates per epoch, examples, samples, batch size, steps in
             an epoch, most steps.
         """
+        loader = updates_of(loader)
         if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
             values = list(stock_values(args, loader))
             values[5] = values[1]  # one step of the stock loop is one update

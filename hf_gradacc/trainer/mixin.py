@@ -1,6 +1,6 @@
 """The stock Trainer with updates in place of batches: each hook it overrides, once.
 
-One item of the DataLoader is one `Update`, so for the stock loop ``gradient_accumulation_steps``
+One item of the loop's DataLoader is one `Update`, so for the stock loop ``gradient_accumulation_steps``
 is 1, and its steps, schedule, callbacks and epoch ends need no change. Inside
 ``training_update`` each micro-batch goes through ``training_step``, and so through the stock one,
 with the weight ``n_i / N``: its own targets over those of the whole update on all ranks.
@@ -210,7 +210,7 @@ class GradAccMixin(Trainer):
             return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Load updates instead of micro-batches."""
+        """Load updates; whoever iterates this loader by hand gets their micro-batches."""
         behind: Any = super().get_train_dataloader
         is_stock = behind.__func__ is Trainer.get_train_dataloader
         return self._training_data.load(self, is_stock_loader=is_stock, engine=self._rank_engine)
