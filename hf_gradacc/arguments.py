@@ -10,7 +10,13 @@ from transformers import TrainingArguments
 
 from hf_gradacc.errors import ConfigError
 
-__all__ = ["GradAccArguments", "GradAccOptions", "add_options", "check_options"]
+__all__ = [
+    "GradAccArguments",
+    "GradAccOptions",
+    "add_options",
+    "check_options",
+    "settle_drawn_size",
+]
 
 
 @dataclass
@@ -291,6 +297,32 @@ def check_options(arguments: Any) -> None:
     problems = list(_find_problems(arguments))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def settle_drawn_size(arguments: Any, *, before: tuple[Any, Any]) -> None:
+    """Let the size of an update that a trial has drawn be the only one that is said.
+
+    A search sets single fields. Without this a drawn ``effective_batch_size`` would stand beside
+    the option that said the size before it.
+
+    Args:
+        arguments: After the trial has set its values.
+        before: ``effective_batch_size`` and ``tokens_per_update`` before that.
+
+    Raises:
+        ConfigError: If a value cannot be used.
+    """
+    sizes = ("effective_batch_size", "tokens_per_update")
+    for name, other, was in zip(sizes, reversed(sizes), before, strict=True):
+        drawn = getattr(arguments, name)
+        if drawn in (None, was):
+            continue
+        if not isinstance(drawn, str) and drawn == int(drawn):  # 16.0, or a number of numpy's
+            setattr(arguments, name, int(drawn))
+        setattr(arguments, other, None)
+        arguments.gradient_accumulation_steps = 1
+        break
+    check_options(arguments)
 
 
 def add_options(arguments: TrainingArguments) -> None:

@@ -1,6 +1,6 @@
 """The stock Trainer with updates in place of batches: each hook it overrides, once.
 
-One item of the loop's DataLoader is one `Update`, so for the stock loop ``gradient_accumulation_steps``
+One item of the loop's DataLoader is one `Update`, so the stock loop's ``gradient_accumulation_steps``
 is 1, and its steps, schedule, callbacks and epoch ends need no change. Inside
 ``training_update`` each micro-batch goes through ``training_step``, and so through the stock one,
 with the weight ``n_i / N``: its own targets over those of the whole update on all ranks.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
-from hf_gradacc.arguments import GradAccArguments, add_options
+from hf_gradacc.arguments import GradAccArguments, add_options, settle_drawn_size
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -74,6 +74,7 @@ class GradAccMixin(Trainer):
     =======================================  =====================================================
     ``train``                                resumes from whole checkpoints only; SIGTERM and
                                              SIGINT end it after a whole, saved update
+    ``_hp_search_setup``                     lets a trial draw the size of an update
     ``_inner_training_loop``                 shows the stock loop one batch per step, and all
                                              others the user's arguments
     ``get_train_dataloader``                 loads updates
@@ -205,6 +206,11 @@ class GradAccMixin(Trainer):
             self._stopping.stop_at_end(self, lambda: self._save_unless_saved(self.model_wrapped))
         self.stop_signals.exit_if_asked()
         return result
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        before = (self.args.effective_batch_size, self.args.tokens_per_update)
+        super()._hp_search_setup(trial)
+        settle_drawn_size(self.args, before=before)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with stock_loop_sees_one_batch(self.args):
