@@ -1,7 +1,7 @@
 """The stock Trainer with updates in place of batches: each hook it overrides, once.
 
-One item of the loop's DataLoader is one `Update`, so the stock loop's ``gradient_accumulation_steps``
-is 1, and its steps, schedule, callbacks and epoch ends need no change. Inside
+One item of the loop's DataLoader is one `Update`, so ``gradient_accumulation_steps`` is 1 for the
+stock loop, and its steps, schedule, callbacks and epoch ends need no change. Inside
 ``training_update`` each micro-batch goes through ``training_step``, and so through the stock one,
 with the weight ``n_i / N``: its own targets over those of the whole update on all ranks.
 
