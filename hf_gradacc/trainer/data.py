@@ -29,7 +29,7 @@ from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
-from hf_gradacc.updates.stream import is_stream
+from hf_gradacc.updates.stream import UpdateStream, is_stream
 
 __all__ = ["TrainingData"]
 
@@ -49,7 +49,7 @@ class TrainingData:
         self.collator: UpdateCollator | None = None
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
-        self._first_rows: list[Any] | None = None
+        self._stream: UpdateStream | None = None
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -102,8 +102,12 @@ class TrainingData:
         )
         self.collator = loader.collator
         self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
+        before, self._stream = self._stream, None
+        if isinstance(loader.dataset, UpdateStream):
+            self._stream = loader.dataset
+            if before is not None:  # the loader has been asked for before, say for its length
+                self._stream.take_over(before)
         rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
-        self._first_rows = getattr(loader.dataset, "first_rows", None)
         self.sample_inputs = self.collate_sample(trainer, rows)
         if args.include_num_input_tokens_seen == "non_padding":
             _tell_unknown_padding(self.sample_inputs, self.collator)
@@ -167,7 +171,7 @@ class TrainingData:
             return loader.updates
         return GroupedBatches(
             loader,
-            micro_batches_per_update=trainer.args.gradient_accumulation_steps,
+            micro_batches_per_update=_batches_per_update(trainer.args, loader),
             main_input=getattr(trainer.model, "main_input_name", "input_ids"),
         ).as_loader()
 
@@ -229,7 +233,8 @@ class TrainingData:
         """
         loader = updates_of(loader)
         if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
-            values = list(stock_values(args, loader))
+            with changed(args, gradient_accumulation_steps=_batches_per_update(args, loader)):
+                values = list(stock_values(args, loader))
             values[5] = values[1]  # one step of the stock loop is one update
             return tuple(values)
         with changed(args, gradient_accumulation_steps=1):
@@ -247,6 +252,7 @@ class TrainingData:
     def membership(self, trainer: Any) -> dict[str, Any]:
         """Return what decides which sequences share an update; a resume must not change it."""
         args = trainer.args
+        first_rows = None if self._stream is None else self._stream.first_rows
         return {
             "effective_batch_size": self.effective_batch_size(trainer),
             "tokens_per_update": args.tokens_per_update,
@@ -254,8 +260,20 @@ class TrainingData:
             "order": _order(trainer),
             "num_sequences": count_rows_of(trainer.train_dataset),
             "incomplete_update": "keep" if args.keeps_incomplete_update else "drop",
-            "fingerprint": fingerprint(trainer.train_dataset, first_rows=self._first_rows),
+            "fingerprint": fingerprint(trainer.train_dataset, first_rows=first_rows),
         }
+
+
+def _batches_per_update(args: Any, loader: Any) -> int:
+    """Count the batches of a user's own loader that make an update.
+
+    Where ``effective_batch_size`` says how large that is, the loader's batch size says how many.
+    """
+    batch_size = getattr(loader, "batch_size", None)
+    if args.effective_batch_size is None or not batch_size:
+        steps: int = args.gradient_accumulation_steps
+        return steps
+    return max(1, round(args.effective_batch_size / (batch_size * args.world_size)))
 
 
 def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:
