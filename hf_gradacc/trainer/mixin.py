@@ -201,6 +201,7 @@ class GradAccMixin(Trainer):
         """
         checkpoint = choose_checkpoint(self.args, resume_from_checkpoint)
         self._gradient_gate.begin_run()
+        self._checkpoint_writer.begin_run()
         with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
             result = super().train(checkpoint, *args, **kwargs)
             self._stopping.stop_at_end(self, lambda: self._save_unless_saved(self.model_wrapped))
@@ -214,7 +215,7 @@ class GradAccMixin(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with stock_loop_sees_one_batch(self.args):
-            return super()._inner_training_loop(*args, **kwargs)
+            return self._stopping.run_loop(self, super()._inner_training_loop, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """Load updates; whoever iterates this loader by hand gets their micro-batches."""
@@ -235,6 +236,7 @@ class GradAccMixin(Trainer):
         self.ledger.restart()  # the new state copies what callbacks kept from the last train()
         self._noise_listener.restore(None)
         epochs, updates = super()._init_training_state(*args, **kwargs)
+        self.state.train_batch_size = self._train_batch_size
         saved = self.state.stateful_callbacks or {}
         self._noise_listener.take_over(self, saved.get("NoiseRecord"))
         self.token_budget = restored(self, TokenBudget)

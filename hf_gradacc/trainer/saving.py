@@ -89,13 +89,19 @@ class CheckpointWriter:
 
     Attributes:
         staging: Where the checkpoint in progress is written; None between checkpoints.
-        saved_step: Step of the last checkpoint that is whole.
+        saved_step: Step of the last checkpoint of this run that is whole.
+        newest: Its folder; None before the first.
     """
 
     def __init__(self) -> None:
         self.staging: Path | None = None
         self.saved_step = -1
+        self.newest: str | None = None
         self._error: Exception | None = None
+
+    def begin_run(self) -> None:
+        """Forget what an earlier run has saved."""
+        self.saved_step, self.newest = -1, None
 
     def save(
         self,
@@ -138,7 +144,7 @@ class CheckpointWriter:
         if problem is None and args.local_process_index == 0 and staged.is_dir():
             _complete(staged, final)  # this node has a disk of its own, where rank 0 wrote nothing
         if problem is None:
-            self.saved_step = state.global_step
+            self.saved_step, self.newest = state.global_step, str(final)
             rotate(args, state, run_dir)
             if args.push_to_hub:
                 push(str(final))

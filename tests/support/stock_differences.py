@@ -20,7 +20,4 @@ DIFFERENCES: dict[str, str] = {
     "test_with_a_limit_of_one_only_the_best_checkpoint_remains": (
         "the newest checkpoint stays beside the best, so that a resume does not go back"
     ),
-    "test_a_smaller_batch_is_searched_for_when_memory_runs_out": (
-        "a micro-batch that does not fit is cut; elsewhere a smaller one would free nothing"
-    ),
 }
