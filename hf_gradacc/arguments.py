@@ -18,6 +18,7 @@ __all__ = [
     "add_options",
     "check_options",
     "options_apart",
+    "settle_drawn_size",
 ]
 
 
@@ -339,6 +340,32 @@ def options_apart(values: Iterable[Any]) -> Iterator[dict[str, Any]]:
         for arguments, options in zip(ours, apart, strict=True):
             vars(arguments).update(options)
             arguments.__class__ = GradAccArguments
+
+
+def settle_drawn_size(arguments: Any, *, before: tuple[Any, Any]) -> None:
+    """Let the size of an update that a trial has drawn be the only one that is said.
+
+    A search sets single fields. Without this a drawn ``effective_batch_size`` would stand beside
+    the option that said the size before it.
+
+    Args:
+        arguments: After the trial has set its values.
+        before: ``effective_batch_size`` and ``tokens_per_update`` before that.
+
+    Raises:
+        ConfigError: If a value cannot be used.
+    """
+    sizes = ("effective_batch_size", "tokens_per_update")
+    for name, other, was in zip(sizes, reversed(sizes), before, strict=True):
+        drawn = getattr(arguments, name)
+        if drawn in (None, was):
+            continue
+        if not isinstance(drawn, str) and drawn == int(drawn):  # 16.0, or a number of numpy's
+            setattr(arguments, name, int(drawn))
+        setattr(arguments, other, None)
+        arguments.gradient_accumulation_steps = 1
+        break
+    check_options(arguments)
 
 
 def add_options(arguments: TrainingArguments, options: Mapping[str, Any] | None = None) -> None:

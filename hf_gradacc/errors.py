@@ -4,7 +4,7 @@
     ├── ConfigError (ValueError)     an option, a recipe key or a combination of them
     ├── DataError (ValueError)       a dataset, a row, a stream
     ├── LossError (RuntimeError)     a loss that cannot be accumulated exactly
-    ├── CheckpointError (RuntimeError)    a checkpoint that is damaged or not there
+    ├── CheckpointError (RuntimeError, ValueError)    a checkpoint that is damaged or not there
     ├── MemoryBudgetError (RuntimeError)  out of memory, and no finer cut helps
     ├── NonFiniteError (RuntimeError)     a loss or a gradient that is NaN or infinite
     └── RankFailedError (RuntimeError)    another rank failed, so this one stops, too
@@ -42,8 +42,11 @@ class LossError(GradAccError, RuntimeError):
     """The loss is not a mean that micro-batches can be weighted by."""
 
 
-class CheckpointError(GradAccError, RuntimeError):
-    """A checkpoint to resume from is damaged, or there is none."""
+class CheckpointError(GradAccError, RuntimeError, ValueError):
+    """A checkpoint to resume from is damaged, or there is none.
+
+    The stock Trainer raises ``ValueError`` where there is none, and programs catch that.
+    """
 
 
 class MemoryBudgetError(GradAccError, RuntimeError):

@@ -117,9 +117,22 @@ def train_recipe(recipe: Recipe, *, resume: bool | str = False, **changes: Any) 
     """
     trainer, data = build_trainer(recipe, **changes)
     trainer.train(resume_from_checkpoint=resume or trainer.args.resume_from_checkpoint)
-    metrics = trainer.evaluate() if data.eval is not None else {}
+    metrics: dict[str, float] = {}
+    if data.eval is not None:
+        metrics = _metrics_of_last_update(trainer) or trainer.evaluate()
     folder = save_model(trainer, peft=recipe.peft)
     return RunResult(trainer, data, metrics, folder)
+
+
+def _metrics_of_last_update(trainer: Any) -> dict[str, float]:
+    """Return the evaluation of the model as it is now, if training has just run it; else {}."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_global_step != state.global_step:
+        return {}  # another model has been loaded since
+    for row in reversed(state.log_history):
+        if "eval_loss" in row and row["step"] == state.global_step:
+            return {key: value for key, value in row.items() if key != "step"}
+    return {}
 
 
 FILE_NAME = "recipe.yaml"

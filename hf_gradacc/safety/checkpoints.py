@@ -22,6 +22,7 @@ import xxhash
 __all__ = [
     "MANIFEST_NAME",
     "find_damage",
+    "find_edits",
     "find_whole_checkpoint",
     "is_storage_error",
     "list_checkpoints",
@@ -52,14 +53,19 @@ def find_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str
     """Find the newest checkpoint without damage.
 
     Returns:
-        The checkpoint, or None, and one line for each newer one that is damaged.
+        The checkpoint, or None, and one line for each newer one that is damaged or was changed.
     """
     passed_over: list[str] = []
     for path in list_checkpoints(output_dir):
-        damage = find_damage(path)
-        if damage is None:
+        damage, edits = find_edits(path)
+        if damage is None and not edits:
             return path, passed_over
-        passed_over.append(f"{path.name} is damaged: {damage}")
+        change = (
+            f"was changed since it was written ({next(iter(edits), '')}); resume from it by name"
+        )
+        passed_over.append(
+            f"{path.name} is damaged: {damage}" if damage else f"{path.name} {change}"
+        )
     return None, passed_over
 
 
@@ -120,39 +126,97 @@ def is_storage_error(error: BaseException) -> bool:
 
 # ---- checking ----------------------------------------------------------------------------------
 def find_damage(folder: str | Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is whole.
+    """Return what is wrong with a checkpoint; None if it is as it was written.
 
     With a manifest, every file must have the size and hash written there. The stock Trainer writes
     none; then files are checked that can be: JSON must parse, safetensors files must have the
     length that their header states, and torch files must end as an archive does.
     """
+    damage, edits = find_edits(folder)
+    return damage or next(iter(edits), None)
+
+
+def find_edits(folder: str | Path) -> tuple[str | None, list[str]]:
+    """Tell damage from what somebody changed on purpose after a checkpoint was written.
+
+    A file that was written anew since the manifest is taken as it is, if it is whole. State that
+    was taken away starts anew, and weights may be in other files than before.
+
+    Returns:
+        What is damaged, or None; and one line for each change, with what follows from it.
+    """
     folder = Path(folder)
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
-        return _find_damage_without_manifest(folder)
+        return _find_damage_without_manifest(folder), []
     try:
         files = {
             str(name): (int(facts["bytes"]), str(facts["xxh3_128"]))
             for name, facts in json.loads(manifest.read_bytes())["files"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST_NAME} cannot be read ({type(error).__name__})"
+        return f"{MANIFEST_NAME} cannot be read ({type(error).__name__})", []
     if not files:
-        return f"{MANIFEST_NAME} lists no file"
-    for name, (written, _) in files.items():
+        return f"{MANIFEST_NAME} lists no file", []
+    edits = []
+    for name, (written, digest) in files.items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != written:
-            return f"{name} has {size:,} bytes where {written:,} were written"
-    for name, (_, digest) in files.items():
-        try:
-            found = _hash(folder / name)
-        except OSError as error:
-            return f"{name} cannot be read ({type(error).__name__})"
-        if found != digest:
-            return f"{name} holds other bytes than were written"
+            effect = _effect_of_removing(folder, name)
+            if effect is None:
+                return f"{name} is missing", []
+            edits.append(f"{name} is missing: {effect}")
+        elif problem := _find_difference(path, name, written=written, digest=digest):
+            if path.stat().st_mtime_ns <= manifest.stat().st_mtime_ns:
+                return problem, []
+            if torn := _find_torn(path, name):
+                return torn, []
+            edits.append(f"{problem}: it was changed since and is taken as it is")
+    return _find_missing_shard(folder), edits
+
+
+def _find_difference(path: Path, name: str, *, written: int, digest: str) -> str | None:
+    """Compare a file with what the manifest says of it."""
+    size = path.stat().st_size
+    if size != written:
+        return f"{name} has {size:,} bytes where {written:,} were written"
+    try:
+        found = _hash(path)
+    except OSError as error:
+        return f"{name} cannot be read ({type(error).__name__})"
+    return f"{name} holds other bytes than were written" if found != digest else None
+
+
+_STARTS_ANEW = {
+    "optimizer.pt": "the optimizer and the learning rate schedule start anew",
+    "optimizer.bin": "the optimizer and the learning rate schedule start anew",
+    "scheduler.pt": "the optimizer and the learning rate schedule start anew",
+    "scaler.pt": "the loss scale starts anew",
+}
+_NOT_READ = ("config.json", "generation_config.json", "training_args.bin")
+
+
+def _effect_of_removing(folder: Path, name: str) -> str | None:
+    """Return what follows from a file that was taken away; None if nothing can resume without."""
+    if name in _STARTS_ANEW:
+        return _STARTS_ANEW[name]
+    if re.fullmatch(r"rng_state(_\d+)?\.pth", name):
+        return "random numbers, as dropout draws them, start from the seed"
+    if re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", name):
+        others = sorted({*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")})
+        return f"the weights of {others[0].name} are taken" if others else None
+    if name in _NOT_READ or "token" in name or name.endswith((".md", ".txt", ".jinja")):
+        return "a resumed run does not read it"
+    return None
+
+
+def _find_missing_shard(folder: Path) -> str | None:
+    """Return a file that an index of weights names and that is not there."""
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(ValueError, KeyError):
+            for name in json.loads(index.read_bytes())["weight_map"].values():
+                if not (folder / name).is_file():
+                    return f"{name}, which {index.name} names, is missing"
     return None
 
 
@@ -160,17 +224,23 @@ def _find_damage_without_manifest(folder: Path) -> str | None:
     if not (folder / "trainer_state.json").is_file():
         return "trainer_state.json is missing"
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix == ".json":
-            try:
-                json.loads(path.read_bytes())
-            except ValueError:
-                return f"{name} is no valid JSON"
-        elif path.suffix == ".safetensors":
-            if not _is_whole_safetensors(path):
-                return f"{name} is shorter or longer than its header says"
-        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-            return f"{name} has no end of archive: it was cut off"
+        if torn := _find_torn(path, path.relative_to(folder).as_posix()):
+            return torn
+    return None
+
+
+def _find_torn(path: Path, name: str) -> str | None:
+    """Look whether a file ends where it should."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return f"{name} is no valid JSON"
+    elif path.suffix == ".safetensors":
+        if not _is_whole_safetensors(path):
+            return f"{name} is shorter or longer than its header says"
+    elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+        return f"{name} has no end of archive: it was cut off"
     return None
 
 

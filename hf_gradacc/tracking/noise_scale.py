@@ -82,6 +82,18 @@ class NoiseScale:
     high: float | None
     num_measurements: int
 
+    @property
+    def targets_per_sequence(self) -> float | None:
+        """Return the target tokens of a sequence of mean length; None without a finite scale.
+
+        By so much the scale may be too high. Where long rows have another gradient than short
+        ones, an update that drew many targets differs from the rest in its signal too, and the
+        noise of an update is what its own signal leaves. See the design note.
+        """
+        if not 0 < self.sequences < math.inf:
+            return None
+        return self.target_tokens / self.sequences
+
 
 def measure_noise(
     squared_norms: Sequence[float],
@@ -247,10 +259,12 @@ def judge_batch(scale: NoiseScale, *, tokens_per_update: float) -> Verdict:
             f"needs at least 5. Measure more often (noise_scale_every) or train longer.",
         )
     size = tokens_per_update
-    band = f"{_tokens(scale.low)} to {_tokens(scale.high)}"
+    band = f"{_tokens(scale.low)} to {_tokens(scale.high)} with 90 % confidence"
+    if scale.targets_per_sequence is not None:
+        band += f"; it may be a row, {_tokens(scale.targets_per_sequence)}, too high"
     head = (
         f"Updates held {_tokens(size)} target tokens; the gradient noise scale was "
-        f"{_tokens(scale.target_tokens)} ({band} with 90 % confidence)."
+        f"{_tokens(scale.target_tokens)} ({band})."
     )
     if math.isinf(scale.target_tokens) or scale.target_tokens == 0:
         costs = ""

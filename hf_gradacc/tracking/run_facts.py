@@ -12,6 +12,7 @@ import torch
 
 from hf_gradacc.tracking.mfu import count_parameters
 from hf_gradacc.tracking.parity_file import read_parity
+from hf_gradacc.updates.batches import updates_of
 
 __all__ = ["describe_batch", "describe_hardware", "describe_model", "describe_run", "versions"]
 
@@ -68,6 +69,7 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
     """
     requested = {name: getattr(args, name) for name in BATCH_OPTIONS if hasattr(args, name)}
     facts: dict[str, Any] = {"requested": requested, "world_size": getattr(args, "world_size", 1)}
+    train_dataloader = updates_of(train_dataloader)
     sampler = getattr(train_dataloader, "batch_sampler", None)
     if requested.get("tokens_per_update"):
         facts["tokens_per_update"] = requested["tokens_per_update"]

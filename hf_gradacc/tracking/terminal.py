@@ -23,6 +23,7 @@ from hf_gradacc.text import count_updates, duration, quantity
 from hf_gradacc.tracking.parity_file import describe_parity
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.run_files import RUN_NAME, RunFile, kind_of
+from hf_gradacc.updates.fingerprint import count_rows_of
 
 __all__ = [
     "RowPrinter",
@@ -271,8 +272,8 @@ def plan_rows(
         name = model["name_or_path"] or model["class"]
         yield "model", f"{name}, {quantity(total)} parameters, {share}, {'/'.join(model['dtypes'])}"
     dataset: Any = getattr(train_dataloader, "dataset", None)
-    if hasattr(dataset, "__getitems__"):  # a stream's items are updates, and it may have no length
-        yield "data", f"{len(dataset):,} rows"
+    if (num_rows := count_rows_of(dataset)) is not None:
+        yield "data", f"{num_rows:,} rows"
     ranks = batch["world_size"]
     size = (
         f"at least {batch['tokens_per_update']:,} target tokens"
@@ -309,11 +310,11 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
     """Describe in one line what was trained and with what result."""
     losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
     held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-    seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
+    seen = kept(state).get("target_tokens_seen")
     trained = count_updates(state.global_step - first_step)
     text = f"Trained {trained} in {duration(seconds)}"
     if seen:
-        text += f", {quantity(seen[-1])} target tokens seen"
+        text += f", {quantity(seen)} target tokens seen"
     if losses:
         text += f"; loss {number(losses[0])} -> {number(losses[-1])}"
     if held_out:

@@ -25,11 +25,12 @@ from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
+from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
-from hf_gradacc.updates.loader import GroupedBatches, ModelFacts, UpdateLoader, load_updates
+from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
-from hf_gradacc.updates.stream import is_stream
+from hf_gradacc.updates.stream import UpdateStream, is_stream
 
 __all__ = ["TrainingData"]
 
@@ -49,10 +50,11 @@ class TrainingData:
         self.collator: UpdateCollator | None = None
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
+        self._stream: UpdateStream | None = None
 
     # ---- the loader ----------------------------------------------------------------------------
 
-    def load(self, trainer: Any, *, is_stock_loader: bool, engine: Engine) -> UpdateLoader:
+    def load(self, trainer: Any, *, is_stock_loader: bool, engine: Engine) -> BatchLoader:
         """Build the loader of updates, and collate the rows the model is asked with.
 
         Args:
@@ -74,6 +76,17 @@ class TrainingData:
                     f"share of each update."
                 )
         dataset, data_collator = _drop_unused_columns(trainer, is_stock_loader=is_stock_loader)
+        sampler = None if is_stream(dataset) else _users_sampler(trainer)
+        options: dict[str, Any] = {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+            "persistent_workers": args.dataloader_persistent_workers,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "worker_init_fn": partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        }
         loader = load_updates(
             dataset,
             data_collator,
@@ -85,20 +98,35 @@ class TrainingData:
             world_size=args.world_size,
             on_accelerator=args.device.type != "cpu",
             lockstep=engine.deals_in_lockstep,
-            sampler=None if is_stream(dataset) else _users_sampler(trainer),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
+            sampler=sampler,
+            **options,
         )
         self.collator = loader.collator
+        self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
+        before, self._stream = self._stream, None
+        if isinstance(loader.dataset, UpdateStream):
+            self._stream = loader.dataset
+            if before is not None:  # the loader has been asked for before, say for its length
+                self._stream.take_over(before)
         rows = choose_probe_rows(loader, self.collator, tokens_per_update=args.tokens_per_update)
         self.sample_inputs = self.collate_sample(trainer, rows)
-        return loader
+        if args.include_num_input_tokens_seen == "non_padding":
+            _tell_unknown_padding(self.sample_inputs, self.collator)
+        steps = args.gradient_accumulation_steps
+        return BatchLoader(
+            loader,
+            dataset,
+            device=args.device,
+            steps_per_update=steps,
+            world_size=args.world_size,
+            total_batch_size=self.total_batch_size(trainer, args) // steps,
+            batch_size=trainer._train_batch_size,
+            drop_last=args.dataloader_drop_last and not is_stream(dataset),
+            collate_fn=data_collator,
+            sampler=sampler,
+            shuffle=args.train_sampling_strategy != "sequential",
+            **options,
+        )
 
     def collate_sample(self, trainer: Any, rows: list[Any]) -> Any:
         """Collate the rows the model is asked with, so that unusable ones show before training.
@@ -139,16 +167,14 @@ class TrainingData:
         return inputs
 
     def as_updates(self, trainer: Any, loader: Any) -> Any:
-        """Group the batches of a subclass's loader into updates; return our own as it is."""
-        if isinstance(loader, UpdateLoader):
-            return loader
-        loader = GroupedBatches(
+        """Return our updates, or group the batches of a subclass's loader into updates."""
+        if isinstance(loader, BatchLoader):
+            return loader.updates
+        return GroupedBatches(
             loader,
-            micro_batches_per_update=trainer.args.gradient_accumulation_steps,
+            micro_batches_per_update=_batches_per_update(trainer.args, loader),
             main_input=getattr(trainer.model, "main_input_name", "input_ids"),
         ).as_loader()
-        trainer.callback_handler.train_dataloader = loader
-        return loader
 
     def next_update(self, trainer: Any, ledger: Ledger, epoch_iterator: Iterator[Any]) -> list[Any]:
         """Take the next update, or nothing at the end of the epoch.
@@ -207,8 +233,10 @@ class TrainingData:
             As the stock method: epochs, updates per epoch, examples, samples, batch size, steps in
             an epoch, most steps.
         """
+        loader = updates_of(loader)
         if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
-            values = list(stock_values(args, loader))
+            with changed(args, gradient_accumulation_steps=_batches_per_update(args, loader)):
+                values = list(stock_values(args, loader))
             values[5] = values[1]  # one step of the stock loop is one update
             return tuple(values)
         with changed(args, gradient_accumulation_steps=1):
@@ -226,6 +254,7 @@ class TrainingData:
     def membership(self, trainer: Any) -> dict[str, Any]:
         """Return what decides which sequences share an update; a resume must not change it."""
         args = trainer.args
+        first_rows = None if self._stream is None else self._stream.first_rows
         return {
             "effective_batch_size": self.effective_batch_size(trainer),
             "tokens_per_update": args.tokens_per_update,
@@ -233,8 +262,20 @@ class TrainingData:
             "order": _order(trainer),
             "num_sequences": count_rows_of(trainer.train_dataset),
             "incomplete_update": "keep" if args.keeps_incomplete_update else "drop",
-            "fingerprint": fingerprint(trainer.train_dataset),
+            "fingerprint": fingerprint(trainer.train_dataset, first_rows=first_rows),
         }
+
+
+def _batches_per_update(args: Any, loader: Any) -> int:
+    """Count the batches of a user's own loader that make an update.
+
+    Where ``effective_batch_size`` says how large that is, the loader's batch size says how many.
+    """
+    batch_size = getattr(loader, "batch_size", None)
+    if args.effective_batch_size is None or not batch_size:
+        steps: int = args.gradient_accumulation_steps
+        return steps
+    return max(1, round(args.effective_batch_size / (batch_size * args.world_size)))
 
 
 def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:
@@ -282,6 +323,20 @@ def _refuse_unused_inputs(trainer: Any, inputs: Any, row: Any) -> None:
         f"the data collator returns {sorted(inputs)}; the first row has "
         f"{describe(row)}. Tokenize the dataset first, or give a data_collator that does."
     )
+
+
+def _tell_unknown_padding(inputs: Any, collator: UpdateCollator) -> None:
+    """Warn if nothing says which of the tokens to be counted are padding."""
+    if (
+        isinstance(inputs, Mapping)
+        and "attention_mask" not in inputs
+        and collator.pad_token_id is None
+    ):
+        logger.warning(
+            "include_num_input_tokens_seen = 'non_padding': batches have no attention_mask, and no "
+            "processing_class says what padding is. Rows count with the length they have in the "
+            "dataset."
+        )
 
 
 def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, Any]:

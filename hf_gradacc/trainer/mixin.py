@@ -1,7 +1,7 @@
 """The stock Trainer with updates in place of batches: each hook it overrides, once.
 
-One item of the DataLoader is one `Update`, so for the stock loop ``gradient_accumulation_steps``
-is 1, and its steps, schedule, callbacks and epoch ends need no change. Inside
+One item of the loop's DataLoader is one `Update`, so ``gradient_accumulation_steps`` is 1 for the
+stock loop, and its steps, schedule, callbacks and epoch ends need no change. Inside
 ``training_update`` each micro-batch goes through ``training_step``, and so through the stock one,
 with the weight ``n_i / N``: its own targets over those of the whole update on all ranks.
 
@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
-from hf_gradacc.arguments import GradAccArguments, add_options, options_apart
+from hf_gradacc.arguments import (
+    GradAccArguments,
+    add_options,
+    options_apart,
+    settle_drawn_size,
+)
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -37,6 +42,7 @@ from hf_gradacc.ranks.collectives import agree_on_inputs
 from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
+from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.signals import StopSignals
 from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.phases import PhaseClock
@@ -82,6 +88,7 @@ class GradAccMixin(Trainer):
     =======================================  =====================================================
     ``train``                                resumes from whole checkpoints only; SIGTERM and
                                              SIGINT end it after a whole, saved update
+    ``_hp_search_setup``                     lets a trial draw the size of an update
     ``_inner_training_loop``                 shows the stock loop one batch per step, and all
                                              others the user's arguments
     ``get_train_dataloader``                 loads updates
@@ -212,18 +219,24 @@ class GradAccMixin(Trainer):
         """
         checkpoint = choose_checkpoint(self.args, resume_from_checkpoint)
         self._gradient_gate.begin_run()
+        self._checkpoint_writer.begin_run()
         with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
             result = super().train(checkpoint, *args, **kwargs)
             self._stopping.stop_at_end(self, lambda: self._save_unless_saved(self.model_wrapped))
         self.stop_signals.exit_if_asked()
         return result
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        before = (self.args.effective_batch_size, self.args.tokens_per_update)
+        super()._hp_search_setup(trial)
+        settle_drawn_size(self.args, before=before)
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with stock_loop_sees_one_batch(self.args):
-            return super()._inner_training_loop(*args, **kwargs)
+            return self._stopping.run_loop(self, super()._inner_training_loop, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Load updates instead of micro-batches."""
+        """Load updates; whoever iterates this loader by hand gets their micro-batches."""
         behind: Any = super().get_train_dataloader
         if has_own_loader_behind(type(self), mixin=GradAccMixin):
             return behind()  # its batches are grouped, as those of a subclass's loader are
@@ -243,6 +256,7 @@ class GradAccMixin(Trainer):
         self.ledger.restart()  # the new state copies what callbacks kept from the last train()
         self._noise_listener.restore(None)
         epochs, updates = super()._init_training_state(*args, **kwargs)
+        self.state.train_batch_size = self._train_batch_size
         saved = self.state.stateful_callbacks or {}
         self._noise_listener.take_over(self, saved.get("NoiseRecord"))
         self.token_budget = restored(self, TokenBudget)
@@ -534,6 +548,7 @@ class GradAccMixin(Trainer):
         """Average the losses not yet logged over ranks; keep the newest checkpoint."""
         self._foreign_metrics.hand_over(self)
         self._noise_listener.tell_verdict(self)
+        keep(self.state, target_tokens_seen=self.ledger.window.target_tokens_seen)
         # The stock code would add only rank 0's losses.
         self._tr_loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean()
         with self._checkpoint_writer.keeping_newest(self.args):

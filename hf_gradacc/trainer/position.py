@@ -92,7 +92,12 @@ class Ledger(TrainerCallback, ExportableState):
                 f"rows are still to come:\n{_list(changed)}\nResume with those settings, or "
                 "set ignore_data_skip = True to start the data from its beginning."
             )
-        if of_data and not allow_changed_data:
+        if of_data and self.membership.get("order") == "stream":
+            logger.warning(
+                "the stream does not begin as it did when the checkpoint was written. It is read "
+                "on from the same place; if its order is random, rows come again or are left out."
+            )
+        elif of_data and not allow_changed_data:
             raise DataError(
                 "the training dataset is not the one the checkpoint was trained on:\n"
                 f"{_list(of_data)}\nResume with that dataset; set allow_changed_data = True "

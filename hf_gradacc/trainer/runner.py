@@ -398,11 +398,7 @@ def _halve(micro_batch: MicroBatch, *, collator: UpdateCollator | None) -> list[
         return [micro_batch]
     count = make_micro_batch
     if collator is not None:
-        count = partial(
-            make_micro_batch,
-            main_input=collator.main_input,
-            encoder_decoder=collator.encoder_decoder,
-        )
+        count = partial(make_micro_batch, **collator.counting)
 
     def cut(lengths: list[int]) -> list[list[int]]:
         middle = (len(lengths) + 1) // 2

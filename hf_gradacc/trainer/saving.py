@@ -15,7 +15,7 @@ from hf_gradacc.errors import CheckpointError
 from hf_gradacc.ranks.collectives import gather_objects, share_of_first_rank, wait_for_ranks
 from hf_gradacc.safety.checkpoints import (
     STAGING_NAME,
-    find_damage,
+    find_edits,
     find_whole_checkpoint,
     is_storage_error,
     publish,
@@ -59,7 +59,10 @@ def _look_for_checkpoint(
 ) -> tuple[str | None, str | None]:
     """Return a checkpoint, or what is wrong; neither if the run starts from the beginning."""
     if named is not None:
-        damage = find_damage(named) if Path(named).is_dir() else "there is no such folder"
+        is_there = Path(named).is_dir()
+        damage, edits = find_edits(named) if is_there else ("there is no such folder", [])
+        if edits and damage is None:
+            logger.warning(f"{Path(named).name} is not as it was written: {'; '.join(edits)}.")
         problem = (
             f"resume_from_checkpoint = {named!r}: {damage}.\n  Name another checkpoint, or use "
             f"True to take the newest whole one in output_dir."
@@ -86,13 +89,19 @@ class CheckpointWriter:
 
     Attributes:
         staging: Where the checkpoint in progress is written; None between checkpoints.
-        saved_step: Step of the last checkpoint that is whole.
+        saved_step: Step of the last checkpoint of this run that is whole.
+        newest: Its folder; None before the first.
     """
 
     def __init__(self) -> None:
         self.staging: Path | None = None
         self.saved_step = -1
+        self.newest: str | None = None
         self._error: Exception | None = None
+
+    def begin_run(self) -> None:
+        """Forget what an earlier run has saved."""
+        self.saved_step, self.newest = -1, None
 
     def save(
         self,
@@ -135,7 +144,7 @@ class CheckpointWriter:
         if problem is None and args.local_process_index == 0 and staged.is_dir():
             _complete(staged, final)  # this node has a disk of its own, where rank 0 wrote nothing
         if problem is None:
-            self.saved_step = state.global_step
+            self.saved_step, self.newest = state.global_step, str(final)
             rotate(args, state, run_dir)
             if args.push_to_hub:
                 push(str(final))
@@ -190,10 +199,10 @@ class CheckpointWriter:
             args.save_total_limit = limit
 
     def _name_best_checkpoint(self, trainer: Any, staged: Path, final: Path) -> None:
-        """Record the best checkpoint under its final name, not that of the staging folder."""
-        best = trainer.state.best_model_checkpoint
-        if best is not None and Path(best) == staged:
-            trainer.state.best_model_checkpoint = str(final)
+        """Record the best checkpoint under its final name; the stock code looks in staging only."""
+        best = final.with_name(f"checkpoint-{trainer.state.best_global_step}")
+        if best == final or (best.is_dir() and str(best) != trainer.state.best_model_checkpoint):
+            trainer.state.best_model_checkpoint = str(best)
             if trainer.args.should_save and self._error is None:
                 trainer.state.save_to_json(str(staged / "trainer_state.json"))
 

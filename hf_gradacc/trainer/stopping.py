@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
 
 from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
 from hf_gradacc.ranks.outcome import RankFailure
@@ -17,6 +18,16 @@ from hf_gradacc.safety.signals import EvaluationStopped, StopSignals
 from hf_gradacc.tracking.phases import Phase
 
 __all__ = ["Stopping", "outside_error"]
+
+logger = logging.get_logger(__name__)
+
+
+class _Final(Exception):  # noqa: N818  (no error of its own)
+    """Carries an error of ours past the stock search for a batch size."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class Stopping:
@@ -30,6 +41,7 @@ class Stopping:
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
+        self._begins_again = False
         self._is_evaluating = False
         self._after_evaluation: RandomState | None = None
 
@@ -47,22 +59,52 @@ class Stopping:
             trainer: The trainer.
             phase: Returns the phase that the update is in; None between updates.
         """
-        # Stock answers "out of memory" by starting over with smaller updates.
         args = trainer.args
-        finds_batch_size, args.auto_find_batch_size = args.auto_find_batch_size, False
+        finds_batch_size = args.auto_find_batch_size
+        # Where no other rank would wait, and rows are what limits a micro-batch.
+        can_find = args.world_size == 1 and args.max_tokens_per_micro_batch is None
+        args.auto_find_batch_size = finds_batch_size and can_find
+        self._begins_again = False
         self.signals.install()
         failure = RankFailure(Stopping._num_runs)
         Stopping._num_runs += 1
         try:
             yield
-        except Exception as error:
+        except Exception as raised:
+            error = raised.error if isinstance(raised, _Final) else raised
             explained = failure.explain(self._explain(trainer, error, phase()))
-            if explained is error:
+            if explained is raised:
                 raise
-            raise explained from error
+            raise explained from (None if explained is error else error)
         finally:
             self.signals.uninstall()
             args.auto_find_batch_size = finds_batch_size
+
+    def run_loop(
+        self, trainer: Any, stock_loop: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the stock loop, which ``auto_find_batch_size`` calls again with smaller batches.
+
+        It does so when memory ran out where no cut of an update helps. Updates stay as large as
+        they were, so the run goes on from its newest checkpoint, if it has saved one.
+        """
+        if self._begins_again:
+            size = kwargs.get("batch_size", args[0] if args else None)
+            place = "the beginning, with the weights as they are"
+            checkpoint = trainer._checkpoint_writer.newest or kwargs.get("resume_from_checkpoint")
+            if checkpoint is not None:
+                trainer._load_from_checkpoint(checkpoint)
+                kwargs["resume_from_checkpoint"] = place = checkpoint
+            logger.warning(
+                f"memory ran out: the run goes on from {place}, with at most {size} sequences in a "
+                f"micro-batch. Updates stay as large as they were."
+            )
+        try:
+            return stock_loop(*args, **kwargs)
+        except GradAccError as error:
+            raise _Final(error) from error  # its message may repeat the allocator's
+        finally:
+            self._begins_again = True
 
     def _explain(self, trainer: Any, error: Exception, phase: Phase | None) -> Exception:
         """Return what to raise for an error that ended the run: itself, or an explanation."""

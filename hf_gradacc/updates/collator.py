@@ -57,6 +57,8 @@ class UpdateCollator:
         overhead_tokens: What one more micro-batch costs, in computed tokens; weighed against
             padding where there is a token budget, or many ranks.
         num_ranks: Ranks that share an update.
+        pad_token_id: What padding is filled with, if no mask says where it is; None if that is not
+            known.
         noise_scale_every: Every so many updates of an epoch, cut in the order given instead of by
             length: a noise estimate needs micro-batches that are random samples of the update, and
             the rows of such an update are dealt in random order.
@@ -85,7 +87,17 @@ class UpdateCollator:
         self.num_ranks = 1
         self.rows_per_sequence: int | None = 1
         self.items_are_batches = False
+        self.pad_token_id: int | None = None
         self.noise_scale_every: int | None = None
+
+    @property
+    def counting(self) -> dict[str, Any]:
+        """What `make_micro_batch` has to know of the rows to count them."""
+        return {
+            "main_input": self.main_input,
+            "encoder_decoder": self.encoder_decoder,
+            "pad_token_id": self.pad_token_id,
+        }
 
     @property
     def max_tokens(self) -> int | None:
@@ -135,9 +147,8 @@ class UpdateCollator:
                 indices=tuple(kept[i][0] for i in piece),
                 lengths=() if self.items_are_batches else tuple(lengths[i] for i in piece),
                 places=() if self.items_are_batches else tuple(piece),
-                main_input=self.main_input,
-                encoder_decoder=self.encoder_decoder,
                 rows_per_sequence=self.rows_per_sequence,
+                **self.counting,
             )
             for piece, batch in inputs
         ]
@@ -221,6 +232,7 @@ def make_micro_batch(
     places: tuple[int, ...] = (),
     main_input: str = "input_ids",
     encoder_decoder: bool = False,
+    pad_token_id: int | None = None,
     rows_per_sequence: int | None = 1,
 ) -> MicroBatch:
     """Count what a collated batch holds.
@@ -233,6 +245,7 @@ def make_micro_batch(
         places: Their places in the rank's share of the update.
         main_input: The feature that holds the sequence.
         encoder_decoder: Labels are fed in too, and cost tokens of their own.
+        pad_token_id: Input tokens that are padding where no mask says so, as stock counts them.
         rows_per_sequence: Collated rows of each sequence; None if they cannot be told apart.
     """
     mapping = inputs if isinstance(inputs, Mapping) else {}
@@ -242,6 +255,7 @@ def make_micro_batch(
         num_sequences = len(rows)
     used, computed = _count_tokens(mapping, rows or (), main_input, encoder_decoder)
     targets = count_all_targets(mapping, num_sequences=num_sequences, num_input_tokens=used)
+    used -= _count_unmasked_padding(mapping, used, main_input, pad_token_id)
     return MicroBatch(
         inputs,
         targets,
@@ -273,6 +287,18 @@ def _count_tokens(
         used += int(labels.ne(IGNORE_INDEX).sum())
         computed += labels.numel()
     return used, computed
+
+
+def _count_unmasked_padding(
+    inputs: Mapping[str, Any], used: int, main_input: str, pad_token_id: int | None
+) -> int:
+    """Count the padding among tokens that were taken for used, since no mask says otherwise."""
+    main = find_main_input(inputs, main_input)
+    if main is None or pad_token_id is None or main.is_floating_point():
+        return 0
+    if "attention_mask" in inputs:
+        return 0
+    return max(0, used - int(main.ne(pad_token_id).sum()))
 
 
 class _seeded:  # noqa: N801  (a context manager, used as a function)

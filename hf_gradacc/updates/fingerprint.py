@@ -6,9 +6,8 @@ a random number where that cannot be hashed. This one is a hash of what is in it
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -23,15 +22,19 @@ __all__ = ["count_rows_of", "fingerprint"]
 
 _BLOCK = 1000
 _MOST_BLOCKS = 100
-_FIRST_ROWS = 16
 
 
-def fingerprint(dataset: Any) -> str | None:
+def fingerprint(dataset: Any, *, first_rows: Sequence[Any] | None = None) -> str | None:
     """Hash the rows of a dataset; None if that would be expensive or use them up.
 
     Of a ``datasets.Dataset`` or a list with more than 100,000 rows, 100 evenly spaced blocks of
-    1,000 are hashed; of a stream its first 16 rows. Any other map dataset may compute its rows, or
-    draw them at random, and is not asked.
+    1,000 are hashed. Of a stream only rows are that were read already: it may be a queue or an open
+    file, and whoever begins to read it again loses rows. Any other map dataset may compute its
+    rows, or draw them at random, and is not asked.
+
+    Args:
+        dataset: The dataset.
+        first_rows: Its first rows, if they have been read.
 
     >>> rows = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
     >>> fingerprint(rows) == fingerprint(datasets.Dataset.from_list(rows))
@@ -51,11 +54,8 @@ def fingerprint(dataset: Any) -> str | None:
     elif isinstance(dataset, (list, tuple)):
         for start, stop in _blocks(len(dataset)):
             digest.update(_json_of(dataset[start:stop]))
-    elif is_stream(dataset):
-        iterator = iter(dataset)
-        if iterator is dataset:
-            return None  # a one-shot stream: looking would lose its first rows
-        digest.update(_json_of(itertools.islice(iterator, _FIRST_ROWS)))
+    elif is_stream(dataset) and first_rows is not None:
+        digest.update(_json_of(first_rows))
     else:
         return None
     return digest.hexdigest()

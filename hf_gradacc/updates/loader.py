@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,24 +14,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.budget import FIRST_BUDGET
-from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_stream, take_until
 from hf_gradacc.updates.targets import can_have_target, count_row_targets
-from hf_gradacc.updates.update import Update
 
 if TYPE_CHECKING:
     from hf_gradacc.arguments import GradAccArguments
 
 __all__ = [
-    "GroupedBatches",
     "IndexedRows",
     "ModelFacts",
     "UpdateLoader",
@@ -386,43 +383,3 @@ def deal_update(
         attention_length=attention_length,
         lockstep=lockstep,
     )
-
-
-class GroupedBatches(IterableDataset[Update]):
-    """Group the batches of a user's own loader into updates.
-
-    For trainers that override ``get_train_dataloader``: they make the plan, and the weights are
-    exact as before.
-    """
-
-    def __init__(self, loader: Any, *, micro_batches_per_update: int, main_input: str) -> None:
-        self.loader = loader
-        self.size = micro_batches_per_update
-        self.main_input = main_input
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.loader) // self.size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on."""
-        self.epoch = epoch
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Update]:
-        batches = iter(self.loader)
-        for index in itertools.count():
-            group = list(itertools.islice(batches, self.size))
-            if not group:
-                return
-            micro_batches = [make_micro_batch(b, main_input=self.main_input) for b in group]
-            yield Update(micro_batches, self.epoch, index)
-
-    def as_loader(self) -> UpdateLoader:
-        """Wrap into a DataLoader, which resuming knows how to fast-forward."""
-        return UpdateLoader(self, batch_size=None, collate_fn=_identity)
-
-
-def _identity(update: Any) -> Any:
-    return update

@@ -154,8 +154,7 @@ def cut_to_limit(
     def count_as_collated(inputs: Any, **known: Any) -> MicroBatch:
         micro_batch = make_micro_batch(
             inputs,
-            main_input=collator.main_input,
-            encoder_decoder=collator.encoder_decoder,
+            **collator.counting,
             **known,
         )
         if collator.packed:  # laid out end to end later

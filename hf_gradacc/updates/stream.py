@@ -141,6 +141,9 @@ class UpdateStream(IterableDataset[Rows]):
         world_size: Number of ranks.
         seed: Of the order in which a measured update is dealt.
         noise_scale_every: As in `UpdateSampler`.
+
+    Attributes:
+        first_rows: The first rows, once `peek` has looked at them.
     """
 
     def __init__(
@@ -169,6 +172,7 @@ class UpdateStream(IterableDataset[Rows]):
         self._start: tuple[int, int, dict[str, Any]] | None = None
         self._begun: Iterator[Any] | None = None
         self._first_epoch: int | None = None
+        self.first_rows: list[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass that has begun stays here; a worker that is not a fork begins one of its own.
@@ -179,11 +183,19 @@ class UpdateStream(IterableDataset[Rows]):
 
         A generator or an open file gives its rows only once, so these would be lost.
         """
+        if self._begun is not None and self.first_rows is not None:
+            return self.first_rows
         rows = iter(self.dataset)
-        first = list(itertools.islice(rows, count))
+        first = self.first_rows = list(itertools.islice(rows, count))
         if not hasattr(self.dataset, "set_epoch"):  # such streams are told their epoch, then begin
             self._begun = itertools.chain(first, rows)
         return first
+
+    def take_over(self, other: UpdateStream) -> None:
+        """Go on with the pass that another loader of the same rows looked into, and never began."""
+        if other.dataset is self.dataset and other._begun is not None:
+            self._begun, other._begun = other._begun, None
+            self.first_rows = other.first_rows
 
     def _begin(self) -> Iterator[Any]:
         """Begin a pass over the dataset's rows, or go on with the one that `peek` began."""

@@ -336,7 +336,7 @@ def test_a_sampler_without_a_seed_is_drawn_once_an_epoch(tmp_path):
     trainer = make_trainer(
         tmp_path, ROWS, trainer_class=Replacing, tokens_per_update=30, max_steps=1
     )
-    sampler = trainer.get_train_dataloader().batch_sampler
+    sampler = trainer.get_train_dataloader().updates.batch_sampler
     assert sampler.membership(0) == sampler.membership(0) == [list(share) for share in sampler]
     assert sampler.membership(1) != sampler.membership(0)
 

@@ -105,7 +105,7 @@ def train(case, folder, *, optimizer, max_grad_norm, rows_per_micro_batch):
     trainer.train()
     assert watch.looked >= UPDATES // 2
     assert watch.moved == 0
-    sampler = trainer.get_train_dataloader().batch_sampler
+    sampler = trainer.get_train_dataloader().updates.batch_sampler
     updates = [u for epoch in range(UPDATES) for u in sampler.membership(epoch)][:UPDATES]
     assert len({len(members) for members in updates}) == 2
     return model, updates

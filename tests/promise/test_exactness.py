@@ -29,7 +29,7 @@ def run(tmp_path, rows=ROWS, **options):
     )
     with float64_everywhere():
         trainer.train()
-    sampler = trainer.get_train_dataloader().batch_sampler
+    sampler = trainer.get_train_dataloader().updates.batch_sampler
     return trainer, recorder.gradients, sampler.membership(0)
 
 
@@ -125,7 +125,7 @@ def test_the_weights_after_20_updates_are_those_of_whole_batches(tmp_path, optim
             lr_scheduler_type="constant",
         )
         trainer.train()
-        sampler = trainer.get_train_dataloader().batch_sampler
+        sampler = trainer.get_train_dataloader().updates.batch_sampler
         step = make(whole.parameters())
         for epoch in range(4):
             for members in sampler.membership(epoch):

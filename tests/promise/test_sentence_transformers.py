@@ -26,7 +26,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from sentence_transformers.sparse_encoder import losses as sparse_losses
 
 from hf_gradacc import GradAccMixin, GradAccOptions
-from hf_gradacc.errors import LossError
 from hf_gradacc.loss.refusals import _ROW_BY_ROW, find_inexact_by_name
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

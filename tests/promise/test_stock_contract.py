@@ -41,6 +41,7 @@ CALLED_FROM = {
     "_get_num_items_in_batch": ["prediction_step"],
     "_get_output_dir": ["_save_checkpoint", "_finalize_training"],
     "_init_training_state": ["_inner_training_loop"],
+    "_hp_search_setup": ["train"],
     "_inner_training_loop": ["train"],
     "_load_rng_state": ["_run_epoch"],
     "_maybe_log_save_evaluate": ["_run_epoch"],

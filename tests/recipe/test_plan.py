@@ -89,7 +89,7 @@ def loaded(tmp_path, monkeypatch, rows, *, world_size, **options):
         with monkeypatch.context() as patch:
             patch.setattr(type(trainer.args), "world_size", world_size)
             patch.setattr(type(trainer.args), "process_index", rank)
-            loader = trainer.get_train_dataloader()
+            loader = trainer.get_train_dataloader().updates
         loader.collator.rule = TargetRule.NEXT_TOKEN  # as the model says once it is asked
         loader.collator.packed = options.get("layout") == "packed"
         found += [update.micro_batches for update in loader]

@@ -63,6 +63,32 @@ def test_the_resolved_recipe_is_filed_with_the_run_and_no_secret_is(
         assert b"hf_of-the-environment" not in content, file
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4]),
+        ({"eval_strategy": "no"}, [4]),
+        ({"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 9}, [4]),
+        # The first model stays the best: it is loaded at the end, and evaluated then.
+        (
+            {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+             "save_strategy": "steps", "save_steps": 2, "greater_is_better": True},
+            [2, 4, 4],
+        ),
+    ],
+    ids=["at its end", "never", "not yet", "another model"],
+)  # fmt: skip
+def test_the_model_that_is_saved_is_evaluated_once(recipe, tmp_path, changes, steps):
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.data.holdout = 0.5
+    result = train_recipe(recipe, max_steps=4, report_to="none", **changes)
+    rows = [row for row in result.trainer.state.log_history if "eval_loss" in row]
+    assert [row["step"] for row in rows] == steps
+    assert result.metrics["eval_loss"] == rows[-1]["eval_loss"]
+
+
 class Tokenizer:
     """As much of a tokenizer as a config asks for."""
 

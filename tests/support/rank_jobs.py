@@ -355,8 +355,8 @@ def _note_membership(trainer: Any) -> list[tuple[int, int, tuple[int, ...]]]:
 
     def get_train_dataloader() -> Any:
         loader = get_loader()
-        loader.collate_fn.__class__ = Membership
-        loader.collate_fn.seen = seen
+        loader.updates.collate_fn.__class__ = Membership
+        loader.updates.collate_fn.seen = seen
         return loader
 
     trainer.get_train_dataloader = get_train_dataloader

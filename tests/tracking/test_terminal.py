@@ -68,6 +68,14 @@ def test_the_terminal_tells_the_plan_and_what_to_do_next(tmp_path, capsys):
     assert any(line.endswith(f"hf-gradacc report {tmp_path / 'out'}") for line in lines)
 
 
+@pytest.mark.parametrize("logging_steps", [1, 3, 500])
+def test_the_last_line_counts_all_updates_whatever_was_logged(tmp_path, capsys, logging_steps):
+    trainer = tracked_trainer(tmp_path, report_to="none", logging_steps=logging_steps)
+    trainer.train()
+    seen = sum(label != -100 for row in trainer.train_dataset for label in row["labels"][1:])
+    assert f"Trained 4 updates in 0 s, {seen} target tokens seen" in capsys.readouterr().out
+
+
 def test_a_quiet_log_level_silences_plan_and_summary(tmp_path, capsys):
     tracked_trainer(tmp_path / "out", report_to="none", log_level="error", max_steps=1).train()
     printed = capsys.readouterr().out

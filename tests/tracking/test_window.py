@@ -15,7 +15,7 @@ def train(tmp_path, **options):
     settings = {"effective_batch_size": 4, "per_device_train_batch_size": 2}
     trainer = make_trainer(tmp_path, ROWS, **settings | options)
     trainer.train()
-    return trainer, trainer.get_train_dataloader().batch_sampler.membership(0)
+    return trainer, trainer.get_train_dataloader().updates.batch_sampler.membership(0)
 
 
 def test_each_row_counts_what_its_update_held(tmp_path):

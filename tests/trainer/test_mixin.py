@@ -108,7 +108,7 @@ def test_random_masks_are_a_function_of_the_update_not_of_what_ran_before(tmp_pa
             tmp_path, rows, data_collator=collator, dataloader_num_workers=workers, **WHOLE
         )
         torch.rand(1 + workers)
-        loader = trainer.get_train_dataloader()
+        loader = trainer.get_train_dataloader().updates
         seen.append([mb.inputs["input_ids"].tolist() for update in loader for mb in update])
     assert seen[0] == seen[1]
 
@@ -327,7 +327,7 @@ def test_the_loader_of_a_subclass_keeps_its_micro_batches_and_gets_exact_weights
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
 def test_every_sampling_strategy_of_stock_is_taken(tmp_path, strategy):
     trainer, _ = train(tmp_path, train_sampling_strategy=strategy, gradient_accumulation_steps=2)
-    members = trainer.get_train_dataloader().batch_sampler.membership(0)
+    members = trainer.get_train_dataloader().updates.batch_sampler.membership(0)
     in_order = sorted(i for update in members for i in update)
     assert in_order == list(range(10))
     assert (members[0] == [0, 1, 2, 3]) is (strategy == "sequential")

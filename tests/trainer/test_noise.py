@@ -67,7 +67,7 @@ def test_measuring_changes_no_gradient(tmp_path, every):
 
 def test_the_figure_is_that_of_the_micro_batches_cut_in_the_order_dealt(tmp_path):
     trainer, gradients = train(tmp_path, noise_scale_every=2)
-    members = next(iter(trainer.get_train_dataloader().batch_sampler))
+    members = next(iter(trainer.get_train_dataloader().updates.batch_sampler))
     model = tiny_llama().train()
     weighted, counts = [], []
     with float64_everywhere():
@@ -123,7 +123,7 @@ def test_only_what_is_trained_is_measured_and_sums_may_be_wider_than_weights(
     model = make().train()  # outside: weights are drawn in the default dtype
     with float64_everywhere():
         trainer.train()
-        order = list(next(iter(trainer.get_train_dataloader().batch_sampler)))
+        order = list(next(iter(trainer.get_train_dataloader().updates.batch_sampler)))
         expected = measured_by_hand(model, [order], 2)
     (actual,) = trainer._noise_listener.record.meter.measurements
     # Both are differences: what rounding does to them is measured by what they are taken from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import re
@@ -257,7 +258,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monk
     weights = tmp_path / "checkpoint-8" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-9] ^= 1
+    written = weights.stat()
     weights.write_bytes(bytes(damaged))
+    os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns))  # nobody wrote it: it rotted
     said = []
     monkeypatch.setattr("hf_gradacc.trainer.saving.logger.warning", said.append)
     again = train_and_report(str(tmp_path), stop=8, resume=True)
@@ -344,10 +347,20 @@ def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path):
     assert not left.parent.exists()
 
 
-def test_a_damaged_checkpoint_asked_for_by_name_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("optimizer.pt", cut_off, "bytes where .* were written|end of archive"),
+        ("model.safetensors", cut_off, "bytes where .* were written|header"),
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
+        ("trainer_state.json", cut_off, "bytes where .* were written|no valid JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_asked_for_by_name_is_refused(tmp_path, name, damage, words):
     train_and_report(str(tmp_path), stop=2)
-    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
+    damage(tmp_path / "checkpoint-2" / name)
+    with pytest.raises(CheckpointError, match=words):
         train_and_report(str(tmp_path), resume=str(tmp_path / "checkpoint-2"))
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         train_and_report(str(tmp_path), resume=True)

@@ -86,7 +86,7 @@ def test_tuning_never_changes_a_gradient(tmp_path, workers):
     with float64_everywhere():
         trainer.train()
         assert trainer.token_budget.tuner.settled
-        sampler = trainer.get_train_dataloader().batch_sampler
+        sampler = trainer.get_train_dataloader().updates.batch_sampler
         assert len(recorder.gradients) == 24
         for epoch in (0, 11):
             gradients = recorder.gradients[2 * epoch :][:2]

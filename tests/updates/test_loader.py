@@ -72,7 +72,7 @@ def test_neither_ranks_nor_cut_nor_layout_nor_workers_move_a_row_to_another_upda
 def members(tmp_path, **options):
     """The dataset's rows in each update of the first pass, by the trainer's own loader."""
     trainer = make_trainer(tmp_path, ROWS, effective_batch_size=8, **options)
-    loader = trainer.get_train_dataloader()
+    loader = trainer.get_train_dataloader().updates
     return [sorted(row for mb in update for row in mb.rows) for update in loader]
 
 
