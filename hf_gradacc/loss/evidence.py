@@ -130,6 +130,19 @@ class Evidence:
         """The answers for as many copies of each row as there are rows."""
         return self._ask_parts([self.take([i] * self.num_rows) for i in range(self.num_rows)])
 
+    @cached_property
+    def grows_with_copies(self) -> bool:
+        """Whether the copies of a row have a loss about as many times its own.
+
+        A sum of copies is as many times its row's as there are rows: by itself it looks like the
+        mean over rows that are as many times larger.
+        """
+        places = [i for i, many in enumerate(self.copies) if many.loss > 0]
+        if self.num_rows < 2 or not places:
+            return False
+        (one,) = self._ask_parts([self.rows[places[-1]]])
+        return self.copies[places[-1]].loss > math.sqrt(self.num_rows) * one.loss
+
     def _ask_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Ask with each part; one that the model cannot take answers NaN, which fits nothing."""
         answers = []

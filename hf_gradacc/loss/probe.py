@@ -104,7 +104,9 @@ def probe_in_place(inputs: Mapping[str, Any], ask: Ask, **options: Any) -> LossF
             "not show what the loss is a mean over: the gradient of an update may depend on how it "
             "is cut.",
         )
-    rule, weighing = found or (evidence.tell_shift(evidence.order[0]), "mean")
+    rule, weighing = found or (evidence.order[0], "mean")
+    if found is None or weighing == "sum":
+        rule = evidence.tell_shift(evidence.order[0])
     return LossFacts(
         rule,
         weighing,
@@ -183,9 +185,12 @@ def measure_padding(
 def _facts(evidence: Evidence) -> LossFacts:
     """Ask until the answers decide, and say in plain words what they leave open."""
     found, errors, is_padding = _find(evidence)
-    if found is not None and found[1] == "sum" and not evidence.wants_own_count:
-        rule = evidence.tell_shift(evidence.order[0])
-        found = (rule, "mean") if _divided_by_its_count(evidence, rule) else found
+    if found is not None and found[1] == "sum":
+        # Every rule fits a sum; the targets are those that labels say.
+        errors_of_sum, rule = errors.get(found, _NOTHING), evidence.tell_shift(evidence.order[0])
+        is_mean = not evidence.wants_own_count and _divided_by_its_count(evidence, rule)
+        found = (rule, "mean" if is_mean else "sum")
+        errors = {found: errors_of_sum}
     if found is None and not evidence.wants_own_count:
         found, errors, is_padding = _find_with_own_count(evidence) or (None, errors, False)
     warnings = []
@@ -229,6 +234,8 @@ def _find(evidence: Evidence) -> tuple[Found | None, Errors, bool]:
             return found, errors, False
     of_copies = evidence.errors_of(evidence.copies)
     found = evidence.first_fit(of_copies, tight=evidence.is_coarse)
+    if found is not None and evidence.grows_with_copies:
+        return (found[0], "sum"), {(found[0], "sum"): of_copies[found]}, bool(errors)
     by_masks = None if found else evidence.by_masks
     if found is None and evidence.is_coarse:
         is_explained = by_masks is not None and evidence.fits(of_copies[by_masks])
@@ -282,7 +289,9 @@ def _closest(errors: Errors, *, first: Found) -> Found:
 def _facts_of_draws(evidence: Evidence) -> LossFacts:
     """Ask a loss that draws random numbers: only forwards of one shape draw the same ones."""
     seen = evidence.by_masks or evidence.by_rotations()
-    found = seen or (evidence.tell_shift(evidence.order[0]), "mean")
+    found = seen or (evidence.order[0], "mean")
+    if seen is None or seen[1] == "sum":
+        found = (evidence.tell_shift(evidence.order[0]), found[1])
     warnings: tuple[str, ...] = ()
     if seen is None:
         what = "rows" if found[0] is TargetRule.SEQUENCE else "target tokens"

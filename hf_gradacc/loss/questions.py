@@ -60,12 +60,15 @@ def misfit(
     >>> misfit(Answer(3.5), [Answer(1.0), Answer(2.5)], [1, 2], "sum")
     (0.0, 0.0)
     """
-    total = sum(counts) if weighing == "mean" else 1
-    pairs = [
-        (n / total if weighing == "mean" else 1.0, part)
-        for n, part in zip(counts, parts, strict=True)
-        if n
-    ]
+    if weighing == "mean":
+        total = sum(counts)
+        pairs = [(n / total, part) for n, part in zip(counts, parts, strict=True) if n]
+    else:  # a row without a target may have a loss, as an empty transcript has
+        pairs = [
+            (1.0, part)
+            for n, part in zip(counts, parts, strict=True)
+            if n or math.isfinite(part.loss)
+        ]
     loss_error = differ(together.loss, sum(weight * part.loss for weight, part in pairs))
     gradients = [part.gradient for _, part in pairs]
     if together.gradient is None or any(gradient is None for gradient in gradients):
@@ -173,11 +176,11 @@ def shorten_first_row(inputs: Mapping[str, Any], *, pad_token_id: int) -> dict[s
 
 
 def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Make rows differ in their number of targets, and only the first keep its first label.
+    """Make rows differ in their number of targets, and only one keep its first label.
 
     If all rows have equally many targets, a mean over tokens equals a mean over rows; if all or
-    none has its first label, a loss that shifts its labels looks like one that does not. At least
-    one token is no target.
+    none has its first label, a loss that shifts its labels looks like one that does not; if every
+    token is a target, a loss over labels looks like one over its input.
 
     Args:
         inputs: Collated rows; labels other than `has_token_labels` are left as they are.
@@ -185,7 +188,7 @@ def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
     >>> labels = torch.tensor([[-100, 5, 6, 7], [-100, 8, 9, 4]])
     >>> varied = vary_targets({"input_ids": labels.clamp(min=1), "labels": labels})
     >>> varied["labels"].tolist()
-    [[5, 5, -100, -100], [-100, 8, 9, 4]]
+    [[-100, 5, -100, -100], [5, 8, 9, 4]]
     """
     name, labels = labels_of(inputs)
     if labels is None or not has_token_labels(inputs) or len(labels) < 2:
@@ -194,30 +197,47 @@ def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if len(known) == 0:
         return dict(inputs)
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-    free = labels.ne(IGNORE_INDEX)
+    free, is_per_token = labels.ne(IGNORE_INDEX), False
     if isinstance(ids, Tensor) and ids.shape == labels.shape:
+        is_per_token = True
         free = torch.ones_like(free)
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             free = mask.ne(0)
-    after_first = free.clone()
-    after_first[:, 0] = False
+    places = [row.nonzero().squeeze(-1).tolist() for row in free[:, 1:]]
+    room = [len(row) for row in places]
     counts = labels[:, 1:].ne(IGNORE_INDEX).sum(1).tolist()
+    # Any label that some row has is one the loss can take, be it a token or a class.
+    filled = torch.where(labels.ne(IGNORE_INDEX), labels, known[0])
     varied = labels.clone()
-    if len(set(counts)) < len(counts) or 0 in counts:
-        before = 0
-        for i in range(len(labels)):
-            places = after_first[i].nonzero().squeeze(-1)
-            share = len(places) * i // (len(labels) - 1)
-            before = min(max(before + 1, share), len(places))
-            kept = places[:before]
-            fill = labels[i, kept]
-            varied[i] = IGNORE_INDEX
-            # Any label that some row has is one the loss can take, be it a token or a class.
-            varied[i, kept] = torch.where(fill.ne(IGNORE_INDEX), fill, known[0])
-    varied[1:, 0] = IGNORE_INDEX
-    if bool(varied[after_first].ne(IGNORE_INDEX).all()):
-        # Else a loss over labels looks like one over all of its input.
-        varied[-1, after_first[-1].nonzero()[0]] = IGNORE_INDEX
-    if bool(free[0, 0]):
-        varied[0, 0] = labels[0, 0] if labels[0, 0] != IGNORE_INDEX else known[0]
+    if len(set(counts)) < len(counts) or 0 in counts or (is_per_token and counts == room):
+        counts = _unequal_counts(room, all_may_be_full=not is_per_token)
+        varied[:] = IGNORE_INDEX
+        for i, count in enumerate(counts):
+            kept = torch.tensor(places[i][:count], dtype=torch.int64, device=labels.device) + 1
+            varied[i, kept] = filled[i, kept]
+    most = counts.index(max(counts))
+    # A row that has no other target keeps its first label, too.
+    keeps_first = torch.tensor([i == most or not n for i, n in enumerate(counts)])
+    keeps_first = keeps_first.to(labels.device) & free[:, 0]
+    varied[:, 0] = filled[:, 0].where(keeps_first, IGNORE_INDEX)
     return {**inputs, name: varied}
+
+
+def _unequal_counts(room: Sequence[int], *, all_may_be_full: bool) -> list[int]:
+    """Spread numbers of targets over rows that have room for so many, as unequal as they can be.
+
+    >>> _unequal_counts([3, 3, 3], all_may_be_full=True)
+    [1, 2, 3]
+    >>> _unequal_counts([2, 3, 5], all_may_be_full=False)
+    [1, 2, 5]
+    """
+    counts, before = [0] * len(room), 0
+    for place, i in enumerate(sorted(range(len(room)), key=lambda i: room[i])):
+        share = room[i] * place // (len(room) - 1)
+        before = counts[i] = min(max(before + 1, share), room[i])
+    if not all_may_be_full and counts == list(room):
+        for i in sorted(range(len(room)), key=lambda i: -counts[i]):
+            fewer = [n - (j == i) for j, n in enumerate(counts)]
+            if min(fewer) > 0 and len(set(fewer)) == len(set(counts)):
+                return fewer
+    return counts

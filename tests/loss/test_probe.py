@@ -23,7 +23,7 @@ def ask(loss_of_batch, batch=BATCH, **options):
         with torch.no_grad(), float64_everywhere():
             return Answer(float(loss_of_batch(inputs, count)))
 
-    return probe_loss(batch, loss_of, dtype=torch.float64, **options)
+    return probe_loss(batch, loss_of, **{"dtype": torch.float64, **options})
 
 
 def logits_of(inputs):
@@ -97,6 +97,30 @@ def test_a_sum_is_told_from_a_mean_whether_or_not_it_takes_its_count():
     facts = ask(divided)
     assert (facts.rule, facts.weighing, facts.wants_own_count) == ("next_token", "mean", True)
     assert facts.notes == ()
+
+
+def test_a_sum_is_told_from_a_mean_through_padding_rounding_and_rows_without_a_target():
+    def leaking(inputs, count=None):
+        logits = logits_of(inputs) + 0.01 * inputs["input_ids"].shape[1]
+        both = torch.cat([logits, logits.sum(1, keepdim=True).expand_as(logits)], -1)
+        return cross_entropy(both[:, :-1], inputs["labels"][:, 1:], reduction="sum")
+
+    facts = ask(leaking)
+    assert (facts.weighing, facts.pad_to_one_width) == ("sum", True)
+
+    def summed(inputs, count=None):
+        return shifting(inputs, reduction="sum")
+
+    assert ask(summed, dtype=torch.bfloat16).weighing == "sum"
+    assert ask(shifting, dtype=torch.bfloat16).weighing == "mean"
+
+    def of_rows(inputs, count=None):
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return ((logits_of(inputs) * mask).sum(1) / mask.sum(1)).square().mean(-1).sum()
+
+    labels = BATCH["labels"].clone()
+    labels[0, 1:] = -100
+    assert ask(of_rows, {**BATCH, "labels": labels}).weighing == "sum"
 
 
 def test_a_loss_that_is_neither_trains_on_with_the_figure():
@@ -245,9 +269,12 @@ def test_rows_alike_are_given_targets_of_different_number(offset):
     assert min(counts) > 0
     if offset == 0:
         assert not varied[mask == 0].ne(-100).any()
-        assert varied[:, 0].ne(-100).tolist() == [True, False, False]
+        assert varied[:, 0].ne(-100).tolist() == [False, False, True]
     else:
         assert not varied[batch["labels"] == -100].ne(-100).any()
+    narrow = {"labels": torch.tensor([[3, -100, -100], [3, 4, -100], [5, 6, 7]])}
+    of_ctc = vary_targets(narrow)["labels"].ne(-100).sum(1).tolist()
+    assert of_ctc == [1, 1, 3]  # neither as many in each row, nor none in any
     unequal = {key: value.clone() for key, value in BATCH.items()}
     assert vary_targets(unequal)["labels"][:, 1:].equal(unequal["labels"][:, 1:])
 

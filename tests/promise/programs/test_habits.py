@@ -260,7 +260,6 @@ PROGRAMS = {
         trainer=TwoOptimizers,
         ours="as stock",
         says="several backwards",
-        fault="a trainer that computes its loss in training_step alone is refused when asked",
     ),
     "steps by itself": Program(
         Tabular, table, trainer=StepsByItself, ours="as stock", says="divides neither"

@@ -362,7 +362,6 @@ PROGRAMS = {
         pad,
         ChangesTheLoader,
         stock="exact",
-        fault="behind it, the loader of super() gives updates where batches are known",
     ),
     "own loader, prepared": Program(tiny_llama, rows, pad, OwnPreparedLoader, stock="exact"),
     "stream": Program(tiny_llama, Stream, pad, stock="exact"),

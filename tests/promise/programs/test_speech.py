@@ -133,7 +133,7 @@ PROGRAMS = {
         collate,
         options=SLOW,
         stock="exact",
-        fault="a loss that is a sum is refused",
+        says="a sum over its targets",
     ),
     "CTC, a mean": Program(
         wav2vec2(T.Wav2Vec2ForCTC, ctc_loss_reduction="mean"), sounds(transcript), collate

@@ -332,7 +332,6 @@ def sequences():
     return [row | {"labels": row["input_ids"][: 2 + i % 9][::-1]} for i, row in enumerate(rows)]
 
 
-DRAWS = "what a loss draws is taken for influence of rows on each other"
 ONE_ROW = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 by_pairs = T.DataCollatorForSeq2Seq(tiny_tokenizer())
 by_tokens = T.DataCollatorForTokenClassification(tiny_tokenizer())
@@ -403,7 +402,6 @@ PROGRAMS = {
         SimCSE,
         ours="named",
         says="influence each other",
-        fault="a loss that grows with its rows is refused",
     ),
     "centers of classes": Program(
         bert(T.BertModel),
@@ -412,13 +410,12 @@ PROGRAMS = {
         Contextual,
         ours="named",
         says="influence each other",
-        fault="rows that were asked with are of different classes",
     ),
     "reward of pairs": Program(
         bert(T.BertForSequenceClassification, num_labels=1), pairs, collate_pairs, Pairs
     ),
     "masked diffusion": Program(
-        bert(T.BertForMaskedLM), texts(), padded, MaskedDiffusion, ours="drawn", fault=DRAWS
+        bert(T.BertForMaskedLM), texts(), padded, MaskedDiffusion, ours="drawn"
     ),
     "masked LM": Program(bert(T.BertForMaskedLM), labelled_rows, mask_by_number),
     "LoRA": Program(lambda: lora(tiny_llama()), language_rows, pad, stock="exact"),

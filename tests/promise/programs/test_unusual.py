@@ -481,16 +481,14 @@ def called(callback):
 
 
 SAME = {"stock": "exact"}
-NO_GRADIENT = "a loss that takes a gradient itself is asked without gradients, and crashes"
 LATER = "the model is asked before the first update, when a part of the loss weighs nothing"
-NO_LOSS = "a model without a loss in evaluation mode is not asked in training mode"
 
 PROGRAMS = {
     "tuples": Program(
         lambda: nn.Linear(4, 3), pairs_of_tensors, tuples, TakesTuples, says="no tensors by name"
     ),
     "tuple of loss and logits": Program(GivesTuples, pairs_of_tensors, named),
-    "loss in training only": Program(LossInTraining, pairs_of_tensors, named, fault=NO_LOSS),
+    "loss in training only": Program(LossInTraining, pairs_of_tensors, named),
     "graphs": Program(GraphNet, graphs, one_graph),
     "nodes": Program(NodeNet, graphs, one_graph_of_nodes),
     "instance masks": Program(Instances, instance_rows, lists_of_masks),
@@ -500,7 +498,7 @@ PROGRAMS = {
     "curriculum": Program(
         tiny_llama, language_rows, pad, Curriculum, ours="as stock", says="differs", fault=LATER
     ),
-    "gradient penalty": Program(GivesTuples, pairs_of_tensors, named, Penalty, fault=NO_GRADIENT),
+    "gradient penalty": Program(GivesTuples, pairs_of_tensors, named, Penalty),
     "own DPO": Program(tiny_llama, pairs, chosen_then_rejected, Preference),
     "two views": Program(lambda: nn.Linear(4, 3), pairs_of_tensors, named, Siamese),
     "hard triplets": Program(

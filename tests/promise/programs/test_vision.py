@@ -258,8 +258,6 @@ class WithAdversary(T.Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-DRAWS = "what a loss draws is taken for influence of rows on each other"
-
 classes = images(labels=lambda i: [0, 0, 1, 2, 0][i % 5])
 
 PROGRAMS = {
@@ -291,13 +289,9 @@ PROGRAMS = {
         ours="as stock",
         says="differs from the weighted mean",
     ),
-    "noise prediction": Program(
-        Denoiser, images(), stacked, PredictsNoise, ours="drawn", fault=DRAWS
-    ),
-    "VAE": Program(Autoencoder, images(), stacked, ours="drawn", fault=DRAWS),
-    "masked autoencoder": Program(
-        masked_autoencoder, larger_images, stacked, ours="drawn", fault=DRAWS
-    ),
+    "noise prediction": Program(Denoiser, images(), stacked, PredictsNoise, ours="drawn"),
+    "VAE": Program(Autoencoder, images(), stacked, ours="drawn"),
+    "masked autoencoder": Program(masked_autoencoder, larger_images, stacked, ours="drawn"),
     "two towers": Program(
         clip,
         images(input_ids=captions),
