@@ -228,6 +228,10 @@ def _counting_backwards(model: nn.Module, counts: Counter[nn.Parameter]) -> Iter
 
 def _multiply(gradients: Iterable[Tensor | None], factor: float) -> None:
     with torch.no_grad():
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(factor)
+        present = [gradient for gradient in gradients if gradient is not None]
+        dense = [gradient for gradient in present if gradient.layout is torch.strided]
+        if dense:
+            torch._foreach_mul_(dense, factor)
+        for sparse in present:
+            if sparse.layout is not torch.strided:
+                sparse.mul_(factor)

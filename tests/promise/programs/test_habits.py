@@ -303,4 +303,4 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", cases(PROGRAMS))
 def test_a_program_of_habit_trains(program, tmp_path):
-    hold(program, tmp_path, ways=["ours before", "ours behind"])
+    hold(program, tmp_path)

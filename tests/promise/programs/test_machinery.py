@@ -413,4 +413,4 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", cases(PROGRAMS))
 def test_a_program_with_machinery_of_its_own_trains(program, tmp_path):
-    hold(program, tmp_path, ways=["ours before", "ours behind"])
+    hold(program, tmp_path)

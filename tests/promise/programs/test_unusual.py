@@ -538,4 +538,4 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", cases(PROGRAMS))
 def test_a_program_of_unusual_shape_trains(program, tmp_path):
-    hold(program, tmp_path, ways=["ours before", "ours behind"])
+    hold(program, tmp_path)
