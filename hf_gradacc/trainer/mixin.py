@@ -412,8 +412,8 @@ class GradAccMixin(Trainer):
             super()._track_num_input_tokens(inputs)
         elif kind != "no":
             stats = self._last_update.stats
-            padding = 0 if kind == "non_padding" else stats.num_padding_tokens
-            self.state.num_input_tokens_seen += stats.num_input_tokens + padding
+            padding = 0 if kind == "non_padding" else stats.num_encoder_padding
+            self.state.num_input_tokens_seen += stats.num_encoder_tokens + padding
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         clip = super()._clip_grad_norm

@@ -253,9 +253,11 @@ def make_micro_batch(
         num_sequences = count_rows(mapping, main_input) // (rows_per_sequence or 1)
     else:
         num_sequences = len(rows)
-    used, computed = _count_tokens(mapping, rows or (), main_input, encoder_decoder)
+    used, computed = _count_tokens(mapping, rows or (), main_input)
+    decoded, decoder_padding = _count_decoder_tokens(mapping) if encoder_decoder else (0, 0)
+    used, computed = used + decoded, computed + decoded + decoder_padding
     targets = count_all_targets(mapping, num_sequences=num_sequences, num_input_tokens=used)
-    used -= _count_unmasked_padding(mapping, used, main_input, pad_token_id)
+    used -= _count_unmasked_padding(mapping, used - decoded, main_input, pad_token_id)
     return MicroBatch(
         inputs,
         targets,
@@ -266,11 +268,13 @@ def make_micro_batch(
         lengths,
         places,
         rows_per_sequence=rows_per_sequence,
+        num_decoder_tokens=decoded,
+        num_decoder_padding=decoder_padding,
     )
 
 
 def _count_tokens(
-    inputs: Mapping[str, Any], rows: Sequence[Any], main_input: str, encoder_decoder: bool
+    inputs: Mapping[str, Any], rows: Sequence[Any], main_input: str
 ) -> tuple[int, int]:
     """Count tokens fed in without padding, and tokens computed with it."""
     main = find_main_input(inputs, main_input)
@@ -282,11 +286,16 @@ def _count_tokens(
     used = count_input_tokens(inputs, main_input=main_input)
     if not has_mask:  # padding then shows only in the rows it was added to
         used = min(sum(measure_length(row, main_input=main_input) for row in rows) or used, used)
-    labels = inputs.get("labels")
-    if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
-        used += int(labels.ne(IGNORE_INDEX).sum())
-        computed += labels.numel()
     return used, computed
+
+
+def _count_decoder_tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Count the labels that are fed to a decoder, and what pads them."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return 0, 0
+    used = int(labels.ne(IGNORE_INDEX).sum())
+    return used, labels.numel() - used
 
 
 def _count_unmasked_padding(

@@ -31,6 +31,8 @@ class MicroBatch:
         weightless: Run only for its collectives, because all ranks run equally many; adds nothing.
         rows_per_sequence: Rows of the inputs that each sequence became; 2 for pairs, see
             `slice_rows`; None if they cannot be told apart.
+        num_decoder_tokens: How many of the input tokens are labels, fed to a decoder.
+        num_decoder_padding: How much of the padding pads those.
     """
 
     inputs: Any
@@ -43,6 +45,8 @@ class MicroBatch:
     places: tuple[int, ...] = ()
     weightless: bool = False
     rows_per_sequence: int | None = 1
+    num_decoder_tokens: int = 0
+    num_decoder_padding: int = 0
 
     def pin_memory(self) -> MicroBatch:
         """Let the DataLoader pin the tensors, as it does for plain dicts."""
@@ -95,6 +99,8 @@ class Update:
             num_padding_tokens=sum([mb.num_padding_tokens for mb in micro_batches]),
             num_micro_batches=len(micro_batches),
             num_left_out=self.num_left_out,
+            num_decoder_tokens=sum([mb.num_decoder_tokens for mb in micro_batches]),
+            num_decoder_padding=sum([mb.num_decoder_padding for mb in micro_batches]),
         )
 
     def pin_memory(self) -> Update:
@@ -115,6 +121,8 @@ class UpdateStats:
         num_padding_tokens: Tokens computed and thrown away.
         num_micro_batches: Forward and backward passes.
         num_left_out: Sequences without a target.
+        num_decoder_tokens: How many of the input tokens were labels, fed to a decoder.
+        num_decoder_padding: How much of the padding padded those.
         step_seconds: Wall time from asking for the data to the end of the optimizer step.
     """
 
@@ -124,7 +132,19 @@ class UpdateStats:
     num_padding_tokens: int = 0
     num_micro_batches: int = 0
     num_left_out: int = 0
+    num_decoder_tokens: int = 0
+    num_decoder_padding: int = 0
     step_seconds: float = 0.0
+
+    @property
+    def num_encoder_tokens(self) -> int:
+        """Count the tokens of the main input, as stock's ``num_input_tokens_seen`` does."""
+        return self.num_input_tokens - self.num_decoder_tokens
+
+    @property
+    def num_encoder_padding(self) -> int:
+        """Count what pads the main input."""
+        return self.num_padding_tokens - self.num_decoder_padding
 
     def __add__(self, other: UpdateStats) -> UpdateStats:
         return UpdateStats(
