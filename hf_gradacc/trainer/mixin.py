@@ -38,6 +38,7 @@ from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
 from hf_gradacc.tracking.install import install_tracking
+from hf_gradacc.tracking.mfu import begin_peak_memory
 from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
@@ -260,6 +261,7 @@ class GradAccMixin(Trainer):
             refuse_data_without_targets(self.train_dataset, self.sample, facts.rule)
         self._noise_listener.check_engine(self._rank_engine)
         self._update_runner = self._make_runner(model)
+        begin_peak_memory(self.args.device)
         return model, self._training_data.as_updates(self, loader)
 
     def _run_epoch(self, **kwargs: Any) -> None:
