@@ -47,6 +47,7 @@ $(VENV)-%/.ready: constraints/%.txt $(VENV)/.deepspeed
 		open(f'{own}/first.pth', 'w').write(f'import site; site.addsitedir({first!r})')"
 	touch $@
 
+.PHONY: $(RELEASES:%=test-%)
 $(RELEASES:%=test-%): test-%: $(VENV)-%/.ready
 	$(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' $(CORE)
 
