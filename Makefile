@@ -1,5 +1,7 @@
 # Five words: demo, test, lint, docs, bench. Each sets up what it needs on a fresh machine.
 # `make test` runs every test; `make test-fast` leaves out those marked slow, for use while you work.
+# `make test-versions` runs the fast tests with each set of releases in constraints/; `make test-oldest` and
+# `make test-newest` run what is at the heart of them with one set.
 PYTHON ?= python3.11
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -7,7 +9,11 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-oldest lint docs bench
+.PHONY: demo test test-fast test-versions lint docs bench
+
+RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
+CORE := tests/test_compat.py tests/trainer tests/safety tests/updates tests/verify \
+	tests/promise/test_stock_contract.py tests/promise/test_exactness.py
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -31,8 +37,25 @@ test: $(VENV)/.deepspeed
 test-fast: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+# Other releases lie in an environment of their own; what its file does not name comes from the first one.
+$(VENV)-%/.ready: constraints/%.txt $(VENV)/.deepspeed
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/pip --python $(@D)/bin/python install --quiet --no-compile --no-deps --requirement $<
+	$(BIN)/python -c "import sysconfig as s; first = s.get_path('purelib'); \
+		own = s.get_path('purelib', vars={'base': '$(@D)'}); \
+		open(f'{own}/first.pth', 'w').write(f'import site; site.addsitedir({first!r})')"
+	touch $@
+
+.PHONY: $(RELEASES:%=test-%)
+$(RELEASES:%=test-%): test-%: $(VENV)-%/.ready
+	$(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' $(CORE)
+
+test-versions: $(RELEASES:%=$(VENV)-%/.ready)
+	for release in $(RELEASES); do \
+		echo "== $$release"; \
+		$(VENV)-$$release/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' || exit 1; \
+	done
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ line:
     safety                                 what may go wrong in an update
     loss    ranks    data                  what a loss is a mean over | processes | rows of text
     updates                                rows -> shares -> micro-batches -> Update; no Trainer
-    errors  arguments  text
+    errors  compat  arguments  text        compat: all that differs between releases of others
 
 Read in the order data flows: `updates.targets`, `updates.sampler`, `updates.dealing`,
 `updates.planner`, `updates.collator`, `updates.update`, `updates.loader`, `loss.probe`,
@@ -36,6 +36,7 @@ if typing.TYPE_CHECKING:
         MemoryBudgetError,
         NonFiniteError,
         RankFailedError,
+        VersionError,
     )
     from hf_gradacc.trainer.mixin import GradAccMixin, GradAccTrainer
     from hf_gradacc.updates.collator import UpdateCollator
@@ -64,6 +65,7 @@ __all__ = [
     "UpdateCollator",
     "UpdateSampler",
     "UpdateStats",
+    "VersionError",
     "plan_micro_batches",
     "verify_parity",
 ]
@@ -79,6 +81,7 @@ _MODULES = {
         "MemoryBudgetError",
         "NonFiniteError",
         "RankFailedError",
+        "VersionError",
     ),
     "trainer.mixin": ("GradAccMixin", "GradAccTrainer"),
     "updates.collator": ("UpdateCollator",),

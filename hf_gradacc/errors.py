@@ -7,7 +7,8 @@
     ├── CheckpointError (RuntimeError, ValueError)    a checkpoint that is damaged or not there
     ├── MemoryBudgetError (RuntimeError)  out of memory, and no finer cut helps
     ├── NonFiniteError (RuntimeError)     a loss or a gradient that is NaN or infinite
-    └── RankFailedError (RuntimeError)    another rank failed, so this one stops, too
+    ├── RankFailedError (RuntimeError)    another rank failed, so this one stops, too
+    └── VersionError (ImportError)        torch or transformers is too old to train exactly
 
 Every message names the field, the value, and the way out.
 """
@@ -23,6 +24,7 @@ __all__ = [
     "MemoryBudgetError",
     "NonFiniteError",
     "RankFailedError",
+    "VersionError",
 ]
 
 
@@ -59,3 +61,7 @@ class NonFiniteError(GradAccError, RuntimeError):
 
 class RankFailedError(GradAccError, RuntimeError):
     """Another rank failed, and its log says why. This rank stops, too."""
+
+
+class VersionError(GradAccError, ImportError):
+    """A library is too old: with it, gradients would be wrong and nothing would say so."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_gradacc.compat import options_as_installed
 from hf_gradacc.recipe.checks import check_section, resolve_paths
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
@@ -81,7 +82,8 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
     try:
-        arguments = arguments_class()(**options)
+        kind = arguments_class()
+        arguments = kind(**options_as_installed(options, kind))
     except (ValueError, TypeError, ImportError) as error:
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
+from hf_gradacc.compat import RENAMED_OPTIONS
 from hf_gradacc.data.section import DataSection, ModelSection, Section, Task, TokenizerSection
 
 __all__ = [
@@ -191,6 +192,8 @@ def train_section() -> type[BaseModel]:
         if field.init and field.name not in RESERVED and plain is not None:
             described = Field(default=None, description=field.metadata.get("help"))
             fields[field.name] = (plain | None, described)
+    for new, old in RENAMED_OPTIONS.items():
+        fields.setdefault(new, fields[old])
     config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     model: type[BaseModel] = create_model("TrainSection", __config__=config, **fields)
     model.__doc__ = "Any field of GradAccArguments, so any field of transformers.TrainingArguments."

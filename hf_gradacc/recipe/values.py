@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from hf_gradacc.compat import options_as_installed
 from hf_gradacc.recipe.problems import Origin, Problem
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import RecipeSource
@@ -119,7 +120,7 @@ def _complaints(values: dict[str, Any]) -> list[str]:
     from hf_gradacc.arguments import _find_problems
 
     base = arguments_class()
-    if not hasattr(base, "_validate_args"):  # an older transformers: `recipe_arguments` will tell
+    if not hasattr(base, "_validate_args"):  # if a release renames it: `recipe_arguments` will tell
         return []
     ours: list[str] = []
 
@@ -132,7 +133,8 @@ def _complaints(values: dict[str, Any]) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the arguments of the run itself will warn
-            Checked(**{**values, "use_cpu": True})  # bf16 asks for a GPU, which this may lack
+            options = options_as_installed(values, base)
+            Checked(**{**options, "use_cpu": True})  # bf16 asks for a GPU, which this may lack
     except _AllCheckedError:
         return ours
     except (ValueError, TypeError, ArithmeticError, ImportError, NotImplementedError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,13 @@ from torch import nn
 
 from hf_gradacc.errors import MemoryBudgetError
 
-__all__ = ["free_memory", "is_out_of_memory", "message_of", "single_row_error"]
+__all__ = [
+    "advice_on_pieces",
+    "free_memory",
+    "is_out_of_memory",
+    "message_of",
+    "single_row_error",
+]
 
 # Messages of allocators that do not raise torch.OutOfMemoryError but a RuntimeError.
 _MESSAGES = (
@@ -30,6 +38,10 @@ _MESSAGES = (
     "RESOURCE_EXHAUSTED",  # XLA
     "FIND was unable to find an engine",  # cuDNN's convolutions if no workspace fits
 )
+
+
+_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Environment variables that set the allocator up; the first since torch 2.9, the others before."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -72,6 +84,34 @@ def message_of(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+_SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def advice_on_pieces(message: str) -> str:
+    """Return what helps if as much memory was free as was asked for, in pieces; else nothing.
+
+    Micro-batches of uneven length leave gaps between blocks. CUDA's allocator joins them if it is
+    told to before the process starts.
+
+    Args:
+        message: What the allocator said.
+
+    >>> advice_on_pieces("CUDA out of memory. Tried to allocate 1.50 GiB. (...) and 3.25 GiB is "
+    ...     "reserved by PyTorch but unallocated.")
+    '3.25 GiB were free, but in pieces: start with PYTORCH_ALLOC_CONF=expandable_segments:True.'
+    """
+    asked = re.search(rf"Tried to allocate {_SIZE}", message)
+    free = re.search(rf"{_SIZE} is reserved by PyTorch but unallocated", message)
+    settings = [os.environ.get(name, "") for name in _SETTINGS]
+    if asked is None or free is None or any("expandable_segments:True" in s for s in settings):
+        return ""
+    if float(free[1]) * _UNITS[free[2]] < float(asked[1]) * _UNITS[asked[2]]:
+        return ""
+    size = f"{free[1]} {free[2]}"
+    return f"{size} were free, but in pieces: start with {_SETTINGS[0]}=expandable_segments:True."
+
+
 def single_row_error(
     *,
     length: int,
@@ -103,6 +143,8 @@ def single_row_error(
             "use_liger_kernel = True (fewer logits at once), LoRA, or a smaller optimizer"
         )
     reason = f"\n  The allocator said: {message}" if message else ""
+    if advice := advice_on_pieces(message):
+        reason += f"\n  {advice}"
     return MemoryBudgetError(
         f"{which}{size} does not fit into memory, even alone in its micro-batch.\n"
         f"  Tried: {'; '.join(tried) or 'the row alone'}.{reason}\n"

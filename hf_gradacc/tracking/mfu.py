@@ -20,6 +20,7 @@ learning: they lower the MFU, as they should.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from torch import nn
 __all__ = [
     "CostMeter",
     "ModelFlops",
+    "begin_peak_memory",
     "count_elements",
     "count_parameters",
     "find_peak_flops",
+    "names",
     "peak_flops_of_this_device",
 ]
 
@@ -38,27 +41,52 @@ TERA = 1e12
 
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
-    # Dense peaks from the vendors' data sheets, by what torch calls the device.
-    # The first name that is contained in torch's wins, so the longer stands before the shorter.
+    # Dense peaks from the vendors' data sheets, of what torch shows as one device, in TFLOPS.
+    # A name has to stand in torch's as whole words. The first that does wins, so the longer stands
+    # before the shorter. An empty entry is a slower device whose name holds that of another.
+    "GB300": {"16-bit": 2500, "tf32": 1250, "float32": 80},
+    "B300": {"16-bit": 2250, "tf32": 1125, "float32": 75},
+    "GB200": {"16-bit": 2500, "tf32": 1250, "float32": 80},
     "B200": {"16-bit": 2250, "tf32": 1125, "float32": 75},
+    "GH200": {"16-bit": 989.4, "tf32": 494.7, "float32": 66.9},
+    "H200 NVL": {"16-bit": 835, "tf32": 417, "float32": 60},
     "H200": {"16-bit": 989.4, "tf32": 494.7, "float32": 66.9},
     "H100 PCIe": {"16-bit": 756, "tf32": 378, "float32": 51.2},
     "H100 NVL": {"16-bit": 835, "tf32": 417, "float32": 60},
     "H100": {"16-bit": 989.4, "tf32": 494.7, "float32": 66.9},
+    "H800 PCIe": {"16-bit": 756, "tf32": 378, "float32": 51.2},
+    "H800": {"16-bit": 989.4, "tf32": 494.7, "float32": 66.9},
+    "H20": {"16-bit": 148, "tf32": 74, "float32": 44},
     "A100": {"16-bit": 312, "tf32": 156, "float32": 19.5},
     "A800": {"16-bit": 312, "tf32": 156, "float32": 19.5},
-    "L40S": {"16-bit": 362, "tf32": 183, "float32": 91.6},
-    "L40": {"16-bit": 181, "tf32": 90.5, "float32": 90.5},
-    "L4": {"16-bit": 121, "tf32": 60, "float32": 30.3},
+    "A40": {"16-bit": 149.7, "tf32": 74.8, "float32": 37.4},
+    "A30": {"16-bit": 165, "tf32": 82, "float32": 10.3},
     "A10G": {"16-bit": 70, "tf32": 35, "float32": 35},
     "A10": {"16-bit": 125, "tf32": 62.5, "float32": 31.2},
+    "L40S": {"16-bit": 362, "tf32": 183, "float32": 91.6},
+    "L40": {"16-bit": 181, "tf32": 90.5, "float32": 90.5},
+    "L20": {"16-bit": 119.5, "tf32": 59.8, "float32": 59.8},
+    "L4": {"16-bit": 121, "tf32": 60, "float32": 30.3},
     "V100": {"16-bit": 125, "float32": 15.7},
     "T4": {"16-bit": 65, "float32": 8.1},
+    "RTX 6000 Ada": {"16-bit": 364.2, "tf32": 182.1, "float32": 91.1},
+    "RTX A6000": {"16-bit": 154.8, "tf32": 77.4, "float32": 38.7},
+    "RTX 5090 D": {},
+    "RTX 5090": {"16-bit": 209.5, "tf32": 104.8, "float32": 104.8},
+    "RTX 5080": {"16-bit": 112.6, "tf32": 56.3, "float32": 56.3},
+    "RTX 5070 Ti": {"16-bit": 87.9, "tf32": 43.9, "float32": 43.9},
+    "RTX 5070": {"16-bit": 61.7, "tf32": 30.9, "float32": 30.9},
+    "RTX 4090 D": {},
     "RTX 4090": {"16-bit": 165.2, "tf32": 82.6, "float32": 82.6},
+    "RTX 3090 Ti": {"16-bit": 80, "tf32": 40, "float32": 40},
     "RTX 3090": {"16-bit": 71, "tf32": 35.6, "float32": 35.6},
-    "MI300X": {"16-bit": 1307, "tf32": 653.7, "float32": 163.4},
-    "MI250X": {"16-bit": 383, "float32": 47.9},
+    "MI325X": {"16-bit": 1307.4, "tf32": 653.7, "float32": 163.4},
+    "MI300X": {"16-bit": 1307.4, "tf32": 653.7, "float32": 163.4},
+    "MI250X": {"16-bit": 191.5, "float32": 47.9},  # half a card: torch shows each die
 }
+
+_PARTS_OF_A_DEVICE = ("Laptop", "Max-Q", "MIG")
+"""Words in the names of devices that are slower than the one they are called after."""
 
 
 class ModelFlops:
@@ -154,8 +182,8 @@ class CostMeter:
             seconds: Of the window's updates, data and optimizer included.
 
         Returns:
-            "mfu", a fraction; "peak_memory_bytes", the most this rank has held since the run
-            began.
+            "mfu", a fraction; "peak_memory_bytes", the most this rank has held since its first
+            update.
         """
         row: dict[str, float] = {}
         if seconds > 0 and num_sequences > 0:
@@ -184,10 +212,12 @@ def find_peak_flops(device_name: str, *, dtype: torch.dtype, tf32: bool = False)
     989.4
     >>> find_peak_flops("Some Other Accelerator", dtype=torch.bfloat16)
     """
-    known = next((peaks for name, peaks in PEAK_FLOPS.items() if name in device_name), {})
+    known: dict[str, float] = {}
+    if not any(part in device_name for part in _PARTS_OF_A_DEVICE):
+        known = next((peaks for name, peaks in PEAK_FLOPS.items() if names(device_name, name)), {})
     if dtype in (torch.bfloat16, torch.float16):
         # Neither of these has bf16 units: the figure would be for float16.
-        if dtype is torch.bfloat16 and any(name in device_name for name in ("V100", "T4")):
+        if dtype is torch.bfloat16 and any(names(device_name, old) for old in ("V100", "T4")):
             return None
         peak = known.get("16-bit")
     elif dtype is torch.float32:
@@ -195,6 +225,21 @@ def find_peak_flops(device_name: str, *, dtype: torch.dtype, tf32: bool = False)
     else:
         peak = None
     return None if peak is None else peak * TERA
+
+
+def names(device_name: str, name: str) -> bool:
+    """Return whether a device's name holds a name as whole words.
+
+    >>> names("NVIDIA A100-SXM4-80GB", "A100"), names("NVIDIA RTX A1000", "A100")
+    (True, False)
+    """
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", device_name) is not None
+
+
+def begin_peak_memory(device: torch.device) -> None:
+    """Begin to measure `peak_memory_bytes` anew: models were tried out, or another run trained."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_flops_of_this_device(args: Any, model: nn.Module) -> float | None:
@@ -212,7 +257,8 @@ def peak_flops_of_this_device(args: Any, model: nn.Module) -> float | None:
         dtype = torch.bfloat16
     elif getattr(args, "fp16", False):
         dtype = torch.float16
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    # Not `get_float32_matmul_precision`: it raises once somebody has set TF32 in the newer way.
+    tf32 = torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
     return find_peak_flops(torch.cuda.get_device_name(device), dtype=dtype, tf32=tf32)
 
 

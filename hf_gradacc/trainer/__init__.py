@@ -2,3 +2,7 @@
 
 Read `mixin` (every hook, in the order the stock loop calls them), then `runner` and `step`.
 """
+
+from hf_gradacc.compat import check_versions
+
+check_versions()

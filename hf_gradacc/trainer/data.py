@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
+from hf_gradacc.compat import start_method_of_loader
 from hf_gradacc.errors import DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
@@ -81,7 +82,7 @@ class TrainingData:
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
             "persistent_workers": args.dataloader_persistent_workers,
-            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "multiprocessing_context": start_method_of_loader(args),
             "prefetch_factor": args.dataloader_prefetch_factor,
             "worker_init_fn": partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index

@@ -7,7 +7,7 @@ with the weight ``n_i / N``: its own targets over those of the whole update on a
 
 A hook calls the parts in their order. The parts are attributes, not base classes: a part overrides
 nothing, calls no ``super()``, and receives what it needs of the stock Trainer as arguments.
-``tests/promise/test_stock_contract.py`` asserts what the hooks assume of the stock code.
+`contract` and ``tests/promise/test_stock_contract.py`` hold what the hooks assume of stock.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hf_gradacc.arguments import (
     options_apart,
     settle_drawn_size,
 )
+from hf_gradacc.compat import divided_by_stock, is_sharded_by_loading
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -45,12 +46,14 @@ from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.signals import StopSignals
 from hf_gradacc.tracking.install import install_tracking
+from hf_gradacc.tracking.mfu import begin_peak_memory
 from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
 from hf_gradacc.trainer.asking import ask_trainer, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
+from hf_gradacc.trainer.contract import tell_what_moved
 from hf_gradacc.trainer.data import TrainingData
 from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
@@ -76,6 +79,8 @@ from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import Update
 
 __all__ = ["GradAccMixin", "GradAccTrainer"]
+
+tell_what_moved()
 
 
 class GradAccMixin(Trainer):
@@ -286,6 +291,7 @@ class GradAccMixin(Trainer):
             refuse_data_without_targets(self.train_dataset, self.sample, facts.rule)
         self._noise_listener.check_engine(self._rank_engine)
         self._update_runner = self._make_runner(model)
+        begin_peak_memory(self.args.device)
         return model, self._training_data.as_updates(self, loader)
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -318,10 +324,11 @@ class GradAccMixin(Trainer):
         """
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
-        step = super().training_step
-        return self._micro_batch_step.run(
-            step, model, inputs, num_items_in_batch, device=self.args.device
-        )
+        step, ours = super().training_step, self._micro_batch_step
+        with divided_by_stock(self, lambda: ours.was_weighed) as divided:
+            return divided(
+                ours.run(step, model, inputs, num_items_in_batch, device=self.args.device)
+            )
 
     def training_update(self, model: nn.Module, update: Update) -> Tensor:
         """Run an update up to its gradient; the optimizer steps after it.
@@ -565,7 +572,7 @@ class GradAccMixin(Trainer):
             self.args,
             is_fsdp=bool(self.is_fsdp_enabled),
             is_deepspeed=bool(self.is_deepspeed_enabled),
-            is_sharded_by_loading=bool(self.is_distributed_loading_by_transformers),
+            is_sharded_by_loading=is_sharded_by_loading(self),
         )
 
     def _make_runner(self, model: nn.Module) -> UpdateRunner:

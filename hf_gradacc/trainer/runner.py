@@ -28,6 +28,7 @@ from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks, su
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.ranks.outcome import UpdateOutcome
 from hf_gradacc.safety.out_of_memory import (
+    advice_on_pieces,
     free_memory,
     is_out_of_memory,
     message_of,
@@ -375,6 +376,8 @@ class UpdateRunner:
             f"out of memory on a micro-batch of {outcome.cost:,} tokens: the update was rolled "
             f"back and runs again with at most {outcome.cap:,} per micro-batch."
         )
+        if advice := advice_on_pieces(failure.message):
+            text += f" {advice}"
         logger.warning(text)
         record_event(trainer, "out_of_memory", text=text, max_tokens=outcome.cap, cost=outcome.cost)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.chunked import without_logits
@@ -15,10 +16,13 @@ from hf_gradacc.loss.layouts import kept_rows
 from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
+from hf_gradacc.safety.out_of_memory import is_out_of_memory, message_of
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.updates.targets import TargetRule
 
 __all__ = ["MicroBatchStep", "smoothed_loss", "start_copy"]
+
+logger = logging.get_logger(__name__)
 
 
 class MicroBatchStep:
@@ -113,8 +117,25 @@ def start_copy(value: Any, device: torch.device) -> Any:
         return value
     if device.type == "cuda" and value.device.type == "cpu":
         # From pageable memory the host would wait until the copy has been staged.
-        value = value if value.is_pinned() else value.pin_memory()
+        value = value if value.is_pinned() else _pinned(value)
     return value.to(device, non_blocking=True)
+
+
+def _pinned(value: Tensor) -> Tensor:
+    """Return a copy in pinned memory; where the host has none left, the tensor itself.
+
+    CUDA calls that "out of memory" too, but no finer cut gives the host more of it.
+    """
+    try:
+        return value.pin_memory()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning_once(
+            f"the host has no pinned memory left ({message_of(error)}): copies to the device are "
+            f"waited for. `ulimit -l` limits it; dataloader_pin_memory = False needs less."
+        )
+        return value
 
 
 def smoothed_loss(

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
 from hf_gradacc.ranks.outcome import RankFailure
-from hf_gradacc.safety.out_of_memory import is_out_of_memory, message_of
+from hf_gradacc.safety.out_of_memory import advice_on_pieces, is_out_of_memory, message_of
 from hf_gradacc.safety.rollback import RandomState
 from hf_gradacc.safety.run_state import keep, kept
 from hf_gradacc.safety.signals import EvaluationStopped, StopSignals
@@ -234,4 +234,6 @@ def outside_error(error: BaseException, *, phase: Phase | None, update: int) -> 
     step = f" (update {update})" if update else ""
     halves = "\n  Weights may have been stepped in part." if phase == "optimizer" and update else ""
     after = f"{halves}\n  Go on from the last checkpoint with:" if update else "\n  Set:"
-    return MemoryBudgetError(f"out of memory {place}{step}: {message_of(error)}{after} {options}.")
+    message = message_of(error)
+    advice = f"\n  {pieces}" if (pieces := advice_on_pieces(message)) else ""
+    return MemoryBudgetError(f"out of memory {place}{step}: {message}{after} {options}.{advice}")

@@ -263,12 +263,9 @@ def build_loader(
     Raises:
         DataError: If the dataset is empty.
     """
+    # No closures: workers that are no forks (Python 3.14's default) get both by pickle.
     count = partial(count_targets_of, collator=collator)
-
-    def length_of(row: Any) -> int:
-        # What has no target is left out before planning.
-        return collator.measure([row])[0] if can_have_target(row, rule=collator.rule) else 0
-
+    length_of = partial(_length_of, collator=collator)
     collator.num_ranks = world_size
     deal = partial(
         deal_update,
@@ -336,6 +333,11 @@ def _order_of(sampler: Any, epoch: int) -> list[int]:
 def read_rows(dataset: Any) -> Iterator[Any]:
     """Read all rows of a map dataset in its own order, one at a time."""
     return (read_row(dataset, i) for i in range(len(dataset)))
+
+
+def _length_of(row: Any, *, collator: UpdateCollator) -> int:
+    """Measure a row; one without a target is left out before planning, and counts nothing."""
+    return collator.measure([row])[0] if can_have_target(row, rule=collator.rule) else 0
 
 
 def _known_lengths(dataset: Any, length_of: Callable[[Any], int]) -> np.ndarray | None:

@@ -13,6 +13,7 @@ import datasets
 import torch
 from torch.utils.data import IterableDataset
 
+from hf_gradacc.compat import streams_can_seek
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.dealing import deal_at_random, measures_noise
 from hf_gradacc.updates.sampler import Deal
@@ -83,6 +84,8 @@ def _can_seek(dataset: Any) -> bool:
 
     A shuffle buffer does not: it is refilled with other rows, so such a stream is read again.
     """
+    if not streams_can_seek():
+        return False
     parts = [getattr(dataset, "_ex_iterable", None)]
     if parts[0] is None or not hasattr(dataset, "load_state_dict"):
         return False

@@ -15,8 +15,9 @@ ROOMS = {
     "errors": set(),
     "text": set(),
     "_exports": set(),
+    "compat": {"errors"},
     "arguments": {"errors"},
-    "updates": {"errors", "text", "arguments"},
+    "updates": {"errors", "text", "compat", "arguments"},
 }
 ROOMS["loss"] = ROOMS["ranks"] = ROOMS["data"] = ROOMS["updates"] | {"updates"}
 ROOMS["safety"] = ROOMS["loss"] | {"loss", "ranks"}

@@ -72,7 +72,8 @@ def test_an_update_enters_at_most_20_files(watch):
 
 def test_an_update_moves_from_file_to_file_at_most_100_times(watch):
     moves = sum(here != there for here, there in pairwise(watch.files))
-    assert 30 < moves <= 100
+    divides_itself = hasattr(Trainer, "loss_is_scaled_for_ga")
+    assert 30 < moves <= (100 if divides_itself else 105)  # else `compat` divides
 
 
 def test_no_class_of_ours_stands_between_the_mixin_and_the_stock_trainer():

@@ -20,6 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_gradacc import GradAccMixin
+from hf_gradacc.trainer import contract
+from hf_gradacc.trainer.contract import HOOKS, USED, find_moved, tell_what_moved
 
 ROWS = ragged_rows(4, seed=1)
 OURS = [cls for cls in GradAccMixin.__mro__ if cls.__module__.startswith("hf_gradacc")]
@@ -32,39 +34,7 @@ OVERRIDES = {
 STOCK_SOURCE = inspect.getsource(inspect.getmodule(Trainer))
 
 # Each stock method that we override, and the stock methods whose calls of it we live by.
-CALLED_FROM = {
-    "_clip_grad_norm": ["_run_epoch"],
-    "_determine_best_metric": ["_maybe_log_save_evaluate"],
-    "_evaluate": ["_maybe_log_save_evaluate"],
-    "_finalize_training": ["_inner_training_loop"],
-    "_get_grad_norm": ["_run_epoch"],
-    "_get_num_items_in_batch": ["prediction_step"],
-    "_get_output_dir": ["_save_checkpoint", "_finalize_training"],
-    "_init_training_state": ["_inner_training_loop"],
-    "_hp_search_setup": ["train"],
-    "_inner_training_loop": ["train"],
-    "_load_rng_state": ["_run_epoch"],
-    "_maybe_log_save_evaluate": ["_run_epoch"],
-    "_prepare_for_training": ["_inner_training_loop"],
-    "_push_from_checkpoint": ["_save_checkpoint"],
-    "_run_epoch": ["_inner_training_loop"],
-    "_save_checkpoint": ["_maybe_log_save_evaluate"],
-    "_save_optimizer_and_scheduler": ["_save_checkpoint"],
-    "_save_rng_state": ["_save_checkpoint"],
-    "_save_scaler": ["_save_checkpoint"],
-    "_track_num_input_tokens": ["_run_epoch"],
-    "compute_loss": ["training_step", "prediction_step"],
-    "evaluation_loop": ["evaluate", "predict"],
-    "floating_point_ops": ["_run_epoch"],
-    "get_batch_samples": ["_run_epoch"],
-    "get_total_train_batch_size": ["set_initial_training_values"],
-    "get_train_dataloader": ["_inner_training_loop"],
-    "log": ["_maybe_log_save_evaluate", "_finalize_training", "evaluate"],
-    "prediction_step": ["evaluation_loop"],
-    "save_model": ["_save_checkpoint"],
-    "set_initial_training_values": ["_inner_training_loop"],
-    "training_step": ["_run_epoch"],
-}
+CALLED_FROM = {name: hook.callers for name, hook in HOOKS.items() if hook.callers}
 # Nothing in stock calls these, a user does: their parameters must stay what the user knows.
 CALLED_BY_USERS = {
     "train": [
@@ -261,6 +231,46 @@ def test_what_users_call_takes_the_parameters_of_stock(name):
         named = {p.name: None for p in stock_parameters if p.kind is not p.VAR_KEYWORD}
         inspect.signature(override).bind(*positional)
         inspect.signature(override).bind(None, **{k: v for k, v in named.items() if k != "self"})
+
+
+def test_importing_the_trainer_finds_every_hook_where_it_was():
+    assert find_moved(Trainer) == []
+
+
+@pytest.mark.parametrize("name", sorted(HOOKS))
+def test_a_hook_that_a_release_renames_is_named_when_the_trainer_is_imported(name, monkeypatch):
+    """The class of tomorrow: its loop calls another name, and takes another parameter."""
+    renamed = {caller: lambda self: self.of_tomorrow() for caller in HOOKS[name].callers}
+    tomorrow = type("Tomorrow", (Trainer,), renamed)
+    moved = find_moved(tomorrow)
+    for caller in HOOKS[name].callers:
+        assert f"{caller} does not call {name}" in moved
+    tomorrow = type("Tomorrow", (Trainer,), {name: lambda self, other: None})
+    assert f"{name} takes other" in find_moved(tomorrow)
+    monkeypatch.delattr(Trainer, name)
+    assert f"{name} is gone" in find_moved(Trainer)
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_method_that_our_parts_call_is_missed_too(name, monkeypatch):
+    monkeypatch.delattr(Trainer, name)
+    assert find_moved(Trainer) == [f"{name} is gone"]
+
+
+def test_what_has_moved_is_told_in_one_line_on_the_first_rank_only(monkeypatch):
+    lines = []
+    monkeypatch.setattr(contract.logger, "warning_once", lines.append)
+    tell_what_moved()
+    assert not lines
+    tomorrow = type("Tomorrow", (Trainer,), {"_clip_grad_norm": lambda self, norm: None})
+    monkeypatch.setenv("RANK", "1")
+    tell_what_moved(tomorrow)
+    assert not lines
+    monkeypatch.setenv("RANK", "0")
+    tell_what_moved(tomorrow)
+    (line,) = lines
+    assert "(_clip_grad_norm takes norm)" in line
+    assert "\n" not in line
 
 
 def test_the_default_loss_filter_would_hide_a_loss_that_is_not_a_number(tmp_path):

@@ -24,8 +24,10 @@ from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from transformers import TrainerCallback
 
 from hf_gradacc import MemoryBudgetError
-from hf_gradacc.safety.out_of_memory import is_out_of_memory
+from hf_gradacc.safety.out_of_memory import advice_on_pieces, is_out_of_memory, single_row_error
 from hf_gradacc.tracking.run_files import LOG_NAME, read_log
+from hf_gradacc.trainer import runner, step
+from hf_gradacc.trainer.stopping import outside_error
 from hf_gradacc.updates.budget import TokenBudget
 
 NUM_MICRO_BATCHES = 3  # of the first update, at 40 tokens each
@@ -367,6 +369,73 @@ def test_a_row_that_does_not_fit_is_refused_by_name(tmp_path):
         "gradient_checkpointing",
     ):
         assert part in str(caught.value)
+
+
+# ---- what the allocator said besides -----------------------------------------------------------
+
+IN_PIECES = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 512.00 MiB is free. Including non-PyTorch memory, this process has 78.60 GiB memory in "
+    "use. Of the allocated memory 70.10 GiB is allocated by PyTorch, and {} is reserved by PyTorch "
+    "but unallocated. If reserved but unallocated memory is large try setting ... (...)"
+)
+
+
+@pytest.fixture
+def _no_allocator_settings(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_no_allocator_settings")
+def test_memory_that_was_free_in_pieces_is_told_apart_from_memory_that_was_not_there(monkeypatch):
+    advice = "7.50 GiB were free, but in pieces: start with PYTORCH_ALLOC_CONF=expandable_segments"
+    assert advice in advice_on_pieces(IN_PIECES.format("7.50 GiB"))
+    assert advice_on_pieces(IN_PIECES.format("900.00 MiB")) == ""
+    assert advice_on_pieces("DefaultCPUAllocator: can't allocate memory") == ""
+    full = torch.OutOfMemoryError(IN_PIECES.format("7.50 GiB"))
+    assert advice in str(single_row_error(length=9, row=1, tried=[], message=str(full)))
+    assert advice in str(outside_error(full, phase="optimizer", update=3))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    assert advice_on_pieces(IN_PIECES.format("7.50 GiB")) == ""
+
+
+@pytest.mark.usefixtures("_no_allocator_settings")
+def test_an_update_that_is_cut_finer_for_want_of_one_piece_says_so(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(runner.logger, "warning", lines.append)
+    error = torch.OutOfMemoryError(IN_PIECES.format("7.50 GiB"))
+    assert train(tmp_path, failure={"when": beyond(40), "error": error})["raised"] > 0
+    told = [line for line in lines if "runs again" in line]
+    assert told
+    assert all("7.50 GiB were free, but in pieces" in line for line in told)
+
+
+class OfThisHost(torch.Tensor):
+    """A tensor on the host, of a machine that has a CUDA device and no pinned memory left."""
+
+    error = RuntimeError("CUDA error: out of memory")
+
+    def is_pinned(self, *args):
+        return False
+
+    def pin_memory(self, *args):
+        raise self.error
+
+    def to(self, device, non_blocking=False):
+        return ("copied to", device)
+
+
+def test_a_host_without_pinned_memory_is_not_a_full_device(monkeypatch):
+    lines = []
+    monkeypatch.setattr(step.logger, "warning_once", lines.append)
+    value = torch.ones(2).as_subclass(OfThisHost)
+    device = torch.device("cuda", 0)
+    assert step.start_copy(value, device) == ("copied to", device)
+    assert "the host has no pinned memory left (CUDA error: out of memory)" in lines[0]
+    monkeypatch.setattr(OfThisHost, "error", RuntimeError("CUDA error: device-side assert"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        step.start_copy(value, device)
 
 
 # ---- where no finer cut helps ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +19,17 @@ from transformers import (
     SegformerForImageClassification,
 )
 
+from hf_gradacc import GradAccTrainer
 from hf_gradacc.tracking.mfu import (
     PEAK_FLOPS,
     CostMeter,
     ModelFlops,
+    begin_peak_memory,
     find_peak_flops,
+    names,
     peak_flops_of_this_device,
 )
+from hf_gradacc.trainer import mixin
 
 SIZES = {
     "vocab_size": 200,
@@ -92,6 +97,48 @@ def test_an_unknown_device_has_no_utilization():
     assert ModelFlops(model).utilization(**options, peak_flops=None) is None
 
 
+TF32 = {
+    "pass": 19.5e12,
+    "torch.set_float32_matmul_precision('high')": 156e12,
+    "torch.backends.cuda.matmul.allow_tf32 = True": 156e12,
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": 156e12,
+    "torch.backends.fp32_precision = 'tf32'": 156e12,
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": 19.5e12,
+}
+
+
+def peak_after(statement):
+    exec(statement, {"torch": torch})
+    return peak_flops_of_this_device(SimpleNamespace(device=torch.device("cuda")), llama())
+
+
+@pytest.mark.parametrize("statement", TF32)
+def test_tf32_is_seen_however_it_was_switched_on(monkeypatch, statement):
+    """In a process of its own: torch lets nobody return from the newer way to the older."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(peak_after, (statement,)) == TF32[statement]
+
+
+def test_peak_memory_is_that_of_the_updates_not_of_what_was_tried_before(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    begin_peak_memory(torch.device("cpu"))
+    assert not calls
+    begin_peak_memory(torch.device("cuda", 1))
+    assert calls == [torch.device("cuda", 1)]
+    order = []
+    monkeypatch.setattr(mixin, "begin_peak_memory", lambda device: order.append("begin"))
+    asked = GradAccTrainer._ask
+    monkeypatch.setattr(
+        GradAccTrainer, "_ask", lambda *a, **k: (order.append("ask"), asked(*a, **k))[1]
+    )
+    trainer = make_trainer(tmp_path, ragged_rows(4, seed=1), max_steps=1)
+    trainer.train()
+    trainer.train()
+    assert order == ["ask", "begin"] * 2
+
+
 def test_a_log_row_holds_only_what_the_device_tells(monkeypatch):
     model, args = llama(), SimpleNamespace(device=torch.device("cpu"), world_size=2)
     window = {"num_input_tokens": 4000, "num_sequences": 100, "seconds": 2.0}
@@ -113,6 +160,26 @@ def test_a_log_row_holds_only_what_the_device_tells(monkeypatch):
         ("NVIDIA A100-SXM4-80GB", torch.float32, False, 19.5e12),
         ("NVIDIA L40S", torch.bfloat16, False, 362e12),
         ("NVIDIA A10G", torch.bfloat16, False, 70e12),
+        ("NVIDIA B200", torch.bfloat16, False, 2250e12),
+        ("NVIDIA GB200", torch.bfloat16, False, 2500e12),
+        ("NVIDIA B300 SXM6 AC", torch.bfloat16, False, 2250e12),
+        ("NVIDIA GH200 480GB", torch.bfloat16, False, 989.4e12),
+        ("NVIDIA H20-3e", torch.bfloat16, False, 148e12),
+        ("NVIDIA H200 NVL", torch.bfloat16, False, 835e12),
+        ("NVIDIA GeForce RTX 5090", torch.bfloat16, False, 209.5e12),
+        ("NVIDIA GeForce RTX 5070 Ti", torch.bfloat16, False, 87.9e12),
+        ("NVIDIA RTX 6000 Ada Generation", torch.bfloat16, False, 364.2e12),
+        ("AMD Instinct MI300X", torch.bfloat16, False, 1307.4e12),
+        ("AMD Instinct MI325X", torch.bfloat16, False, 1307.4e12),
+        # Each holds the name of a faster one.
+        ("NVIDIA RTX A1000", torch.bfloat16, False, None),
+        ("NVIDIA RTX A1000 6GB Laptop GPU", torch.bfloat16, False, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, False, None),
+        ("NVIDIA A16", torch.bfloat16, False, None),
+        ("NVIDIA T400 4GB", torch.float16, False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, False, None),
+        ("NVIDIA GeForce RTX 4090 D", torch.bfloat16, False, None),
+        ("Quadro RTX 3000", torch.float16, False, None),
         ("Tesla V100-SXM2-16GB", torch.bfloat16, False, None),
         ("Tesla T4", torch.float16, False, 65e12),
         ("NVIDIA H200", torch.float64, False, None),
@@ -124,9 +191,9 @@ def test_peaks_are_found_by_the_name_torch_gives(name, dtype, tf32, expected):
 
 
 def test_no_name_in_the_table_hides_a_longer_one():
-    names = list(PEAK_FLOPS)
-    for place, name in enumerate(names):
-        assert not any(earlier in name for earlier in names[:place] if earlier != name)
+    table = list(PEAK_FLOPS)
+    for place, name in enumerate(table):
+        assert not any(names(name, earlier) for earlier in table[:place])
 
 
 def test_a_model_whose_config_lists_heads_by_stage_is_counted_without_attention():

@@ -6,7 +6,6 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
@@ -104,7 +103,11 @@ def draw_lengths(kind, seed):
 
 
 def rebalanced(lengths, num_ranks, rank):
-    sampler = BatchRebalanceSampler(
+    from transformers import trainer_pt_utils as stock
+
+    if not hasattr(stock, "BatchRebalanceSampler"):
+        pytest.skip("transformers deals no batches by cost before 5.16")
+    sampler = stock.BatchRebalanceSampler(
         lengths=lengths,
         effective_batch_size=len(lengths),
         dp_size=num_ranks,

@@ -24,7 +24,7 @@ SIZES = [
 ]
 
 
-def updates(form, *, world_size=1, packed=False, epoch=0, size=SIZES[0], workers=0, **limits):
+def updates(form, *, world_size=1, packed=False, epoch=0, size=SIZES[0], workers=None, **limits):
     """The input ids of each update's rows, over all ranks."""
     found = {}
     for rank in range(world_size):
@@ -39,7 +39,7 @@ def updates(form, *, world_size=1, packed=False, epoch=0, size=SIZES[0], workers
             rank=rank,
             world_size=world_size,
             hidden_size=16,
-            num_workers=workers,
+            **workers or {},
         )
         loader.set_epoch(epoch)
         for update in loader:
@@ -64,9 +64,16 @@ def test_neither_ranks_nor_cut_nor_layout_nor_workers_move_a_row_to_another_upda
     assert updates(form, size=size, world_size=3, packed=True, max_tokens=30) == one
     assert updates(form, size=size, world_size=2, max_sequences=1) == one
     for workers in (1, 2):
-        assert updates(form, size=size, workers=workers, max_sequences=2) == one
+        assert updates(form, size=size, workers={"num_workers": workers}, max_sequences=2) == one
     is_shuffled = form != "shards"
     assert (updates(form, size=size, epoch=1) != one) == is_shuffled
+
+
+@pytest.mark.slow
+def test_a_stream_reaches_a_worker_that_is_no_fork():
+    """Python 3.14 starts them so."""
+    workers = {"num_workers": 1, "multiprocessing_context": "forkserver"}
+    assert updates("shards", workers=workers) == updates("shards")
 
 
 def members(tmp_path, **options):
