@@ -325,7 +325,7 @@ class GradAccMixin(Trainer):
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
         step, ours = super().training_step, self._micro_batch_step
-        with divided_by_stock(self, lambda: ours.was_weighed) as divided:
+        with divided_by_stock(self, lambda: ours.num_reads > 0) as divided:
             return divided(
                 ours.run(step, model, inputs, num_items_in_batch, device=self.args.device)
             )
