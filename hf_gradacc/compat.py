@@ -27,6 +27,7 @@ __all__ = [
     "is_sharded_by_loading",
     "options_as_installed",
     "start_method_of_loader",
+    "stock_divides_every_loss",
     "streams_can_seek",
 ]
 
@@ -147,11 +148,19 @@ def is_sharded_by_loading(trainer: Any) -> bool:
     return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
 
 
+def stock_divides_every_loss(trainer_class: type) -> bool:
+    """Return whether the stock step divides by the divisor if ``loss_is_scaled_for_ga`` is False.
+
+    It does since transformers 5.19.
+    """
+    return hasattr(trainer_class, "loss_is_scaled_for_ga")
+
+
 @contextlib.contextmanager
 def divided_by_stock(trainer: Any, was_divided: Callable[[], bool]) -> Iterator[Callable[..., Any]]:
     """Let the stock step divide its loss by the divisor, whatever the loss is.
 
-    Since transformers 5.19 it does, once ``loss_is_scaled_for_ga`` is False. Before, a
+    For trainers that do not by themselves, see `stock_divides_every_loss`: there a
     ``compute_loss_func``, or a count given to a model that takes one, kept it from dividing
     (huggingface/transformers#43595). There the loss is divided on its way into the backward.
 
@@ -162,9 +171,6 @@ def divided_by_stock(trainer: Any, was_divided: Callable[[], bool]) -> Iterator[
     Yields:
         A function for the loss that the step returns, to be called inside of the context.
     """
-    if hasattr(type(trainer), "loss_is_scaled_for_ga"):
-        yield lambda loss: loss
-        return
     divisor: float | None = None
     backward = trainer.accelerator.backward
 

@@ -29,7 +29,11 @@ from hf_gradacc.arguments import (
     options_apart,
     settle_drawn_size,
 )
-from hf_gradacc.compat import divided_by_stock, is_sharded_by_loading
+from hf_gradacc.compat import (
+    divided_by_stock,
+    is_sharded_by_loading,
+    stock_divides_every_loss,
+)
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -81,6 +85,8 @@ from hf_gradacc.updates.update import Update
 __all__ = ["GradAccMixin", "GradAccTrainer"]
 
 tell_what_moved()
+
+_STOCK_DIVIDES = stock_divides_every_loss(Trainer)
 
 
 class GradAccMixin(Trainer):
@@ -325,10 +331,13 @@ class GradAccMixin(Trainer):
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
         step, ours = super().training_step, self._micro_batch_step
+        run = functools.partial(
+            ours.run, step, model, inputs, num_items_in_batch, device=self.args.device
+        )
+        if _STOCK_DIVIDES:
+            return run()
         with divided_by_stock(self, lambda: ours.num_reads > 0) as divided:
-            return divided(
-                ours.run(step, model, inputs, num_items_in_batch, device=self.args.device)
-            )
+            return divided(run())
 
     def training_update(self, model: nn.Module, update: Update) -> Tensor:
         """Run an update up to its gradient; the optimizer steps after it.
