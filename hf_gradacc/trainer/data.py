@@ -272,11 +272,17 @@ def _batches_per_update(args: Any, loader: Any) -> int:
 
     Where ``effective_batch_size`` says how large that is, the loader's batch size says how many.
     """
-    batch_size = getattr(loader, "batch_size", None)
-    if args.effective_batch_size is None or not batch_size:
+    if args.effective_batch_size is None:
         steps: int = args.gradient_accumulation_steps
         return steps
-    return max(1, round(args.effective_batch_size / (batch_size * args.world_size)))
+    rows = getattr(loader, "total_batch_size", None)  # of a loader that accelerate prepared
+    if rows is None:
+        batch_size = getattr(loader, "batch_size", None)
+        batch_size = batch_size or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
+        rows = batch_size and batch_size * args.world_size
+    return max(1, round(args.effective_batch_size / rows)) if rows else 1
 
 
 def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:

@@ -129,13 +129,30 @@ def test_asking_for_the_loader_twice_loses_no_row_of_a_stream_that_gives_each_on
     assert sorted(seen) == sorted(LineRows(64).x.tolist())
 
 
-@pytest.mark.parametrize(("size", "steps"), [(6, 4), (9, 3), (3, 8), (2, 8)])
-def test_batches_of_a_loader_of_ones_own_make_updates_of_the_size_asked_for(tmp_path, size, steps):
-    class Own(GradAccTrainer):
-        def get_train_dataloader(self):
-            return DataLoader(ROWS, batch_size=3, collate_fn=pad)
+def of_batches(trainer):
+    return DataLoader(ROWS, batch_size=3, collate_fn=pad)
 
-    trainer = make_trainer(tmp_path, ROWS, trainer_class=Own, effective_batch_size=size)
+
+def of_a_batch_sampler(trainer):
+    batches = BatchSampler(SequentialSampler(ROWS), 3, drop_last=False)
+    return DataLoader(ROWS, batch_sampler=batches, collate_fn=pad)
+
+
+def prepared(trainer):
+    return trainer.accelerator.prepare(GradAccTrainer.get_train_dataloader(trainer))
+
+
+@pytest.mark.parametrize("make", [of_batches, of_a_batch_sampler, prepared])
+@pytest.mark.parametrize(("size", "steps"), [(6, 4), (9, 3), (3, 8), (2, 8)])
+def test_batches_of_a_loader_of_ones_own_make_updates_of_the_size_asked_for(
+    tmp_path, size, steps, make
+):
+    class Own(GradAccTrainer):
+        get_train_dataloader = make
+
+    trainer = make_trainer(
+        tmp_path, ROWS, trainer_class=Own, effective_batch_size=size, per_device_train_batch_size=3
+    )
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps == steps
     assert log_rows(trainer)[0]["effective_batch_size"] == max(size, 3)
