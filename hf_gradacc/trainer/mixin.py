@@ -128,8 +128,14 @@ class GradAccMixin(Trainer):
     _tr_loss: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Call a subclass's own ``training_step`` once per micro-batch, as stock does."""
+        """Call a subclass's own ``training_step`` once per micro-batch, as stock does.
+
+        Its own ``get_batch_samples`` sees micro-batches too.
+        """
         super().__init_subclass__(**kwargs)
+        samples = cls.get_batch_samples
+        if samples is not GradAccMixin.get_batch_samples and not hasattr(samples, "of_batches"):
+            cls.get_batch_samples = _of_batches(samples)  # type: ignore[method-assign]
         step = cls.training_step
         if step is not GradAccMixin.training_step and not hasattr(step, "of_micro_batch"):
             cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
@@ -287,11 +293,22 @@ class GradAccMixin(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
-    ) -> tuple[list[Any], None]:
+    ) -> tuple[list[Any], Any]:
         """Return the next update. `training_update` counts its items, once."""
+        samples = super().get_batch_samples
+        if self._training_data.hands_out:  # an override asks for the batches of an update
+            return samples(epoch_iterator, num_batches, device)
+        return self._next_update(samples, epoch_iterator, device)
+
+    def _next_update(
+        self, samples: Callable[..., Any], epoch_iterator: Any, device: Any
+    ) -> tuple[list[Any], None]:
+        """Take the next update, and let `samples` see its batches if it is not stock's."""
         started = self._log_book.open()
         updates = self._training_data.next_update(self, self.ledger, epoch_iterator)
         self._log_book.begin_update(started, has_data=bool(updates))
+        if getattr(samples, "__func__", samples) is not Trainer.get_batch_samples:
+            updates = [self._training_data.handed_out(u, samples, device) for u in updates]
         return updates, None
 
     def training_step(
@@ -622,6 +639,19 @@ def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     training_step.of_micro_batch = True  # type: ignore[attr-defined]
     return training_step
+
+
+def _of_batches(samples: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a ``get_batch_samples`` that was written for batches: it never sees an update."""
+
+    @functools.wraps(samples)
+    def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        if self._training_data.hands_out:
+            return samples(self, epoch_iterator, num_batches, device)
+        return self._next_update(functools.partial(samples, self), epoch_iterator, device)
+
+    get_batch_samples.of_batches = True  # type: ignore[attr-defined]
+    return get_batch_samples
 
 
 class GradAccTrainer(GradAccMixin, Trainer):
