@@ -128,17 +128,14 @@ class GradAccMixin(Trainer):
     _tr_loss: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Call a subclass's own ``training_step`` once per micro-batch, as stock does.
-
-        Its own ``get_batch_samples`` sees micro-batches too.
-        """
+        """Let a subclass's own hooks see micro-batches where the stock loop hands out an update."""
         super().__init_subclass__(**kwargs)
-        samples = cls.get_batch_samples
-        if samples is not GradAccMixin.get_batch_samples and not hasattr(samples, "of_batches"):
-            cls.get_batch_samples = _of_batches(samples)  # type: ignore[method-assign]
-        step = cls.training_step
-        if step is not GradAccMixin.training_step and not hasattr(step, "of_micro_batch"):
-            cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
+        for name, wrap in _SEE_BATCHES.items():
+            method = getattr(cls, name)
+            if method is not getattr(GradAccMixin, name) and not hasattr(method, "of_batches"):
+                wrapped: Any = functools.wraps(method)(wrap(method))
+                wrapped.of_batches = True
+                setattr(cls, name, wrapped)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         refuse_generating(type(self))
@@ -627,9 +624,8 @@ class GradAccMixin(Trainer):
 
 
 def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap a ``training_step`` that was written for batches: it never sees an update."""
+    """Call a ``training_step`` of a subclass with micro-batches; an update goes to ours."""
 
-    @functools.wraps(step)
     def training_step(
         self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -637,21 +633,37 @@ def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return GradAccMixin.training_step(self, model, inputs, *args, **kwargs)
         return step(self, model, inputs, *args, **kwargs)
 
-    training_step.of_micro_batch = True  # type: ignore[attr-defined]
     return training_step
 
 
-def _of_batches(samples: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a ``get_batch_samples`` that was written for batches: it never sees an update."""
+def _added_up(count: Callable[..., int]) -> Callable[..., int]:
+    """Add a subclass's ``floating_point_ops`` up over an update's micro-batches."""
 
-    @functools.wraps(samples)
+    def floating_point_ops(self: Any, inputs: Any) -> int:
+        if isinstance(inputs, Update):
+            return sum(count(self, micro_batch.inputs) for micro_batch in inputs)
+        return count(self, inputs)
+
+    return floating_point_ops
+
+
+def _of_one_update(samples: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a ``get_batch_samples`` of a subclass with the micro-batches of the next update."""
+
     def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         if self._training_data.hands_out:
             return samples(self, epoch_iterator, num_batches, device)
         return self._next_update(functools.partial(samples, self), epoch_iterator, device)
 
-    get_batch_samples.of_batches = True  # type: ignore[attr-defined]
     return get_batch_samples
+
+
+_SEE_BATCHES: dict[str, Callable[..., Any]] = {
+    "floating_point_ops": _added_up,
+    "get_batch_samples": _of_one_update,
+    "training_step": _per_micro_batch,
+}
+"""Hooks that the stock loop calls with an update, and what gives a subclass's own its batches."""
 
 
 class GradAccTrainer(GradAccMixin, Trainer):

@@ -120,6 +120,15 @@ class CountsBatches(T.Trainer):
         return batches, count
 
 
+class CountsWork(T.Trainer):
+    def floating_point_ops(self, inputs):
+        return int(inputs["input_ids"].numel())
+
+
+def counted_work(trainer):
+    assert trainer.state.total_flos > NUM_ROWS
+
+
 class MasksMore(T.Trainer):
     """Takes the batches by itself, and leaves every other target out."""
 
@@ -391,6 +400,7 @@ PROGRAMS = {
     "counts batches": Program(
         tiny_llama, rows, pad, CountsBatches, stock="exact", check=saw_all_rows
     ),
+    "counts work": Program(tiny_llama, rows, pad, CountsWork, stock="exact", check=counted_work),
     "masks more": Program(tiny_llama, rows, pad, MasksMore, stock="exact"),
     "stream": Program(tiny_llama, Stream, pad, stock="exact"),
     "stream of datasets": Program(tiny_llama, hub_stream, pad, stock="exact"),
