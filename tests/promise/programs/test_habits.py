@@ -263,7 +263,7 @@ PROGRAMS = {
         fault="a trainer that computes its loss in training_step alone is refused when asked",
     ),
     "steps by itself": Program(
-        Tabular, table, trainer=StepsByItself, ours="as stock", says="divides neither"
+        Tabular, table, trainer=StepsByItself, ours="as stock", says="before it neither"
     ),
     "two evaluations": Program(
         tiny_llama,
