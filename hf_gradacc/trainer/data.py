@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +28,13 @@ from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
-from hf_gradacc.updates.collator import UpdateCollator
+from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import UpdateStream, is_stream
+from hf_gradacc.updates.targets import count_all_targets
+from hf_gradacc.updates.update import Update
 
 __all__ = ["TrainingData"]
 
@@ -45,6 +48,7 @@ class TrainingData:
         collator: Makes updates of rows; None before there is a loader, or if a subclass built it.
         sample: A few dataset rows to ask the model with; None if the collator returns no mapping.
         sample_inputs: The same, collated; None for a stream that cannot be read ahead.
+        hands_out: An override of ``get_batch_samples`` runs now, and is given batches.
     """
 
     def __init__(self) -> None:
@@ -52,6 +56,7 @@ class TrainingData:
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
         self._stream: UpdateStream | None = None
+        self.hands_out = False
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -206,6 +211,32 @@ class TrainingData:
         if updates:
             ledger.position = getattr(updates[0], "position", None)
         return updates
+
+    def handed_out(self, update: Update, samples: Callable[..., Any], device: Any) -> Update:
+        """Let an override of ``get_batch_samples`` see, change or replace an update's batches.
+
+        It may have changed them in place, so targets are counted anew.
+        """
+        batches = [micro_batch.inputs for micro_batch in update]
+        self.hands_out = True
+        try:
+            kept, _ = samples(iter(batches), len(batches), device)
+        finally:
+            self.hands_out = False
+        main = "input_ids" if self.collator is None else self.collator.main_input
+        planned = list(update) if len(kept) == len(batches) else []
+        micro_batches = []
+        for i, inputs in enumerate(kept):
+            made = make_micro_batch(inputs, main_input=main)
+            if planned and count_rows(inputs, main) == count_rows(batches[i], main):
+                counts = count_all_targets(
+                    inputs if isinstance(inputs, Mapping) else {},
+                    num_sequences=planned[i].num_sequences,
+                    num_input_tokens=made.num_input_tokens,
+                )
+                made = replace(planned[i], inputs=inputs, targets=counts)
+            micro_batches.append(made)
+        return replace(update, micro_batches=micro_batches)
 
     # ---- how many updates, of how many sequences -----------------------------------------------
 

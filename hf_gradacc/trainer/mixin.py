@@ -146,11 +146,14 @@ class GradAccMixin(Trainer):
     _tr_loss: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Call a subclass's own ``training_step`` once per micro-batch, as stock does."""
+        """Let a subclass's own hooks see micro-batches where the stock loop hands out an update."""
         super().__init_subclass__(**kwargs)
-        step = cls.training_step
-        if step is not GradAccMixin.training_step and not hasattr(step, "of_micro_batch"):
-            cls.training_step = _per_micro_batch(step)  # type: ignore[method-assign]
+        for name, wrap in _SEE_BATCHES.items():
+            method = getattr(cls, name)
+            if method is not getattr(GradAccMixin, name) and not hasattr(method, "of_batches"):
+                wrapped: Any = functools.wraps(method)(wrap(method))
+                wrapped.of_batches = True
+                setattr(cls, name, wrapped)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         refuse_generating(type(self))
@@ -313,11 +316,22 @@ class GradAccMixin(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
-    ) -> tuple[list[Any], None]:
+    ) -> tuple[list[Any], Any]:
         """Return the next update. `training_update` counts its items, once."""
+        samples = super().get_batch_samples
+        if self._training_data.hands_out:  # an override asks for the batches of an update
+            return samples(epoch_iterator, num_batches, device)
+        return self._next_update(samples, epoch_iterator, device)
+
+    def _next_update(
+        self, samples: Callable[..., Any], epoch_iterator: Any, device: Any
+    ) -> tuple[list[Any], None]:
+        """Take the next update, and let `samples` see its batches if it is not stock's."""
         started = self._log_book.open()
         updates = self._training_data.next_update(self, self.ledger, epoch_iterator)
         self._log_book.begin_update(started, has_data=bool(updates))
+        if getattr(samples, "__func__", samples) is not Trainer.get_batch_samples:
+            updates = [self._training_data.handed_out(u, samples, device) for u in updates]
         return updates, None
 
     def training_step(
@@ -641,9 +655,8 @@ class GradAccMixin(Trainer):
 
 
 def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap a ``training_step`` that was written for batches: it never sees an update."""
+    """Call a ``training_step`` of a subclass with micro-batches; an update goes to ours."""
 
-    @functools.wraps(step)
     def training_step(
         self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -651,8 +664,37 @@ def _per_micro_batch(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return GradAccMixin.training_step(self, model, inputs, *args, **kwargs)
         return step(self, model, inputs, *args, **kwargs)
 
-    training_step.of_micro_batch = True  # type: ignore[attr-defined]
     return training_step
+
+
+def _added_up(count: Callable[..., int]) -> Callable[..., int]:
+    """Add a subclass's ``floating_point_ops`` up over an update's micro-batches."""
+
+    def floating_point_ops(self: Any, inputs: Any) -> int:
+        if isinstance(inputs, Update):
+            return sum(count(self, micro_batch.inputs) for micro_batch in inputs)
+        return count(self, inputs)
+
+    return floating_point_ops
+
+
+def _of_one_update(samples: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a ``get_batch_samples`` of a subclass with the micro-batches of the next update."""
+
+    def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        if self._training_data.hands_out:
+            return samples(self, epoch_iterator, num_batches, device)
+        return self._next_update(functools.partial(samples, self), epoch_iterator, device)
+
+    return get_batch_samples
+
+
+_SEE_BATCHES: dict[str, Callable[..., Any]] = {
+    "floating_point_ops": _added_up,
+    "get_batch_samples": _of_one_update,
+    "training_step": _per_micro_batch,
+}
+"""Hooks that the stock loop calls with an update, and what gives a subclass's own its batches."""
 
 
 class GradAccTrainer(GradAccMixin, Trainer):

@@ -138,9 +138,10 @@ class OwnStep:
         args: The trainer's arguments.
 
     Attributes:
-        divides: Whether it divided its loss by ``gradient_accumulation_steps``. Known after the
-            first micro-batch of an update, before which there are no gradients to keep in
-            proportion.
+        divides: Whether it divided its loss by ``gradient_accumulation_steps``, or by what stands
+            for it, before a backward. Found out in the first micro-batch of the run, before which
+            there are no gradients to keep in proportion.
+        divides_result: Whether it divided what it returned, be it after the backward.
     """
 
     def __init__(self, owner: type, args: Any) -> None:
@@ -148,11 +149,12 @@ class OwnStep:
         self._args = args
         self._is_new = True
         self._has_gradients = False
-        self.divides = False
+        self._backwards: Counter[nn.Parameter] = Counter()
+        self.divides = self.divides_result = False
 
     def begin_update(self) -> None:
-        """Forget the update before."""
-        self.divides = self._has_gradients = False
+        """Forget the gradients of the update before."""
+        self._has_gradients = False
 
     def read_divisor(self) -> int:
         """Return what the step divides by in stock, and note that it does."""
@@ -175,34 +177,48 @@ class OwnStep:
             for parameter in model.parameters():
                 parameter.grad = before.get(parameter)
             return
+        weight = self._factor(self.divides, divisor)
         if self._has_gradients:
-            _multiply(before.values(), 1 / self.weight(divisor))
-        counts: Counter[nn.Parameter] = Counter()
-        with (
-            noting_reads(self._args, self._note),
-            _counting_backwards(model, counts) if self._is_new else contextlib.nullcontext(),
-        ):
+            _multiply(before.values(), 1 / weight)
+        if self._is_new:
+            with self._finding_out(model):
+                yield
+            weight = self._factor(self.divides, divisor)
+        else:
             yield
-        self._is_new = False
-        if max(counts.values(), default=0) > 1:
-            warn_of_several_backwards(self._owner)
-        _multiply((p.grad for p in model.parameters()), self.weight(divisor))
+        _multiply((p.grad for p in model.parameters()), weight)
         self._has_gradients = True
-        if not self.divides:
-            logger.warning_once(
-                f"{self._owner.__name__}.training_step runs its own backward and divides neither "
-                f"by args.gradient_accumulation_steps nor by "
-                f"self.current_gradient_accumulation_steps: its loss is taken to be the mean of "
-                f"its micro-batch."
-            )
 
-    def weight(self, divisor: float) -> float:
-        """Return the factor that makes a loss the step divided one that `divisor` divides."""
-        steps = vars(self._args)["gradient_accumulation_steps"] if self.divides else 1
+    def weigh(self, result: Tensor, divisor: float) -> Tensor:
+        """Weigh the loss that the step returned, for the log."""
+        return result * self._factor(self.divides_result, divisor)
+
+    def _factor(self, divides: bool, divisor: float) -> float:
+        """Compute what makes a loss that the step divided, or not, one that `divisor` divides."""
+        steps = vars(self._args)["gradient_accumulation_steps"] if divides else 1
         return float(steps / divisor)
 
+    @contextlib.contextmanager
+    def _finding_out(self, model: nn.Module) -> Iterator[None]:
+        """Watch a step: what it divides by, and how many backwards it runs."""
+        self._backwards.clear()
+        with noting_reads(self._args, self._note), _counting_backwards(model, self._backwards):
+            yield
+        self._is_new = False
+        if max(self._backwards.values(), default=0) > 1:
+            warn_of_several_backwards(self._owner)
+        if not self.divides:
+            logger.warning_once(
+                f"{self._owner.__name__}.training_step runs its own backward and divides its loss "
+                f"before it neither by args.gradient_accumulation_steps nor by "
+                f"self.current_gradient_accumulation_steps: it is taken to be the mean of its "
+                f"micro-batch."
+            )
+
     def _note(self) -> None:
-        self.divides = self.divides or not self._has_gradients
+        if self._is_new:
+            self.divides_result = True
+            self.divides = self.divides or not self._backwards
 
 
 def warn_of_several_backwards(owner: type) -> None:

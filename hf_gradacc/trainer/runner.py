@@ -227,7 +227,7 @@ class UpdateRunner:
             ):
                 part = step(trainer, model, micro_batch.inputs, count)
             if own is not None:
-                part = part * own.weight(divisor)
+                part = own.weigh(part, divisor)
             else:
                 self.step.check_weighed(type(trainer))
             loss = loss + part

@@ -166,6 +166,16 @@ class DividesByNothing(GradAccTrainer):
         return loss.detach()
 
 
+class DividesTheResult(GradAccTrainer):
+    """The same with its last line: what is logged was divided by hand."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach() / self.args.gradient_accumulation_steps
+
+
 class Forgets(GradAccTrainer):
     """PGD's: its own backward begins from a gradient of nothing, and what was there is put back."""
 
@@ -179,7 +189,9 @@ class Forgets(GradAccTrainer):
         return self.compute_loss(model, inputs).detach() / steps
 
 
-@pytest.mark.parametrize("trainer_class", [DividesByTheArgument, DividesByNothing, Forgets])
+@pytest.mark.parametrize(
+    "trainer_class", [DividesByTheArgument, DividesByNothing, DividesTheResult, Forgets]
+)
 def test_a_backward_of_ones_own_is_weighed_whatever_it_divides_by(tmp_path, trainer_class):
     recorder = Recorder()
     trainer = make_trainer(

@@ -262,7 +262,7 @@ PROGRAMS = {
         says="several backwards",
     ),
     "steps by itself": Program(
-        Tabular, table, trainer=StepsByItself, ours="as stock", says="divides neither"
+        Tabular, table, trainer=StepsByItself, ours="as stock", says="before it neither"
     ),
     "two evaluations": Program(
         tiny_llama,

@@ -111,6 +111,38 @@ class Doubles:
             yield {**batch, "input_ids": batch["input_ids"] // 2}
 
 
+class CountsBatches(T.Trainer):
+    """Looks at all batches of a step before it begins."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.rows = getattr(self, "rows", 0) + sum(len(b["input_ids"]) for b in batches)
+        return batches, count
+
+
+class CountsWork(T.Trainer):
+    def floating_point_ops(self, inputs):
+        return int(inputs["input_ids"].numel())
+
+
+def counted_work(trainer):
+    assert trainer.state.total_flos > NUM_ROWS
+
+
+class MasksMore(T.Trainer):
+    """Takes the batches by itself, and leaves every other target out."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        for batch in batches:
+            batch["labels"][:, ::2] = -100
+        return batches, self._get_num_items_in_batch(batches, device)
+
+
+def saw_all_rows(trainer):
+    assert trainer.rows == NUM_ROWS
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from rows()
@@ -364,6 +396,11 @@ PROGRAMS = {
         stock="exact",
     ),
     "own loader, prepared": Program(tiny_llama, rows, pad, OwnPreparedLoader, stock="exact"),
+    "counts batches": Program(
+        tiny_llama, rows, pad, CountsBatches, stock="exact", check=saw_all_rows
+    ),
+    "counts work": Program(tiny_llama, rows, pad, CountsWork, stock="exact", check=counted_work),
+    "masks more": Program(tiny_llama, rows, pad, MasksMore, stock="exact"),
     "stream": Program(tiny_llama, Stream, pad, stock="exact"),
     "stream of datasets": Program(tiny_llama, hub_stream, pad, stock="exact"),
     "ready-made batches": Program(
