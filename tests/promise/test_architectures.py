@@ -49,6 +49,18 @@ def test_the_accumulated_gradient_is_that_of_the_whole_update(case):
     assert run.warnings == []
 
 
+@pytest.mark.parametrize("case", ["convbert-single", "convbert-multilabel", "doge-causal"])
+def test_padding_that_only_rows_not_looked_at_would_show_is_found(case):
+    """A convolution reaches the first token only of very short rows; Doge keeps the best tokens."""
+    case = case_named(case)
+    with reference.float64_everywhere():
+        model, rows = case.build(), case.rows(seed=2)
+        run = train_ours(model, rows, case.collator(model), per_device_train_batch_size=3)
+        model = case.build()
+        expected = reference.reference_gradient(model, rows, case.collator(model))
+    assert reference.relative_error(run.gradient, expected) <= EXACT
+
+
 # What the router loss's own nonlinearity leaves, relative to the whole gradient: it multiplies two
 # means over a micro-batch, and a mean of products is not the product of means. Measured on
 # transformers 5.23 with micro-batches of 3 short rows, where it is large; each bound is twice it.
