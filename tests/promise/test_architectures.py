@@ -49,12 +49,14 @@ def test_the_accumulated_gradient_is_that_of_the_whole_update(case):
     assert run.warnings == []
 
 
-@pytest.mark.parametrize("case", ["convbert-single", "convbert-multilabel", "doge-causal"])
-def test_padding_that_only_rows_not_looked_at_would_show_is_found(case):
+@pytest.mark.parametrize(
+    ("case", "seed"), [("convbert-single", 2), ("convbert-multilabel", 2), ("doge-causal", 0)]
+)
+def test_padding_that_only_rows_not_looked_at_would_show_is_found(case, seed):
     """A convolution reaches the first token only of very short rows; Doge keeps the best tokens."""
     case = case_named(case)
     with reference.float64_everywhere():
-        model, rows = case.build(), case.rows(seed=2)
+        model, rows = case.build(), case.rows(seed=seed)
         run = train_ours(model, rows, case.collator(model), per_device_train_batch_size=3)
         model = case.build()
         expected = reference.reference_gradient(model, rows, case.collator(model))
