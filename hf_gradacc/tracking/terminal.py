@@ -310,11 +310,11 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
     """Describe in one line what was trained and with what result."""
     losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
     held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-    seen = kept(state).get("target_tokens_seen")
+    seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
     trained = count_updates(state.global_step - first_step)
     text = f"Trained {trained} in {duration(seconds)}"
     if seen:
-        text += f", {quantity(seen)} target tokens seen"
+        text += f", {quantity(seen[-1])} target tokens seen"
     if losses:
         text += f"; loss {number(losses[0])} -> {number(losses[-1])}"
     if held_out:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.tracking.mfu import CostMeter
 from hf_gradacc.tracking.phases import PhaseClock
-from hf_gradacc.tracking.run_files import is_training_row
+from hf_gradacc.tracking.run_files import is_training_row, kind_of
 from hf_gradacc.tracking.wandb_ranks import RankRuns
 from hf_gradacc.tracking.window import StatsWindow
 from hf_gradacc.trainer.runner import UpdateResult
@@ -94,6 +94,8 @@ class LogBook:
     ) -> dict[str, float]:
         """Add what the updates consumed to the stock numbers of a training row, in place.
 
+        The row that ends a run is given the total: the last training row may be older.
+
         Args:
             logs: The row, changed in place.
             window: The updates since the last row; it is reset.
@@ -102,6 +104,8 @@ class LogBook:
         Returns:
             The row.
         """
+        if kind_of(logs) == "end":
+            logs["target_tokens_seen"] = window.target_tokens_seen
         if not is_training_row(logs) or not window.num_updates:
             return logs
         num_trained = window.num_updates - window.num_skipped

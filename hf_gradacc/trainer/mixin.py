@@ -47,7 +47,6 @@ from hf_gradacc.ranks.collectives import agree_on_inputs
 from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
-from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.signals import StopSignals
 from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.mfu import begin_peak_memory
@@ -578,7 +577,6 @@ class GradAccMixin(Trainer):
         """Average the losses not yet logged over ranks; keep the newest checkpoint."""
         self._foreign_metrics.hand_over(self)
         self._noise_listener.tell_verdict(self)
-        keep(self.state, target_tokens_seen=self.ledger.window.target_tokens_seen)
         # The stock code would add only rank 0's losses.
         self._tr_loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean()
         with self._checkpoint_writer.keeping_newest(self.args):

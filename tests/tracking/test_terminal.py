@@ -15,6 +15,8 @@ import pytest
 from support.patience import HUNG_AFTER_SECONDS
 from support.tracked import tracked_trainer
 
+from hf_gradacc.tracking.report.data import load_runs
+
 TESTS = Path(__file__).parents[1]
 IN_A_TERMINAL = """
 import sys
@@ -74,6 +76,10 @@ def test_the_last_line_counts_all_updates_whatever_was_logged(tmp_path, capsys, 
     trainer.train()
     seen = sum(label != -100 for row in trainer.train_dataset for label in row["labels"][1:])
     assert f"Trained 4 updates in 0 s, {seen} target tokens seen" in capsys.readouterr().out
+    if logging_steps == 500:
+        return  # a report needs a training row
+    (run,) = load_runs([tmp_path])
+    assert ("target tokens seen", str(seen), "4 updates") in run.tiles()
 
 
 def test_a_quiet_log_level_silences_plan_and_summary(tmp_path, capsys):

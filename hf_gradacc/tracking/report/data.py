@@ -198,6 +198,9 @@ class ReportRun:
         """Return the numbers to read first: name, value, and the note below it."""
         losses = [value for _, value in self.points("loss")]
         perplexity = self.last("eval_perplexity", kind="eval")
+        tokens_seen = self.last("target_tokens_seen", kind="end")
+        if tokens_seen is None:  # it has not ended
+            tokens_seen = self.last("target_tokens_seen")
         runtime = self.last("train_runtime", kind="end")
         found: list[tuple[str, float | None, str]] = [
             (
@@ -212,7 +215,7 @@ class ReportRun:
             ),
             ("effective batch size", self.mean("effective_batch_size"), "sequences per update"),
             ("tokens per update", self.mean("tokens_per_update"), "target tokens, mean"),
-            ("target tokens seen", self.last("target_tokens_seen"), count_updates(self.updates)),
+            ("target tokens seen", tokens_seen, count_updates(self.updates)),
             ("throughput", self.mean("target_tokens_per_second"), "target tokens per second"),
             ("noise scale", self.last("gradient_noise_scale"), "target tokens"),
         ]
