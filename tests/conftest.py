@@ -12,15 +12,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if not os.environ["CUDA_VISIBLE_DEVICES"]:  # else DeepSpeed tells that it found none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # For the processes that tests start, whatever the shell says and however many cores there are:
 # other numbers of threads sum in another order, and threads that wait for a core spin.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+import hypothesis
 import pytest
 import torch
 import transformers
 
 torch.set_num_threads(1)
+# Other work on the machine makes any example slow.
+hypothesis.settings.register_profile("without a clock", deadline=None)
+hypothesis.settings.load_profile("without a clock")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
