@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import router_share  # noqa: E402
 from support import reference, zoo, zoo_runs  # noqa: E402
+from support.zoo_rows import MORE_LENGTHS  # noqa: E402
 
 EXACT = 1e-10
 SECONDS_PER_CASE = 90
@@ -287,10 +288,11 @@ def main() -> None:
         name = "exactness"
         with contextlib.redirect_stdout(sys.stderr):
             body = f"{ten_models()}\n\n{router_share.NOTE}\n\n{router_share.study()}"
+    num_rows = len(MORE_LENGTHS[chosen.rows])
     text = (
         f"transformers {transformers.__version__}, torch {torch.__version__}, float64, one update "
-        f"of {zoo_runs.EFFECTIVE_BATCH_SIZE} ragged rows in {zoo_runs.MICRO_BATCHES} micro-batches."
-        f"\n\n{body}\n"
+        f"of {num_rows} ragged rows in {-(-num_rows // zoo_runs.ROWS_PER_MICRO_BATCH)} "
+        f"micro-batches.\n\n{body}\n"
     )
     print(text)
     if not chosen.no_file and not chosen.only:
