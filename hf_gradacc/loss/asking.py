@@ -66,7 +66,7 @@ def sample_of(
 
 def choose_mode(
     loss: Loss, inputs: Mapping[str, Any], known: ProbeRows | None, *, pad_token_id: int
-) -> tuple[bool, Mapping[str, Any]]:
+) -> tuple[bool, Mapping[str, Any], ProbeRows | None]:
     """Choose the mode to ask in, and the inputs to ask with.
 
     Evaluation mode, in which nothing is dropped out and hooks of a user's own take no forward for
@@ -79,18 +79,23 @@ def choose_mode(
         pad_token_id: What rows are padded with.
 
     Returns:
-        True for training mode, and the inputs: with rows that show more (one cut very short,
-        unequal numbers of targets), or as they are if the model does not take those.
+        True for training mode; the inputs, with rows that show more (one cut very short, unequal
+        numbers of targets), or as they are if the model does not take those, or one row if it takes
+        no more; and the dataset rows that belong to them.
 
     Raises:
         Exception: What the model raised in evaluation mode, if it answers in neither.
     """
-    changed = dict(inputs)
+    candidates = [(dict(inputs), known)]
+    num_rows = count_rows(inputs, getattr(loss.model, "main_input_name", "input_ids"))
     if known is None:
         changed = vary_targets(shorten_first_row(inputs, pad_token_id=pad_token_id))
+        candidates.insert(0, (changed, None))
+    if num_rows > 1 and known is None and can_slice_rows(inputs, num_rows):
+        candidates.append((slice_rows(inputs, [num_rows - 1]), None))
     first_error: Exception | None = None
-    for training in (False, True):
-        for part in (changed, dict(inputs)):
+    for part, rows in candidates:
+        for training in (False, True):
             try:
                 with held_in_mode(loss.model, training=training):
                     loss.ask_either_way(part, _any_count(part, loss.model))
@@ -99,7 +104,7 @@ def choose_mode(
             except Exception as error:
                 first_error = first_error or error
             else:
-                return training, part
+                return training, part, rows
     assert first_error is not None
     raise first_error
 

@@ -54,8 +54,9 @@ logger = logging.get_logger(__name__)
 
 
 _PACKS_FOR_FREE = ("flash", "flex_attention")
-"""Attentions that take the boundaries of packed sequences and compute nothing across them. Under
-the others a packed row is computed whole and masked, which costs more than its padding did.
+"""In the names of attentions that take the boundaries of packed sequences and compute nothing
+across them: ``flash_attention_2``, ``kernels-community/flash-attn3``. Under the others a packed row
+is computed whole and masked, which costs more than its padding did.
 """
 
 
@@ -305,7 +306,7 @@ class Setting:
     def wanted(self, model: nn.Module) -> dict[str, bool | None]:
         """Return what was asked for: True or False by the user; None leaves it to the checks."""
         packs = {"packed": True, "padded": False}.get(self.args.layout)
-        if packs is None and not attention_of(model).startswith(_PACKS_FOR_FREE):
+        if packs is None and not any(part in attention_of(model) for part in _PACKS_FOR_FREE):
             packs = False
         return {
             "target_only_logits": self.args.target_only_logits,
@@ -340,7 +341,7 @@ def choose_shortcuts(
     taken: dict[str, bool] = {}
     head = find_head(model)
     owner = find_owner(model, head)
-    varlen = attention_of(model).startswith("flash")
+    varlen = "flash" in attention_of(model)
     if head is None and not any(refused.values()):
         refused = dict.fromkeys(wanted, f"{type(model).__name__} names no output embeddings")
     if head is not None and not any(refused.values()):

@@ -99,7 +99,9 @@ def ask_trainer(
             can_differentiate=engine.can_differentiate_outside,
         )
         try:
-            training, asked = choose_mode(loss, asked, known, pad_token_id=style["pad_token_id"])
+            training, asked, known = choose_mode(
+                loss, asked, known, pad_token_id=style["pad_token_id"]
+            )
             with held_in_mode(bare, training=training):
                 if stated == "auto":
                     facts = ask(loss, asked, known, dtype=dtype, **style)

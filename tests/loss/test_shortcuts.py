@@ -1,6 +1,7 @@
 """Shortcuts give the gradient of the whole batch, and a model that breaks one refuses it."""
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -11,8 +12,9 @@ from support.zoo import Case
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from hf_gradacc import GradAccTrainer
+from hf_gradacc import GradAccArguments, GradAccTrainer
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.layouts import (
     find_head,
     is_right_padded,
@@ -21,8 +23,9 @@ from hf_gradacc.loss.layouts import (
     pack_rows,
     without_mask,
 )
-from hf_gradacc.loss.shortcuts import Shortcuts, Trial, can_try_shortcuts
+from hf_gradacc.loss.shortcuts import Setting, Shortcuts, Trial, can_try_shortcuts
 from hf_gradacc.trainer.asking import has_foreign_loss
+from hf_gradacc.updates.targets import TargetRule
 
 WAYS = {
     "target-only logits": Shortcuts(target_only_logits=True),
@@ -401,3 +404,21 @@ def test_a_model_that_breaks_on_a_shortcut_trains_without_it(tmp_path):
     trainer, gradient = train(tmp_path, model=broken(Asserts))
     assert "AssertionError" in trainer.shortcuts.reason("drop_attention_mask")
     assert relative_error(gradient, expect()) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("attention", "packs"),
+    [
+        ("flash_attention_2", None),
+        ("kernels-community/flash-attn3", None),
+        ("flex_attention", None),
+        ("sdpa", False),
+        ("eager", False),
+    ],
+)
+def test_packing_is_tried_under_every_attention_that_keeps_rows_apart(tmp_path, attention, packs):
+    """Those of the kernels hub are named by the place they come from."""
+    args = GradAccArguments(output_dir=str(tmp_path))
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(_attn_implementation=attention)
+    assert Setting(args, LossFacts(TargetRule.NEXT_TOKEN)).wanted(model)["layout"] is packs

@@ -338,6 +338,38 @@ class OneOfAKind(nn.Module):
         return {"loss": functional.cross_entropy(self.fc(x), labels)}
 
 
+class OneRow(nn.Module):
+    """Takes one row at a time; the loss is a mean over its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 6).double(), nn.Linear(6, 48).double()
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        if len(input_ids) != 1:
+            raise ValueError("one row, please")
+        logits = self.head(self.embed(input_ids))
+        return {"loss": functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_a_model_that_takes_one_row_is_asked_with_one(tmp_path):
+    trainer = trained(tmp_path, OneRow, ROWS, size=1, collate=pad)
+    assert (trainer.facts.rule, trainer.facts.weighing) == ("same_token", "mean")
+    assert trainer.facts.warnings == ()
+
+    expected = _seeded(OneRow)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for rows in (ROWS[:8], ROWS[8:]):
+        optimizer.zero_grad()
+        total = sum(label != -100 for row in rows for label in row["labels"])
+        for row in rows:
+            count = sum(label != -100 for label in row["labels"])
+            (expected(**pad([row]))["loss"] * count / total).backward()
+        optimizer.step()
+    pairs = zip(expected.parameters(), trainer.model.parameters(), strict=True)
+    assert max(float((a - b).detach().abs().max()) for a, b in pairs) < EXACT
+
+
 @pytest.fixture
 def told(caplog):
     """What Transformers' loggers say, each message once per test."""
