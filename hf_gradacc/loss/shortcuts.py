@@ -14,6 +14,7 @@ the same, so rounding does too, and any difference is a leak.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -279,6 +280,9 @@ class Setting:
 
     def why_not(self, name: str, model: nn.Module) -> str:
         """Return why one shortcut may not be tried, empty if it may."""
+        if name in ("target_only_logits", "chunked_loss") and _is_liger(model):
+            # In training mode alone, so that trying it in evaluation mode would not show it.
+            return "Liger's kernel takes the loss from hidden states, without calling the LM head"
         if name == "target_only_logits":
             if self.has_loss_func:
                 return "compute_loss_func may want all logits"
@@ -424,6 +428,15 @@ def describe_speed(model: nn.Module, shortcuts: Shortcuts | None, args: Any) -> 
     }
     return ", ".join(
         [attention_of(model) or "no attention", *(w for w, on in options.items() if on)]
+    )
+
+
+def _is_liger(model: nn.Module) -> bool:
+    """Return whether Liger has replaced the forward of a model, or of one inside of it."""
+    return any(
+        str(getattr(inspect.unwrap(module.forward), "__module__", "")).startswith("liger_kernel")
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
     )
 
 

@@ -41,7 +41,7 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.trainer.asking import padding_style
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.noise import NoiseListener
-from hf_gradacc.trainer.step import MicroBatchStep
+from hf_gradacc.trainer.step import MicroBatchStep, start_copy
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
@@ -202,6 +202,10 @@ class UpdateRunner:
         facts, step = trainer.facts, type(trainer).training_step
         factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
+        counts: Any = None
+        if facts.wants_own_count:  # copied at once: the host would wait for each by itself
+            per_micro_batch = [mb.targets.under(facts.rule) for mb in micro_batches]
+            counts = start_copy(torch.tensor(per_micro_batch), loss.device)
         own = self.step.own
         if own is not None:
             own.begin_update()
@@ -218,7 +222,7 @@ class UpdateRunner:
                 )
             self.step.begin(divisor)  # the stock step divides the loss by it
             trainer.loss_is_scaled_for_ga = False
-            count = torch.tensor(local, device=loss.device) if facts.wants_own_count else None
+            count = None if counts is None else counts[i]
             is_last = i + 1 == len(micro_batches)
             with (
                 self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),

@@ -422,3 +422,29 @@ def test_packing_is_tried_under_every_attention_that_keeps_rows_apart(tmp_path, 
     model = nn.Linear(1, 1)
     model.config = SimpleNamespace(_attn_implementation=attention)
     assert Setting(args, LossFacts(TargetRule.NEXT_TOKEN)).wanted(model)["layout"] is packs
+
+
+def fused_forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    """As Liger's: in training mode the loss comes from hidden states; the head is not called."""
+    if not self.training or labels is None:
+        return type(self).forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+        )
+    hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    logits = hidden @ self.lm_head.weight.T
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return {"loss": loss}
+
+
+def test_no_logits_are_chosen_where_a_kernel_takes_the_loss_without_any(tmp_path, monkeypatch):
+    """Evaluation mode has logits to choose from; in training there are none."""
+    monkeypatch.setattr(fused_forward, "__module__", "liger_kernel.transformers.model.llama")
+    model = tiny_llama()
+    model.forward = fused_forward.__get__(model)
+    trainer, gradient = train(tmp_path, model=model)
+    assert relative_error(gradient, expect()) <= 1e-10
+    assert not trainer.shortcuts.target_only_logits
+    assert "Liger's kernel" in trainer.shortcuts.reason("target_only_logits")
+    assert "Liger's kernel" in trainer.shortcuts.reason("chunked_loss")
+    with pytest.raises(ConfigError, match="target_only_logits = True would not give the same"):
+        train(tmp_path, model=model, target_only_logits=True)
