@@ -19,7 +19,9 @@ from transformers import Trainer
 import hf_gradacc.trainer
 from hf_gradacc import GradAccMixin, VersionError, compat
 from hf_gradacc.arguments import GradAccArguments
+from hf_gradacc.compat import stock_divides_every_loss
 from hf_gradacc.recipe.sections import train_section
+from hf_gradacc.trainer import mixin
 
 ROOT = Path(__file__).parent.parent
 ROWS = ragged_rows(11, seed=3)
@@ -188,6 +190,7 @@ def test_a_stock_step_that_does_not_divide_is_divided_for_and_one_that_does_is_n
     if kind is AsDivides and loss is sum_over_count:
         pytest.skip("it passes no count on")
     monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
+    monkeypatch.setattr(mixin, "_STOCK_DIVIDES", stock_divides_every_loss(Trainer))
     recorder = Recorder()
     trainer = make_trainer(
         tmp_path,

@@ -101,6 +101,9 @@ def choose_mode(
                     loss.ask_either_way(part, _any_count(part, loss.model))
             except GradAccError:
                 raise
+            except torch.OutOfMemoryError as error:
+                first_error = error
+                break  # training mode holds no less
             except Exception as error:
                 first_error = first_error or error
             else:

@@ -153,6 +153,8 @@ class Evidence:
                 continue
             try:
                 answers.append(self.ask(part, count))
+            except torch.OutOfMemoryError:
+                raise
             except CANNOT_TAKE as error:
                 self.failure = error
                 answers.append(Answer(math.nan))

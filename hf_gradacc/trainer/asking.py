@@ -28,6 +28,7 @@ from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState
 from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.stream import is_stream
@@ -110,6 +111,8 @@ def ask_trainer(
         except GradAccError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):  # not even one row fits
+                raise
             training, facts = False, _facts_without_answer(bare, inputs, error, stated)
         facts = with_warnings(facts, bare, trainer.sample)
         if collator is not None:

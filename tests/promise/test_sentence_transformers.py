@@ -187,12 +187,7 @@ def test_a_loss_that_draws_its_dimensions_for_each_micro_batch_is_named(bert):
     "name",
     [
         "CoSENTLoss",
-        pytest.param(
-            "MultipleNegativesRankingLoss",
-            marks=pytest.mark.xfail(
-                strict=True, reason="a loss that grows with its rows is refused when asked"
-            ),
-        ),
+        "MultipleNegativesRankingLoss",
     ],
 )
 def test_losses_that_compare_rows_go_on_and_a_line_says_why(name, bert, tmp_path):

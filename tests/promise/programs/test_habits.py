@@ -258,7 +258,7 @@ PROGRAMS = {
         Adversaries,
         table,
         trainer=TwoOptimizers,
-        ours="as stock",
+        ours="named",
         says="several backwards",
     ),
     "steps by itself": Program(
