@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -15,11 +15,16 @@ from hf_gradacc.errors import ConfigError
 __all__ = [
     "GradAccArguments",
     "GradAccOptions",
+    "MeanOver",
     "add_options",
     "check_options",
     "options_apart",
     "settle_drawn_size",
 ]
+
+
+MeanOver = Literal["auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing"]
+"""What a loss may be said to be a mean over; ``nothing`` is a sum."""
 
 
 @dataclass
@@ -71,9 +76,7 @@ class GradAccOptions:
         },
     )
 
-    loss_is_mean_over: Literal[
-        "auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing"
-    ] = field(
+    loss_is_mean_over: MeanOver = field(
         default="auto",
         metadata={
             "help": "What the loss of a micro-batch is a mean over, and so how much it weighs. "
@@ -263,7 +266,7 @@ def _find_problems(args: Any) -> Any:
             "chunked_loss = True needs target_only_logits: it is only given rows with a target. "
             "Leave target_only_logits out, or chunked_loss."
         )
-    stated = ("auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing")
+    stated = get_args(MeanOver)
     if args.loss_is_mean_over not in stated:
         yield (
             f"loss_is_mean_over = {args.loss_is_mean_over!r}: use one of "

@@ -52,7 +52,6 @@ class Loss:
         has_drawn: Tells whether a random number was drawn since.
         can_differentiate: Gradients can be computed outside of the wrapped model. Sharded weights
             are whole only inside of a forward.
-        num_asked: How many forwards ran.
     """
 
     model: nn.Module
@@ -60,7 +59,6 @@ class Loss:
     restart: Callable[[], None] = lambda: None
     has_drawn: Callable[[], bool] = lambda: False
     can_differentiate: bool = True
-    num_asked: int = 0
     _last: tuple[Any, ...] = dataclasses.field(default=(None,), repr=False)
 
     def value(self, inputs: Mapping[str, Any], count: int | None) -> float:
@@ -119,7 +117,6 @@ class Loss:
         # A copy, since FSMT writes padding over the -100 of the labels it is given.
         copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         self.restart()
-        self.num_asked += 1
         return self.compute(copied, count)
 
 

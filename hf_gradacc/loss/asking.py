@@ -29,6 +29,7 @@ from hf_gradacc.loss.probe import (
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_rows_to_ask, find_padding_targets
 from hf_gradacc.loss.questions import shorten_first_row, vary_targets
 from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
+from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.targets import TargetRule
 
 __all__ = [
@@ -87,7 +88,7 @@ def choose_mode(
         Exception: What the model raised in evaluation mode, if it answers in neither.
     """
     candidates = [(dict(inputs), known)]
-    num_rows = count_rows(inputs, getattr(loss.model, "main_input_name", "input_ids"))
+    num_rows = count_rows(inputs, ModelFacts.of(loss.model).main_input)
     if known is None:
         changed = vary_targets(shorten_first_row(inputs, pad_token_id=pad_token_id))
         candidates.insert(0, (changed, None))
@@ -113,7 +114,7 @@ def choose_mode(
 
 
 def _any_count(inputs: Mapping[str, Any], model: nn.Module) -> int:
-    return max(count_rows(inputs, getattr(model, "main_input_name", "input_ids")), 1)
+    return max(count_rows(inputs, ModelFacts.of(model).main_input), 1)
 
 
 def ask(
@@ -139,11 +140,12 @@ def ask(
         Exception: Whatever the model raises on the rows together.
     """
     config: Any = getattr(loss.model, "config", None)
-    main_input = getattr(loss.model, "main_input_name", "input_ids")
+    model = ModelFacts.of(loss.model)
+    main_input = model.main_input
     num_rows = count_rows(inputs, main_input) if known is None else len(known.rows)
     options: dict[str, Any] = {
         "dtype": dtype,
-        "encoder_decoder": bool(getattr(config, "is_encoder_decoder", False)),
+        "encoder_decoder": model.encoder_decoder,
         "main_input": main_input,
         "has_router_loss": any(
             getattr(c, "output_router_logits", False) for c in _configs(loss.model)
@@ -168,8 +170,6 @@ def ask(
             facts = probe_in_place(inputs, loss.ask, **options)
     else:
         facts = probe_in_place(inputs, loss.ask, **options)
-    if _chooses_tokens(loss.model):
-        return dataclasses.replace(facts, pad_to_one_width=True)
     return facts
 
 
@@ -188,15 +188,18 @@ def stated_facts(
     be told its count, and whether padding matters. What cannot be asked is taken to be as usual.
     """
     config: Any = getattr(loss.model, "config", None)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    main_input = getattr(loss.model, "main_input_name", "input_ids")
+    model = ModelFacts.of(loss.model)
     evidence = Evidence(
-        inputs, loss.ask, dtype=dtype, encoder_decoder=encoder_decoder, main_input=main_input
+        inputs,
+        loss.ask,
+        dtype=dtype,
+        encoder_decoder=model.encoder_decoder,
+        main_input=model.main_input,
     )
     facts = as_stated(stated, rule=evidence.order[0])
     try:
         facts = complete(facts, evidence)
-        if can_slice_rows(inputs, count_rows(inputs, main_input)) and not facts.draws:
+        if can_slice_rows(inputs, evidence.num_rows) and not facts.draws:
             error = measure_padding(
                 evidence,
                 facts,
@@ -222,11 +225,11 @@ def as_stated(stated: str, *, rule: TargetRule) -> LossFacts:
     return LossFacts(rules.get(stated, rule), weighings.get(stated, "mean"))
 
 
-def unknown_facts(
-    inputs: Mapping[str, Any], reason: str, *, main_input: str, encoder_decoder: bool
-) -> LossFacts:
+def unknown_facts(inputs: Mapping[str, Any], reason: str, *, model: ModelFacts) -> LossFacts:
     """Go by stock's own rule, every micro-batch alike, because the model gave no answer."""
-    rule = rules_in_order(inputs, main_input=main_input, encoder_decoder=encoder_decoder)[0]
+    rule = rules_in_order(
+        inputs, main_input=model.main_input, encoder_decoder=model.encoder_decoder
+    )[0]
     return LossFacts(
         rule,
         "micro_batch",
@@ -255,11 +258,11 @@ def _chooses_tokens(model: nn.Module) -> bool:
 
 
 def with_warnings(facts: LossFacts, model: nn.Module, sample: ProbeRows | None) -> LossFacts:
-    """Add what the probe cannot see: padding that is learned, rows mixed in training mode."""
+    """Add what no answer shows: padding that is learned or chosen, rows mixed in training mode."""
     padding = find_padding_targets(sample)
     return dataclasses.replace(
         facts,
-        pad_to_one_width=facts.pad_to_one_width or bool(padding),
+        pad_to_one_width=facts.pad_to_one_width or bool(padding) or _chooses_tokens(model),
         warnings=(*facts.warnings, *padding, *find_mixing(model)),
     )
 

@@ -178,8 +178,10 @@ class Evidence:
 
     def errors_of(self, answers: Sequence[Answer]) -> Errors:
         """Measure how far the answers for the rows are from adding up, under each rule."""
-        counts = {rule: [self.count(row, rule) for row in self.rows] for rule in self.order}
-        return self._errors(answers, counts, self.together)
+        return self._errors(answers, self._counts_of_rows(), self.together)
+
+    def _counts_of_rows(self) -> dict[TargetRule, list[int]]:
+        return {rule: [self.count(row, rule) for row in self.rows] for rule in self.order}
 
     def _errors(
         self,
@@ -289,8 +291,7 @@ class Evidence:
         mean = _mean(turned)
         if mean is None:
             return None
-        counts = {rule: [self.count(row, rule) for row in self.rows] for rule in self.order}
-        errors = self._errors(self.copies, counts, mean)
+        errors = self._errors(self.copies, self._counts_of_rows(), mean)
         # A sum of copies is as many times its row's as there are rows: it looks like a mean.
         fitting = [found for found, e in errors.items() if found[1] == "mean" and self.fits(e)]
         if not fitting:

@@ -62,7 +62,6 @@ class LossFacts:
             the loss of each.
         padding_error: Relative difference that padding made.
         warnings: In plain words, what is not exact and by how much.
-        notes: In plain words, what is exact but may surprise.
     """
 
     rule: TargetRule
@@ -73,7 +72,16 @@ class LossFacts:
     rule_error: float = 0.0
     padding_error: float = 0.0
     warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say in plain words what is exact but may surprise."""
+        if self.weighing != "sum":
+            return ()
+        return (
+            "the loss is a sum over its targets, not a mean: the losses of micro-batches are added "
+            "up, so the gradient is that of the whole update at once and grows with its size.",
+        )
 
     def divisor(
         self, num_targets: int, *, of: int, num_micro_batches: int, factor: int = 1

@@ -20,7 +20,7 @@ import torch
 
 from hf_gradacc.loss.answers import Ask
 from hf_gradacc.loss.evidence import CANNOT_TAKE, Errors, Evidence, Found
-from hf_gradacc.loss.facts import LossFacts, Weighing, differ
+from hf_gradacc.loss.facts import LossFacts, differ
 from hf_gradacc.loss.questions import has_token_labels, misfit
 from hf_gradacc.updates.batch import pad_columns, trim_padding
 from hf_gradacc.updates.targets import TargetRule
@@ -113,7 +113,6 @@ def probe_in_place(inputs: Mapping[str, Any], ask: Ask, **options: Any) -> LossF
         wants_own_count=evidence.wants_own_count,
         draws=together.drew,
         warnings=warnings,
-        notes=_notes_on(weighing),
     )
 
 
@@ -210,7 +209,6 @@ def _facts(evidence: Evidence) -> LossFacts:
         rule_error=error,
         padding_error=error if is_padding else 0.0,
         warnings=tuple(warnings),
-        notes=_notes_on(found[1]),
     )
 
 
@@ -306,7 +304,6 @@ def _facts_of_draws(evidence: Evidence) -> LossFacts:
         wants_own_count=evidence.wants_own_count,
         draws=True,
         warnings=warnings,
-        notes=_notes_on(found[1]),
     )
 
 
@@ -319,15 +316,6 @@ def _facts_of_nan(evidence: Evidence) -> LossFacts:
             f"update, so what it is a mean over could not be asked: it is taken for a mean over "
             f"its targets.",
         ),
-    )
-
-
-def _notes_on(weighing: Weighing) -> tuple[str, ...]:
-    if weighing != "sum":
-        return ()
-    return (
-        "the loss is a sum over its targets, not a mean: the losses of micro-batches are added up, "
-        "so the gradient is that of the whole update at once and grows with its size.",
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from hf_gradacc.errors import DataError, GradAccError
@@ -30,7 +29,9 @@ from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState
+from hf_gradacc.trainer.overrides import definers
 from hf_gradacc.updates.batch import count_rows
+from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.stream import is_stream
 from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets
 
@@ -75,7 +76,7 @@ def ask_trainer(
         facts = LossFacts(TargetRule.SEQUENCE)
         if stated == "auto":
             facts = _facts_without_names()
-        _tell(trainer.model, facts)
+        _tell(trainer.model, facts, is_news=False)
         return facts, None
     asked, known = sample_of(inputs, sample)
     bare = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -127,15 +128,16 @@ def ask_trainer(
             )
             with held_in_mode(bare, training=training):
                 shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
-    _tell(bare, facts)
+    _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
         collator.rule, collator.pad_to_one_width = facts.rule, facts.pad_to_one_width
     return facts, shortcuts
 
 
-def _tell(model: nn.Module, facts: LossFacts) -> None:
-    for line in (*facts.warnings, *facts.notes):
+def _tell(model: nn.Module, facts: LossFacts, *, is_news: bool) -> None:
+    """Log what is not exact; and what may surprise, unless the user has said it."""
+    for line in (*facts.warnings, *(facts.notes if is_news else ())):
         logger.warning_once(f"{type(model).__name__}: {line}")
 
 
@@ -158,13 +160,8 @@ def _facts_without_answer(
     If it fails on all rows, training tells, with the traceback of its own first micro-batch.
     """
     first_line = (str(error).splitlines() or [""])[0][:200]
-    config: Any = getattr(model, "config", None)
-    facts = unknown_facts(
-        inputs,
-        f"{type(error).__name__}: {first_line}",
-        main_input=getattr(model, "main_input_name", "input_ids"),
-        encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-    )
+    reason = f"{type(error).__name__}: {first_line}"
+    facts = unknown_facts(inputs, reason, model=ModelFacts.of(model))
     return facts if stated == "auto" else as_stated(stated, rule=facts.rule)
 
 
@@ -251,9 +248,4 @@ def padding_style(trainer: Any) -> dict[str, Any]:
 
 def has_foreign_loss(trainer_class: type) -> bool:
     """Return whether a class other than the stock Trainer and ours defines ``compute_loss``."""
-    return any(
-        "compute_loss" in vars(cls)
-        and cls is not Trainer
-        and cls.__module__.partition(".")[0] != "hf_gradacc"
-        for cls in trainer_class.__mro__
-    )
+    return any(definers(trainer_class.__mro__, "compute_loss"))

@@ -30,6 +30,7 @@ from hf_gradacc.trainer.as_requested import noting_reads
 
 __all__ = [
     "OwnStep",
+    "definers",
     "find_own_step",
     "has_own_loader_behind",
     "plain_for_steps_behind",
@@ -53,7 +54,7 @@ def find_own_step(trainer_class: type) -> type | None:
 
     A step that only calls ``super().training_step`` has none.
     """
-    for cls in _definers(trainer_class.__mro__, "training_step"):
+    for cls in definers(trainer_class.__mro__, "training_step"):
         code = getattr(inspect.unwrap(vars(cls)["training_step"]), "__code__", None)
         names = set() if code is None else _names_in(code)
         if "training_step" not in names or names & _OF_A_BACKWARD:
@@ -94,7 +95,7 @@ def refuse_old_signature(trainer_class: type) -> None:
     Raises:
         LossError: Naming the class and what to write.
     """
-    for cls in _definers(trainer_class.__mro__, "compute_loss"):
+    for cls in definers(trainer_class.__mro__, "compute_loss"):
         try:
             inspect.signature(vars(cls)["compute_loss"]).bind(0, 0, 0, num_items_in_batch=0)
         except TypeError:
@@ -106,7 +107,7 @@ def refuse_old_signature(trainer_class: type) -> None:
         return  # those behind it are called as this one calls them
 
 
-def _definers(classes: Iterable[type], name: str) -> Iterator[type]:
+def definers(classes: Iterable[type], name: str) -> Iterator[type]:
     """Yield the classes that define a method, but for the stock Trainer and ours."""
     for cls in classes:
         ours = cls.__module__.partition(".")[0] == "hf_gradacc"
@@ -117,7 +118,7 @@ def _definers(classes: Iterable[type], name: str) -> Iterator[type]:
 def _users_behind(trainer_class: type, mixin: type, name: str) -> list[type]:
     """Find the classes behind the mixin, of no library, that define a method."""
     mro = trainer_class.__mro__
-    behind = _definers(mro[mro.index(mixin) + 1 :], name)
+    behind = definers(mro[mro.index(mixin) + 1 :], name)
     return [cls for cls in behind if cls.__module__.partition(".")[0] not in _LIBRARIES]
 
 

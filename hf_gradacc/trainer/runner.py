@@ -45,6 +45,7 @@ from hf_gradacc.trainer.step import MicroBatchStep, start_copy
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
@@ -272,7 +273,7 @@ class UpdateRunner:
                 update,
                 collator,
                 max_tokens=self.budget.cap,
-                encoder_decoder=_is_encoder_decoder(trainer.model),
+                encoder_decoder=ModelFacts.of(trainer.model).encoder_decoder,
                 **padding_style(trainer),
             )
         update = update.with_targets(rule)
@@ -384,10 +385,6 @@ class UpdateRunner:
             text += f" {advice}"
         logger.warning(text)
         record_event(trainer, "out_of_memory", text=text, max_tokens=outcome.cap, cost=outcome.cost)
-
-
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _skip_optimizer(trainer: Any, update: Update) -> None:
