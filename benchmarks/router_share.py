@@ -45,7 +45,7 @@ def study() -> str:
 
 def _measure(case: zoo.Case, num_rows: int, per_micro_batch: int) -> list[float]:
     rng = random.Random(0)
-    rows = zoo_rows.ragged_rows("causal", lengths=[rng.randint(20, 60) for _ in range(num_rows)])
+    rows = zoo_rows.rows_for("causal", lengths=[rng.randint(20, 60) for _ in range(num_rows)])
     for row in rows:  # a third of each row is its prompt
         prompt = len(row["input_ids"]) // 3
         row["labels"] = [-100] * prompt + row["input_ids"][prompt:]
