@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_gradacc.errors import DataError, GradAccError
+from hf_gradacc.errors import ConfigError, DataError, GradAccError
 from hf_gradacc.loss.answers import Loss
 from hf_gradacc.loss.asking import (
     as_stated,
@@ -68,12 +68,19 @@ def ask_trainer(
         use our loader. A model that gives no answer trains by stock's rule.
 
     Raises:
-        ConfigError: If a shortcut was asked for by name and would not give the same gradient.
+        ConfigError: If a shortcut was asked for by name and would not give the same gradient, or
+            tokens are stated that nobody can count.
     """
     args, collator = trainer.args, trainer.update_collator
     stated = args.loss_is_mean_over
     if not isinstance(inputs, Mapping) or count_rows(inputs) == 0:
-        facts = LossFacts(TargetRule.SEQUENCE)
+        if stated in ("target_tokens", "tokens"):
+            raise ConfigError(
+                f"loss_is_mean_over = {stated!r}: the data collator returns no tensors by name, so "
+                f"tokens cannot be counted. Return a flat dictionary, or set it to 'sequences', "
+                f"'nothing' or 'micro_batch'."
+            )
+        facts = as_stated(stated, rule=TargetRule.SEQUENCE)
         if stated == "auto":
             facts = _facts_without_names()
         _tell(trainer.model, facts, is_news=False)

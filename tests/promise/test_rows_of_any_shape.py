@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, default_data_collator
 
-from hf_gradacc import DataError
+from hf_gradacc import ConfigError, DataError
 
 ROWS = ragged_rows(12, seed=9)
 
@@ -257,6 +257,29 @@ def test_a_nested_batch_is_weighted_by_rows_and_that_is_said(tmp_path):
     expected = gradient_of(made(TakesOneBatch), nest(rows))
     assert relative_error(gradient, expected) <= 1e-12
     assert "weighted by its rows" in trainer.facts.warnings[0]
+
+
+@pytest.mark.parametrize("stated", ["sequences", "nothing", "micro_batch", "tokens"])
+def test_what_is_stated_of_a_nested_batch_is_followed_or_refused(tmp_path, stated):
+    _, rows, _ = OF_ONES_OWN["features"]
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        model=made(TakesOneBatch),
+        data_collator=lambda rows: {"batch": default_data_collator(rows)},
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=6,
+        remove_unused_columns=False,
+        loss_is_mean_over=stated,
+    )
+    if stated == "tokens":
+        with pytest.raises(ConfigError, match="loss_is_mean_over = 'tokens': the data collator"):
+            trainer.train()
+        return
+    trainer.train()
+    weighing = {"sequences": "mean", "nothing": "sum", "micro_batch": "micro_batch"}[stated]
+    assert (trainer.facts.rule, trainer.facts.weighing) == ("sequence", weighing)
+    assert trainer.facts.warnings == ()
 
 
 def test_rows_a_model_takes_nothing_of_are_still_one_clear_error(tmp_path):
