@@ -113,25 +113,26 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(kind, tmp_path, save
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
 
 
-def test_with_a_limit_of_one_the_best_checkpoint_remains(kind, tmp_path):
+def trained_with_a_limit_of_one(kind, tmp_path):
+    """Three checkpoints, of which the first is the best."""
     trainer = fit_line(
         kind, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=3,
         metric_for_best_model="accuracy", greater_is_better=True, save_total_limit=1,
         compute_metrics=scripted([0.9, 0.8, 0.7]),
     )  # fmt: skip
     trainer.train()
+    return trainer
+
+
+def test_with_a_limit_of_one_the_best_checkpoint_remains(kind, tmp_path):
+    trainer = trained_with_a_limit_of_one(kind, tmp_path)
     assert trainer.state.best_global_step == 1
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     assert 1 in checkpoints(tmp_path)
 
 
 def test_with_a_limit_of_one_only_the_best_checkpoint_remains(kind, tmp_path):
-    trainer = fit_line(
-        kind, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=3,
-        metric_for_best_model="accuracy", greater_is_better=True, save_total_limit=1,
-        compute_metrics=scripted([0.9, 0.8, 0.7]),
-    )  # fmt: skip
-    trainer.train()
+    trained_with_a_limit_of_one(kind, tmp_path)
     assert checkpoints(tmp_path) == [1]
 
 

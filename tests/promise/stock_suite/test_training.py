@@ -227,7 +227,8 @@ def test_embeddings_are_noisy_only_while_they_train(kind, tmp_path):
     assert torch.equal(embeddings(ids), embeddings(ids))
 
 
-def test_a_loss_that_is_not_finite_is_logged_if_unfiltered(kind, tmp_path):
+def diverged(kind, tmp_path, *, is_filtered):
+    """A run whose loss is no number, for its learning rate."""
     trainer = fit_line(
         kind,
         tmp_path,
@@ -235,23 +236,19 @@ def test_a_loss_that_is_not_finite_is_logged_if_unfiltered(kind, tmp_path):
         train=equal_rows(),
         learning_rate=1e9,
         logging_steps=1,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=is_filtered,
     )
     trainer.train()
+    return trainer
+
+
+def test_a_loss_that_is_not_finite_is_logged_if_unfiltered(kind, tmp_path):
+    trainer = diverged(kind, tmp_path, is_filtered=False)
     assert not all(map(math.isfinite, logged(trainer, "loss")))
 
 
 def test_a_loss_that_is_not_finite_is_filtered_from_the_log(kind, tmp_path):
-    trainer = fit_line(
-        kind,
-        tmp_path,
-        model=tiny_gpt2(),
-        train=equal_rows(),
-        learning_rate=1e9,
-        logging_steps=1,
-        logging_nan_inf_filter=True,
-    )
-    trainer.train()
+    trainer = diverged(kind, tmp_path, is_filtered=True)
     assert all(map(math.isfinite, logged(trainer, "loss")))
 
 
