@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 
 from hf_gradacc.errors import ConfigError, DataError
@@ -27,7 +26,7 @@ from hf_gradacc.updates.batch import (
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_rows
-from hf_gradacc.updates.stream import UpdateStream, is_stream
+from hf_gradacc.updates.stream import UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import IGNORE_INDEX, can_have_target, count_row_targets
 
 __all__ = [
@@ -218,9 +217,9 @@ def _rows_of(
 ) -> Iterator[Any]:
     """Yield rows of some classes, from the labels of many or from few whole rows."""
     name = "labels"
-    if isinstance(dataset, datasets.Dataset):
+    if is_arrow_table(dataset):
         name = next((key for key in ("labels", "label") if key in dataset.column_names), name)
-    if isinstance(dataset, datasets.Dataset) and name in dataset.column_names:
+    if is_arrow_table(dataset) and name in dataset.column_names:
         labels = dataset.with_format(None)[:4096][name]
         places = [i for i, label in enumerate(labels) if _class_of({name: label}) in classes]
     else:

@@ -9,15 +9,20 @@ loaded, its files are compared with the manifest.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import xxhash
+try:
+    import xxhash
+except ImportError:  # comes with datasets, which runs on plain lists do without
+    xxhash = None  # type: ignore[assignment]
 
 __all__ = [
     "MANIFEST_NAME",
@@ -38,6 +43,11 @@ STAGING_NAME = ".saving"
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _CHUNK_BYTES = 16 * 2**20
+_HASHES: dict[str, Callable[[], Any]] = {
+    **({} if xxhash is None else {"xxh3_128": xxhash.xxh3_128}),
+    "sha256": hashlib.sha256,
+}
+"""What a manifest may hold of a file, the fastest first: that one is written."""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -78,7 +88,7 @@ def write_manifest(folder: Path) -> None:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
-            "xxh3_128": _hash(path),
+            (kind := next(iter(_HASHES))): _hash(path, kind),
         }
     with (folder / MANIFEST_NAME).open("w") as file:
         json.dump({"version": 1, "files": files}, file, indent=1)
@@ -151,7 +161,7 @@ def find_edits(folder: str | Path) -> tuple[str | None, list[str]]:
         return _find_damage_without_manifest(folder), []
     try:
         files = {
-            str(name): (int(facts["bytes"]), str(facts["xxh3_128"]))
+            str(name): (int(facts.pop("bytes")), *facts.popitem())
             for name, facts in json.loads(manifest.read_bytes())["files"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -159,14 +169,14 @@ def find_edits(folder: str | Path) -> tuple[str | None, list[str]]:
     if not files:
         return f"{MANIFEST_NAME} lists no file", []
     edits = []
-    for name, (written, digest) in files.items():
+    for name, (written, kind, digest) in files.items():
         path = folder / name
         if not path.is_file():
             effect = _effect_of_removing(folder, name)
             if effect is None:
                 return f"{name} is missing", []
             edits.append(f"{name} is missing: {effect}")
-        elif problem := _find_difference(path, name, written=written, digest=digest):
+        elif problem := _find_difference(path, name, written=written, kind=kind, digest=digest):
             if path.stat().st_mtime_ns <= manifest.stat().st_mtime_ns:
                 return problem, []
             if torn := _find_torn(path, name):
@@ -175,13 +185,13 @@ def find_edits(folder: str | Path) -> tuple[str | None, list[str]]:
     return _find_missing_shard(folder), edits
 
 
-def _find_difference(path: Path, name: str, *, written: int, digest: str) -> str | None:
-    """Compare a file with what the manifest says of it."""
+def _find_difference(path: Path, name: str, *, written: int, kind: str, digest: str) -> str | None:
+    """Compare a file with what the manifest says of it: its size alone if the hash is not here."""
     size = path.stat().st_size
     if size != written:
         return f"{name} has {size:,} bytes where {written:,} were written"
     try:
-        found = _hash(path)
+        found = _hash(path, kind) if kind in _HASHES else digest
     except OSError as error:
         return f"{name} cannot be read ({type(error).__name__})"
     return f"{name} holds other bytes than were written" if found != digest else None
@@ -256,8 +266,8 @@ def _is_whole_safetensors(path: Path) -> bool:
     return bool(header) and path.stat().st_size == 8 + length + max(ends, default=0)
 
 
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
+def _hash(path: Path, kind: str) -> str:
+    digest = _HASHES[kind]()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
@@ -32,7 +31,7 @@ from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
-from hf_gradacc.updates.stream import UpdateStream, is_stream
+from hf_gradacc.updates.stream import UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import count_all_targets
 from hf_gradacc.updates.update import Update
 
@@ -382,7 +381,7 @@ def _drop_unused_columns(trainer: Any, *, is_stock_loader: bool) -> tuple[Any, A
     dataset, collator = trainer.train_dataset, trainer.data_collator
     if not is_stock_loader:
         return dataset, collator  # its collator knows the columns
-    if isinstance(dataset, datasets.Dataset):
+    if is_arrow_table(dataset):
         return trainer._remove_unused_columns(dataset, description="Training"), collator
     return dataset, trainer._get_collator_with_removed_columns(collator, "Training")
 

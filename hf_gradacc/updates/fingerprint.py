@@ -6,17 +6,14 @@ a random number where that cannot be hashed. This one is a hash of what is in it
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
 
-from hf_gradacc.updates.stream import is_stream
+from hf_gradacc.updates.stream import is_arrow_table, is_stream
 
 __all__ = ["count_rows_of", "fingerprint"]
 
@@ -36,17 +33,18 @@ def fingerprint(dataset: Any, *, first_rows: Sequence[Any] | None = None) -> str
         dataset: The dataset.
         first_rows: Its first rows, if they have been read.
 
+    >>> import datasets
     >>> rows = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
     >>> fingerprint(rows) == fingerprint(datasets.Dataset.from_list(rows))
     False
     >>> fingerprint(rows) == fingerprint([*rows])
     True
     """
-    digest = xxhash.xxh3_128()
-    if isinstance(dataset, datasets.Dataset):
+    digest = hashlib.blake2b(digest_size=16)
+    if is_arrow_table(dataset):
         table = dataset.with_format("arrow")
         for start, stop in _blocks(len(dataset)):
-            block: pa.Table = table[start:stop]
+            block = table[start:stop]
             for name in sorted(block.column_names):
                 digest.update(name.encode())
                 for piece in _bytes_of(block.column(name).combine_chunks()):
@@ -80,6 +78,9 @@ def _blocks(num_rows: int) -> list[tuple[int, int]]:
 
 def _bytes_of(column: Any) -> Iterable[bytes]:
     """Return a column's values as bytes that do not depend on how Arrow happens to store them."""
+    import pyarrow as pa  # where there is a column of it, it is there
+    import pyarrow.compute as pc
+
     kind = column.type
     nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if nested and pa.types.is_integer(kind.value_type) and not column.null_count:

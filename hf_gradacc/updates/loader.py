@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +22,13 @@ from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
-from hf_gradacc.updates.stream import Rows, UpdateStream, is_stream, take_until
+from hf_gradacc.updates.stream import (
+    Rows,
+    UpdateStream,
+    is_arrow_table,
+    is_stream,
+    take_until,
+)
 from hf_gradacc.updates.targets import can_have_target, count_row_targets
 
 if TYPE_CHECKING:
@@ -342,7 +347,7 @@ def _length_of(row: Any, *, collator: UpdateCollator) -> int:
 
 def _known_lengths(dataset: Any, length_of: Callable[[Any], int]) -> np.ndarray | None:
     """Measure rows where reading them all is cheap: columns in memory and plain lists."""
-    if isinstance(dataset, (datasets.Dataset, list)):
+    if isinstance(dataset, list) or is_arrow_table(dataset):
         return np.fromiter((length_of(row) for row in read_rows(dataset)), dtype=np.int64)
     return None
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import IterableDataset
 
@@ -23,6 +23,7 @@ __all__ = [
     "UpdateStream",
     "as_only_reader",
     "fixed_size",
+    "is_arrow_table",
     "is_stream",
     "read",
     "state_of",
@@ -101,7 +102,25 @@ def _can_seek(dataset: Any) -> bool:
 
 def is_stream(dataset: Any) -> bool:
     """Return whether rows can only be read in the dataset's own order."""
-    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
+    return isinstance(dataset, IterableDataset) or _is_of_datasets(dataset, "IterableDataset")
+
+
+def is_arrow_table(dataset: Any) -> bool:
+    """Return whether a dataset is a ``datasets.Dataset``, whose columns can be read by themselves.
+
+    >>> is_arrow_table([{"input_ids": [1, 2]}])
+    False
+    """
+    return _is_of_datasets(dataset, "Dataset")
+
+
+def _is_of_datasets(dataset: Any, kind: str) -> bool:
+    """Look for a class of ``datasets`` without importing it: who has one of its has imported it.
+
+    It takes a second to load and is not installed everywhere that rows are plain lists.
+    """
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(dataset, getattr(library, kind))
 
 
 class Rows(list[Any]):
