@@ -1,5 +1,6 @@
-# Five words: demo, test, lint, docs, bench. Each sets up what it needs on a fresh machine.
+# Six words: demo, test, lint, docs, bench, gpu. Each but the last sets up what it needs on a fresh machine.
 # `make test` runs every test; `make test-fast` leaves out those marked slow, for use while you work.
+# `make gpu` runs what needs an accelerator, with whatever Python and packages are there.
 # `make test-versions` runs the fast tests with each set of releases in constraints/; `make test-oldest` and
 # `make test-newest` run what is at the heart of them with one set.
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-versions lint docs bench
+.PHONY: demo test test-fast test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety tests/updates tests/verify \
@@ -68,3 +69,11 @@ docs: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py
+
+# Makes no environment, since its torch would know no CUDA: the first of these that is there is used as it is.
+DEVICE ?= cuda
+GPU_RESULTS ?= gpu-results
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --results $(GPU_RESULTS) $(GPU_OPTIONS)

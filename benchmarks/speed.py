@@ -18,10 +18,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from report import machine, table, write_result
@@ -112,13 +111,14 @@ def common(**options: Any) -> dict[str, Any]:
     }
 
 
-def stock(strategy: str, size: int) -> Maker:
+def stock(strategy: str, size: int, **options: Any) -> Maker:
     def make(model: Any, rows: list[Any], collator: Any) -> Trainer:
         args = TrainingArguments(
             **common(
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=BATCH // size,
                 train_sampling_strategy=strategy,
+                **options,
             )
         )
         return Trainer(model, args, train_dataset=rows, data_collator=collator)
@@ -137,15 +137,17 @@ def ours(budget: int | str, *, attention: str = "sdpa", **options: Any) -> Maker
     return make
 
 
-def trl(size: int, **options: Any) -> Maker:
+def trl(size: int, *, attention: str = "sdpa", **options: Any) -> Maker:
     def make(model: Any, rows: list[Any], collator: Any) -> Trainer:
+        import datasets
         from trl import SFTConfig, SFTTrainer
 
+        model.set_attn_implementation(attention)
         args = SFTConfig(
             **common(
                 per_device_train_batch_size=size,
-                gradient_accumulation_steps=BATCH // size,
                 **{
+                    "gradient_accumulation_steps": BATCH // size,
                     "max_length": None,
                     "completion_only_loss": True,
                     "gradient_checkpointing": False,
@@ -201,8 +203,14 @@ TARGETS = {"target_only_logits": True}
 
 
 def run_once(
-    make: Maker, model: Any, rows: list[Any], *, keep_gradient: bool = False
+    make: Maker,
+    model: Any,
+    rows: list[Any],
+    *,
+    keep_gradient: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Stopwatch, CountingCollator]:
+    """Train; the watch and the counts are those of the last epoch."""
     watch = Stopwatch(keep_gradient=keep_gradient)
     collator = CountingCollator(make_collator(make_tokenizer()))
     with quietly():
@@ -212,6 +220,8 @@ def run_once(
         trainer.add_callback(watch)
         # The rows the model is asked with before training are no part of the update.
         trainer.add_callback(_ResetCounts(collator))
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.train()
     model.zero_grad(set_to_none=True)
     model.set_attn_implementation("sdpa")

@@ -1,7 +1,8 @@
-"""What the benchmarks train: rows of four kinds, and Llama shapes with random weights.
+"""What the benchmarks train: rows of five kinds, and models of some shapes with random weights.
 
 Nothing is downloaded. GSM8K is read from disk where it lies, else the recipes' word problems take
-its place; the other kinds are random tokens whose lengths are drawn from a seeded distribution.
+its place; the other kinds are random tokens. Their lengths are drawn from a seeded distribution, or
+are those of 1,024 rows of GSM8K.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 Row = dict[str, list[int]]
 
 REPO = Path(__file__).resolve().parent.parent
 GSM8K = (REPO.parent / "shared/data/gsm8k/train.jsonl", Path("data/gsm8k/train.jsonl"))
+GSM8K_LENGTHS = REPO / "benchmarks/gsm8k_lengths.json"
+"""``[prompt, whole row]`` in tokens of a byte-level BPE of 16,384 that was trained on GSM8K."""
 WORD_PROBLEMS = REPO / "recipes/data/word_problems.jsonl"
 PAD, END = 0, 1
 
@@ -32,11 +37,14 @@ SHAPES = {
     "llama-9m": (256, 688, 6, 4, 16_384, True),  # 8.9M parameters
     "llama-25m": (512, 1376, 6, 8, 16_384, True),  # 27M, 19M of them in the layers
     "qwen3-0.6b": (1024, 3072, 28, 16, 151_936, True),
+    "rehearsal": (32, 64, 2, 2, 512, True),  # to try the code
 }
+QWEN3 = {"qwen3-0.6b": {"num_key_value_heads": 8, "head_dim": 128}}
+"""Shapes of Qwen3, and what it has besides; the others are Llamas."""
 
 
 def make_model(shape: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A Llama of the shape with random weights; `changes` go into its config."""
+    """A model of the shape with random weights; `changes` go into its config."""
     hidden, intermediate, layers, heads, vocab, tied = SHAPES[shape]
     settings: dict[str, Any] = {
         "vocab_size": vocab,
@@ -52,15 +60,24 @@ def make_model(shape: str, *, seed: int = 0, **changes: Any) -> Any:
         "use_cache": False,
     }
     torch.manual_seed(seed)
+    if shape in QWEN3:
+        return Qwen3ForCausalLM(Qwen3Config(**(settings | QWEN3[shape] | changes)))
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
 def make_rows(kind: str, count: int, *, vocab_size: int = 16_384, seed: int = 0) -> list[Row]:
-    """`count` rows of one kind: gsm8k, heavy-tail, lognormal or equal."""
+    """`count` rows of one kind: gsm8k, gsm8k-lengths, heavy-tail, lognormal or equal."""
     rng = np.random.default_rng([seed, len(kind)])
     if kind == "gsm8k":
         rows = _text_rows(vocab_size)
         return [rows[i] for i in rng.choice(len(rows), size=count, replace=False)]
+    if kind == "gsm8k-lengths":
+        known = json.loads(GSM8K_LENGTHS.read_text())
+        drawn = [known[i] for i in rng.choice(len(known), size=count, replace=False)]
+        return [
+            _random_row(rng, length, vocab_size, num_targets=length - prompt)
+            for prompt, length in drawn
+        ]
     if kind == "heavy-tail":
         # Instruction data: most answers short, a few per cent very long (Pareto, index 1.3).
         lengths = np.clip(40 * (1 + rng.pareto(1.3, count)), 20, 2048).astype(int)

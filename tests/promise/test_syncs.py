@@ -5,14 +5,13 @@ reading a number of a tensor, asking whether it is true, or moving it to the hos
 on the CPU by design and is left out of the count.
 """
 
-import collections
 import contextlib
 import itertools
 
 import pytest
 import torch
 from support.tiny import make_trainer, ragged_rows, tiny_llama
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.waits import Waits
 
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss.shortcuts import Shortcuts
@@ -21,22 +20,6 @@ from hf_gradacc.trainer.runner import UpdateRunner
 from hf_gradacc.trainer.step import start_copy
 
 ROWS = ragged_rows(12, seed=3)
-WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
-
-
-class Waits(TorchDispatchMode):
-    """Count the operations that need a value on the host, by who asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-        self.paused = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in WAITS and not self.paused:
-            self.counts[name] += 1
-        return func(*args, **kwargs or {})
 
 
 def count_waits(tmp_path, monkeypatch, *, size, **options):

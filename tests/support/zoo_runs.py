@@ -28,12 +28,14 @@ class Run:
         micro_batches: The cut, as collated.
         warnings: What our trainer said about how the loss counts.
         loss: The logged training loss.
+        shortcuts: Which ones ours took; empty of stock.
     """
 
     gradient: Gradient
     micro_batches: list[Batch]
     warnings: list[str]
     loss: float
+    shortcuts: tuple[str, ...] = ()
 
 
 def train_ours(model: nn.Module, rows: list[HeadRow], collator: Any, **options: Any) -> Run:
@@ -100,7 +102,10 @@ def _train(
         result = trainer.train()
     facts = getattr(trainer, "facts", None)
     said = list(facts.warnings) if facts is not None else []
-    return Run(grab.gradient, inputs, said, result.training_loss)
+    taken = getattr(trainer, "shortcuts", None)
+    names = ("target_only_logits", "chunked_loss", "drop_mask", "packed")
+    shortcuts = tuple(name for name in names if getattr(taken, name, False))
+    return Run(grab.gradient, inputs, said, result.training_loss, shortcuts)
 
 
 class _GrabGradient(TrainerCallback):
