@@ -70,10 +70,11 @@ docs: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py
 
-# Makes no environment, since its torch would know no CUDA: the first of these that is there is used as it is.
+# Makes no environment, since its torch would know no CUDA: that of VENV if there is one, else PYTHON as it is.
 DEVICE ?= cuda
 GPU_RESULTS ?= gpu-results
-GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+GPU_PYTHON ?= $(if $(and $(VENV),$(wildcard $(BIN)/python)),$(BIN)/python,$(if \
+	$(filter command environment,$(origin PYTHON)),$(PYTHON),python3))
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --results $(GPU_RESULTS) $(GPU_OPTIONS)

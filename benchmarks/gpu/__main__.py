@@ -25,12 +25,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="all that there is")
     parser.add_argument("--jobs", type=int, default=0, help="processes side by side")
     parser.add_argument("--only", nargs="+", default=[], help="names that begin so")
+    parser.add_argument("--leave-out", nargs="+", default=[], help="names that begin so")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     checks = [
         check
         for check in all_checks(options.device)
         if not options.only or check.name.startswith(("machine", *options.only))
+        if not check.name.startswith(tuple(options.leave_out))
     ]
     if options.list:
         print(*(f"{check.name}  ({check.group})" for check in checks), sep="\n")
