@@ -61,6 +61,7 @@ def compare(setting: Setting, *, case: str, precision: str) -> dict[str, Any]:
         return found.build()
 
     comparison = _Comparison(setting, build, rows, found.collator(build()), precision=precision)
+    assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none"), "TF32 is on"
     if found.router_loss:
         comparison.head = found.head  # no weight makes a product of two means add up
     figures: dict[str, Any] = comparison.whole()

@@ -60,6 +60,8 @@ def measure(setting: Setting, *, variant: str, rows: str) -> dict[str, Any]:
         "micro-batches": counts.batches / num_updates,
         **profile.figures,
     }
+    if variant == "ours-packed-sdpa":
+        attention = "sdpa"
     if packs or variant == "ours-auto":
         figures["attention"] = attention
     if not setting.is_rehearsal:
@@ -102,6 +104,8 @@ def _maker(variant: str, *, attention: str, epochs: int, tokens_per_update: int)
         steps = max(1, round(tokens_per_update / MASKED_BUDGET))
         options |= {"packing": True, "max_length": MASKED_BUDGET}
         return speed.trl(1, attention=attention, gradient_accumulation_steps=steps, **options)
+    if variant == "ours-packed-sdpa":
+        return speed.ours(MASKED_BUDGET, layout="packed", **options)
     if variant == "ours-packed":
         return speed.ours(packed_budget, attention=attention, layout="packed", **options)
     if variant == "ours-auto":

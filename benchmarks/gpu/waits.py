@@ -31,6 +31,9 @@ NUM_ROWS = 24
 FEW, MANY = 12, 1
 """Rows in a micro-batch: an update is cut in 2, and in 24."""
 
+WARNING = "called a synchronizing CUDA operation"
+"""Of a wait (c10/cuda/CUDAFunctions.cpp); switching them on warns once of something else."""
+
 KINDS: dict[str, dict[str, Any]] = {
     "padded": {
         "target_only_logits": False,
@@ -167,7 +170,7 @@ class _OfTheSecondUpdate(TrainerCallback):
         self._mode = None
 
     def _note_warning(self, message: Any, *args: Any, **kwargs: Any) -> None:
-        if "synchroniz" in str(message):
+        if WARNING in str(message):
             self._note()
 
     def _note(self) -> None:

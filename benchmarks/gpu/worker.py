@@ -93,6 +93,7 @@ def _clean_up(device: str) -> None:
     if device == "cuda":
         import torch
 
+        torch.backends.fp32_precision = "none"  # torch_compile and tf32 set it for the process
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
