@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.checks import all_checks
-from benchmarks.gpu.results import FAILED, Result, Results
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Result, Results
 from benchmarks.gpu.schedule import NoDeviceError, run_checks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ SECONDS = 540.0
 
 
 def main() -> int:
-    """Run the suite; 0 if nothing failed."""
+    """Run the suite; 0 if something passed and nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=Path, default=Path("gpu-results"))
@@ -74,9 +74,9 @@ def main() -> int:
         print("ended by a signal; what had run is in the results")
         return 1
     count = results.counts()
-    print(f"\n{count['passed']} passed, {count[FAILED]} failed, {count['skipped']} skipped")
+    print(f"\n{count[PASSED]} passed, {count[FAILED]} failed, {count[SKIPPED]} skipped")
     print(f"written to {folder / 'results.md'}")
-    return 1 if count[FAILED] else 0
+    return 1 if count[FAILED] or not count[PASSED] else 0
 
 
 def _environment() -> dict[str, str]:

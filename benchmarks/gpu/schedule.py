@@ -20,7 +20,7 @@ __all__ = ["NO_DEVICE", "NoDeviceError", "run_checks"]
 NO_DEVICE = 76
 """Exit code of a worker that finds no device of the kind it was asked for."""
 
-_SECONDS_TO_BEGIN = 180.0
+_SECONDS_TO_BEGIN = 240.0
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1500
 

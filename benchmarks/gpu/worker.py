@@ -44,6 +44,8 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"no CUDA device for torch {torch.__version__}", flush=True)
         sys.exit(NO_DEVICE)
+    if options.device == "cuda":
+        _take_device(torch)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     known = {check.name: check for check in all_checks(options.device)}
@@ -69,6 +71,19 @@ def main() -> None:
             if status == "failed" and any(sign in detail for sign in _POISON):
                 sys.exit(POISONED)
             _clean_up(options.device)
+
+
+def _take_device(torch: Any) -> None:
+    """Begin to use the device; where it takes one process at a time, wait for the turn."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError as error:
+        if "busy or unavailable" not in str(error):
+            raise
+        print(str(error).splitlines()[0], flush=True)
+        time.sleep(2)
+        # Anew, since a context that could not be made is not made again.
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.worker", *sys.argv[1:]])
 
 
 def run(check: Check, setting: Setting) -> tuple[str, str, dict[str, Any]]:

@@ -58,6 +58,8 @@ class OnTheHost(TorchFunctionMode):
 
 
 def _on_host(value: Any) -> Any:
+    if isinstance(value, str) and value.partition(":")[0] == "cuda":
+        return "cpu"
     is_device = isinstance(value, torch.device) and value.type == "cuda"
     return torch.device("cpu") if is_device else value
 
