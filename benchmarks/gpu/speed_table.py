@@ -8,6 +8,7 @@ the epoch before is profiled. Weights are float32 and products bfloat16, as in t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import shutil
@@ -49,7 +50,10 @@ def measure(setting: Setting, *, variant: str, rows: str) -> dict[str, Any]:
     if not setting.is_rehearsal:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    watch, counts = speed.run_once(maker, model, data, callbacks=[profile])
+    try:
+        watch, counts = speed.run_once(maker, model, data, callbacks=[profile])
+    finally:
+        profile.close()
     assert watch.seconds > 0
     tokens_per_second = num_tokens / watch.seconds
     packs = "pack" in variant or "padding-free" in variant
@@ -152,6 +156,13 @@ class _Profile(TrainerCallback):
         except Exception as error:  # it may not be allowed to look at the device
             self._profiler, self.figures = None, {"profiler": f"{type(error).__name__}: {error}"}
 
+    def close(self) -> None:
+        """Stop a profile that the run did not come to the end of."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            with contextlib.suppress(Exception):
+                profiler.stop()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop after it, and count."""
         if self._profiler is None:
@@ -168,7 +179,7 @@ class _Profile(TrainerCallback):
         if self._device == "cuda":
             self.figures = {
                 "kernels": sum(name in LAUNCHES for name in names),
-                "waits": sum(name in WAITS for name in names) - 1,  # the one above
+                "waits": max(0, sum(name in WAITS for name in names) - 1),  # the one above
             }
         else:
             self.figures = {"operations": sum(name.startswith("aten::") for name in names)}

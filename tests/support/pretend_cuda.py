@@ -93,7 +93,7 @@ def pretend_cuda() -> Iterator[dict[str, Any]]:
     Yields:
         The stand-ins by their names in `torch.cuda`, and as ``"copies"`` those of `OnTheHost`.
     """
-    properties = SimpleNamespace(name=_DEVICE_NAME, total_memory=141 * 2**30)
+    properties = SimpleNamespace(name=_DEVICE_NAME, total_memory=141 * 2**30, major=9, minor=0)
     answers: dict[str, Any] = {
         "get_device_name": lambda *args, **kwargs: _DEVICE_NAME,
         "get_device_properties": lambda *args, **kwargs: properties,
