@@ -53,9 +53,12 @@ def main() -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
+    for check in checks:
+        if check.missing:  # no process has to begin for that
+            record(Result(check.name, SKIPPED, detail=check.missing))
     try:
         run_checks(
-            checks,
+            [check for check in checks if not check.missing],
             make_command=lambda names, lines: [
                 *(sys.executable, "-m", "benchmarks.gpu.worker"),
                 *("--device", options.device, "--results", str(folder), "--lines", str(lines)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,12 @@ class Check:
     phase: int = CORRECTNESS
     packages: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> str:
+        """What it needs and is not installed; empty if everything is."""
+        names = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"not installed: {', '.join(names)}" if names else ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,11 @@ def _exactness(cases: tuple[str, ...]) -> list[Check]:
         for i, case in enumerate(cases)
         for precision in PRECISIONS
     ]
-    attentions = {"flash_attention_2": ("flash_attn",), "flex_attention": ("triton",)}
+    attentions = {
+        "flash_attention_2": ("flash_attn",),
+        "flash_attention_3": ("flash_attn_interface",),
+        "flex_attention": ("triton",),
+    }
     for attention, packages in attentions.items():
         for model_type in ("llama", "qwen3"):
             found.append(

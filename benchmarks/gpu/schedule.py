@@ -21,6 +21,7 @@ NO_DEVICE = 76
 """Exit code of a worker that finds no device of the kind it was asked for."""
 
 _SECONDS_TO_BEGIN = 240.0
+_SECONDS_TO_END = 15.0
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1500
 
@@ -81,7 +82,7 @@ def _run_phase(waiting: list[_Group], *, until: float, jobs: int) -> None:
                 running.append(waiting.pop(0))
             for group in running:
                 group.advance()
-            running = [group for group in running if group.pending]
+            running = [group for group in running if not group.is_done]
             time.sleep(_POLL_SECONDS)
     except BaseException as error:
         for group in [*running, *waiting]:
@@ -114,6 +115,11 @@ class _Group:
         self._current: Check | None = None
         self._since = 0.0
 
+    @property
+    def is_done(self) -> bool:
+        """Whether every check has a result and the process is gone, with what it held."""
+        return not self.pending and self._process is None
+
     def advance(self) -> None:
         """Take in what the process has told; start one where there is none, end one that hangs."""
         if self._process is None:
@@ -125,7 +131,10 @@ class _Group:
             self._end(ended)
             return
         limit = self._current.seconds if self._current else _SECONDS_TO_BEGIN
-        if self.pending and time.monotonic() - self._since > limit:
+        if not self.pending:
+            if time.monotonic() - self._since > _SECONDS_TO_END:
+                self._kill()
+        elif time.monotonic() - self._since > limit:
             self._kill()
             what = "took longer than" if self._current else "its process did not begin within"
             self._fail(f"{what} {limit:.0f} s")
@@ -180,6 +189,8 @@ class _Group:
         self._process = None
         if code == NO_DEVICE:
             raise NoDeviceError(self._tail())
+        if not self.pending:
+            return
         if self._current is not None or (code != 0 and not self._read):
             self._fail(f"its process ended with {code}: {self._tail()}")
         elif code == 0:  # a worker that leaves checks out would be started for ever

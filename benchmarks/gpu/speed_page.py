@@ -18,6 +18,7 @@ COLUMNS = {
     "micro-batches": ".1f",
     "kernels": ",.0f",
     "waits": ",.0f",
+    "graphs": ",.0f",
     "attention": "",
 }
 PACKED, RANDOM, REBALANCE, DENSE = "ours-packed", "stock-random", "stock-rebalance", "dense-bound"

@@ -12,10 +12,12 @@ import contextlib
 import functools
 import importlib.util
 import shutil
+import warnings
 from typing import Any
 
 import speed
 import torch
+import torch._dynamo.utils
 from transformers import TrainerCallback
 from workloads import Row, dense_rows, make_model, make_rows
 
@@ -50,8 +52,11 @@ def measure(setting: Setting, *, variant: str, rows: str) -> dict[str, Any]:
     if not setting.is_rehearsal:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.utils.counters.clear()
     try:
-        watch, counts = speed.run_once(maker, model, data, callbacks=[profile])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            watch, counts = speed.run_once(maker, model, data, callbacks=[profile])
     finally:
         profile.close()
     assert watch.seconds > 0
@@ -68,6 +73,11 @@ def measure(setting: Setting, *, variant: str, rows: str) -> dict[str, Any]:
         attention = "sdpa"
     if packs or variant == "ours-auto":
         figures["attention"] = attention
+    if graphs := torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        figures["graphs"] = graphs
+    # Past dynamo's limit of recompilations flex falls back on whole matrices, with this word alone.
+    if any("flex_attention called without torch.compile" in str(w.message) for w in told):
+        figures["attention"] = f"{attention}, in part not compiled"
     if not setting.is_rehearsal:
         figures["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
         mfu = ModelFlops(model).utilization(
@@ -84,8 +94,10 @@ def best_attention(setting: Setting) -> str:
     """Return the attention that packs for free here: flash, else flex, else none that does."""
     if setting.is_rehearsal:
         return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2"
+    flash = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
+    for package, attention in flash.items():
+        if importlib.util.find_spec(package) is not None:
+            return attention
     has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     if has_compiler and importlib.util.find_spec("triton") is not None:
         return "flex_attention"

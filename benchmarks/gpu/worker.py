@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -88,9 +87,8 @@ def _take_device(torch: Any) -> None:
 
 def run(check: Check, setting: Setting) -> tuple[str, str, dict[str, Any]]:
     """Run one check: its status, why it failed or was skipped, and its figures."""
-    missing = [name for name in check.packages if importlib.util.find_spec(name) is None]
-    if missing:
-        return "skipped", f"not installed: {', '.join(missing)}", {}
+    if check.missing:
+        return "skipped", check.missing, {}
     module, _, function = check.run.partition(":")
     try:
         call = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)

@@ -21,6 +21,8 @@ AREAS = ("exactness", "out-of-memory", "waits", "modes", "speed")
 OF_A_DEVICE = {
     "exactness/packed-flash_attention_2/llama",
     "exactness/packed-flash_attention_2/qwen3",
+    "exactness/packed-flash_attention_3/llama",
+    "exactness/packed-flash_attention_3/qwen3",
     "exactness/packed-flex_attention/llama",
     "exactness/packed-flex_attention/qwen3",
     "out-of-memory/pressure",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import worker
+from benchmarks.gpu import schedule, worker
 from benchmarks.gpu.checks import SPEED, Check, Setting, SkippedCheckError, all_checks
 from benchmarks.gpu.results import Result, Results, page
 from benchmarks.gpu.schedule import NoDeviceError, run_checks
@@ -29,6 +29,7 @@ for name in sys.argv[2:]:
     if "crash" in name: os.kill(os.getpid(), signal.SIGSEGV)
     if "hang" in name: time.sleep(60)
     if "slow" in name: time.sleep(0.4)
+    if "last" in name: tell(check=name, status="passed", seconds=0.1); time.sleep(60)
     if "no device" in name: print("none found", flush=True); sys.exit(76)
     status = "failed" if "poison" in name else "passed"
     tell(check=name, status=status, seconds=0.1, detail="", figures={"process": os.getpid()})
@@ -98,6 +99,14 @@ def test_the_first_phase_leaves_the_second_its_share(tmp_path):
     )
     assert found["a/hang"].status == "skipped"
     assert found["s/1"].status == found["s/2"].status == "passed"
+
+
+def test_a_process_that_does_not_end_is_ended_before_speed_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "_SECONDS_TO_END", 1.0)
+    began = time.monotonic()
+    found = run(tmp_path, ["a/last", "s/1"], **{"s/1": {"phase": SPEED}})
+    assert time.monotonic() - began < 20
+    assert found["a/last"].status == found["s/1"].status == "passed"
 
 
 def test_a_process_that_never_begins_fails_each_check_once(tmp_path):
