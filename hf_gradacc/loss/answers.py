@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradacc.loss.class_weights import WeightedCall, WeightedCalls
+
 __all__ = ["Answer", "Ask", "Loss"]
 
 _MOST_NUMBERS = 2**20
@@ -29,11 +31,13 @@ class Answer:
         gradient: Its gradient ``[numbers]`` by some parameters, float64 where the device has it;
             None if there is none.
         drew: The forward moved a random number generator.
+        weighted: The only mean with class weights that it took.
     """
 
     loss: float
     gradient: Tensor | None = None
     drew: bool = False
+    weighted: WeightedCall | None = None
 
 
 Ask = Callable[[Mapping[str, Any], "int | None"], Answer]
@@ -60,6 +64,7 @@ class Loss:
     has_drawn: Callable[[], bool] = lambda: False
     can_differentiate: bool = True
     _last: tuple[Any, ...] = dataclasses.field(default=(None,), repr=False)
+    _weighted: WeightedCall | None = dataclasses.field(default=None, repr=False)
 
     def value(self, inputs: Mapping[str, Any], count: int | None) -> float:
         """Compute the loss, without gradients."""
@@ -85,7 +90,8 @@ class Loss:
     def _ask_anew(self, inputs: Mapping[str, Any], count: int | None) -> Answer:
         chosen = _last_parameters(self.model) if self.can_differentiate else []
         if not chosen:
-            return Answer(self.value(inputs, count), drew=self.has_drawn())
+            value = self.value(inputs, count)
+            return Answer(value, drew=self.has_drawn(), weighted=self._weighted)
         with torch.enable_grad():
             try:
                 with _only_these_require_grad(self.model, chosen):
@@ -111,13 +117,16 @@ class Loss:
             with contextlib.suppress(RuntimeError):  # cuDNN's RNNs, in evaluation mode
                 parts = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
                 gradient = torch.cat([_in_double(part).reshape(-1) for part in parts])
-        return Answer(float(loss.detach()), gradient, drew)
+        return Answer(float(loss.detach()), gradient, drew, self._weighted)
 
     def _of_copy(self, inputs: Mapping[str, Any], count: int | None) -> Tensor:
         # A copy, since FSMT writes padding over the -100 of the labels it is given.
         copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         self.restart()
-        return self.compute(copied, count)
+        with WeightedCalls() as calls:
+            loss = self.compute(copied, count)
+        self._weighted = calls.only
+        return loss
 
 
 def _last_parameters(model: nn.Module, count: int = 4) -> list[nn.Parameter]:

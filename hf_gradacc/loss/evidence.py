@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_gradacc.loss.answers import Answer, Ask
+from hf_gradacc.loss.class_weights import ClassWeights
 from hf_gradacc.loss.facts import Weighing, differ, rounding_of
 from hf_gradacc.loss.questions import (
     first_label_alone,
@@ -173,6 +174,30 @@ class Evidence:
         told.wants_own_count = True
         told.order = [self.tell_shift(self.order[0])]
         return told
+
+    def weighted(self) -> tuple[TargetRule, ClassWeights, tuple[float, float]] | None:
+        """The rule of a mean with class weights, and its error; None if there is none that fits.
+
+        The labels that weigh as much as the call was divided by are its targets.
+        """
+        call = self.together.weighted
+        if call is None:
+            return None
+        rules = [
+            rule
+            for rule in self.order
+            if rule in (TargetRule.SEQUENCE, TargetRule.NEXT_TOKEN, TargetRule.SAME_TOKEN)
+            and call.total > 0
+            and math.isclose(call.weights.total(self.inputs, rule), call.total, rel_tol=1e-9)
+        ]
+        if not rules:
+            return None
+        sizes = [call.weights.total(row, rules[0]) for row in self.rows]
+        for answers in ([] if self.is_coarse else [self.rows_alone]) + [self.copies]:
+            error = misfit(self.together, answers, sizes, "mean")
+            if self.fits(error):
+                return rules[0], call.weights, error
+        return None
 
     # ---- do they add up? -----------------------------------------------------------------------
 

@@ -8,7 +8,9 @@ from typing import Literal
 
 import torch
 
+from hf_gradacc.loss.class_weights import ClassWeights
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import MicroBatch
 
 __all__ = ["Compared", "LossFacts", "Weighing", "differ", "rounding_of"]
 
@@ -58,6 +60,7 @@ class LossFacts:
             a mean; otherwise it is called with None.
         pad_to_one_width: Padding changes its value, so an update's micro-batches need one width.
         draws: It draws random numbers in every forward.
+        class_weights: It is a mean over the weights of its targets; None if all weigh alike.
         rule_error: Relative difference between the loss of rows together and the weighted mean of
             the loss of each.
         padding_error: Relative difference that padding made.
@@ -69,6 +72,7 @@ class LossFacts:
     wants_own_count: bool = False
     pad_to_one_width: bool = False
     draws: bool = False
+    class_weights: ClassWeights | None = None
     rule_error: float = 0.0
     padding_error: float = 0.0
     warnings: tuple[str, ...] = ()
@@ -76,6 +80,13 @@ class LossFacts:
     @property
     def notes(self) -> tuple[str, ...]:
         """Say in plain words what is exact but may surprise."""
+        if self.class_weights is not None:
+            weights = ", ".join(f"{weight:.4g}" for weight in self.class_weights.weights[:8])
+            more = ", ..." if len(self.class_weights.weights) > 8 else ""
+            return (
+                f"the loss weighs its classes ({weights}{more}): a micro-batch weighs what its "
+                f"targets weigh together, so the gradient is that of the whole update at once.",
+            )
         if self.weighing != "sum":
             return ()
         return (
@@ -83,16 +94,20 @@ class LossFacts:
             "up, so the gradient is that of the whole update at once and grows with its size.",
         )
 
-    def divisor(
-        self, num_targets: int, *, of: int, num_micro_batches: int, factor: int = 1
-    ) -> float:
+    def size_of(self, micro_batch: MicroBatch) -> float:
+        """What a micro-batch's mean is divided by: its targets, or what they weigh together."""
+        if self.class_weights is None:
+            return micro_batch.targets.under(self.rule)
+        return self.class_weights.total(micro_batch.inputs, self.rule)
+
+    def divisor(self, size: float, *, of: float, num_micro_batches: int, factor: int = 1) -> float:
         """Compute what the loss of a micro-batch is divided by: the inverse of its weight.
 
         A Python float: in float32 it would cost 6e-8 of precision.
 
         Args:
-            num_targets: Targets of the micro-batch.
-            of: Targets of the whole update, over all ranks.
+            size: Of the micro-batch, see `size_of`.
+            of: Of the whole update, over all ranks.
             num_micro_batches: Micro-batches of the update, over all ranks.
             factor: The engine divides gradients by it, see `Engine.factor`.
 
@@ -105,7 +120,7 @@ class LossFacts:
             return 1 / factor
         if self.weighing == "micro_batch":
             return num_micro_batches / factor
-        return of / (num_targets * factor)
+        return of / (size * factor)
 
 
 def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:

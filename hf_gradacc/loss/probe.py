@@ -183,6 +183,10 @@ def measure_padding(
 
 def _facts(evidence: Evidence) -> LossFacts:
     """Ask until the answers decide, and say in plain words what they leave open."""
+    weighted = evidence.weighted()
+    if weighted is not None:
+        rule, class_weights, misfits = weighted
+        return LossFacts(rule, class_weights=class_weights, rule_error=misfits[0])
     found, errors, is_padding = _find(evidence)
     if found is not None and found[1] == "sum":
         # Every rule fits a sum; the targets are those that labels say.

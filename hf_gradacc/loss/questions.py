@@ -42,14 +42,14 @@ _PLAIN = {"input_ids", "attention_mask", "labels", "token_type_ids"}
 
 
 def misfit(
-    together: Answer, parts: Sequence[Answer], counts: Sequence[int], weighing: Weighing
+    together: Answer, parts: Sequence[Answer], counts: Sequence[float], weighing: Weighing
 ) -> tuple[float, float]:
     """Measure how far the answers of parts are from adding up to that of all.
 
     Args:
         together: Of all rows.
         parts: Of each part; those without a target may be NaN.
-        counts: Targets of each part.
+        counts: Targets of each part, or what they weigh.
         weighing: ``mean`` or ``sum``.
 
     Returns:

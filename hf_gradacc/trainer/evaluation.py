@@ -135,11 +135,10 @@ class Evaluation:
                 again = first_rows(inputs, max(real, 1), rows_per_sequence=rows_per_sequence)
                 loss = step(again, loss_only=True)[0]
         if trainer.facts is not None:
-            num_targets = micro_batch.targets.under(trainer.facts.rule)
-            is_sum = trainer.facts.weighing == "sum"
-            self._loss.add(loss, num_targets=num_targets, is_sum=is_sum)
+            size = trainer.facts.size_of(micro_batch)
+            self._loss.add(loss, size=size, is_sum=trainer.facts.weighing == "sum")
         elif not is_labelled:  # preferences, before any training: a mean over rows
-            self._loss.add(loss, num_targets=micro_batch.num_sequences)
+            self._loss.add(loss, size=micro_batch.num_sequences)
         return result
 
     def _in_pieces(
@@ -206,7 +205,7 @@ class Evaluation:
         losses = [loss for loss, _, _ in results]
         loss: Tensor | None = None
         if losses[0] is not None:
-            counts = [self._count_targets(trainer, part) for part in parts]
+            counts = [self._size_of(trainer, part) for part in parts]
             total = sum(counts)
             is_sum = trainer.facts is not None and trainer.facts.weighing == "sum"
             # A piece without a target has a loss of NaN and no weight.
@@ -221,10 +220,12 @@ class Evaluation:
                     joined[i] = nested_concat(joined[i], tensors, padding_index=-100)
         return loss, joined[0], joined[1]
 
-    def _count_targets(self, trainer: Any, part: Any) -> int:
+    def _size_of(self, trainer: Any, part: Any) -> float:
         num_sequences = count_rows(part) // self._rows_per_sequence_when_cut
         if trainer.facts is None:
             return num_sequences
+        if trainer.facts.class_weights is not None:
+            return float(trainer.facts.class_weights.total(part, trainer.facts.rule))
         return count_targets(part, trainer.facts.rule, num_sequences=num_sequences)
 
 
@@ -252,36 +253,34 @@ def _can_split(trainer: Any, engine: Engine, error: Exception) -> bool:
 
 
 class EvalLoss:
-    """Running sum of losses weighted by targets.
+    """Running sum of losses weighted by their targets, or by what those weigh.
 
     >>> total = EvalLoss()
-    >>> total.add(torch.tensor(2.0), num_targets=1)
-    >>> total.add(torch.tensor(1.0), num_targets=3)
+    >>> total.add(torch.tensor(2.0), size=1)
+    >>> total.add(torch.tensor(1.0), size=3)
     >>> total.mean(torch.device("cpu"))
     1.25
     """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._num_targets = 0
+        self._size = 0.0
 
-    def add(self, loss: Tensor, *, num_targets: int, is_sum: bool = False) -> None:
+    def add(self, loss: Tensor, *, size: float, is_sum: bool = False) -> None:
         """Add one batch's loss, a mean or a sum, without synchronizing with the device."""
-        if num_targets == 0:
+        if size == 0:
             return  # the mean over no target is NaN
         # CPU and CUDA have float64; MPS has not.
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        weighted = loss.detach().to(dtype) * (1 if is_sum else num_targets)
+        weighted = loss.detach().to(dtype) * (1 if is_sum else size)
         self._sum = weighted if self._sum is None else self._sum + weighted
-        self._num_targets += num_targets
+        self._size += size
 
     def mean(self, device: torch.device) -> float | None:
         """Return the loss per target over all ranks; None if there was no target."""
         local = 0.0 if self._sum is None else float(self._sum)
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        total = sum_over_ranks(
-            torch.tensor([local, float(self._num_targets)], dtype=dtype), device=device
-        )
+        total = sum_over_ranks(torch.tensor([local, self._size], dtype=dtype), device=device)
         return float(total[0] / total[1]) if total[1] > 0 else None
 
 

@@ -70,19 +70,19 @@ class NoiseListener:
             self.record.meter.before_update(model.parameters())
 
     def add_gradient(
-        self, micro_batch: MicroBatch, *, num_targets: int, total: int, trainer: Any
+        self, micro_batch: MicroBatch, *, num_targets: int, weight: float, trainer: Any
     ) -> None:
         """Add the gradient of one micro-batch, right after its backward.
 
         Args:
             micro_batch: The micro-batch.
             num_targets: Its targets.
-            total: Targets of the update over all ranks; 1 if the loss is a sum over them.
+            weight: What its loss was multiplied by; for a sum, its targets.
             trainer: The trainer; its loss scale is read.
         """
         if self.is_listening and self.record is not None and not micro_batch.weightless:
             self.record.meter.after_micro_batch(
-                num_targets=num_targets, weight=num_targets / total * _grad_scale(trainer)
+                num_targets=num_targets, weight=weight * _grad_scale(trainer)
             )
 
     def end(self, trainer: Any, model: nn.Module, *, num_summed: int = 1) -> None:

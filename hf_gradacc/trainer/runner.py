@@ -129,6 +129,7 @@ class UpdateRunner:
         self._spare = spare
         self._running: MicroBatch | None = None
         self._num_weighed = 0
+        self._size = 0.0
 
     def run(self, trainer: Any, model: nn.Module, loaded: Update) -> UpdateResult:
         """Run this rank's share of an update; leave the update's exact gradient in ``.grad``.
@@ -212,12 +213,12 @@ class UpdateRunner:
             own.begin_update()
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
-            local = micro_batch.targets.under(facts.rule)
+            size = facts.size_of(micro_batch)
             divisor = math.inf
             if not micro_batch.weightless:
                 divisor = facts.divisor(
-                    local,
-                    of=stats.num_targets,
+                    size,
+                    of=self._size,
                     num_micro_batches=self._num_weighed,
                     factor=factor,
                 )
@@ -237,10 +238,12 @@ class UpdateRunner:
                 self.step.check_weighed(type(trainer))
             loss = loss + part
             if self.noise.is_listening:
+                num_targets = micro_batch.targets.under(facts.rule)
+                is_sum = facts.weighing == "sum"
                 self.noise.add_gradient(
                     micro_batch,
-                    num_targets=local,
-                    total=1 if facts.weighing == "sum" else stats.num_targets,
+                    num_targets=num_targets,
+                    weight=num_targets if is_sum else size / self._size,
                     trainer=trainer,
                 )
             if not is_last:
@@ -277,8 +280,12 @@ class UpdateRunner:
                 **padding_style(trainer),
             )
         update = update.with_targets(rule)
+        if trainer.facts.class_weights is not None:  # a mean over weights of zero is NaN
+            kept = [mb for mb in update if trainer.facts.size_of(mb) > 0]
+            update = replace(update, micro_batches=kept)
         with self._meeting_ranks():
             stats, planned = self.engine.count(update.stats(rule))
+        self._size = self._size_of_all(trainer, update, stats)
         self._num_weighed = stats.num_micro_batches
         if planned and stats.num_targets:
             update = self._even_out(update, planned, rule, collator)
@@ -289,6 +296,16 @@ class UpdateRunner:
         if trainer.facts.pad_to_one_width and stats.num_targets:
             self._pad_to_one_width(trainer, update)
         return update, stats
+
+    def _size_of_all(self, trainer: Any, update: Update, stats: UpdateStats) -> float:
+        """Add up over all ranks what micro-batches are divided by; one collective for weights."""
+        if trainer.facts.class_weights is None:
+            return stats.num_targets
+        local = sum(trainer.facts.size_of(mb) for mb in update)
+        device = trainer.args.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        with self._meeting_ranks():
+            return float(sum_over_ranks(torch.tensor([local], dtype=dtype), device=device))
 
     def _even_out(
         self,

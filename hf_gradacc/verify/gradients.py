@@ -264,7 +264,9 @@ def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentia
             continue
         model.zero_grad(set_to_none=True)
         loss, reached = _backward(trainer, model, piece, count)
-        weight = 1 if is_sum else count if reached is None else reached
+        weight: float = 1 if is_sum else count if reached is None else reached
+        if trainer.facts.class_weights is not None:
+            weight = trainer.facts.class_weights.total(piece, trainer.facts.rule)
         for name, part in copy_gradient(model).items():
             part = part if len(pieces) == 1 else part.double() * weight
             gradient[name] = gradient[name] + part if name in gradient else part

@@ -370,7 +370,7 @@ PROGRAMS = {
     "answers": Program(bert(T.BertForQuestionAnswering, num_labels=2), answers, padded),
     "focal loss": Program(classifier, sorted_rows, padded, Focal),
     "class weights": Program(
-        classifier, sorted_rows, padded, ClassWeights, ours="as stock", says="class weights"
+        classifier, sorted_rows, padded, ClassWeights, says="weighs its classes"
     ),
     "smoothing of one's own": Program(classifier, sorted_rows, padded, OwnSmoothing),
     "ordinal": Program(classifier, sorted_rows, padded, Ordinal),
