@@ -64,9 +64,10 @@ def show_plan(
     texts = iter_texts(recipe.data)
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
     model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
-    data = prepare_data(recipe.data, tokenizer=tokenizer)
-    for report in data.reports:
-        console.print(str(report), highlight=False, soft_wrap=True)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+    for line in [*data.reports, *data.remarks]:
+        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
     plan = plan_recipe(
         data.train,
         arguments=arguments,

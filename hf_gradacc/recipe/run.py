@@ -74,11 +74,12 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     with arguments.main_process_first(desc="preparing the data"):
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
-        check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what takes long
-        data = prepare_data(recipe.data, tokenizer=tokenizer)
+        empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
+        vocab_size = empty.get_input_embeddings().num_embeddings
+        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
     if arguments.process_index == 0:
-        for report in data.reports:
-            print(report)
+        for line in [*data.reports, *data.remarks]:
+            print(line)
     model = load_model(
         recipe.model,
         tokenizer=tokenizer,
