@@ -1,4 +1,6 @@
 # Five words: demo, test, lint, docs, bench. Each sets up what it needs on a fresh machine.
+# `make real` fetches published tokenizers and one small model into a cache outside the checkout; tests/real/ is
+# skipped without them.
 # `make test` runs every test; `make test-fast` leaves out those marked slow, for use while you work.
 # `make test-versions` runs the fast tests with each set of releases in constraints/; `make test-oldest` and
 # `make test-newest` run what is at the heart of them with one set.
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-versions lint docs bench
+.PHONY: demo real test test-fast test-versions lint docs bench
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety tests/updates tests/verify \
@@ -30,6 +32,9 @@ $(VENV)/.deepspeed: $(VENV)/.ready
 
 demo: $(VENV)/.ready
 	$(BIN)/python recipes/sft.py recipes/quickstart.yaml
+
+real: $(VENV)/.ready
+	$(BIN)/python tests/support/real_parts.py
 
 test: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
