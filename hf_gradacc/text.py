@@ -1,4 +1,4 @@
-"""Words for people: the nearest name to a misspelt one, quantities, durations; how texts compare."""
+"""Words for people: the nearest name, quantities, durations; where two texts part."""
 
 from __future__ import annotations
 

@@ -21,8 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.data.section import AssistantTurns
-from hf_gradacc.data.turns import ChatError, Conversation, Messages, Turn
+from hf_gradacc.data.turns import Conversation, Turn
+from hf_gradacc.data.words import Messages
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = ["ChatRow", "encode_chat", "split_chat"]
@@ -94,7 +96,7 @@ def split_chat(
         raise ChatError(
             "this tokenizer cannot say which letters a token stands for; use a fast one"
         )
-    conversation = Conversation(tokenizer, messages, options or {})
+    conversation = Conversation.of(tokenizer, messages, options or {})
     wanted = [index for index, is_learned in enumerate(learned) if is_learned]
     prompted = all(messages[index].get("role") == "assistant" for index in wanted)
     if turns == "together" or not prompted or not wanted:
@@ -131,33 +133,28 @@ def _row_of_turn(
 ) -> tuple[ChatRow, list[int]]:
     """The row that ends with a turn, and the earlier turns that can be learned in it."""
     notes: Counter[str] = Counter()
-    if not conversation.is_behind_prompt(index + 1, index, answer):
+    placed = conversation.behind_prompt(index)
+    if placed is None:
         # A prompt that holds an empty thought leaves no place for another.
         lighter = conversation.without_thought(index)
-        shorter = None if lighter is None else lighter.answer(index)
-        if (
-            lighter is not None
-            and shorter is not None
-            and lighter.is_behind_prompt(index + 1, index, shorter)
-        ):
-            conversation, answer = lighter, shorter
-            notes["thought"] += 1
-        else:
-            notes["other_prefix"] += 1
+        placed = None if lighter is None else lighter.behind_prompt(index)
+        notes["other_prefix" if placed is None else "thought"] += 1
+    text, answer = placed or (conversation.text(index + 1), answer)
     spans, covered = [*answer.spans], []
     if turns == "auto":
         for other, its_answer in others.items():
-            turn = conversation.same(index + 1, other, its_answer)
+            turn = conversation.same(text, other, its_answer, count=index + 1)
             if turn is not None:
                 covered.append(other)
                 spans += turn.spans
-    row = _label(tokenizer, conversation.text(index + 1), spans)
+    row = _label(tokenizer, text, spans)
     row.notes.update(notes, turns=1 + len(covered))
     return row, covered
 
 
 def _together(tokenizer: Any, conversation: Conversation, wanted: Iterable[int]) -> ChatRow:
     count = len(conversation.messages)
+    text = conversation.text(count)
     notes: Counter[str] = Counter()
     spans: list[tuple[int, int]] = []
     for index in wanted:
@@ -166,10 +163,10 @@ def _together(tokenizer: Any, conversation: Conversation, wanted: Iterable[int])
             continue
         spans += turn.spans
         is_prompted = conversation.messages[index].get("role") == "assistant"
-        if is_prompted and not conversation.is_behind_prompt(count, index, turn):
+        if is_prompted and not conversation.is_behind_prompt(text, index, turn):
             notes["other_prefix"] += 1
         notes["turns"] += 1
-    row = _label(tokenizer, conversation.text(count), spans)
+    row = _label(tokenizer, text, spans)
     row.notes.update(notes)
     return row
 

@@ -27,8 +27,8 @@ from hf_gradacc.data.chat import split_chat
 from hf_gradacc.data.joined import join_and_encode
 from hf_gradacc.data.messages import Dialogue, past_turns, read_dialogue, system_of
 from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of
+from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.data.section import Format
-from hf_gradacc.data.turns import ChatError
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = ["RowError", "RowReader", "encode_row", "encode_rows"]

@@ -7,25 +7,24 @@ change when a letter of the turn does.
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_gradacc.data.rendering import ChatError, Rendering
+from hf_gradacc.data.words import (
+    Messages,
+    answer_of,
+    holds,
+    mark_for,
+    marked_turns,
+    marked_words,
+    thought_of,
+    without_thought,
+)
 from hf_gradacc.text import common_length
 
-__all__ = ["ChatError", "Conversation", "Messages", "Turn", "has_generation_tags"]
-
-Messages = Sequence[dict[str, Any]]
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKS = "§¤¶¬¦"
-_END_OF_THOUGHT = "</think>"
-
-
-class ChatError(ValueError):
-    """A conversation that the template cannot render, or whose targets cannot be found."""
+__all__ = ["Conversation", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -47,49 +46,30 @@ class Turn:
         return self.spans[0][0] if self.spans else None
 
 
-def has_generation_tags(tokenizer: Any, *, tools: Any = None) -> bool:
-    """Whether the chat template marks the assistant's turns itself."""
-    return _GENERATION.search(_template_of(tokenizer, tools)) is not None
-
-
-def _template_of(tokenizer: Any, tools: Any) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):  # several by name; `tool_use` is for rows with tools
-        template = tokenizer.get_chat_template(None, tools)
-    return template if isinstance(template, str) else ""
-
-
 class Conversation:
-    """A conversation, and what the template makes of it and of its beginnings.
+    """The turns of a conversation in the text that a template makes of it.
 
     Args:
-        tokenizer: One with a chat template.
-        messages: Turns `{"role": ..., "content": ...}` in order.
-        options: What the template reads beside them.
+        rendering: What the template makes of it.
 
     Raises:
         ChatError: By any method, if the template refuses what it has to render.
     """
 
-    def __init__(self, tokenizer: Any, messages: Messages, options: Mapping[str, Any]) -> None:
-        self.messages = list(messages)
-        self._tokenizer = tokenizer
-        self._options = dict(options)
-        self._is_tagged = has_generation_tags(tokenizer, tools=options.get("tools"))
-        self._rendered: dict[tuple[int, bool], tuple[str, list[tuple[int, int]]]] = {}
+    def __init__(self, rendering: Rendering) -> None:
+        self.messages = rendering.messages
+        self._rendering = rendering
         self._answers: dict[int, Turn] = {}
-        self._tokens = _added_tokens(tokenizer)
-        words = str(self.messages)
-        self._mark = next((mark for mark in _MARKS if mark not in words), _MARKS[0])
+        self._mark = mark_for(self.messages)
 
-    def text(self, count: int, *, prompt: bool = False) -> str:
-        """The text of the first turns.
+    @classmethod
+    def of(cls, tokenizer: Any, messages: Messages, options: Mapping[str, Any]) -> Conversation:
+        """Make one of turns, of a tokenizer with a template, and of what the template reads."""
+        return cls(Rendering(tokenizer, messages, options))
 
-        Args:
-            count: How many.
-            prompt: With what the template prompts an answer with.
-        """
-        return self._first(count, prompt=prompt)[0]
+    def text(self, count: int) -> str:
+        """The text of the first turns."""
+        return self._rendering.text(count)
 
     def prompt(self, index: int) -> str | None:
         """The text that a turn is generated behind; None if the template does not prompt for it.
@@ -99,10 +79,7 @@ class Conversation:
         if index == 0:
             start = self.answer(0).start
             return None if start is None else self.text(1)[:start]
-        try:
-            return self.text(index, prompt=True)
-        except ChatError:
-            return None
+        return self._rendering.prompt(index)
 
     def answer(self, index: int) -> Turn:
         """A turn as the template renders it while it is the last, which is how it is generated."""
@@ -111,46 +88,77 @@ class Conversation:
         return self._answers[index]
 
     def _answer(self, index: int) -> Turn:
-        if self._is_tagged:
+        if self._rendering.is_tagged:
             return self._tagged(index + 1, index)
         text = self.text(index + 1)
         prompt = self.prompt(index) if index > 0 else None
         if prompt is None or not text.startswith(prompt):
             return self.find(index + 1, index)
-        end = len(text) - self._trailing_blank(text[len(prompt) :])
-        return Turn(((len(prompt), end),), text[len(prompt) : end])
+        start, said = len(prompt), text[len(prompt) :]
+        if len(self._rendering.tokens.findall(said)) > 1 and self._rendering.always_prompts(index):
+            end = self.find(index + 1, index).spans[0][1]
+        else:
+            end = len(text) - self._rendering.trailing_blank(said)
+        return Turn(((start, end),), text[start:end])
 
-    def is_behind_prompt(self, count: int, index: int, turn: Turn) -> bool:
-        """Whether a turn stands behind exactly what the template prompts it with."""
+    def behind_prompt(self, index: int) -> tuple[str, Turn] | None:
+        """A text that ends with a turn behind exactly what the template prompts it with.
+
+        The template's own text where it is one. Some templates render the turns before otherwise
+        once the answer is there, such as without the system turn (Mistral). Then the answer is put
+        behind its prompt.
+
+        Returns:
+            The text, and the turn in it; None if the prompt holds more than the opening of the
+            answer, such as a thought that has begun.
+        """
+        text, answer, prompt = self.text(index + 1), self.answer(index), self.prompt(index)
+        if prompt is None or answer.start is None:
+            return None
+        if self._stands_behind(prompt, text, answer):
+            return text, answer
+        if not text[: answer.start].endswith(self._rendering.opening(index)):
+            return None
+        moved = Turn(((len(prompt), len(prompt) + len(answer.said)),), answer.said)
+        return prompt + answer.said, moved
+
+    def is_behind_prompt(self, text: str, index: int, turn: Turn) -> bool:
+        """Whether a turn stands in a text behind exactly what the template prompts it with."""
         prompt = self.prompt(index)
-        return (
-            prompt is not None and turn.start == len(prompt) and self.text(count).startswith(prompt)
-        )
+        return prompt is not None and self._stands_behind(prompt, text, turn)
 
-    def same(self, count: int, index: int, answer: Turn) -> Turn | None:
-        """A turn in the text of more turns, if it stands there as it is generated.
+    @staticmethod
+    def _stands_behind(prompt: str, text: str, turn: Turn) -> bool:
+        return turn.start == len(prompt) and text.startswith(prompt)
+
+    def same(self, text: str, index: int, answer: Turn, *, count: int) -> Turn | None:
+        """A turn in a longer text, if it stands there as it is generated.
 
         Args:
-            count: The number of turns in the text.
+            text: The text, of the first turns or of a turn behind its prompt.
             index: The turn.
-            answer: What `answer` gives for it, behind its prompt.
+            answer: What `answer` gives for it.
+            count: The number of turns in the text.
 
         Returns:
             Its place; None if what comes before is not what the template prompts it with, or the
             template has changed the turn. Tokens that close a conversation may be missing, and
             the token that ends a last turn may be another.
         """
-        text, said, start = self.text(count), answer.said, answer.start
-        if start is None or not self.is_behind_prompt(count, index, answer):
+        prompt = self.prompt(index)
+        if answer.start is None or prompt is None or not text.startswith(prompt):
             return None
-        if self._is_tagged:
+        if self._rendering.is_tagged:
             tagged = self._tagged(count, index)
-            return tagged if (tagged.said, tagged.start) == (said, start) else None
-        body = len(said) - len(self._closing(said))
-        if not text.startswith(said[:body], start):
-            return None
-        end = self._end(text, start + body, said[body:])
-        return None if end is None or end <= start else Turn(((start, end),), text[start:end])
+            is_same = text == self.text(count) and tagged.start == len(prompt)
+            return tagged if is_same and self._rendering.alike(tagged.said, answer.said) else None
+        said, start = answer.said, len(prompt)
+        if text.startswith(said, start):
+            return Turn(((start, start + len(said)),), said)
+        body = len(said) - len(self._rendering.closing(said))
+        is_said = text.startswith(said[:body], start) and said[:body].strip()
+        end = self._rendering.end_of(text, start + body, said[body:]) if is_said else None
+        return None if end is None else Turn(((start, end),), text[start:end])
 
     def find(self, count: int, index: int) -> Turn:
         """A turn in the text of the first turns, wherever the template has put it.
@@ -161,29 +169,26 @@ class Conversation:
         Raises:
             ChatError: If no letter of the text changes when the turn does.
         """
-        if self._is_tagged and self.messages[index].get("role") == "assistant":
+        if self._rendering.is_tagged and self.messages[index].get("role") == "assistant":
             return self._tagged(count, index)
         text = self.text(count)
         extent = self._extent(count, index)
         if extent is None:
             raise ChatError(f"the chat template leaves out turn {index + 1}")
         first, last = extent
-        before = 0 if index == 0 else (self._extent(count, index - 1) or (0, 0))[1]
-        start = self._behind_opening(index, text, before, first)
-        end = self._end(text, last, self._tail(index))
+        start = self._begin(index, text, first, count=count)
+        end = self._rendering.end_of(text, last, self._tail(index))
         end = last if end is None else end
-        end -= self._trailing_blank(text[start:end])
+        end -= self._rendering.trailing_blank(text[start:end])
         return Turn(((start, end),), text[start:end])
 
     def without_thought(self, index: int) -> Conversation | None:
         """The same conversation without what a turn thought; None if it thought nothing."""
-        message = self.messages[index]
-        if not _thought_of(message):
+        if not thought_of(self.messages[index]):
             return None
-        rest = {k: v for k, v in message.items() if k not in _THOUGHTS}
-        rest["content"] = _answer_of(message).lstrip("\n")
-        messages = [*self.messages[:index], rest, *self.messages[index + 1 :]]
-        return Conversation(self._tokenizer, messages, self._options)
+        messages = [*self.messages]
+        messages[index] = without_thought(messages[index])
+        return Conversation(self._rendering.of(messages))
 
     def left_out(self, index: int, turn: Turn) -> set[str]:
         """Which parts of a turn its text does not have.
@@ -196,240 +201,91 @@ class Conversation:
         calls = [call.get("function", call) for call in message.get("tool_calls") or []]
         if any(str(call.get("name", "")) not in turn.said for call in calls):
             found.add("tool call")
-        thought = _thought_of(message)
-        if thought and not _holds(turn.said, thought):
+        thought = thought_of(message)
+        if thought and not holds(turn.said, thought):
             found.add("thought")
-        answer = _answer_of(message)
-        if answer.strip() and not _holds(turn.said, answer):
+        answer = answer_of(message)
+        if answer.strip() and not holds(turn.said, answer):
             # Written otherwise, such as in quotes, it is heard if one more letter at its end is.
-            changed = {**message, "content": self._marked(message, "content", at_end=True)}
-            text = self._try([*self.messages[:index], changed])
+            changed = {**message, "content": marked_words(message, self._mark, at_end=True)}
+            text = self._rendering.attempt([*self.messages[:index], changed])
             if text is None or self._mark not in text:
                 found.add("words")
         return found
 
-    def _first(self, count: int, *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        key = (count, prompt)
-        if key not in self._rendered:
-            self._rendered[key] = self._render(self.messages[:count], prompt=prompt)
-        return self._rendered[key]
-
-    def _render(self, messages: Messages, *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options = self._options
-        try:
-            if not self._is_tagged:
-                text = self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=prompt, **options
-                )
-                return str(text), []
-            # As `apply_chat_template` does, which gives the places of tokens, not of letters.
-            texts, places = render_jinja_template(
-                conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-                chat_template=_template_of(self._tokenizer, options.get("tools")),
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=prompt,
-                **{**self._tokenizer.special_tokens_map, **options},
-            )
-            return texts[0], [(start, end) for start, end in places[0] if end > start]
-        except Exception as error:  # Jinja templates raise whatever they like
-            raise ChatError(f"the chat template refuses it: {error}") from error
-
     def _tagged(self, count: int, index: int) -> Turn:
-        """What the template's tags mark of an assistant's turn, in the text of the first turns."""
-        spans = self._first(count, prompt=False)[1]
-        sizes = [len(self._own_spans(i)) for i in self._assistants(count)]
-        before = sum(len(self._own_spans(i)) for i in self._assistants(index))
-        mine = tuple(spans[before : before + len(self._own_spans(index))])
-        if sum(sizes) != len(spans):  # tags that mark a turn only while it is the last, or first
-            mine = self._own_spans(index) if count == index + 1 else ()
-        text = self.text(count)
-        return Turn(mine, "".join(text[start:end] for start, end in mine))
+        """What the template's tags mark of an assistant's turn, in the text of the first turns.
+
+        What the template prompts with is not generated, so it is left out where tags hold it too.
+        """
+        text, spans = self.text(count), self._rendering.spans(count)
+        if count == index + 1:
+            mine = self._rendering.own_spans(index)
+        elif sum(len(self._rendering.own_spans(i)) for i in self._assistants(count)) == len(spans):
+            before = sum(len(self._rendering.own_spans(i)) for i in self._assistants(index))
+            mine = spans[before : before + len(self._rendering.own_spans(index))]
+        else:  # tags that mark more of a turn, or nothing, while it is the last
+            begins = [self._words_before(count, i) for i in self._assistants(count)]
+            first = self._words_before(count, index)
+            end = next((begin for begin in begins if begin > first), len(text))
+            mine = [span for span in spans if first <= span[0] < end]
+        prompt = self._rendering.prompt(index)
+        if prompt is not None and text.startswith(prompt):
+            mine = [(max(a, len(prompt)), b) for a, b in mine if b > len(prompt)]
+        return Turn(tuple(mine), "".join(text[start:end] for start, end in mine))
+
+    def _words_before(self, count: int, index: int) -> int:
+        """Where the words of the turn before a turn end; 0 for the first."""
+        return 0 if index == 0 else (self._extent(count, index - 1) or (0, 0))[1]
 
     def _assistants(self, count: int) -> list[int]:
         turns = enumerate(self.messages[:count])
         return [index for index, turn in turns if turn.get("role") == "assistant"]
 
-    def _own_spans(self, index: int) -> tuple[tuple[int, int], ...]:
-        """The tagged pieces of a turn while it is the last."""
-        text, spans = self._first(index + 1, prompt=False)
-        before = 0
-        if index > 0:
-            with contextlib.suppress(ChatError):
-                before = common_length(text, self.text(index))
-        return tuple(span for span in spans if span[0] >= before)
-
     def _extent(self, count: int, index: int) -> tuple[int, int] | None:
         """First character, and the one after the last, that depend on the words of a turn."""
         text = self.text(count)
         first, last = len(text), 0
-        for field in ("content", "thought", "reasoning_content", "tool_calls"):
-            for at_end in (False, True):
-                changed = self._marked_turn(index, field, at_end=at_end)
-                if changed is None:
-                    continue
-                other = self._try(
-                    [*self.messages[:index], changed, *self.messages[index + 1 : count]]
-                )
+        for at_end in (False, True):
+            for changed in marked_turns(self.messages[index], self._mark, at_end=at_end):
+                messages = [*self.messages[:index], changed, *self.messages[index + 1 : count]]
+                other = self._rendering.attempt(messages)
                 if other is None or other == text:
                     continue
                 if at_end:
-                    same = common_length(text[::-1], other[::-1])
-                    last = max(last, len(text) - same)
+                    last = max(last, len(text) - common_length(text[::-1], other[::-1]))
                 else:
                     first = min(first, common_length(text, other))
         return None if first == len(text) and last == 0 else (first, max(first, last))
 
-    def _try(self, messages: Messages) -> str | None:
-        """The text of other turns, None if the template refuses them."""
-        try:
-            return self._render(messages, prompt=False)[0]
-        except ChatError:
-            return None
-
-    def _tail(self, index: int) -> str:
-        """What the template puts behind the words of a turn while it is the last."""
+    def _rest(self, index: int) -> str:
+        """All that the template puts behind the words of a turn while it is the last."""
         try:
             extent = self._extent(index + 1, index)
             return "" if extent is None else self.text(index + 1)[extent[1] :]
         except ChatError:
             return ""
 
-    def _marked_turn(self, index: int, field: str, *, at_end: bool) -> dict[str, Any] | None:
-        message, mark = self.messages[index], self._mark
-        if field == "tool_calls":
-            calls = list(message.get("tool_calls") or [])
-            if not calls:
-                return None
-            place = -1 if at_end else 0
-            calls[place] = _marked_call(calls[place], mark, at_end=at_end)
-            return {**message, "tool_calls": calls}
-        name = "reasoning_content" if field == "reasoning_content" else "content"
-        if field == "thought" and _END_OF_THOUGHT not in str(message.get("content")):
-            return None
-        if name == "reasoning_content" and not message.get(name):
-            return None
-        return {**message, name: self._marked(message, field, at_end=at_end)}
+    def _tail(self, index: int) -> str:
+        """What ends a turn while it is the last, without a prompt for the next answer."""
+        rest = self._rest(index)
+        first = (
+            self._rendering.tokens.search(rest) if self._rendering.always_prompts(index) else None
+        )
+        return rest if first is None else rest[: first.end()]
 
-    def _marked(self, message: Mapping[str, Any], field: str, *, at_end: bool) -> str:
-        """A text of a turn with one letter more, at the beginning or the end of a part of it."""
-        mark = self._mark
-        if field == "reasoning_content":
-            words = str(message[field])
-            return words + mark if at_end else mark + words
-        content = message.get("content") or ""
-        thought, end, answer = content.rpartition(_END_OF_THOUGHT)
-        if field == "thought":
-            opening, begin, thought = thought.rpartition("<think>")
-            thought = thought + mark if at_end else mark + thought
-            return f"{opening}{begin}{thought}{end}{answer}"
-        return f"{thought}{end}{answer}{mark}" if at_end else f"{thought}{end}{mark}{answer}"
+    def _begin(self, index: int, text: str, first: int, *, count: int) -> int:
+        """Where a turn begins whose words begin at a place: behind what is there of its opening.
 
-    def _behind_opening(self, index: int, text: str, before: int, first: int) -> int:
-        """Where a turn starts: behind as much of the opening as stands between two places."""
-        opening = self._opening(index)
+        A template without an opening for answers (Mistral) lets one follow what ends the question.
+        """
+        before = self._words_before(count, index)
+        opening = self._rendering.opening(index)
         for size in range(len(opening), 0, -1):
             found = text.find(opening[:size], before, first)
             if found >= 0:
                 return found + size
-        return first
-
-    def _opening(self, index: int) -> str:
-        """What the template adds to prompt for an answer."""
-        if self.messages[index].get("role") != "assistant":
-            return ""
-        for count in (index, 1, 2):
-            if not 0 < count <= len(self.messages):
-                continue
-            try:
-                bare, prompt = self.text(count), self.text(count, prompt=True)
-            except ChatError:
-                continue
-            if prompt.startswith(bare) and prompt != bare:
-                return prompt[len(bare) :]
-            common = common_length(bare, prompt)
-            if prompt[common:]:  # a token that closes the conversation is not prompted with
-                return prompt[common:]
-        return ""
-
-    def _closing(self, said: str) -> str:
-        """The blanks and tokens that end a turn."""
-        ends = len(said)
-        spans = {match.end(): match.start() for match in self._tokens.finditer(said)}
-        while ends > 0:
-            if said[ends - 1].isspace():
-                ends -= 1
-            elif ends in spans:
-                ends = spans[ends]
-            else:
-                break
-        return said[ends:]
-
-    def _end(self, text: str, at: int, closing: str) -> int | None:
-        """Where a turn ends whose words end at a place.
-
-        Args:
-            text: The text of the conversation.
-            at: The place.
-            closing: What ends the turn while it is the last.
-
-        Returns:
-            The place behind as much of `closing` as is there, in whole tokens; behind another
-            token if none of them is; None if the turn goes on with something else.
-        """
-        common = common_length(text[at:], closing)
-        tokens = [match.end() for match in self._tokens.finditer(closing)]
-        if not tokens:
-            return at + common if common == len(closing) or not closing.strip() else None
-        whole = [end for end in tokens if end <= common]
-        if whole:
-            return at + whole[-1]
-        other = self._tokens.match(text, at)
-        return None if other is None else other.end()
-
-    def _trailing_blank(self, said: str) -> int:
-        """Number of blank characters after the token that closes a turn."""
-        stripped = said.rstrip()
-        closes = any(match.end() == len(stripped) for match in self._tokens.finditer(stripped))
-        return len(said) - len(stripped) if closes else 0
-
-
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""What rows call the thought of a turn; transformers reads all three alike."""
-
-
-def _thought_of(message: Mapping[str, Any]) -> str:
-    """What a turn thought before it answered, from its own field or between think tags."""
-    for name in _THOUGHTS:
-        if isinstance(message.get(name), str):
-            return str(message[name]).strip()
-    thought, end, _ = str(message.get("content") or "").rpartition(_END_OF_THOUGHT)
-    return thought.rpartition("<think>")[2].strip() if end else ""
-
-
-def _answer_of(message: Mapping[str, Any]) -> str:
-    return str(message.get("content") or "").rpartition(_END_OF_THOUGHT)[2]
-
-
-def _holds(text: str, words: str) -> bool:
-    """Whether a text holds words, whatever blanks there are between and around them."""
-    return "".join(words.split()) in "".join(text.split())
-
-
-def _marked_call(call: Mapping[str, Any], mark: str, *, at_end: bool) -> dict[str, Any]:
-    inner = dict(call.get("function", call))
-    name = str(inner.get("name", ""))
-    if not at_end:
-        inner["name"] = mark + name
-    elif isinstance(inner.get("arguments"), Mapping):
-        inner["arguments"] = {**inner["arguments"], mark: mark}
-    else:
-        inner["arguments"] = f"{inner.get('arguments', '')}{mark}"
-    return {**call, "function": inner} if "function" in call else inner
-
-
-def _added_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds the tokens that stand for more than their letters, longest first."""
-    texts = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+        if index == 0 or opening or self.messages[index].get("role") != "assistant":
+            return first
+        ends = self._rest(index - 1)
+        return before + len(ends) if text.startswith(ends, before) else first

@@ -7,7 +7,7 @@ from support import templates
 from support.bytes_tokenizer import bytes_tokenizer, read_segments
 
 from hf_gradacc.data.chat import encode_chat, split_chat
-from hf_gradacc.data.turns import ChatError, has_generation_tags
+from hf_gradacc.data.rendering import ChatError, has_generation_tags
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [
@@ -291,10 +291,9 @@ def test_two_turns_in_a_row_are_both_learned():
     tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
     messages = [*CHAT[:2], {"role": "assistant", "content": "Or 5."}]
     rows = split_chat(tokenizer, messages, options=NO_THOUGHT)
-    assert read_rows(tokenizer, rows) == [
-        f"{ASKED}{EMPTY}[4<|im_end|>]\n",
-        f"{ASKED}4<|im_end|>\n<|im_start|>assistant\n{EMPTY}[Or 5.<|im_end|>]\n",
-    ]
+    # Asked for another turn, the template writes the first as an answer, not as history.
+    second = f"<|im_start|>assistant\n{EMPTY}[Or 5.<|im_end|>]"
+    assert read_rows(tokenizer, rows) == [f"{ASKED}{EMPTY}[4<|im_end|>]\n{second}"]
 
 
 def test_a_thought_is_left_out_behind_a_prompt_that_holds_an_empty_one():
@@ -391,3 +390,42 @@ def test_a_template_for_tools_is_used_where_there_are_tools():
     assert (
         tokenizer.decode([t for t in with_tools[1] if t != -100]) == "4<|im_end|>Yes, 4.<|im_end|>"
     )
+
+
+ALWAYS_PROMPTS = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+    "<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+LATE_SYSTEM = (
+    "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{% for m in turns %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("turns", ["auto", "together", "last"])
+def test_a_prompt_that_a_template_writes_unasked_is_no_target(turns):
+    tokenizer = bytes_tokenizer(ALWAYS_PROMPTS, templates.HEADERS_TOKENS)
+    (row,) = split_chat(tokenizer, CHAT, turns=turns)
+    said = tokenizer.decode([label for label in row.labels if label != -100])
+    assert said == "4<|eot_id|>" * (turns != "last") + "Yes, 4.<|eot_id|>"
+
+
+def test_a_system_turn_that_only_the_prompt_has_is_in_front_of_the_answer():
+    tokenizer = bytes_tokenizer(LATE_SYSTEM, ["[INST]", "[/INST]"])
+    rows = split_chat(tokenizer, [SYSTEM, *CHAT])
+    assert read_rows(tokenizer, rows) == [
+        "[INST]Be brief.\n\n2+2?[/INST][4<|end|>]",
+        "[INST]2+2?[/INST]4<|end|>[INST]Be brief.\n\nSure?[/INST][Yes, 4.<|end|>]",
+    ]
+
+
+def test_a_prompt_that_begins_a_thought_is_not_answered_without_one():
+    template = templates.CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = bytes_tokenizer(template, templates.CHATML_TOKENS)
+    rows = split_chat(tokenizer, CHAT)
+    assert [row.notes["other_prefix"] for row in rows] == [1, 1]
+    assert read_rows(tokenizer, rows)[0] == f"{ASKED}[4<|im_end|>]\n"
