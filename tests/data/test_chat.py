@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from support import templates
 from support.bytes_tokenizer import bytes_tokenizer, read_segments
 
+from hf_gradacc.data import train_tokenizer
 from hf_gradacc.data.chat import encode_chat, split_chat
 from hf_gradacc.data.rendering import ChatError, has_generation_tags
 
@@ -429,3 +430,14 @@ def test_a_prompt_that_begins_a_thought_is_not_answered_without_one():
     rows = split_chat(tokenizer, CHAT)
     assert [row.notes["other_prefix"] for row in rows] == [1, 1]
     assert read_rows(tokenizer, rows)[0] == f"{ASKED}[4<|im_end|>]\n"
+
+
+def test_a_token_of_prompt_and_answer_belongs_to_the_prompt():
+    tokenizer = train_tokenizer(["\n\n", "\n\n b"] * 30, vocab_size=262)
+    tokenizer.add_special_tokens({"additional_special_tokens": templates.CHATML_TOKENS})
+    tokenizer.chat_template = templates.CHATML
+    messages = [CHAT[0], {"role": "assistant", "content": "\nfour"}]
+    (row,) = split_chat(tokenizer, messages)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    assert tokenizer.decode([t for t in row.labels if t != -100]) == "four<|im_end|>"
+    assert row.notes["straddling"] == 1
