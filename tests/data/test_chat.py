@@ -436,8 +436,8 @@ def test_a_token_of_prompt_and_answer_belongs_to_the_prompt():
     tokenizer = train_tokenizer(["\n\n", "\n\n b"] * 30, vocab_size=262)
     tokenizer.add_special_tokens({"additional_special_tokens": templates.CHATML_TOKENS})
     tokenizer.chat_template = templates.CHATML
-    messages = [CHAT[0], {"role": "assistant", "content": "\nfour"}]
+    messages = [CHAT[0], {"role": "assistant", "content": "\n\nfour"}]
     (row,) = split_chat(tokenizer, messages)
     assert len(tokenizer("\n\n")["input_ids"]) == 1
-    assert tokenizer.decode([t for t in row.labels if t != -100]) == "four<|im_end|>"
+    assert tokenizer.decode([t for t in row.labels if t != -100]) == "\nfour<|im_end|>"
     assert row.notes["straddling"] == 1
