@@ -21,6 +21,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
+from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.source import SECRET_KEY
 from hf_gradacc.safety.run_state import keep
@@ -75,11 +76,13 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     with arguments.main_process_first(desc="preparing the data"):
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
-        check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what takes long
+        # Before what takes long.
+        shape = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)
+        check_max_length(recipe, shape)
         data = prepare_data(recipe.data, tokenizer=tokenizer)
+    too_long = check_longest_row(recipe, shape, data)
     if arguments.process_index == 0:
-        for report in data.reports:
-            print(report)
+        print(*data.reports, *filter(None, [too_long]), sep="\n")
     model = load_model(
         recipe.model,
         tokenizer=tokenizer,
