@@ -66,10 +66,11 @@ def show_plan(
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
     model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
     check_max_length(recipe, model)
-    data = prepare_data(recipe.data, tokenizer=tokenizer)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
     too_long = check_longest_row(recipe, model, data)
-    for report in [*data.reports, *filter(None, [too_long])]:
-        console.print(str(report), highlight=False, soft_wrap=True, markup=False)
+    for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
+        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
     plan = plan_recipe(
         data.train,
         arguments=arguments,

@@ -76,13 +76,14 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     with arguments.main_process_first(desc="preparing the data"):
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
-        # Before what takes long.
-        shape = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)
-        check_max_length(recipe, shape)
-        data = prepare_data(recipe.data, tokenizer=tokenizer)
-    too_long = check_longest_row(recipe, shape, data)
+        empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
+        check_max_length(recipe, empty)
+        vocab_size = empty.get_input_embeddings().num_embeddings
+        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+    too_long = check_longest_row(recipe, empty, data)
     if arguments.process_index == 0:
-        print(*data.reports, *filter(None, [too_long]), sep="\n")
+        for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
+            print(line)
     model = load_model(
         recipe.model,
         tokenizer=tokenizer,
