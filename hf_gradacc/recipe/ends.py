@@ -10,14 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_gradacc.data.chat import ChatError, encode_chat
+from hf_gradacc.data.chat import encode_chat
 from hf_gradacc.data.encode import source_format
+from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.recipe.sections import Recipe
 
 __all__ = ["add_stop_tokens", "find_turn_end", "save_stop_tokens", "stop_tokens"]
 
 _ANSWER = "Certainly"
 _BY_TEMPLATE = ("chat", "prompt_completion", "instruction", "question_answer")
+_BY_EOS = ("prompt_completion", "text", "seq2seq")  # rows of tokens end as they end
 
 
 def find_turn_end(tokenizer: Any, **options: Any) -> int | None:
@@ -108,6 +110,7 @@ def _ends(recipe: Recipe, tokenizer: Any) -> list[int]:
     ends: list[int | None] = []
     if templated and formats.intersection(_BY_TEMPLATE):
         ends.append(find_turn_end(tokenizer, **recipe.data.template_options))
-    if not templated or formats.difference(_BY_TEMPLATE) or "prompt_completion" in formats:
+    without_template = () if templated else _BY_TEMPLATE
+    if formats.intersection([*_BY_EOS, *without_template]):
         ends.append(tokenizer.eos_token_id)
     return [token for token in dict.fromkeys(ends) if token is not None]
