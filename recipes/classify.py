@@ -36,7 +36,6 @@ def main(path: str, overrides: list[str]) -> None:
         data = prepare_data(recipe.data, tokenizer=tokenizer)
     if arguments.process_index == 0:
         print(*data.reports, *data.remarks, sep="\n")
-        print("classes:", ", ".join(data.label_names) or "none, the label is a number")
 
     model = load_model(recipe.model, tokenizer=tokenizer, label_names=data.label_names)
     model = apply_peft(model, recipe.peft, task="classification")

@@ -79,7 +79,7 @@ def prepare_data(
         *zip(section.train, train_raw, strict=True),
         *zip(section.eval, eval_raw, strict=True),
     ]
-    remarks = list(_unused_columns(section, sources))
+    remarks = [*labels.remarks, *_unused_columns(section, sources)]
     if section.streaming:
         train_stream = _stream(section, encode, sources[: len(train_raw)])
         held_stream = _stream(section, encode, sources[len(train_raw) :])

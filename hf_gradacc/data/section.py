@@ -257,7 +257,8 @@ class TokenizerSection(Section):
     train: TrainTokenizerSection | None = None
     """Train a byte-level BPE on the training data instead."""
     chat_template: str | None = None
-    """A Jinja template, or the path of a file that holds one, in place of the tokenizer's."""
+    """In place of the tokenizer's: the name of one of its several templates or of a shipped one
+    (chatml, gemma, llama3, mistral, phi3, zephyr), the path of a file, or Jinja text."""
     pad_token: str | None = None
     """Padding token; without one the tokenizer's own, or its end-of-text token."""
     eos_token: str | None = None
