@@ -441,3 +441,23 @@ def test_a_token_of_prompt_and_answer_belongs_to_the_prompt():
     assert len(tokenizer("\n\n")["input_ids"]) == 1
     assert tokenizer.decode([t for t in row.labels if t != -100]) == "\nfour<|im_end|>"
     assert row.notes["straddling"] == 1
+
+
+def test_an_empty_answer_is_not_mistaken_for_one_that_thought():
+    tokenizer = bytes_tokenizer(
+        templates.THINKING, [*templates.CHATML_TOKENS, "<think>", "</think>"]
+    )
+    messages = [CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:]]
+    rows = split_chat(tokenizer, messages)
+    assert read_rows(tokenizer, rows)[0] == f"{ASKED}[{EMPTY}<|im_end|>]\n"
+    assert len(rows) == 2
+
+
+def test_a_call_is_learned_from_its_beginning_where_nothing_opens_an_answer():
+    call = "{% if m.tool_calls %}[CALLS]{{ m.tool_calls[0].function.name }}{% endif %}"
+    template = LATE_SYSTEM.replace("{{ m.content }}{{ eos", call + "{{ m.content }}{{ eos")
+    tokenizer = bytes_tokenizer(template, ["[INST]", "[/INST]", "[CALLS]"])
+    tool = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    for turns in ("auto", "together"):
+        rows = split_chat(tokenizer, [SYSTEM, CHAT[0], tool, *CHAT[2:]], turns=turns)
+        assert "[/INST][[CALLS]add<|end|>" in "".join(read_rows(tokenizer, rows))
