@@ -1,4 +1,6 @@
 # Six words: demo, test, lint, docs, bench, gpu. Each but the last sets up what it needs on a fresh machine.
+# `make real` fetches published tokenizers and one small model into a cache outside the checkout; tests/real/ is
+# skipped without them.
 # `make test` runs every test; `make test-fast` leaves out those marked slow, for use while you work.
 # `make gpu` runs what needs an accelerator, with whatever Python and packages are there.
 # `make test-versions` runs the fast tests with each set of releases in constraints/; `make test-oldest` and
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-versions lint docs bench gpu
+.PHONY: demo real test test-fast test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety tests/updates tests/verify \
@@ -31,6 +33,9 @@ $(VENV)/.deepspeed: $(VENV)/.ready
 
 demo: $(VENV)/.ready
 	$(BIN)/python recipes/sft.py recipes/quickstart.yaml
+
+real: $(VENV)/.ready
+	$(BIN)/python tests/support/real_parts.py
 
 test: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -n 2 --dist worksteal

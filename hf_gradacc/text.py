@@ -1,12 +1,13 @@
-"""Words for people: the nearest name to a misspelt one, quantities, durations."""
+"""Words for people: the nearest name, quantities, durations; where two texts part."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-__all__ = ["count_updates", "duration", "nearest", "quantity"]
+__all__ = ["common_length", "count_updates", "duration", "nearest", "quantity"]
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -61,3 +62,14 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Count the elements that two sequences begin with alike.
+
+    >>> common_length("answer", "ankle"), common_length([1, 2], [1, 2, 3])
+    (2, 2)
+    """
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    return next((index for index, (a, b) in pairs if a != b), shorter)

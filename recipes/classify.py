@@ -35,8 +35,7 @@ def main(path: str, overrides: list[str]) -> None:
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         data = prepare_data(recipe.data, tokenizer=tokenizer)
     if arguments.process_index == 0:
-        print(*data.reports, sep="\n")
-        print("classes:", ", ".join(data.label_names) or "none, the label is a number")
+        print(*data.reports, *data.remarks, sep="\n")
 
     model = load_model(recipe.model, tokenizer=tokenizer, label_names=data.label_names)
     model = apply_peft(model, recipe.peft, task="classification")

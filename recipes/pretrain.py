@@ -35,7 +35,7 @@ def main(path: str, overrides: list[str]) -> None:
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         data = prepare_data(recipe.data, tokenizer=tokenizer)  # blocks of data.max_length tokens
     if arguments.process_index == 0:
-        print(*data.reports, sep="\n")
+        print(*data.reports, *data.remarks, sep="\n")
 
     trainer = GradAccTrainer(
         model=load_model(recipe.model, tokenizer=tokenizer),

@@ -35,7 +35,7 @@ def main(path: str, overrides: list[str]) -> None:
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         data = prepare_data(recipe.data, tokenizer=tokenizer)
     if arguments.process_index == 0:
-        print(*data.reports, sep="\n")
+        print(*data.reports, *data.remarks, sep="\n")
 
     model = load_model(recipe.model, tokenizer=tokenizer)
     model = apply_peft(model, recipe.peft, task="seq2seq")

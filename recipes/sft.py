@@ -37,7 +37,7 @@ def main(path: str, overrides: list[str]) -> None:
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         data = prepare_data(recipe.data, tokenizer=tokenizer)
     if arguments.process_index == 0:
-        print(*data.reports, sep="\n")
+        print(*data.reports, *data.remarks, sep="\n")
 
     model = load_model(recipe.model, tokenizer=tokenizer, quantize=recipe.peft.method == "qlora")
     model = apply_peft(model, recipe.peft)

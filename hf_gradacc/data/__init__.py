@@ -1,4 +1,4 @@
-"""Data for recipes: rows of seven formats become token ids and targets.
+"""Data for recipes: rows of eight formats become token ids and targets.
 
 Read `section` (every key), `sources`, `formats`, `chat`, then `prepare`.
 """
@@ -9,9 +9,11 @@ from hf_gradacc._exports import load_when_asked
 
 if typing.TYPE_CHECKING:
     from hf_gradacc.data.chat import encode_chat
-    from hf_gradacc.data.formats import RowError, RowReader, encode_row
-    from hf_gradacc.data.lengths import Fate, LengthReport, pack_blocks
+    from hf_gradacc.data.formats import encode_row
+    from hf_gradacc.data.lengths import pack_blocks
     from hf_gradacc.data.prepare import PreparedData, iter_texts, prepare_data
+    from hf_gradacc.data.reader import RowError, RowReader
+    from hf_gradacc.data.report import Fate, LengthReport
     from hf_gradacc.data.tokenizer import load_tokenizer, make_collator, train_tokenizer
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
 
 _MODULES = {
     "chat": ("encode_chat",),
-    "formats": ("RowError", "RowReader", "encode_row"),
-    "lengths": ("Fate", "LengthReport", "pack_blocks"),
+    "formats": ("encode_row",),
+    "lengths": ("pack_blocks",),
     "prepare": ("PreparedData", "iter_texts", "prepare_data"),
+    "reader": ("RowError", "RowReader"),
+    "report": ("Fate", "LengthReport"),
     "tokenizer": ("load_tokenizer", "make_collator", "train_tokenizer"),
 }
 

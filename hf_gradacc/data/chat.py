@@ -1,45 +1,52 @@
 """Chat turns to tokens, with the assistant's turns as targets.
 
-Two ways, the first where the template allows it:
+A model answers behind what the template prompts it with, so that is where an answer should be
+learned, and as the template writes an answer, not as it writes history. Most templates make no
+difference. Some do: Qwen3 puts an empty thought before an answer and leaves it out of earlier
+turns, and it drops earlier thoughts once the next question is asked. `turns` says what becomes of
+conversations that such a template renders:
 
-1. Templates with `{% generation %}` tags say themselves what the assistant wrote.
-2. Otherwise each assistant turn is found in the rendered text: it starts where the template,
-   given only the turns before and asked to prompt for an answer, ends; and it ends where the
-   template, given the turns up to this one, ends. Templates render a turn differently once others
-   follow (Qwen3 drops its thinking, Phi-3 the token that closes the conversation): then the rest of
-   the turn, with all its own words, has to be found there. What follows the end-of-turn token,
-   usually a line break, is never generated and no target.
-
-Where neither way is certain the row is refused: a wrong mask trains on the wrong words silently.
+| `turns` | rows | learned in each |
+|---|---|---|
+| `auto` | as few as can be | each turn once, behind its prompt and as it is generated |
+| `each` | one for each turn of the assistant | that turn |
+| `last` | one | the last turn of the assistant |
+| `together` | one | all its turns, wherever the template has put them |
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from hf_gradacc.data.rendering import ChatError
+from hf_gradacc.data.section import AssistantTurns
+from hf_gradacc.data.turns import Conversation, Turn
+from hf_gradacc.data.words import Messages
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
-__all__ = ["ChatError", "Messages", "encode_chat", "has_generation_tags"]
-
-Messages = Sequence[dict[str, Any]]
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+__all__ = ["ChatRow", "encode_chat", "split_chat"]
 
 
-class ChatError(ValueError):
-    """A conversation that the template cannot render, or whose targets cannot be found."""
+@dataclass(frozen=True)
+class ChatRow:
+    """A training row made of a conversation, or of its beginning.
 
+    Attributes:
+        input_ids: Tokens.
+        labels: As many; -100 outside of what is learned.
+        notes: How often something happened that the report tells, see `data.report`.
+    """
 
-def has_generation_tags(tokenizer: Any) -> bool:
-    """Whether the chat template marks the assistant's turns itself."""
-    template = tokenizer.chat_template
-    return isinstance(template, str) and _GENERATION.search(template) is not None
+    input_ids: list[int]
+    labels: list[int]
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 def encode_chat(tokenizer: Any, messages: Messages, **options: Any) -> tuple[list[int], list[int]]:
-    """Render a conversation, and label the assistant's turns.
+    """Render a conversation as one row, and label the assistant's turns.
 
     Args:
         tokenizer: One with a chat template.
@@ -51,148 +58,146 @@ def encode_chat(tokenizer: Any, messages: Messages, **options: Any) -> tuple[lis
         `input_ids` and `labels`, of equal length; labels are -100 outside assistant turns.
 
     Raises:
-        ChatError: If there is no assistant turn, or the template refuses or rewrites a turn.
+        ChatError: If there is no assistant turn, or the template refuses the conversation.
     """
-    if not any(turn.get("role") == "assistant" for turn in messages):
-        raise ChatError("no assistant turn, so there is nothing to learn")
+    row = split_chat(tokenizer, messages, turns="together", options=options)[0]
+    return row.input_ids, row.labels
+
+
+def split_chat(
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    turns: AssistantTurns = "auto",
+    learned: Sequence[bool] | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[ChatRow]:
+    """Make the rows of a conversation.
+
+    Args:
+        tokenizer: One with a chat template.
+        messages: Turns in order.
+        turns: Which turns share a row, see above.
+        learned: Which turns are learned; by default those of the assistant. If one of another role
+            is, all turns share a row: nothing prompts for it.
+        options: What the template reads beside the turns.
+
+    Returns:
+        The rows, in the order of their last turns; one without a target if no turn is learned.
+
+    Raises:
+        ChatError: If there is no turn to learn, or the template refuses the conversation.
+    """
+    if learned is None:
+        learned = [turn.get("role") == "assistant" for turn in messages]
+        if not any(learned):
+            raise ChatError("no assistant turn, so there is nothing to learn")
     if not getattr(tokenizer, "is_fast", True):
         raise ChatError(
             "this tokenizer cannot say which letters a token stands for; use a fast one"
         )
-    if has_generation_tags(tokenizer):
-        return _by_tags(tokenizer, messages, options)
-
-    def render(turns: Messages, *, prompt: bool = False) -> str:
-        return _render(tokenizer, turns, options, prompt=prompt)
-
-    text = render(messages)
-    spans = [
-        _span(tokenizer, messages, index, text, render)
-        for index, turn in enumerate(messages)
-        if turn["role"] == "assistant"
-    ]
-    return _label(tokenizer, text, spans)
-
-
-def _by_tags(
-    tokenizer: Any, messages: Messages, options: dict[str, Any]
-) -> tuple[list[int], list[int]]:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **options,
-        )
-    except Exception as error:  # Jinja templates raise whatever they like
-        raise ChatError(f"the chat template refuses it: {error}") from error
-    ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
-    return ids, [token if keep else IGNORE_INDEX for token, keep in zip(ids, mask, strict=True)]
+    conversation = Conversation.of(tokenizer, messages, options or {})
+    wanted = [index for index, is_learned in enumerate(learned) if is_learned]
+    prompted = all(messages[index].get("role") == "assistant" for index in wanted)
+    if turns == "together" or not prompted or not wanted:
+        return [_together(tokenizer, conversation, wanted)]
+    notes: Counter[str] = Counter()
+    answers: dict[int, Turn] = {}
+    for index in wanted:
+        answer = conversation.answer(index)
+        if _is_learned(conversation, index, answer, notes):
+            answers[index] = answer
+    if turns == "last":
+        answers = dict(list(answers.items())[-1:])
+    rows: list[ChatRow] = []
+    while answers:
+        index, answer = answers.popitem()
+        row, covered = _row_of_turn(tokenizer, conversation, index, answer, answers, turns=turns)
+        rows.append(row)
+        for other in covered:
+            del answers[other]
+    if not rows:
+        rows.append(_label(tokenizer, conversation.text(len(messages)), []))
+    rows[-1].notes.update(notes)
+    return rows[::-1]
 
 
-def _render(tokenizer: Any, messages: Messages, options: dict[str, Any], *, prompt: bool) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, **options
-        )
-    except Exception as error:
-        raise ChatError(f"the chat template refuses it: {error}") from error
-    return str(text)
+def _row_of_turn(
+    tokenizer: Any,
+    conversation: Conversation,
+    index: int,
+    answer: Turn,
+    others: dict[int, Turn],
+    *,
+    turns: AssistantTurns,
+) -> tuple[ChatRow, list[int]]:
+    """The row that ends with a turn, and the earlier turns that can be learned in it."""
+    notes: Counter[str] = Counter()
+    placed = conversation.behind_prompt(index)
+    if placed is None:
+        # A prompt that holds an empty thought leaves no place for another.
+        lighter = conversation.without_thought(index)
+        placed = None if lighter is None else lighter.behind_prompt(index)
+        notes["other_prefix" if placed is None else "thought"] += 1
+    text, answer = placed or (conversation.text(index + 1), answer)
+    spans, covered = [*answer.spans], []
+    if turns == "auto":
+        for other, its_answer in others.items():
+            turn = conversation.same(text, other, its_answer, count=index + 1)
+            if turn is not None:
+                covered.append(other)
+                spans += turn.spans
+    row = _label(tokenizer, text, spans)
+    row.notes.update(notes, turns=1 + len(covered))
+    return row, covered
 
 
-def _span(
-    tokenizer: Any, messages: Messages, index: int, text: str, render: Callable[..., str]
-) -> tuple[int, int]:
-    """First character of an assistant turn in the rendered text, and the one after its last."""
-    start = (
-        _opening(messages, text, render) if index == 0 else _start(messages, index, text, render)
-    )
-    through = render(messages[: index + 1])
-    if start is None or not through.startswith(text[:start]):
-        raise ChatError(_rewrites(index))
-    turn, texts = through[start:], _texts_of(messages[index])
-    if any(text not in turn for text in texts):
-        raise ChatError(_rewrites(index))
-    # As the last turn it may have begun with a thought that is dropped once others follow, and
-    # ended with a token that only closes a conversation. Its own words have to be there.
-    first_word = min((turn.rfind(word) for word in texts), default=0)
-    last_word = max((turn.rfind(word) + len(word) for word in texts), default=len(turn))
-    tokens = _added_tokens(tokenizer)
-    token_ends = [m.end() for m in tokens.finditer(turn) if m.start() >= last_word]
-    for dropped in range(first_word + 1):
-        for end in (len(turn), *reversed(token_ends)):
-            kept = turn[dropped:end]
-            if kept and text.startswith(kept, start):
-                return start, start + len(kept) - _trailing_blank(tokens, kept)
-        # gpt-oss ends a turn with one token, and the last one with another.
-        end_of_text = start + last_word - dropped
-        closing = tokens.match(text, end_of_text) if tokens.match(turn, last_word) else None
-        if closing is not None and text.startswith(turn[dropped:last_word], start):
-            return start, closing.end()
-    raise ChatError(_rewrites(index))
+def _together(tokenizer: Any, conversation: Conversation, wanted: Iterable[int]) -> ChatRow:
+    count = len(conversation.messages)
+    text = conversation.text(count)
+    notes: Counter[str] = Counter()
+    spans: list[tuple[int, int]] = []
+    for index in wanted:
+        turn = conversation.find(count, index)
+        if not _is_learned(conversation, index, turn, notes):
+            continue
+        spans += turn.spans
+        is_prompted = conversation.messages[index].get("role") == "assistant"
+        if is_prompted and not conversation.is_behind_prompt(text, index, turn):
+            notes["other_prefix"] += 1
+        notes["turns"] += 1
+    row = _label(tokenizer, text, spans)
+    row.notes.update(notes)
+    return row
 
 
-def _start(messages: Messages, index: int, text: str, render: Callable[..., str]) -> int | None:
-    """Where an assistant turn starts: behind what the template prompts it with."""
-    before = render(messages[:index], prompt=True)
-    if text.startswith(before):
-        return len(before)
-    # The prompt may hold more than a turn's opening, such as the empty thought of Qwen3.
-    bare = render(messages[:index])
-    if not before.startswith(bare) or not text.startswith(bare):
-        return None
-    start = len(bare)
-    while before[start : start + 1] and before[start] == text[start : start + 1]:
-        start += 1
-    return start if start > len(bare) else None
+def _is_learned(conversation: Conversation, index: int, turn: Turn, notes: Counter[str]) -> bool:
+    """Whether a turn can be learned; note what of it the template leaves out.
+
+    One whose tool call is left out is not: it would teach to end where a tool is to be called.
+    """
+    if not turn.spans:
+        notes["untagged"] += 1
+        return False
+    left_out = conversation.left_out(index, turn)
+    notes.update(left_out)
+    return "tool call" not in left_out
 
 
-def _opening(messages: Messages, text: str, render: Callable[..., str]) -> int | None:
-    """Where a greeting starts; templates refuse to prompt for it, so ask for what comes after."""
-    first = render(messages[:1])
-    prompt = render(messages[:1], prompt=True).removeprefix(first)
-    found = text.find(prompt) if prompt else -1
-    return None if found < 0 else found + len(prompt)
+def _label(tokenizer: Any, text: str, spans: Iterable[tuple[int, int]]) -> ChatRow:
+    """Tokenize the whole text; a token is a target if it begins in what is learned.
 
-
-def _rewrites(index: int) -> str:
-    return (
-        f"the chat template rewrites turn {index + 1}, so its words cannot be found again; "
-        "add {% generation %} tags to the template (tokenizer.chat_template)"
-    )
-
-
-def _texts_of(turn: dict[str, Any]) -> list[str]:
-    """What must be found again of a turn: its content but for thoughts, and the tools it calls."""
-    content = turn.get("content")
-    answer = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
-    calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
-    return [word for word in (answer, *(str(call.get("name", "")) for call in calls)) if word]
-
-
-def _added_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds the tokens that stand for more than their letters, longest first."""
-    texts = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
-
-
-def _trailing_blank(tokens: re.Pattern[str], turn: str) -> int:
-    """Number of blank characters after the token that closes a turn."""
-    stripped = turn.rstrip()
-    closes = any(match.end() == len(stripped) for match in tokens.finditer(stripped))
-    return len(turn) - len(stripped) if closes else 0
-
-
-def _label(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[int]]:
-    """Tokenize the whole text; a token is a target where any character of it is."""
+    One that begins before belongs to the prompt: generation never has it to itself.
+    """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learned = bytearray(len(text))
+    learned = bytearray(len(text) + 1)
+    starts = set()
     for start, end in spans:
         learned[start:end] = b"\1" * (end - start)
-    ids, labels = encoded["input_ids"], []
+        starts.add(start)
+    ids: list[int] = list(encoded["input_ids"])
+    labels, straddling = [], 0
     for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True):
-        labels.append(token if learned.find(1, first, last) >= 0 else IGNORE_INDEX)
-    return ids, labels
+        labels.append(token if learned[first] and first < last else IGNORE_INDEX)
+        straddling += any(first < start < last for start in starts) if last - first > 1 else 0
+    return ChatRow(ids, labels, Counter(straddling=straddling) if straddling else Counter())

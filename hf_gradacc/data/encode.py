@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from hf_gradacc.data.faults import explain_failure, locate_row
-from hf_gradacc.data.formats import RowError, RowReader, encode_row
-from hf_gradacc.data.lengths import Fate, fit_length
-from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, Format, SourceSection
+from hf_gradacc.data.formats import encode_rows
+from hf_gradacc.data.lengths import fit_length
+from hf_gradacc.data.reader import Encoded, RowError, RowReader
+from hf_gradacc.data.report import NOTES, Fate, StreamReport
+from hf_gradacc.data.section import (
+    FORMAT_COLUMNS,
+    OPTIONAL_COLUMNS,
+    DataSection,
+    Format,
+    SourceSection,
+)
 from hf_gradacc.data.sources import ExplainedStream
 from hf_gradacc.errors import DataError
 from hf_gradacc.text import nearest
 
-__all__ = ["CACHE_VERSION", "encode_source", "source_columns", "source_format"]
+__all__ = [
+    "CACHE_VERSION",
+    "count_notes",
+    "encode_source",
+    "find_unused_columns",
+    "source_columns",
+    "source_format",
+]
 
-CACHE_VERSION = 2  # raise it whenever encoded rows would differ
+CACHE_VERSION = 3  # raise it whenever encoded rows would differ
+
+_NOTE_NAMES = list(NOTES)
 
 
 def source_format(section: DataSection, source: SourceSection) -> Format:
@@ -34,6 +54,9 @@ def encode_source(
     label_ids: dict[str, int] | None,
     source: SourceSection,
     raw: Any,
+    *,
+    vocab_size: int | None = None,
+    report: StreamReport | None = None,
 ) -> Any:
     """Read every row of a source.
 
@@ -43,10 +66,13 @@ def encode_source(
         label_ids: Classification: label name to id.
         source: The source.
         raw: Its rows, loaded.
+        vocab_size: Entries of the model's vocabulary; by default those of the tokenizer.
+        report: Counts what a stream leaves out.
 
     Returns:
-        Rows `{input_ids, labels, fate}`, `fate` saying what the length policy decided. A stream
-        drops rows as it goes, and has no `fate`.
+        Sequences `{input_ids, labels}`. Those of a set that is read whole also have `row`, the
+        number of the row they are made of, `fate`, what was decided about them, `notes`, numbers
+        of what happened to the row, and `why` it cannot be used. A stream drops rows as it goes.
 
     Raises:
         DataError: If a column is missing or a row malformed, naming file, line and column.
@@ -59,10 +85,11 @@ def encode_source(
         label_ids,
         section.source_prefix,
         section.template_options,
+        section.assistant_turns,
+        section.roles_to_train,
+        vocab_size,
     )
-    present = raw.column_names
-    if present is None:  # a stream that knows its columns only once it is read
-        present = list(next(iter(ExplainedStream.over(raw, [source])), {}))
+    present = _columns_of(source, raw)
     _check_columns(source, format, reader, present)
     options: dict[str, Any] = {
         "batched": True,
@@ -70,7 +97,9 @@ def encode_source(
         "remove_columns": present,
         "fn_kwargs": {"section": section, "source": source, "reader": reader, "format": format},
     }
-    if not section.streaming:
+    if report is not None:
+        options["fn_kwargs"]["report"] = report
+    else:
         options |= {
             "num_proc": section.num_proc,
             "new_fingerprint": _fingerprint(section, source, reader, raw),
@@ -82,6 +111,15 @@ def encode_source(
         explain_failure([source], error)
 
 
+def _columns_of(source: SourceSection, raw: Any) -> list[str]:
+    """The columns of a source; a stream knows them, and whether it has rows, once it is read."""
+    present = raw.column_names
+    if hasattr(raw, "__len__"):
+        return list(present)
+    first = next(iter(ExplainedStream.over(raw, [source])), None)
+    return [] if first is None else list(present or first)
+
+
 def _encode_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
@@ -90,38 +128,91 @@ def _encode_batch(
     source: SourceSection,
     reader: RowReader,
     format: Format,
+    report: StreamReport | None = None,
 ) -> dict[str, list[Any]]:
     """A module-level function, so that worker processes can be sent it."""
-    result: dict[str, list[Any]] = {"input_ids": [], "labels": [], "fate": []}
+    result: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+    if report is None:
+        result |= {"row": [], "fate": [], "notes": [], "why": []}
     names = list(batch)
     for position, index in enumerate(indices):
+        notes: Counter[str] = Counter()
         row = {name: batch[name][position] for name in names}
-        try:
-            encoded, fate = fit_length(
-                encode_row(reader, row, format=format),
-                format=format,
-                max_length=section.max_length,
-                max_target_length=section.max_target_length,
-                too_long=section.too_long,
+        made, why = _sequences_of(
+            row, index, replace(reader, notes=notes), section=section, source=source, format=format
+        )
+        if report is not None:
+            report.add(1, [fate for _, fate in made], notes, why)
+            made = [(encoded, fate) for encoded, fate in made if not fate.is_left_out]
+        for place, (encoded, fate) in enumerate(made):
+            result["input_ids"].append(encoded["input_ids"])
+            result["labels"].append(encoded["labels"])
+            if report is None:
+                happened = [_NOTE_NAMES.index(name) for name in notes.elements() if name in NOTES]
+                result["row"].append(index)
+                result["fate"].append(int(fate))
+                result["notes"].append(happened if place == 0 else [])
+                result["why"].append(why)
+    return result
+
+
+def _sequences_of(
+    row: dict[str, Any],
+    index: int,
+    reader: RowReader,
+    *,
+    section: DataSection,
+    source: SourceSection,
+    format: Format,
+) -> tuple[list[tuple[Encoded, Fate]], str]:
+    """The sequences of one row, what was decided about each, and why the row cannot be used.
+
+    Raises:
+        DataError: If a row is unusable or too long, and the recipe does not drop such rows.
+    """
+    found = []
+    try:
+        for encoded in encode_rows(reader, row, format=format):
+            found.append(
+                fit_length(
+                    encoded,
+                    format=format,
+                    max_length=section.max_length,
+                    max_target_length=section.max_target_length,
+                    too_long=section.too_long,
+                )
             )
-        except RowError as error:
-            raise DataError(
-                f"{locate_row(source, index)}: {error}: correct the row, or leave it out."
-            ) from None
+    except RowError as error:
+        where = f"{locate_row(source, index)}: {error}"
+        if section.unusable == "drop":
+            reader.notes.clear()
+            labels: Any = 0 if format == "classification" else []
+            return [({"input_ids": [], "labels": labels}, Fate.UNUSABLE)], where
+        raise DataError(
+            f"{where}: correct the row, leave it out, or set data.unusable to drop."
+        ) from None
+    for encoded, fate in found:
         if fate is Fate.TOO_LONG and section.too_long == "error":
             raise DataError(
                 f"{locate_row(source, index)}: {len(encoded['input_ids'])} tokens exceed "
                 f"data.max_length = {section.max_length}: raise it, or set data.too_long to "
                 '"truncate" or "drop".'
             )
-        if section.streaming and fate > Fate.TRUNCATED:
-            continue
-        result["input_ids"].append(encoded["input_ids"])
-        result["labels"].append(encoded["labels"])
-        result["fate"].append(int(fate))
-    if section.streaming:
-        del result["fate"]
-    return result
+    return found, ""
+
+
+def count_notes(rows: Any) -> Counter[str]:
+    """Count what happened to the rows of an encoded source, by the names of `NOTES`."""
+    numbers = Counter(itertools.chain.from_iterable(rows["notes"]))
+    return Counter({_NOTE_NAMES[number]: count for number, count in numbers.items()})
+
+
+def find_unused_columns(section: DataSection, source: SourceSection, raw: Any) -> list[str]:
+    """The columns of a source that its format does not read, in their order."""
+    format, columns = source_format(section, source), source_columns(section, source)
+    names = [*FORMAT_COLUMNS[format], *OPTIONAL_COLUMNS.get(format, ())]
+    used = {columns.get(name, name) for name in names}
+    return [name for name in raw.column_names or [] if name not in used]
 
 
 def _check_columns(
@@ -147,6 +238,11 @@ def _check_columns(
             )
 
 
+_DECIDING = {"max_length", "max_target_length", "too_long", "unusable"}
+_DECIDING |= {"assistant_turns", "roles_to_train"}
+"""What of the section decides about an encoded row, beside what the reader holds."""
+
+
 def _fingerprint(section: DataSection, source: SourceSection, reader: RowReader, raw: Any) -> str:
     from datasets.fingerprint import Hasher
 
@@ -159,10 +255,10 @@ def _fingerprint(section: DataSection, source: SourceSection, reader: RowReader,
                 raw._fingerprint,
                 backend.to_str() if backend is not None else repr(tokenizer),
                 [str(tokenizer.chat_template), str(tokenizer.special_tokens_map)],
-                section.model_dump_json(include={"max_length", "max_target_length", "too_long"}),
+                section.model_dump_json(include=_DECIDING),
                 json.dumps([source_format(section, source), dict(reader.columns)]),
                 json.dumps([reader.system, reader.source_prefix, dict(reader.template_options)]),
-                json.dumps(reader.label_ids),
+                json.dumps([reader.label_ids, reader.vocab_size]),
             ]
         )
     )

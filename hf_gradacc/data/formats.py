@@ -2,98 +2,40 @@
 
 | format | columns | targets |
 |---|---|---|
-| chat | messages, tools (optional) | assistant turns, with their end token |
+| chat | messages; tools, system, chat_template_kwargs | assistant turns, with their end token |
 | prompt_completion | prompt, completion | the completion and EOS |
-| instruction | instruction, input (optional), output | the output and EOS |
-| question_answer | question, answer | the answer and EOS |
+| instruction | instruction, output; input, system, history | the output and EOS |
+| question_answer | question, answer; system, history | the answer and EOS |
 | text | text | every token, EOS after each document |
 | classification | text, label | the label |
 | seq2seq | source, target | the target and EOS |
+| tokens | input_ids; labels | the labels that are not -100; every token without labels |
 
 Question/answer and instruction rows become chats if the tokenizer has a chat template, so that
 training sees what a chat application will send. Otherwise they are written as plain text. Prompt
-and target are then tokenized apart, exactly as they are when the model generates.
+and target are then tokenized as one text.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
-from hf_gradacc.data.chat import ChatError, encode_chat
+from hf_gradacc.data.chat import split_chat
+from hf_gradacc.data.joined import join_and_encode
+from hf_gradacc.data.messages import Dialogue, past_turns, read_dialogue, system_of
+from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of
+from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.data.section import Format
-from hf_gradacc.text import nearest
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
-__all__ = ["Encoded", "RowError", "RowReader", "encode_row"]
-
-Encoded = dict[str, Any]
-
-
-class RowError(ValueError):
-    """A row that cannot be read; the caller adds the file and the line.
-
-    Attributes:
-        column: The column of the data that is at fault.
-    """
-
-    def __init__(self, column: str, why: str) -> None:
-        self.column, self.why = column, why
-        super().__init__(f"column {column!r} {why}")
-
-
-@dataclass(frozen=True)
-class RowReader:
-    """Everything a format function needs beside the row.
-
-    Attributes:
-        tokenizer: A transformers tokenizer with an EOS token.
-        columns: The format's column names to the data's, where they differ.
-        system: A system turn for rows without one.
-        label_ids: Classification: label name to id.
-        source_prefix: Seq2seq: put before every source.
-        template_options: Values that the chat template reads beside the turns.
-    """
-
-    tokenizer: Any
-    columns: Mapping[str, str] = field(default_factory=dict)
-    system: str | None = None
-    label_ids: Mapping[str, int] | None = None
-    source_prefix: str = ""
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def column(self, name: str) -> str:
-        """What the data calls a column of the format."""
-        return self.columns.get(name, name)
-
-    def text(self, row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
-        """The text in a column.
-
-        Raises:
-            RowError: If it is missing, null, or no text.
-        """
-        column = self.column(name)
-        value = row.get(column)
-        if value is None:
-            if optional:
-                return ""
-            raise RowError(column, "is null" if column in row else "is missing")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)  # an answer of 42 in JSON
-        if not isinstance(value, str):
-            # Arrow makes one type of a column: 1 and 2.5 become 1.0 and 2.5, and a text that looks
-            # like a date a point in time. What was written there is not known any more.
-            written = isinstance(value, float | datetime)
-            hint = "; write it in quotes" if isinstance(value, float) else "; use csv or parquet"
-            raise RowError(column, f"is {_kind(value)}, not text{hint if written else ''}")
-        return value
+__all__ = ["RowError", "RowReader", "encode_row", "encode_rows"]
 
 
 def encode_row(reader: RowReader, row: Mapping[str, Any], *, format: Format) -> Encoded:
-    """Read one row.
+    """Read one row as one sequence; all turns of a conversation share it.
 
     Returns:
         `input_ids`, and `labels`: one per token for language models (-100 is no target), the
@@ -102,118 +44,148 @@ def encode_row(reader: RowReader, row: Mapping[str, Any], *, format: Format) -> 
     Raises:
         RowError: If the row cannot be read; it names the column.
     """
-    return _FORMATS[format](reader, row)
+    return encode_rows(replace(reader, assistant_turns="together"), row, format=format)[0]
 
 
-def _chat(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
-    column = reader.column("messages")
-    turns = row.get(column)
-    if turns is None:
-        raise RowError(column, "is null" if column in row else "is missing")
-    if not isinstance(turns, list) or not turns:
-        raise RowError(column, f"is {_kind(turns)}, not a list of turns")
-    messages = [_turn(column, number, turn) for number, turn in enumerate(turns, start=1)]
-    tools = _tools(reader.column("tools"), row)
-    return _conversation(reader, messages, column, **({"tools": tools} if tools else {}))
+def encode_rows(reader: RowReader, row: Mapping[str, Any], *, format: Format) -> list[Encoded]:
+    """Read one row as the sequences that it is trained in; what happens to it is noted.
+
+    Returns:
+        As `encode_row`, a list of them: several for a conversation whose turns cannot share one,
+        see `data.chat`.
+
+    Raises:
+        RowError: If the row cannot be read; it names the column.
+    """
+    encoded = _FORMATS[format](reader, row)
+    return encoded if isinstance(encoded, list) else [encoded]
 
 
-_ROLES = {
-    *("system", "developer", "user", "assistant"),
-    *("tool", "function", "ipython", "environment", "observation"),
-    *("context", "document", "documents"),
-}
-_OTHER_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def _turn(column: str, number: int, turn: Any) -> dict[str, Any]:
-    """Check one turn; `from` and `value` of ShareGPT files are read as `role` and `content`."""
-    if not isinstance(turn, Mapping):
-        raise RowError(column, f"has {_kind(turn)} as turn {number}, not a role and its content")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str):
-        raise RowError(column, f"has no role in turn {number}")
-    role = _OTHER_ROLES.get(role, role)
-    if role not in _ROLES:  # `assistent` would be rendered, and never learned
-        guess = nearest(role, [*_ROLES, *_OTHER_ROLES])
-        hint = f"did you mean {guess}?" if guess else f"use one of {', '.join(sorted(_ROLES))}"
-        raise RowError(column, f"has the unknown role {role!r} in turn {number}; {hint}")
-    rest = {k: v for k, v in turn.items() if k not in ("role", "content", "from", "value")}
-    rest = _without_nulls(rest)
-    if not isinstance(content, str) and not rest.get("tool_calls"):
-        raise RowError(column, f"has {_kind(content)} as content of turn {number}, not text")
-    return {"role": role, "content": content or "", **rest}
-
-
-def _tools(column: str, row: Mapping[str, Any]) -> list[Any]:
-    """The tools a conversation may call: a list, or JSON text of one, as on the hub."""
-    tools = row.get(column)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools or "[]")
-        except json.JSONDecodeError as error:
-            raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
-    if not isinstance(tools, list | None):
-        raise RowError(column, f"is {_kind(tools)}, not a list of tools")
-    return [_without_nulls(tool) for tool in tools or []]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop the nulls that Arrow fills in: it gives all rows the keys of any, at every depth."""
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(inner) for k, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+def _chat(reader: RowReader, row: Mapping[str, Any]) -> list[Encoded]:
+    return _conversation(reader, row, read_dialogue(reader, row), reader.column("messages"))
 
 
 def _conversation(
-    reader: RowReader, messages: list[dict[str, Any]], column: str, **options: Any
-) -> Encoded:
+    reader: RowReader,
+    row: Mapping[str, Any],
+    dialogue: Dialogue,
+    column: str,
+    *,
+    context: int = 0,
+) -> list[Encoded]:
+    """The sequences of a dialogue, whose first turns may be context that is not learned."""
     if reader.tokenizer.chat_template is None:
         raise RowError(
             column, "needs a chat template and the tokenizer has none; set tokenizer.chat_template"
         )
-    if reader.system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": reader.system}, *messages]
+    options = {**reader.template_options, **_template_values(reader, row)}
+    if dialogue.tools:
+        options["tools"] = dialogue.tools
+    learned = []
+    for place, (message, mark) in enumerate(zip(dialogue.messages, dialogue.marks, strict=True)):
+        is_trained = place >= context and message["role"] in reader.roles_to_train
+        reader.notes["marked_off"] += is_trained and mark is False
+        reader.notes["mark_ignored"] += bool(mark) and not is_trained
+        learned.append(is_trained and mark is not False)
+    if not any(m["role"] in reader.roles_to_train for m in dialogue.messages[context:]):
+        roles = " or ".join(reader.roles_to_train)
+        raise RowError(column, f"cannot be used: no {roles} turn, so there is nothing to learn")
     try:
-        input_ids, labels = encode_chat(
-            reader.tokenizer, messages, **reader.template_options, **options
+        rows = split_chat(
+            reader.tokenizer,
+            dialogue.messages,
+            turns=reader.assistant_turns,
+            learned=learned,
+            options=options,
         )
     except ChatError as error:
         raise RowError(column, f"cannot be used: {error}") from error
-    return {"input_ids": input_ids, "labels": labels}
+    for made in rows:
+        reader.notes.update(made.notes)
+    reader.notes["split"] += len(rows) - 1
+    return [{"input_ids": made.input_ids, "labels": made.labels} for made in rows]
 
 
-def _question_answer(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
+def _template_values(reader: RowReader, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for the template that a row brings along."""
+    column = reader.column("chat_template_kwargs")
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except json.JSONDecodeError as error:
+            raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
+    if not isinstance(value, Mapping | None):
+        raise RowError(column, f"is {kind_of(value)}, not an object")
+    return {name: inner for name, inner in (value or {}).items() if inner is not None}
+
+
+def _question_answer(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
     question, answer = reader.text(row, "question"), reader.text(row, "answer")
-    return _ask(reader, question, answer, f"Question: {question}\nAnswer: ", "answer")
+    return _ask(reader, row, question, answer, _plain_question, "answer")
 
 
-def _instruction(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
+def _instruction(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
     instruction, output = reader.text(row, "instruction"), reader.text(row, "output")
     context = reader.text(row, "input", optional=True)
-    plain = f"### Instruction:\n{instruction}\n\n"
-    plain += f"### Input:\n{context}\n\n" if context else ""
     question = f"{instruction}\n\n{context}" if context else instruction
-    return _ask(reader, question, output, f"{plain}### Response:\n", "output")
+    given = f"### Input:\n{context}\n\n" if context else ""
+
+    def plain(asked: str) -> str:
+        own = asked == question
+        return (
+            f"### Instruction:\n{instruction if own else asked}\n\n{given if own else ''}"
+            "### Response:\n"
+        )
+
+    return _ask(reader, row, question, output, plain, "output")
 
 
-def _ask(reader: RowReader, question: str, answer: str, plain: str, name: str) -> Encoded:
+def _plain_question(question: str) -> str:
+    # No blank behind the colon: with the answer's first letter it would make another token.
+    return f"Question: {question}\nAnswer:"
+
+
+def _ask(
+    reader: RowReader,
+    row: Mapping[str, Any],
+    question: str,
+    answer: str,
+    plain: Callable[[str], str],
+    name: str,
+) -> Encoded | list[Encoded]:
+    """A question and its answer, behind those that the row has had before."""
+    system, past = system_of(reader, row), past_turns(reader, row)
     if reader.tokenizer.chat_template is None:
-        system = "" if reader.system is None else f"{reader.system}\n\n"
-        return _continue(reader, system + plain, answer)
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _conversation(reader, turns, reader.column(name))
+        gap = "" if plain(question).endswith("\n") else " "
+        before = "" if system is None else f"{system}\n\n"
+        before += "".join(f"{plain(asked)}{gap}{said}\n\n" for asked, said in past)
+        return _continue(reader, before + plain(question), gap + answer)
+    turns = [] if system is None else [("system", system)]
+    for asked, said in [*past, (question, answer)]:
+        turns += [("user", asked), ("assistant", said)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return _conversation(
+        reader, row, Dialogue(messages, [None] * len(messages), []), reader.column(name)
+    )
 
 
-def _prompt_completion(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
+def _prompt_completion(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
+    prompt, completion = (row.get(reader.column(name)) for name in ("prompt", "completion"))
+    if isinstance(prompt, list) and isinstance(completion, list):  # turns, as TRL takes them
+        column = reader.column("completion")
+        turns = {column: [*prompt, *completion]}
+        inner = replace(reader, columns={**reader.columns, "messages": column})
+        dialogue = read_dialogue(inner, {**row, **turns})
+        num_context = len(dialogue.messages) - len(completion)
+        return _conversation(reader, row, dialogue, column, context=num_context)
     return _continue(reader, reader.text(row, "prompt"), reader.text(row, "completion"))
 
 
 def _continue(reader: RowReader, prompt: str, completion: str) -> Encoded:
-    tokenizer = reader.tokenizer
-    before = _without_eos(tokenizer, tokenizer(prompt)["input_ids"])
-    after = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": before + after, "labels": [IGNORE_INDEX] * len(before) + after}
+    input_ids, labels, straddles = join_and_encode(reader.tokenizer, prompt, completion)
+    reader.notes["straddling"] += straddles
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def _text(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
@@ -249,22 +221,38 @@ def _classification(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     return {"input_ids": input_ids, "labels": reader.label_ids[str(value)]}
 
 
-def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Remove the EOS that the tokenizer put after a prompt."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+def _tokens(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
+    ids = _numbers(reader, row, "input_ids")
+    size = len(reader.tokenizer) if reader.vocab_size is None else reader.vocab_size
+    column = reader.column("input_ids")
+    outside = next((token for token in ids if not 0 <= token < size), None)
+    if outside is not None:
+        raise RowError(column, f"has token {outside}, and the vocabulary ends at {size - 1}")
+    name = reader.column("labels")
+    if row.get(name) is None:
+        return {"input_ids": ids, "labels": list(ids)}
+    labels = _numbers(reader, row, "labels")
+    if len(labels) != len(ids):
+        raise RowError(name, f"has {len(labels)} labels for {len(ids)} tokens")
+    outside = next((n for n in labels if n != IGNORE_INDEX and not 0 <= n < size), None)
+    if outside is not None:
+        raise RowError(name, f"has {outside}, which is no token and not {IGNORE_INDEX}")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _numbers(reader: RowReader, row: Mapping[str, Any], name: str) -> list[int]:
+    column = reader.column(name)
+    value = row.get(column)
+    if not isinstance(value, list) or any(type(number) is not int for number in value):
+        raise RowError(column, f"is {kind_of(value)}, not a list of whole numbers")
+    return value
 
 
 def _with_eos(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", bytes: "bytes"}
-    names |= {float: "a decimal number", datetime: "a date"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-_FORMATS: dict[str, Callable[[RowReader, Mapping[str, Any]], Encoded]] = {
+_FORMATS: dict[str, Callable[[RowReader, Mapping[str, Any]], Encoded | list[Encoded]]] = {
     "chat": _chat,
     "prompt_completion": _prompt_completion,
     "instruction": _instruction,
@@ -272,4 +260,5 @@ _FORMATS: dict[str, Callable[[RowReader, Mapping[str, Any]], Encoded]] = {
     "text": _text,
     "classification": _classification,
     "seq2seq": _seq2seq,
+    "tokens": _tokens,
 }

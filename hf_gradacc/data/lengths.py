@@ -1,4 +1,4 @@
-"""What happens to rows that are too long, and a report of it.
+"""What happens to rows that are too long.
 
 Lengths and targets of prepared rows, read by columns: a million rows take a second or two.
 
@@ -12,20 +12,17 @@ the very first is a target exactly once. The last block is as short as it comes 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
 
-from hf_gradacc.data.formats import Encoded
 from hf_gradacc.data.progress import with_progress
+from hf_gradacc.data.reader import Encoded
+from hf_gradacc.data.report import Fate
 from hf_gradacc.data.section import Format, Task
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = [
-    "Fate",
-    "LengthReport",
     "fit_length",
     "measure_lengths",
     "measure_targets",
@@ -33,15 +30,6 @@ __all__ = [
 ]
 
 TooLong = Literal["truncate", "drop", "error"]
-
-
-class Fate(IntEnum):
-    """What became of a row."""
-
-    KEPT = 0
-    TRUNCATED = 1
-    TOO_LONG = 2
-    NO_TARGET = 3
 
 
 def fit_length(
@@ -83,44 +71,6 @@ def fit_length(
 def _no_target(labels: list[int]) -> bool:
     # Nothing predicts the first token of a row, so its label is no target.
     return all(label == IGNORE_INDEX for label in labels[1:])
-
-
-@dataclass(frozen=True)
-class LengthReport:
-    """What preparing one set of rows did.
-
-    Attributes:
-        name: Which set, such as `data.train`.
-        num_rows: Rows (documents, for plain text) read.
-        num_truncated: Rows cut to `max_length`, and kept.
-        num_too_long: Rows left out for their length.
-        num_without_target: Rows left out because no token of them would be learned.
-        num_sequences: Rows, or blocks of text, that training sees.
-        num_tokens: Input tokens in them.
-        longest: Tokens in the longest of them.
-    """
-
-    name: str
-    num_rows: int
-    num_truncated: int
-    num_too_long: int
-    num_without_target: int
-    num_sequences: int
-    num_tokens: int
-    longest: int
-
-    def __str__(self) -> str:
-        parts = [f"{self.name}: {self.num_rows:,} rows -> {self.num_sequences:,} sequences"]
-        mean = self.num_tokens / max(1, self.num_sequences)
-        parts.append(f"{self.num_tokens:,} tokens (mean {mean:.0f}, longest {self.longest:,})")
-        for number, what in (
-            (self.num_truncated, "truncated to max_length"),
-            (self.num_too_long, "dropped as longer than max_length"),
-            (self.num_without_target, "dropped as having no target"),
-        ):
-            if number:
-                parts.append(f"{number:,} {what}")
-        return ", ".join(parts)
 
 
 _ROWS_AT_ONCE = 10_000

@@ -8,15 +8,25 @@ tokenizer and the options. A run that changes only the learning rate prepares no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from hf_gradacc.data.classes import find_classes
-from hf_gradacc.data.encode import CACHE_VERSION, encode_source, source_columns, source_format
-from hf_gradacc.data.formats import RowReader
-from hf_gradacc.data.lengths import Fate, LengthReport, measure_lengths, pack_blocks
+from hf_gradacc.data.encode import (
+    CACHE_VERSION,
+    count_notes,
+    encode_source,
+    find_unused_columns,
+    source_columns,
+    source_format,
+)
+from hf_gradacc.data.lengths import measure_lengths, pack_blocks
+from hf_gradacc.data.reader import RowReader
+from hf_gradacc.data.report import Fate, LengthReport, StreamReport, explain_nothing_left
 from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, SourceSection
 from hf_gradacc.data.sources import ExplainedStream, load_source
 from hf_gradacc.errors import DataError
@@ -36,20 +46,25 @@ class PreparedData:
         eval: Held-out rows, or None.
         reports: What was cut or dropped, one for each set; none for streams.
         label_names: Classification: the classes in order of their ids; empty for regression.
+        remarks: Lines about the sources, such as columns that are not used.
     """
 
     train: Any
     eval: Any | None
     reports: list[LengthReport]
     label_names: list[str]
+    remarks: list[str] = field(default_factory=list)
 
 
-def prepare_data(section: DataSection, *, tokenizer: Any) -> PreparedData:
+def prepare_data(
+    section: DataSection, *, tokenizer: Any, vocab_size: int | None = None
+) -> PreparedData:
     """Load, read, fit, hold out, pack and mix.
 
     Args:
         section: The recipe's `data`.
         tokenizer: A transformers tokenizer with EOS and padding tokens.
+        vocab_size: Entries of the model's vocabulary, which may be more than the tokenizer has.
 
     Raises:
         DataError: If a source cannot be read, lacks a column, or holds a malformed row; the
@@ -59,25 +74,27 @@ def prepare_data(section: DataSection, *, tokenizer: Any) -> PreparedData:
     train_raw = [load(source) for source in section.train]
     eval_raw = [load(source) for source in section.eval]
     labels = find_classes(section, train_raw)
-    encode = partial(encode_source, section, tokenizer, labels.ids)
-    train = [encode(source, raw) for source, raw in zip(section.train, train_raw, strict=True)]
-    held = [encode(source, raw) for source, raw in zip(section.eval, eval_raw, strict=True)]
+    encode = partial(encode_source, section, tokenizer, labels.ids, vocab_size=vocab_size)
+    sources = [
+        *zip(section.train, train_raw, strict=True),
+        *zip(section.eval, eval_raw, strict=True),
+    ]
+    remarks = [*labels.remarks, *_unused_columns(section, sources)]
     if section.streaming:
-        pack = partial(_pack_stream, section)
-        streams = [pack(part, source) for part, source in zip(train, section.train, strict=True)]
-        held = [pack(part, source) for part, source in zip(held, section.eval, strict=True)]
-        rows = ExplainedStream.over(_mix(section, streams), section.train)
-        held = [ExplainedStream.over(_concatenate(held), section.eval)] if held else []
-        return PreparedData(rows, _concatenate(held), [], labels.names)
+        train_stream = _stream(section, encode, sources[: len(train_raw)])
+        held_stream = _stream(section, encode, sources[len(train_raw) :])
+        return PreparedData(train_stream, held_stream, [], labels.names, remarks)
+    encoded = [encode(source, raw) for source, raw in sources]
+    train, held = encoded[: len(train_raw)], encoded[len(train_raw) :]
     if section.holdout is not None:
         held, train = _hold_out(section, train)
     reports = []
     finished: dict[str, list[Any]] = {"data.train": [], "data.eval": []}
-    for name, parts, sources in (
+    for name, parts, of in (
         ("data.train", train, section.train),
         ("data.eval", held, section.eval or section.train),
     ):
-        for part, source in zip(parts, sources, strict=False):
+        for part, source in zip(parts, of, strict=False):
             rows, report = _finish(section, part, source, name)
             finished[name].append(rows)
             reports.append(report)
@@ -86,7 +103,34 @@ def prepare_data(section: DataSection, *, tokenizer: Any) -> PreparedData:
         _concatenate(finished["data.eval"]),
         reports,
         labels.names,
+        remarks,
     )
+
+
+def _unused_columns(
+    section: DataSection, sources: list[tuple[SourceSection, Any]]
+) -> Iterator[str]:
+    for source, raw in sources:
+        names = find_unused_columns(section, source, raw)
+        if names:
+            format = source_format(section, source)
+            yield f"{source.path}: format {format!r} does not read the columns {', '.join(names)}"
+
+
+def _stream(
+    section: DataSection, encode: Callable[..., Any], sources: list[tuple[SourceSection, Any]]
+) -> Any | None:
+    """The sequences of some sources, as they are read; a mix for training."""
+    reports = [StreamReport(source.path, section) for source, _ in sources]
+    parts = [
+        _pack_stream(section, encode(source, raw, report=report), source)
+        for (source, raw), report in zip(sources, reports, strict=True)
+    ]
+    if not parts:
+        return None
+    of = [source for source, _ in sources]
+    joined = _mix(section, parts) if of == list(section.train) else _concatenate(parts)
+    return ExplainedStream.over(joined, of, reports=reports)
 
 
 def iter_texts(section: DataSection) -> Iterator[str]:
@@ -105,49 +149,67 @@ def iter_texts(section: DataSection) -> Iterator[str]:
 
 
 def _hold_out(section: DataSection, parts: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Split every source alike, so that a mix and its held-out rows have the same shares."""
+    """Split every source alike, so that a mix and its held-out rows have the same shares.
+
+    All sequences of a row go to one side: what was trained on is no test.
+    """
+    from datasets import Dataset
+
     assert section.holdout is not None
-    total = sum(len(part) for part in parts)
+    numbers = [np.asarray(part["row"]) for part in parts]
+    sizes = [len(np.unique(rows)) for rows in numbers]
+    total = sum(sizes)
     share = section.holdout / total if isinstance(section.holdout, int) else section.holdout
     held, kept = [], []
-    for part in parts:
-        size = round(share * len(part))
-        if not 0 < size < len(part):
+    for part, rows, num_rows in zip(parts, numbers, sizes, strict=True):
+        size = round(share * num_rows)
+        if not 0 < size < num_rows:
             raise DataError(
-                f"data.holdout = {section.holdout} takes {size} of {len(part)} rows: "
+                f"data.holdout = {section.holdout} takes {size} of {num_rows} rows: "
                 "both parts need at least one; choose another number."
             )
-        both = part.train_test_split(test_size=size, seed=section.seed)
-        held.append(both["test"])
-        kept.append(both["train"])
+        if num_rows == len(part):
+            both = part.train_test_split(test_size=size, seed=section.seed)
+            held.append(both["test"])
+            kept.append(both["train"])
+            continue
+        of_rows = Dataset.from_dict({"row": np.unique(rows)})
+        both = of_rows.train_test_split(test_size=size, seed=section.seed)
+        is_held = np.isin(rows, np.asarray(both["test"]["row"]))
+        held.append(part.select(np.flatnonzero(is_held)))
+        kept.append(part.select(np.flatnonzero(~is_held)))
     return held, kept
+
+
+_WORKING_COLUMNS = ["row", "fate", "notes", "why"]
 
 
 def _finish(
     section: DataSection, encoded: Any, source: SourceSection, name: str
 ) -> tuple[Any, LengthReport]:
-    """Drop what the length policy drops, pack text, and count."""
-    import numpy as np
-
+    """Drop what the policies drop, pack text, and count."""
     fates = np.asarray(encoded["fate"])
-    rows = encoded.select(np.flatnonzero(fates <= Fate.TRUNCATED)).remove_columns("fate")
+    counts = {fate: int((fates == fate).sum()) for fate in Fate}
+    unusable = np.flatnonzero(fates == Fate.UNUSABLE)
+    why = encoded[int(unusable[0])]["why"] if len(unusable) else ""
+    rows = encoded.select(np.flatnonzero(fates <= Fate.TRUNCATED)).remove_columns(_WORKING_COLUMNS)
     if source_format(section, source) == "text":
         rows = _pack(rows, section.max_length or BLOCK_SIZE)
     if len(rows) == 0:
-        raise DataError(
-            f"{source.path} has no row left after data.too_long = {section.too_long!r} with "
-            f"data.max_length = {section.max_length}: raise max_length, or truncate."
-        )
+        raise explain_nothing_left(source.path, counts, section, why=why)
     lengths = measure_lengths(rows)
     report = LengthReport(
         name=name if len(section.train) == 1 else f"{name} ({source.path.rsplit('/', 1)[-1]})",
-        num_rows=len(fates),
-        num_truncated=int((fates == Fate.TRUNCATED).sum()),
-        num_too_long=int((fates == Fate.TOO_LONG).sum()),
-        num_without_target=int((fates == Fate.NO_TARGET).sum()),
+        num_rows=len(np.unique(np.asarray(encoded["row"]))),
+        num_truncated=counts[Fate.TRUNCATED],
+        num_too_long=counts[Fate.TOO_LONG],
+        num_without_target=counts[Fate.NO_TARGET],
         num_sequences=len(rows),
         num_tokens=int(lengths.sum()),
         longest=int(lengths.max()),
+        num_unusable=counts[Fate.UNUSABLE],
+        first_unusable=why,
+        notes=count_notes(encoded),
     )
     return rows, report
 

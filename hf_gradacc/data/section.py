@@ -18,6 +18,8 @@ from hf_gradacc.text import nearest
 
 __all__ = [
     "FORMAT_COLUMNS",
+    "OPTIONAL_COLUMNS",
+    "AssistantTurns",
     "DataSection",
     "DocumentUnit",
     "Format",
@@ -37,7 +39,11 @@ Format = Literal[
     "text",
     "classification",
     "seq2seq",
+    "tokens",
 ]
+
+
+AssistantTurns = Literal["auto", "each", "last", "together"]
 
 
 DocumentUnit = Literal["file", "paragraph", "line"]
@@ -51,12 +57,18 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
     "classification": ("text", "label"),
     "seq2seq": ("source", "target"),
+    "tokens": ("input_ids",),
 }
 """The columns a format cannot do without."""
 
 
-OPTIONAL_COLUMNS = ("input", "tools")
-"""Columns a format may use: the context of an instruction, the tools of a chat."""
+OPTIONAL_COLUMNS: dict[Format, tuple[str, ...]] = {
+    "chat": ("tools", "system", "chat_template_kwargs"),
+    "instruction": ("input", "system", "history"),
+    "question_answer": ("system", "history"),
+    "tokens": ("labels",),
+}
+"""The columns a format uses where they are there."""
 
 
 _RENDERING = {
@@ -88,7 +100,8 @@ class Section(BaseModel):
 
 def _known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
     """Only columns of some format can be mapped; a base may bring those of another one."""
-    known = [*OPTIONAL_COLUMNS, *(name for names in FORMAT_COLUMNS.values() for name in names)]
+    tables = (FORMAT_COLUMNS, OPTIONAL_COLUMNS)
+    known = [name for table in tables for names in table.values() for name in names]
     for name in columns or {}:
         if name not in known:
             guess = nearest(name, known)
@@ -150,6 +163,12 @@ class DataSection(Section):
     """A system turn put before rows that have none."""
     template_options: dict[str, Any] = {}
     """Values the chat template reads, such as `enable_thinking: false` or `date_string: ...`."""
+    assistant_turns: AssistantTurns = "auto"
+    """Which turns of a conversation share a sequence: `auto` learns each behind the text that the
+    template prompts it with, in as few sequences as can be; `each` makes one of every turn, `last`
+    learns only the last, `together` makes one of the conversation, whatever the template does."""
+    roles_to_train: list[str] = Field(default=["assistant"], min_length=1)
+    """Roles whose turns are learned; marks of a turn (`weight`, `train`, ...) go first."""
     source_prefix: str = ""
     """Text put before every source of `seq2seq`, such as `summarize: `."""
     max_length: int | None = Field(default=None, ge=2)
@@ -158,6 +177,8 @@ class DataSection(Section):
     """Longest target of `seq2seq`; null means `max_length`."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a longer row; the report says to how many."""
+    unusable: Literal["error", "drop"] = "error"
+    """What happens to a row that cannot be read or rendered; the report says to how many."""
     mix: Literal["first_exhausted", "all_exhausted"] = "all_exhausted"
     """Whether a mix ends with its first exhausted source, or repeats it until the last is."""
     streaming: bool = False
@@ -236,7 +257,8 @@ class TokenizerSection(Section):
     train: TrainTokenizerSection | None = None
     """Train a byte-level BPE on the training data instead."""
     chat_template: str | None = None
-    """A Jinja template, or the path of a file that holds one, in place of the tokenizer's."""
+    """In place of the tokenizer's: the name of one of its several templates or of a shipped one
+    (chatml, gemma, llama3, mistral, phi3, zephyr), the path of a file, or Jinja text."""
     pad_token: str | None = None
     """Padding token; without one the tokenizer's own, or its end-of-text token."""
     eos_token: str | None = None

@@ -13,6 +13,7 @@ import datasets
 
 from hf_gradacc.data.faults import explain_failure
 from hf_gradacc.data.files import is_saved, loader_of, local_files, saved_folder, split_name
+from hf_gradacc.data.report import StreamReport
 from hf_gradacc.data.section import DocumentUnit, SourceSection
 from hf_gradacc.errors import DataError
 
@@ -132,19 +133,34 @@ class ExplainedStream(datasets.IterableDataset):
     """A stream that says in one sentence which file and line it could not read."""
 
     sources: Sequence[SourceSection] = ()
+    reports: Sequence[StreamReport] = ()
 
     @classmethod
-    def over(cls, stream: Any, sources: Sequence[SourceSection]) -> ExplainedStream:
-        """The same stream, with everything else it can do, seeking for a resume included."""
+    def over(
+        cls,
+        stream: Any,
+        sources: Sequence[SourceSection],
+        *,
+        reports: Sequence[StreamReport] = (),
+    ) -> ExplainedStream:
+        """The same stream, with everything else it can do, seeking for a resume included.
+
+        Args:
+            stream: The stream.
+            sources: Those that may be at fault if it fails.
+            reports: What counts the rows that are left out of it; told at the end of a pass.
+        """
         explained = copy.copy(stream)
         explained.__class__ = cls  # datasets has no way to make one of its streams another class
-        explained.sources = list(sources)
+        explained.sources, explained.reports = list(sources), list(reports)
         return explained
 
     def __iter__(self) -> Iterator[Any]:
         with _without_complaints():
             try:
                 yield from super().__iter__()
+                for report in self.reports:
+                    report.close()
             except DataError:
                 raise
             except Exception as error:

@@ -6,9 +6,9 @@ The stock collator that pads rows of a task.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from hf_gradacc.data.chat_templates import set_chat_template
 from hf_gradacc.data.progress import with_progress
 from hf_gradacc.data.section import ModelSection, Task, TokenizerSection
 from hf_gradacc.errors import ConfigError, DataError
@@ -43,7 +43,8 @@ def load_tokenizer(
         A transformers tokenizer with `eos_token` and `pad_token`.
 
     Raises:
-        ConfigError: If no tokenizer is named, or it has no end-of-text token.
+        ConfigError: If no tokenizer is named, it has no end-of-text token, or its chat template
+            is not to be found.
     """
     if section.train is not None:
         tokenizer = train_tokenizer(texts, vocab_size=section.train.vocab_size)
@@ -66,7 +67,7 @@ def load_tokenizer(
         # Padding is masked in attention and in labels, so any token can stand there.
         tokenizer.pad_token = tokenizer.eos_token
     if section.chat_template is not None:
-        tokenizer.chat_template = _template_text(section.chat_template)
+        set_chat_template(tokenizer, section.chat_template)
     return tokenizer
 
 
@@ -135,19 +136,6 @@ def _named_tokenizer(section: TokenizerSection, model: ModelSection) -> Any:
         raise ConfigError(
             f"tokenizer.name = {name!r} cannot be loaded ({why}): check the name, that you are "
             "online or have it cached, and `hf auth login` for gated models."
-        ) from error
-
-
-def _template_text(template: str) -> str:
-    """A template given inline has braces; anything else is a path."""
-    if "{" in template:
-        return template
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"tokenizer.chat_template = {template!r} is neither a template nor a file: "
-            "write Jinja text, or the path of a file that holds it."
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from hf_gradacc.data.chat_templates import is_template_path, shipped_templates
 from hf_gradacc.recipe.problems import Key, Problem, dotted
 from hf_gradacc.recipe.sections import RESERVED, Recipe, train_section
 from hf_gradacc.recipe.source import SECRET_KEY, RecipeSource
@@ -185,7 +186,35 @@ def resolve_paths(source: RecipeSource) -> tuple[dict[Key, str], list[Problem]]:
                 found[(name, "name")] = place
             if problem is not None:
                 problems.append(problem)
+    place, problem = _template_file(source)
+    if place is not None:
+        found[("tokenizer", "chat_template")] = place
+    if problem is not None:
+        problems.append(problem)
     return found, problems + _config_files(source)
+
+
+def _template_file(source: RecipeSource) -> tuple[str | None, Problem | None]:
+    """The file of a chat template; a bare word may be a file here, or the name of a template."""
+    section = source.values.get("tokenizer")
+    written = section.get("chat_template") if isinstance(section, dict) else None
+    if not isinstance(written, str) or "{" in written or written in shipped_templates():
+        return None, None
+    key: Key = ("tokenizer", "chat_template")
+    if not written.strip():
+        fix = "name a template or a file, or write Jinja text"
+        return None, Problem(dotted(key), "is empty", fix, source.origin(key), written)
+    place = source.folder(key) / Path(written).expanduser()
+    try:
+        exists = place.is_file()
+    except (OSError, ValueError) as error:
+        return None, Problem(dotted(key), "is not a path", str(error), source.origin(key), written)
+    if exists:
+        return str(place.resolve()), None
+    if is_template_path(written):
+        fix = f"{place} does not exist"
+        return None, Problem(dotted(key), "no such file", fix, source.origin(key), written)
+    return None, None
 
 
 def _data_paths(section: Any) -> list[tuple[Key, Key, str]]:

@@ -57,7 +57,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         if key[0] == "data":
             getattr(recipe.data, str(key[1]))[key[2]].path = place
         else:
-            getattr(recipe, str(key[0])).name = place
+            setattr(getattr(recipe, str(key[0])), str(key[1]), place)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     return recipe

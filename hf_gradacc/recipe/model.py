@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_gradacc.data.section import ModelSection
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
 from hf_gradacc.recipe.sections import HEADS, PeftSection
 from hf_gradacc.recipe.source import SECRET_KEY
 from hf_gradacc.text import nearest
@@ -159,7 +160,7 @@ _TASKS = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification":
 
 
 def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
-    """Save weights (safetensors) and tokenizer into the trainer's output folder.
+    """Save weights (safetensors), tokenizer and stop tokens into the trainer's output folder.
 
     Call it on every rank: sharded weights have to be gathered from all of them. With
     `merge_on_save` the adapter becomes part of the weights, and the trainer cannot go on training.
@@ -170,6 +171,10 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     folder = Path(trainer.args.output_dir)
     if peft is None or not peft.merge_on_save:
         trainer.save_model()
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            if hasattr(model, "peft_config"):
+                save_stop_tokens(model, folder)
     elif trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.merge_and_unload().save_pretrained(folder)
@@ -205,7 +210,7 @@ def sample_answer(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list({*stop_tokens(model), tokenizer.eos_token_id} - {None}) or None,
         )
     model.train(was_training)
     answer = tokenizer.decode(output[0, start:], skip_special_tokens=True)

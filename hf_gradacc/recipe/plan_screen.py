@@ -21,6 +21,7 @@ from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
+from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.updates.loader import ModelFacts
 
@@ -64,9 +65,12 @@ def show_plan(
     texts = iter_texts(recipe.data)
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
     model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
-    data = prepare_data(recipe.data, tokenizer=tokenizer)
-    for report in data.reports:
-        console.print(str(report), highlight=False, soft_wrap=True)
+    check_max_length(recipe, model)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+    too_long = check_longest_row(recipe, model, data)
+    for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
+        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
     plan = plan_recipe(
         data.train,
         arguments=arguments,

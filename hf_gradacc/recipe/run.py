@@ -18,8 +18,10 @@ from transformers import TrainerCallback
 
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
+from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.source import SECRET_KEY
 from hf_gradacc.safety.run_state import keep
@@ -74,11 +76,14 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     with arguments.main_process_first(desc="preparing the data"):
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
-        check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what takes long
-        data = prepare_data(recipe.data, tokenizer=tokenizer)
+        empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
+        check_max_length(recipe, empty)
+        vocab_size = empty.get_input_embeddings().num_embeddings
+        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+    too_long = check_longest_row(recipe, empty, data)
     if arguments.process_index == 0:
-        for report in data.reports:
-            print(report)
+        for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
+            print(line)
     model = load_model(
         recipe.model,
         tokenizer=tokenizer,
@@ -167,15 +172,29 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> Path:
 
 
 class RecipeCallback(TrainerCallback):
-    """Saves the recipe when training begins, and files it with the W&B run."""
+    """Saves the recipe when training begins, and files it with the W&B run.
+
+    It also lets the model stop at the tokens that end the recipe's answers.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self._stops: str | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add stop tokens on every rank, before the stock Trainer adds the tokenizer's EOS."""
+        model, tokenizer = kwargs.get("model"), kwargs.get("processing_class")
+        if model is not None and tokenizer is not None:
+            self._stops = add_stop_tokens(
+                model, self.recipe, tokenizer=tokenizer, folder=args.output_dir
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it on the first rank only."""
         if not state.is_world_process_zero:
             return
+        if self._stops is not None:
+            print(self._stops)
         keep(state, saves_model=True)  # whoever runs a recipe saves the model at its end
         save_recipe(self.recipe, args.output_dir)
         if "wandb" in (args.report_to or []):

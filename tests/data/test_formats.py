@@ -4,8 +4,10 @@ import pytest
 from support import templates
 from support.bytes_tokenizer import bytes_tokenizer, read_segments
 
-from hf_gradacc.data.formats import RowError, RowReader, encode_row
-from hf_gradacc.data.lengths import Fate, fit_length
+from hf_gradacc.data.formats import encode_row, encode_rows
+from hf_gradacc.data.lengths import fit_length
+from hf_gradacc.data.reader import RowError, RowReader
+from hf_gradacc.data.report import Fate
 
 PLAIN = bytes_tokenizer()
 CHAT = bytes_tokenizer(templates.CHATML, templates.CHATML_TOKENS)
@@ -28,7 +30,7 @@ def encode(tokenizer, row, format, **options):
         (
             "question_answer",
             {"question": "2+2?", "answer": "4"},
-            [("Question: 2+2?\nAnswer: ", False), ("4" + END, True)],
+            [("Question: 2+2?\nAnswer:", False), (" 4" + END, True)],
         ),
         (
             "instruction",
@@ -206,3 +208,196 @@ def test_an_encoder_keeps_its_closing_token_and_a_cut_target_has_no_end():
     cut, fate = fit(row, format="seq2seq", max_target_length=3)
     assert fate is Fate.TRUNCATED
     assert cut == {"input_ids": [1, 2, 3, 4, 9], "labels": [5, 6, 7]}
+
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "WRONG"},
+    {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "right"},
+]
+
+
+def learned(tokenizer, encoded):
+    return tokenizer.decode([label for label in encoded["labels"] if label != -100])
+
+
+@pytest.mark.parametrize("value", [0, False, 0.0, "false", "0"])
+@pytest.mark.parametrize("mark", ["weight", "train", "training", "trainable", "loss", "loss_mask"])
+def test_a_turn_marked_not_to_be_learned_is_no_target(mark, value):
+    turns = [dict(turn) for turn in TURNS]
+    turns[1][mark], turns[3][mark] = value, 1
+    reader = RowReader(CHAT)
+    (row,) = encode_rows(reader, {"messages": turns}, format="chat")
+    assert learned(CHAT, row) == "right<|im_end|>"
+    assert mark not in CHAT.decode(row["input_ids"])
+    assert reader.notes["marked_off"] == 1
+
+
+def test_a_conversation_with_every_turn_marked_off_is_left_out_and_no_error():
+    turns = [{**turn, "train": False} for turn in TURNS]
+    assert fit(encode_row(RowReader(CHAT), {"messages": turns}, format="chat"))[1] is Fate.NO_TARGET
+
+
+def test_roles_to_train_decide_and_a_mark_beyond_them_is_counted():
+    turns = [{**TURNS[0], "weight": 1}, *TURNS[1:]]
+    reader = RowReader(CHAT)
+    encoded = encode_row(reader, {"messages": turns}, format="chat")
+    assert "a" not in learned(CHAT, encoded)
+    assert reader.notes["mark_ignored"] == 1
+    reader = RowReader(CHAT, roles_to_train=["user", "assistant"])
+    encoded = encode_row(reader, {"messages": turns}, format="chat")
+    assert learned(CHAT, encoded) == "a<|im_end|>WRONG<|im_end|>b<|im_end|>right<|im_end|>"
+    assert reader.notes["mark_ignored"] == 0
+
+
+@pytest.mark.parametrize(
+    ("turn", "why"),
+    [
+        ({"weight": 0.5}, "weight = 0.5 in turn 2; a turn is learned"),
+        ({"train": "maybe"}, "train = 'maybe' in turn 2"),
+        ({"train": True, "weight": 0}, "contradicts itself in turn 2"),
+        ({"train_detail": [{"begin_offset": 0}]}, "train_detail in turn 2"),
+        ({"content": [{"type": "image"}]}, "a part of type 'image' in turn 2"),
+        ({"content": 1.5}, "a decimal number as content of turn 2"),
+        ({"content": "", "tool_calls": [{"arguments": {}}]}, "a tool call without a name"),
+    ],
+)
+def test_a_turn_that_cannot_be_heard_is_named(turn, why):
+    turns = [TURNS[0], {**TURNS[1], **turn}]
+    with pytest.raises(RowError, match=why):
+        encode_row(RowReader(CHAT), {"messages": turns}, format="chat")
+
+
+def test_pieces_of_text_are_one_turn():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    turns = [TURNS[0], {"role": "assistant", "content": parts}]
+    encoded = encode_row(RowReader(CHAT), {"messages": turns}, format="chat")
+    assert learned(CHAT, encoded) == "one two<|im_end|>"
+
+
+def test_sharegpt_calls_a_tool_in_a_turn_of_its_own():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    turns = [
+        {"from": "human", "value": "2+2?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "It is 4."},
+    ]
+    row = {"conversations": turns}
+    reader = RowReader(tokenizer, columns={"messages": "conversations"})
+    encoded = encode_row(reader, row, format="chat")
+    call = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call><|im_end|>'
+    assert learned(tokenizer, encoded).startswith(call)
+
+
+SYSTEM_READING = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("chat", {"messages": CHAT_ROW}),
+        ("question_answer", {"question": "a", "answer": "b"}),
+        ("instruction", {"instruction": "a", "output": "b"}),
+    ],
+)
+def test_a_system_column_is_a_turn_and_goes_before_the_recipes(format, row):
+    for reader in (RowReader(CHAT), RowReader(CHAT, system="Be long.")):
+        ids = encode_row(reader, {**row, "system": "Be brief."}, format=format)["input_ids"]
+        assert CHAT.decode(ids).startswith(SYSTEM_READING)
+    ids = encode_row(reader, {**row, "system": ""}, format=format)["input_ids"]
+    assert CHAT.decode(ids).startswith(SYSTEM_READING.replace("brief", "long"))
+
+
+def test_two_different_system_turns_are_refused():
+    turns = [{"role": "system", "content": "Be brief."}, *CHAT_ROW]
+    row = {"messages": turns, "system": "Be brief."}
+    assert encode_row(RowReader(CHAT), row, format="chat")
+    with pytest.raises(RowError, match="another system turn"):
+        encode_row(RowReader(CHAT), {**row, "system": "Be long."}, format="chat")
+
+
+@pytest.mark.parametrize("history", [[["q0", "a0"]], '[["q0", "a0"]]'])
+def test_a_history_comes_before_its_question(history):
+    row = {"instruction": "q1", "output": "a1", "history": history}
+    encoded = encode_row(RowReader(CHAT), row, format="instruction")
+    assert learned(CHAT, encoded) == "a0<|im_end|>a1<|im_end|>"
+    encoded = encode_row(RowReader(PLAIN), row, format="instruction")
+    assert PLAIN.decode(encoded["input_ids"]) == (
+        "### Instruction:\nq0\n\n### Response:\na0\n\n"
+        f"### Instruction:\nq1\n\n### Response:\na1{END}"
+    )
+    assert learned(PLAIN, encoded) == f"a1{END}"
+    for broken in ([["q0"]], "[[", [["q0", 1]]):
+        with pytest.raises(RowError, match="history"):
+            encode_row(RowReader(CHAT), {**row, "history": broken}, format="instruction")
+
+
+def test_a_null_that_a_tool_asks_for_is_an_argument_and_one_that_arrow_fills_in_is_not():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    parameters = {"type": "object", "properties": {}, "required": ["unit"]}
+    tools = [{"type": "function", "function": {"name": "heat", "parameters": parameters}}]
+    call = {"function": {"name": "heat", "arguments": {"city": "Bonn", "unit": None, "x": None}}}
+    turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    encoded = encode_row(RowReader(tokenizer), {"messages": turns, "tools": tools}, format="chat")
+    assert '"arguments": {"city": "Bonn", "unit": null}' in learned(tokenizer, encoded)
+
+
+def test_a_row_brings_values_for_its_template():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    row = {"messages": CHAT_ROW, "chat_template_kwargs": {"enable_thinking": False, "other": None}}
+    assert learned(tokenizer, encode_row(RowReader(tokenizer), row, format="chat")) == "b<|im_end|>"
+    with pytest.raises(RowError, match="chat_template_kwargs"):
+        encode_row(RowReader(tokenizer), {**row, "chat_template_kwargs": [1]}, format="chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "labels"),
+    [
+        ({"input_ids": [5, 6, 7]}, [5, 6, 7]),
+        ({"input_ids": [5, 6, 7], "labels": None}, [5, 6, 7]),
+        ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [-100, 6, 7]),
+    ],
+)
+def test_rows_of_tokens_are_taken_as_they_are(row, labels):
+    encoded = encode_row(RowReader(PLAIN), row, format="tokens")
+    assert encoded == {"input_ids": [5, 6, 7], "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"input_ids": [5, 999]}, "has token 999, and the vocabulary ends at"),
+        ({"input_ids": [5, -1]}, "has token -1"),
+        ({"input_ids": [5, 6], "labels": [5]}, "has 1 labels for 2 tokens"),
+        ({"input_ids": [5, 6], "labels": [5, -1]}, "has -1, which is no token and not -100"),
+        ({"input_ids": "5 6"}, "is text, not a list of whole numbers"),
+        ({"input_ids": [5.0]}, "not a list of whole numbers"),
+        ({"input_ids": None}, "is null"),
+    ],
+)
+def test_rows_of_tokens_that_are_none_are_named(row, why):
+    with pytest.raises(RowError, match=why):
+        encode_row(RowReader(PLAIN), row, format="tokens")
+    wide = RowReader(PLAIN, vocab_size=1000)
+    if row["input_ids"] == [5, 999]:
+        assert encode_row(wide, row, format="tokens")
+
+
+def test_a_prompt_and_a_completion_may_be_turns():
+    row = {"prompt": [TURNS[0], TURNS[1], TURNS[2]], "completion": [TURNS[3]]}
+    encoded = encode_row(RowReader(CHAT), row, format="prompt_completion")
+    assert learned(CHAT, encoded) == "right<|im_end|>"
+    assert "WRONG" in CHAT.decode(encoded["input_ids"])
+    row = {"prompt": TURNS[:2], "completion": TURNS[2:3]}
+    with pytest.raises(RowError, match="no assistant turn"):
+        encode_row(RowReader(CHAT), row, format="prompt_completion")
+
+
+def test_a_call_by_its_older_name_is_a_tool_call():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    call = {"name": "add", "arguments": {"a": 2}}
+    turns = [TURNS[0], {"role": "assistant", "content": None, "function_call": call}]
+    encoded = encode_row(RowReader(tokenizer), {"messages": turns}, format="chat")
+    assert '<tool_call>{"name": "add"' in learned(tokenizer, encoded)

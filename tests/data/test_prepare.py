@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import templates
 from support.bytes_tokenizer import bytes_tokenizer
 
 from hf_gradacc.data import encode_row, iter_texts, pack_blocks, prepare_data
@@ -148,7 +149,7 @@ def test_a_second_run_finds_its_rows_in_the_cache(write, monkeypatch):
     def fail(*_args, **_kwargs):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr("hf_gradacc.data.encode.encode_row", fail)
+    monkeypatch.setattr("hf_gradacc.data.encode.encode_rows", fail)
     assert list(prepare(path).train) == first
     with pytest.raises(AssertionError, match="prepared again"):
         prepare(path, max_length=5)
@@ -308,7 +309,7 @@ def test_blocks_of_text_are_found_in_the_cache_as_well(write, monkeypatch):
 
 
 def test_rows_are_read_in_as_many_processes_as_the_recipe_says(write, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_gradacc.data.encode.encode_row", note_process)
+    monkeypatch.setattr("hf_gradacc.data.encode.encode_rows", note_process)
     monkeypatch.setenv("NOTES", str(tmp_path))
     path = write("q.jsonl", questions(40))
     prepare(path, num_proc=2)
@@ -319,4 +320,107 @@ def test_rows_are_read_in_as_many_processes_as_the_recipe_says(write, tmp_path, 
 
 def note_process(reader, row, *, format):
     (Path(os.environ["NOTES"]) / f"process-{os.getpid()}").touch()
-    return encode_row(reader, row, format=format)
+    return [encode_row(reader, row, format=format)]
+
+
+THINKING = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+BROKEN = {"question": None, "answer": "a"}
+
+
+def prepare_chats(train, tokenizer=THINKING, **options):
+    section = {"train": train, "format": "chat"} | options
+    return prepare_data(DataSection.model_validate(section), tokenizer=tokenizer)
+
+
+def test_a_conversation_of_several_sequences_is_counted_as_one_row(write):
+    path = write("c.jsonl", [{"messages": TALK}] * 3)
+    data = prepare_chats(path, template_options={"enable_thinking": False})
+    (report,) = data.reports
+    assert (report.num_rows, report.num_sequences, report.notes["split"]) == (3, 6, 3)
+    assert "3 more sequences than rows" in str(report)
+    together = prepare_chats(path, assistant_turns="together")
+    assert len(together.train) == 3
+    again = prepare_chats(path, template_options={"enable_thinking": False})
+    assert again.reports == data.reports  # from the cache
+
+
+def test_all_sequences_of_a_row_are_held_out_together(write):
+    rows = [{"messages": [{**turn, "content": f"{i:02}"} for turn in TALK]} for i in range(20)]
+    path = write("c.jsonl", rows)
+    data = prepare_chats(path, holdout=5, template_options={"enable_thinking": False})
+    assert [report.num_rows for report in data.reports] == [15, 5]
+    sides = []
+    for side in (data.train, data.eval):
+        said = [THINKING.decode([t for t in row["labels"] if t != -100])[:2] for row in side]
+        assert all(said.count(name) == 2 for name in said)
+        sides.append(set(said))
+    assert not sides[0] & sides[1]
+
+
+def test_unusable_rows_are_named_or_dropped_and_counted(write):
+    path = write("q.jsonl", [*questions(2), BROKEN, *questions(1), BROKEN])
+    with pytest.raises(DataError, match=r"q.jsonl:3: .* is null.* data.unusable to drop"):
+        prepare(path)
+    (report,) = prepare(path, unusable="drop").reports
+    assert (report.num_rows, report.num_sequences, report.num_unusable) == (5, 3, 2)
+    assert "2 dropped as unusable" in str(report)
+    assert "q.jsonl:3: column 'question' is null" in str(report)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "options", "why", "not_said"),
+    [
+        ([BROKEN] * 2, {"unusable": "drop"}, "2 dropped as unusable.*is null", "max_length"),
+        (
+            questions(3),
+            {"max_length": 4, "too_long": "drop"},
+            "3 dropped as longer than max_length: raise data.max_length, or set data.too_long",
+            "too_long to drop",
+        ),
+        (questions(3), {"max_length": 4}, "3 dropped as having no target", "truncate"),
+    ],
+)
+def test_a_source_of_which_nothing_is_left_says_why_and_what_helps(
+    write, rows, options, why, not_said, streaming
+):
+    with pytest.raises(DataError, match=why) as caught:
+        list(prepare(write("q.jsonl", rows), streaming=streaming, **options).train)
+    assert not_said not in str(caught.value)
+
+
+def test_a_stream_tells_what_it_leaves_out_ever_more_seldom(write, caplog):
+    rows = [*questions(40), *[{"question": "q" * 60, "answer": "a"}] * 60]
+    options = {"max_length": 50, "too_long": "drop", "streaming": True}
+    stream = prepare(write("q.jsonl", rows), **options).train
+    counts = [len(list(stream)) for _ in range(2)]
+    lines = [record.getMessage() for record in caplog.records]
+    dropped = 100 - counts[0]
+    assert counts[0] == counts[1]
+    assert 60 < dropped < 100
+    ends = [line for line in lines if "in this pass" in line]
+    assert len(ends) == 2
+    assert all(f"100 rows read in this pass, {dropped} dropped as longer" in line for line in ends)
+    assert 2 * 5 < len(lines) - len(ends) < 2 * 9  # at 1, 2, 4, ... rows
+
+
+def test_a_stream_without_rows_says_so(write):
+    file = write("empty.csv", [])
+    Path(file).write_text("question,answer\n")
+    with pytest.raises(DataError, match=r"empty.csv has no rows"):
+        prepare(file, streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_a_format_does_not_read_are_named_once(write, streaming):
+    rows = [{**row, "source": "x", "score": 1} for row in questions(3)]
+    data = prepare(write("q.jsonl", rows), streaming=streaming)
+    (remark,) = data.remarks
+    assert remark.endswith("format 'question_answer' does not read the columns source, score")
+    assert prepare(write("r.jsonl", questions(3)), streaming=streaming).remarks == []
