@@ -66,8 +66,14 @@ def _chat(reader: RowReader, row: Mapping[str, Any]) -> list[Encoded]:
 
 
 def _conversation(
-    reader: RowReader, row: Mapping[str, Any], dialogue: Dialogue, column: str
+    reader: RowReader,
+    row: Mapping[str, Any],
+    dialogue: Dialogue,
+    column: str,
+    *,
+    context: int = 0,
 ) -> list[Encoded]:
+    """The sequences of a dialogue, whose first turns may be context that is not learned."""
     if reader.tokenizer.chat_template is None:
         raise RowError(
             column, "needs a chat template and the tokenizer has none; set tokenizer.chat_template"
@@ -76,12 +82,12 @@ def _conversation(
     if dialogue.tools:
         options["tools"] = dialogue.tools
     learned = []
-    for message, mark in zip(dialogue.messages, dialogue.marks, strict=True):
-        is_trained = message["role"] in reader.roles_to_train
+    for place, (message, mark) in enumerate(zip(dialogue.messages, dialogue.marks, strict=True)):
+        is_trained = place >= context and message["role"] in reader.roles_to_train
         reader.notes["marked_off"] += is_trained and mark is False
         reader.notes["mark_ignored"] += bool(mark) and not is_trained
         learned.append(is_trained and mark is not False)
-    if not any(message["role"] in reader.roles_to_train for message in dialogue.messages):
+    if not any(m["role"] in reader.roles_to_train for m in dialogue.messages[context:]):
         roles = " or ".join(reader.roles_to_train)
         raise RowError(column, f"cannot be used: no {roles} turn, so there is nothing to learn")
     try:
@@ -164,7 +170,15 @@ def _ask(
     )
 
 
-def _prompt_completion(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
+def _prompt_completion(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
+    prompt, completion = (row.get(reader.column(name)) for name in ("prompt", "completion"))
+    if isinstance(prompt, list) and isinstance(completion, list):  # turns, as TRL takes them
+        column = reader.column("completion")
+        turns = {column: [*prompt, *completion]}
+        inner = replace(reader, columns={**reader.columns, "messages": column})
+        dialogue = read_dialogue(inner, {**row, **turns})
+        num_context = len(dialogue.messages) - len(completion)
+        return _conversation(reader, row, dialogue, column, context=num_context)
     return _continue(reader, reader.text(row, "prompt"), reader.text(row, "completion"))
 
 

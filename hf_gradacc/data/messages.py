@@ -123,6 +123,8 @@ def _turn(column: str, number: int, turn: Any, required: Mapping[str, set[str]])
     rest = {k: v for k, v in turn.items() if k not in ("role", "content", "from", "value")}
     calls = rest.pop("tool_calls", None)
     rest = _without_nulls(rest)
+    older = rest.pop("function_call", None)  # OpenAI's name for a single call
+    calls = calls or ([{"type": "function", "function": older}] if older else None)
     if calls:
         rest["tool_calls"] = [_call(column, number, call, required) for call in calls]
     if written == "function_call":  # ShareGPT writes a call as the text of a turn of its own

@@ -56,6 +56,8 @@ class Rendering:
         self._rendered: dict[tuple[int, bool], tuple[str, list[tuple[int, int]]]] = {}
         self._in_pieces = False
         self._in_pieces = not self._renders_words() and self._renders_words(in_pieces=True)
+        if self._in_pieces:
+            self._rendered.clear()
 
     def of(self, messages: Messages) -> Rendering:
         """What the same template makes of other turns."""
@@ -173,8 +175,12 @@ class Rendering:
 
         Templates of models that see images ask for pieces, and render nothing of a plain text.
         """
-        messages = cut_in_pieces(self.messages) if in_pieces else self.messages
-        text = self.attempt(messages)
+        text: str | None = None
+        if in_pieces:
+            text = self.attempt(cut_in_pieces(self.messages))
+        else:
+            with contextlib.suppress(ChatError):
+                text = self.text(len(self.messages))
         if text is None or (in_pieces and "'type'" in text):  # printed, not read
             return False
         spoken = [m for m in self.messages if m.get("role") in ("user", "assistant")]

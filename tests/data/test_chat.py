@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from support import templates
 from support.bytes_tokenizer import bytes_tokenizer, read_segments
 
+from hf_gradacc.data import train_tokenizer
 from hf_gradacc.data.chat import encode_chat, split_chat
 from hf_gradacc.data.rendering import ChatError, has_generation_tags
 
@@ -429,3 +430,34 @@ def test_a_prompt_that_begins_a_thought_is_not_answered_without_one():
     rows = split_chat(tokenizer, CHAT)
     assert [row.notes["other_prefix"] for row in rows] == [1, 1]
     assert read_rows(tokenizer, rows)[0] == f"{ASKED}[4<|im_end|>]\n"
+
+
+def test_a_token_of_prompt_and_answer_belongs_to_the_prompt():
+    tokenizer = train_tokenizer(["\n\n", "\n\n b"] * 30, vocab_size=262)
+    tokenizer.add_special_tokens({"additional_special_tokens": templates.CHATML_TOKENS})
+    tokenizer.chat_template = templates.CHATML
+    messages = [CHAT[0], {"role": "assistant", "content": "\n\nfour"}]
+    (row,) = split_chat(tokenizer, messages)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    assert tokenizer.decode([t for t in row.labels if t != -100]) == "\nfour<|im_end|>"
+    assert row.notes["straddling"] == 1
+
+
+def test_an_empty_answer_is_not_mistaken_for_one_that_thought():
+    tokenizer = bytes_tokenizer(
+        templates.THINKING, [*templates.CHATML_TOKENS, "<think>", "</think>"]
+    )
+    messages = [CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:]]
+    rows = split_chat(tokenizer, messages)
+    assert read_rows(tokenizer, rows)[0] == f"{ASKED}[{EMPTY}<|im_end|>]\n"
+    assert len(rows) == 2
+
+
+def test_a_call_is_learned_from_its_beginning_where_nothing_opens_an_answer():
+    call = "{% if m.tool_calls %}[CALLS]{{ m.tool_calls[0].function.name }}{% endif %}"
+    template = LATE_SYSTEM.replace("{{ m.content }}{{ eos", call + "{{ m.content }}{{ eos")
+    tokenizer = bytes_tokenizer(template, ["[INST]", "[/INST]", "[CALLS]"])
+    tool = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    for turns in ("auto", "together"):
+        rows = split_chat(tokenizer, [SYSTEM, CHAT[0], tool, *CHAT[2:]], turns=turns)
+        assert "[/INST][[CALLS]add<|end|>" in "".join(read_rows(tokenizer, rows))

@@ -383,3 +383,21 @@ def test_rows_of_tokens_that_are_none_are_named(row, why):
     wide = RowReader(PLAIN, vocab_size=1000)
     if row["input_ids"] == [5, 999]:
         assert encode_row(wide, row, format="tokens")
+
+
+def test_a_prompt_and_a_completion_may_be_turns():
+    row = {"prompt": [TURNS[0], TURNS[1], TURNS[2]], "completion": [TURNS[3]]}
+    encoded = encode_row(RowReader(CHAT), row, format="prompt_completion")
+    assert learned(CHAT, encoded) == "right<|im_end|>"
+    assert "WRONG" in CHAT.decode(encoded["input_ids"])
+    row = {"prompt": TURNS[:2], "completion": TURNS[2:3]}
+    with pytest.raises(RowError, match="no assistant turn"):
+        encode_row(RowReader(CHAT), row, format="prompt_completion")
+
+
+def test_a_call_by_its_older_name_is_a_tool_call():
+    tokenizer = bytes_tokenizer(templates.THINKING, templates.CHATML_TOKENS)
+    call = {"name": "add", "arguments": {"a": 2}}
+    turns = [TURNS[0], {"role": "assistant", "content": None, "function_call": call}]
+    encoded = encode_row(RowReader(tokenizer), {"messages": turns}, format="chat")
+    assert '<tool_call>{"name": "add"' in learned(tokenizer, encoded)
