@@ -112,6 +112,10 @@ def plan(
         typer.Option(min=0.1, metavar="GB", help="Memory of a GPU; default: the first one's here."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Also draw the plan into this file.")] = None,
+    show_rows: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Also show the first N rows, their targets marked."),
+    ] = 0,
 ) -> None:
     """Show the updates of a recipe before any weight is loaded, and what to change.
 
@@ -122,6 +126,8 @@ def plan(
     - `hf-gradacc plan qwen3/8b_full_chat_fsdp2 --world-size 8 --png plan.png`
 
     - `hf-gradacc plan my.yaml peft=lora --gpu-memory 24`
+
+    - `hf-gradacc plan my.yaml --show-rows 3`
     """
     from hf_gradacc.recipe.load import load_recipe
     from hf_gradacc.recipe.plan_screen import show_plan
@@ -134,6 +140,7 @@ def plan(
         world_size=world_size,
         gpu_memory=None if gpu_memory is None else gpu_memory * 1e9,
         png=png,
+        num_rows=show_rows,
         console=console,
     )
 

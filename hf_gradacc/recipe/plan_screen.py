@@ -23,6 +23,7 @@ from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.show_rows import make_visible, show_rows
 from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
@@ -50,6 +51,7 @@ def show_plan(
     world_size: int = 1,
     gpu_memory: float | None = None,
     png: Path | None = None,
+    num_rows: int = 0,
     console: Console,
 ) -> RecipePlan:
     """Tokenize the data, plan the updates, and print both.
@@ -59,6 +61,7 @@ def show_plan(
         world_size: Ranks to plan for.
         gpu_memory: Bytes of the GPU it is for; by default those of the first one here.
         png: Also draw it into this file.
+        num_rows: How many prepared rows to show, with their targets marked.
         console: Where to print.
     """
     arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
@@ -71,6 +74,15 @@ def show_plan(
     too_long = check_longest_row(recipe, model, data)
     for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
         console.print(str(line), highlight=False, markup=False, soft_wrap=True)
+    if num_rows:
+        show_rows(
+            data.train,
+            num_rows=num_rows,
+            tokenizer=tokenizer,
+            task=recipe.model.task,
+            label_names=data.label_names,
+            console=console,
+        )
     plan = plan_recipe(
         data.train,
         arguments=arguments,
@@ -150,7 +162,7 @@ def _print_lengths(plan: RecipePlan, rows: Any, tokenizer: Any, console: Console
     console.print("longest rows:", highlight=False)
     for index in plan.longest[:3]:
         start = tokenizer.decode(rows[index]["input_ids"][:24], skip_special_tokens=True)
-        text = " ".join(start.split())[:60]
+        text = make_visible(" ".join(start.split())[:60])
         console.print(f"  {plan.lengths[index]:,} tokens: {text}…", highlight=False, markup=False)
 
 

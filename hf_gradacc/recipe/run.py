@@ -182,8 +182,14 @@ class RecipeCallback(TrainerCallback):
         self._stops: str | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add stop tokens on every rank, before the stock Trainer adds the tokenizer's EOS."""
+        """Check lengths, and add stop tokens before the stock Trainer adds the tokenizer's EOS.
+
+        Raises:
+            ConfigError: If rows may be longer than the model; scripts have not asked before.
+        """
         model, tokenizer = kwargs.get("model"), kwargs.get("processing_class")
+        if model is not None:
+            check_max_length(self.recipe, model)
         if model is not None and tokenizer is not None:
             self._stops = add_stop_tokens(
                 model, self.recipe, tokenizer=tokenizer, folder=args.output_dir

@@ -1,30 +1,21 @@
-"""Weights & Biases: never a prompt, never a failed run, one run over all resumes.
-
-Rows of the training data as the loss sees them: text with its targets marked, and lengths.
-"""
+"""Weights & Biases: never a prompt, never a failed run, one run over all resumes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
 from hf_gradacc.safety.run_state import keep
+from hf_gradacc.tracking.preview import PREVIEW_COLUMNS, preview_rows, sampled_lengths
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.wandb_start import start_run, sync_folder, why_silent
 
-__all__ = [
-    "PREVIEW_COLUMNS",
-    "GradAccWandbCallback",
-    "mark_targets",
-    "preview_rows",
-    "sampled_lengths",
-]
+__all__ = ["GradAccWandbCallback"]
 
 logger = logging.get_logger(__name__)
 
@@ -87,13 +78,18 @@ class GradAccWandbCallback(WandbCallback):
         run.define_metric("train/target_tokens_seen")
         if state.global_step == 0:
             try:
-                self._log_preview(run, **kwargs)
+                self._log_preview(run, getattr(model, "config", None), **kwargs)
             except Exception as error:  # a dataset's own; not worth the run's numbers
                 logger.warning(f"W&B: no preview of the rows ({type(error).__name__}: {error}).")
 
-    def _log_preview(self, run: Any, **kwargs: Any) -> None:
+    def _log_preview(self, run: Any, config: Any, **kwargs: Any) -> None:
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        table = preview_rows(dataset, tokenizer=kwargs.get("processing_class"))
+        table = preview_rows(
+            dataset,
+            tokenizer=kwargs.get("processing_class"),
+            is_seq2seq=bool(getattr(config, "is_encoder_decoder", False)),
+            label_names=getattr(config, "id2label", None),
+        )
         lengths = sampled_lengths(dataset)
         preview: dict[str, Any] = {}
         if table:
@@ -170,78 +166,3 @@ class GradAccWandbCallback(WandbCallback):
             for path in paths:
                 artifact.add_file(str(path))
             run.log_artifact(artifact)
-
-
-IGNORE_INDEX = -100
-PREVIEW_COLUMNS = ["row", "text, targets in ⟦ ⟧", "input tokens", "target tokens"]
-
-
-def mark_targets(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any = None) -> str:
-    """Write a causal LM's row as text, with the parts that enter the loss between ⟦ and ⟧.
-
-    Args:
-        input_ids: Token ids ``[seq]``.
-        labels: Labels ``[seq]``; position 0 predicts nothing and is never marked.
-        tokenizer: Decodes the ids; without it the ids themselves are shown.
-
-    >>> mark_targets([5, 6, 7, 8], [-100, -100, 7, 8])
-    '5 6 ⟦7 8⟧'
-    """
-    pieces: list[tuple[bool, list[int]]] = []
-    for position, (token, label) in enumerate(zip(input_ids, labels, strict=False)):
-        is_target = position > 0 and label != IGNORE_INDEX
-        if not pieces or pieces[-1][0] != is_target:
-            pieces.append((is_target, []))
-        pieces[-1][1].append(int(token))
-    texts = []
-    for is_target, ids in pieces:
-        text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
-        texts.append(f"⟦{text}⟧" if is_target else text)
-    return ("" if tokenizer is not None else " ").join(texts)
-
-
-def preview_rows(dataset: Any, *, tokenizer: Any = None, num_rows: int = 8) -> list[list[Any]]:
-    """Show a few rows spread evenly over a map dataset, under `PREVIEW_COLUMNS`.
-
-    Rows that are not causal LM rows (labels as long as the input) are shown without marks.
-    """
-    table = []
-    for index in _spread(dataset, num_rows):
-        row = dataset[index]
-        ids = _ids(row)
-        if ids is None:
-            continue
-        labels = row.get("labels")
-        aligned = hasattr(labels, "__len__") and len(labels) == len(ids)
-        marked = [int(label) for label in labels] if aligned else [IGNORE_INDEX] * len(ids)
-        num_targets = sum(label != IGNORE_INDEX for label in marked[1:])
-        text = mark_targets(ids, marked, tokenizer)
-        table.append([index, text, len(ids), num_targets if aligned else None])
-    return table
-
-
-def sampled_lengths(dataset: Any, *, num_rows: int = 256) -> list[int]:
-    """Measure the input tokens of at most `num_rows` rows spread evenly over a map dataset."""
-    ids = (_ids(dataset[index]) for index in _spread(dataset, num_rows))
-    return [len(row) for row in ids if row is not None]
-
-
-def _spread(dataset: Any, num_rows: int) -> range:
-    # A stream is left alone: looking at its rows would use them up. It may have a length, or
-    # methods that only raise, so asking what it has does not tell.
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        return range(0)
-    try:
-        size = len(dataset)
-    except (TypeError, NotImplementedError):
-        return range(0)
-    return range(0, size, max(1, -(-size // num_rows))) if size else range(0)
-
-
-def _ids(row: Any) -> list[int] | None:
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    if ids is None or not hasattr(ids, "__len__"):
-        return None
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
-    return None if ids and not isinstance(ids[0], int) else list(ids)

@@ -4,6 +4,7 @@ import pytest
 from support.real_parts import TOKENIZERS
 
 from hf_gradacc.data.chat_templates import set_chat_template
+from hf_gradacc.recipe.ends import find_turn_end
 
 CHAT = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -21,9 +22,18 @@ NAMES = {
     "mistral_nemo": "mistral",
 }
 
+ENDS = {
+    "qwen3": "<|im_end|>",
+    "smollm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",  # its EOS is another token, <|end_of_text|>
+    "llama3_1": "<|eot_id|>",
+    "gemma3": "<end_of_turn>",
+    "mistral_nemo": "</s>",
+}
+
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_template_gives_the_tokens_of_its_family(real_tokenizer, name):
+def test_a_template_gives_the_tokens_of_its_family_and_the_same_end(real_tokenizer, name):
     tokenizer = real_tokenizer(name)
     chat = [SYSTEM, *CHAT] if name != "mistral_nemo" else CHAT  # it drops the system turn
 
@@ -34,9 +44,14 @@ def test_a_template_gives_the_tokens_of_its_family(real_tokenizer, name):
         )
         return encoded["input_ids"]
 
+    def end():
+        return tokenizer.convert_ids_to_tokens(find_turn_end(tokenizer))
+
+    assert end() == ENDS[name]
     asked, answered = encode(chat[:-1]), encode(chat)
     text = tokenizer.decode(answered)
     set_chat_template(tokenizer, NAMES[name])
+    assert end() == ENDS[name]
     assert encode(chat[:-1]) == asked
     if name == "llama3":  # its first template prompts always
         text = text.removesuffix("<|start_header_id|>assistant<|end_header_id|>\n\n")

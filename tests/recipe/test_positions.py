@@ -12,7 +12,7 @@ from support.zoo_configs import tiny_config
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe import load_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length, find_positions
-from hf_gradacc.recipe.run import build_trainer
+from hf_gradacc.recipe.run import RecipeCallback, build_trainer
 
 
 def tiny(model_type, head="CausalLM", **changes):
@@ -181,6 +181,12 @@ def test_a_stream_of_unknown_lengths_is_named_before_a_table_ends_the_run(load):
     recipe.data.max_length = 64
     assert check_longest_row(recipe, tiny("gpt2"), data) is None
     assert check_longest_row(load("data.streaming=true"), tiny("t5", "Seq2SeqLM"), data) is None
+
+
+def test_a_script_that_copies_the_steps_is_told_as_well(load):
+    callback = RecipeCallback(load("data.max_length=65"))
+    with pytest.raises(ConfigError, match=r"data\.max_length = 65 is more than the 64 positions"):
+        callback.on_init_end(None, None, None, model=tiny("gpt2"))
 
 
 def test_targets_of_an_encoder_decoder_are_checked_too(load):

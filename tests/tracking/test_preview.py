@@ -6,7 +6,7 @@ import pytest
 from support.tiny import spaced_rows
 from torch.utils.data import IterableDataset
 
-from hf_gradacc.tracking.wandb import mark_targets, preview_rows, sampled_lengths
+from hf_gradacc.tracking.preview import mark_targets, preview_rows, sampled_lengths
 
 
 class Stream(IterableDataset):
@@ -40,6 +40,21 @@ def test_the_preview_is_spread_over_the_whole_dataset():
     assert sampled_lengths(rows, num_rows=50) == [len(row["input_ids"]) for row in rows[::2]]
 
 
-def test_rows_that_are_not_those_of_a_causal_lm_are_shown_without_marks():
-    table = preview_rows([{"input_ids": [5, 6, 7], "labels": 1}, {"pixels": [1.0]}])
+def test_rows_of_other_kinds_are_shown_without_marks():
+    table = preview_rows([{"input_ids": [5, 6, 7], "labels": [[1]]}, {"pixels": [1.0]}])
     assert table == [[0, "5 6 7", 3, None]]
+
+
+def test_a_class_is_a_target_by_its_name_and_a_number_by_itself():
+    rows = [{"input_ids": [5, 6], "labels": label} for label in (1, 3, 0.25)]
+    table = preview_rows(rows, label_names={0: "bad", 1: "good"})
+    assert [row[1:] for row in table] == [
+        ["5 6 → ⟦good⟧", 2, 1],
+        ["5 6 → ⟦3⟧", 2, 1],
+        ["5 6 → ⟦0.25⟧", 2, 1],
+    ]
+
+
+def test_the_target_of_an_encoder_decoder_stands_behind_its_source():
+    row = {"input_ids": [5, 6], "labels": [7, 8]}  # of equal length, and still no causal LM's
+    assert preview_rows([row], is_seq2seq=True) == [[0, "5 6 → ⟦7 8⟧", 2, 2]]

@@ -1,0 +1,183 @@
+"""Rows of the training data as the loss sees them: text with its targets marked, and lengths.
+
+W&B's table of samples and `hf-gradacc plan --show-rows` show the same rows by the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+__all__ = [
+    "BETWEEN",
+    "PREVIEW_COLUMNS",
+    "Piece",
+    "RowPreview",
+    "mark_targets",
+    "preview_row",
+    "preview_rows",
+    "sampled_lengths",
+]
+
+IGNORE_INDEX = -100
+PREVIEW_COLUMNS = ["row", "text, targets in ⟦ ⟧", "input tokens", "target tokens"]
+BETWEEN = " → "
+"""Stands between a source and its target, and belongs to neither."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind, as text.
+
+    Attributes:
+        text: What the tokenizer decodes them to, special tokens included.
+        is_target: Whether they enter the loss.
+    """
+
+    text: str
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """One row as the loss sees it.
+
+    Attributes:
+        pieces: Its text in order; for an encoder-decoder the source, then the target; for a
+            classification the text, then the class.
+        num_inputs: Input tokens.
+        num_targets: Targets; None if the row's labels are of a kind not known here.
+    """
+
+    pieces: tuple[Piece, ...]
+    num_inputs: int
+    num_targets: int | None
+
+    def __str__(self) -> str:
+        return "".join(f"⟦{one.text}⟧" if one.is_target else one.text for one in self.pieces)
+
+
+def preview_row(
+    row: Any,
+    *,
+    tokenizer: Any = None,
+    is_seq2seq: bool = False,
+    label_names: Mapping[int, str] | None = None,
+) -> RowPreview | None:
+    """Describe one row.
+
+    Args:
+        row: `{input_ids, labels}`; labels as long as the input, a target sequence, or one label.
+        tokenizer: Decodes the ids; without it the ids themselves are shown.
+        is_seq2seq: Whether the labels are a sequence of their own.
+        label_names: Classification: names of the classes.
+
+    Returns:
+        Its preview; None if it has no token ids.
+    """
+    ids = _ids(row)
+    if ids is None:
+        return None
+    labels = row.get("labels")
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    if isinstance(labels, int | float):
+        named = (label_names or {}).get(int(labels)) if isinstance(labels, int) else None
+        label = f"{labels:g}" if named is None else named
+        pieces = (Piece(_decode(tokenizer, ids), False), Piece(BETWEEN, False), Piece(label, True))
+        return RowPreview(pieces, len(ids), 1)
+    if is_seq2seq and isinstance(labels, Sequence):
+        target = [int(label) for label in labels if label != IGNORE_INDEX]
+        source = Piece(_decode(tokenizer, ids), False)
+        pieces = (source, Piece(BETWEEN, False), Piece(_decode(tokenizer, target), True))
+        return RowPreview(pieces, len(ids), len(target))
+    if not isinstance(labels, Sequence) or len(labels) != len(ids):
+        return RowPreview((Piece(_decode(tokenizer, ids), False),), len(ids), None)
+    num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
+    return RowPreview(_pieces(ids, labels, tokenizer), len(ids), num_targets)
+
+
+def mark_targets(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any = None) -> str:
+    """Write a causal LM's row as text, with the parts that enter the loss between ⟦ and ⟧.
+
+    Args:
+        input_ids: Token ids ``[seq]``.
+        labels: Labels ``[seq]``; position 0 predicts nothing and is never marked.
+        tokenizer: Decodes the ids; without it the ids themselves are shown.
+
+    >>> mark_targets([5, 6, 7, 8], [-100, -100, 7, 8])
+    '5 6 ⟦7 8⟧'
+    """
+    return str(preview_row({"input_ids": list(input_ids), "labels": labels}, tokenizer=tokenizer))
+
+
+def preview_rows(
+    dataset: Any,
+    *,
+    tokenizer: Any = None,
+    num_rows: int = 8,
+    is_seq2seq: bool = False,
+    label_names: Mapping[int, str] | None = None,
+) -> list[list[Any]]:
+    """Show a few rows spread evenly over a map dataset, under `PREVIEW_COLUMNS`.
+
+    Rows whose labels are of a kind not known here are shown without marks.
+    """
+    table = []
+    for index in _spread(dataset, num_rows):
+        shown = preview_row(
+            dataset[index], tokenizer=tokenizer, is_seq2seq=is_seq2seq, label_names=label_names
+        )
+        if shown is not None:
+            table.append([index, str(shown), shown.num_inputs, shown.num_targets])
+    return table
+
+
+def sampled_lengths(dataset: Any, *, num_rows: int = 256) -> list[int]:
+    """Measure the input tokens of at most `num_rows` rows spread evenly over a map dataset."""
+    ids = (_ids(dataset[index]) for index in _spread(dataset, num_rows))
+    return [len(row) for row in ids if row is not None]
+
+
+def _pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> tuple[Piece, ...]:
+    runs: list[tuple[bool, list[int]]] = []
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        is_target = position > 0 and label != IGNORE_INDEX
+        if not runs or runs[-1][0] != is_target:
+            runs.append((is_target, []))
+        runs[-1][1].append(int(token))
+    pieces = [Piece(_decode(tokenizer, run), is_target) for is_target, run in runs]
+    if tokenizer is None:  # numbers need blanks between them
+        blanks = [piece for one in pieces for piece in (Piece(" ", False), one)]
+        pieces = blanks[1:]
+    return tuple(pieces)
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    # Some tokenizers take the blank before a full stop away, which is not what the model reads.
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _spread(dataset: Any, num_rows: int) -> range:
+    # A stream is left alone: looking at its rows would use them up. It may have a length, or
+    # methods that only raise, so asking what it has does not tell.
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return range(0)
+    try:
+        size = len(dataset)
+    except (TypeError, NotImplementedError):
+        return range(0)
+    return range(0, size, max(1, -(-size // num_rows))) if size else range(0)
+
+
+def _ids(row: Any) -> list[int] | None:
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    if ids is None or not hasattr(ids, "__len__"):
+        return None
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    return None if ids and not isinstance(ids[0], int) else list(ids)
