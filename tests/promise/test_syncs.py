@@ -18,7 +18,7 @@ from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.trainer import step
 from hf_gradacc.trainer.runner import UpdateRunner
-from hf_gradacc.trainer.step import start_copy
+from hf_gradacc.updates.copies import start_copy
 
 ROWS = ragged_rows(12, seed=3)
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
