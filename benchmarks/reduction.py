@@ -1,4 +1,4 @@
-"""What it takes to sum gradients over two ranks: seconds, memory, collectives, waits.
+"""What it takes to sum gradients over two ranks: seconds and memory.
 
     python benchmarks/reduction.py            # under gloo on this machine's loopback
     python benchmarks/reduction.py --write
@@ -19,7 +19,6 @@ import contextlib
 import os
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +78,7 @@ class Carried:
 class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.asked = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dist.barrier()
@@ -86,18 +86,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
-
-
-class Peak:
-    """The most memory the process has asked for while it trains, every 2 ms."""
-
-    def __init__(self) -> None:
-        self.most, self.ended = 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-
-    def watch(self) -> None:
-        while not self.ended.wait(0.002):
-            self.most = max(self.most, asked_bytes())
+        self.asked = asked_bytes()
 
 
 def asked_bytes() -> int:
@@ -156,7 +145,6 @@ def train(way: str, micro_batches: int, steps: int, link: float | None) -> dict[
         trainer = (Trainer if stock else GradAccTrainer)(
             model(), arguments, train_dataset=rows, callbacks=[clock], data_collator=collate
         )
-        peak = Peak()
         with contextlib.ExitStack() as patches:
             patches.enter_context(
                 mock.patch.object(reduction.Reduction, "__init__", make_reduction)
@@ -165,11 +153,8 @@ def train(way: str, micro_batches: int, steps: int, link: float | None) -> dict[
                 send_by_hook(trainer.accelerator, slow)
             elif slow:
                 patches.enter_context(mock.patch.object(dist, "all_reduce", slow.all_reduce))
-            peak.thread.start()
             trainer.train()
-            peak.ended.set()
-            peak.thread.join()
-    return {"seconds": clock.seconds[2:], "peak": peak.most}
+    return {"seconds": clock.seconds[2:], "asked": clock.asked}
 
 
 def send_by_hook(accelerator: Any, link: SlowLink) -> None:
@@ -200,14 +185,14 @@ def measure(rounds: int, steps: int) -> list[list[str]]:
     for link in (None, 100.0):
         for micro_batches in (1, 4):
             seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-            peaks: dict[str, list[float]] = {way: [] for way in WAYS}
+            asked: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:
                     ranks = run_ranks(
                         train, 2, way=way, micro_batches=micro_batches, steps=steps, link=link
                     )
                     seconds[way].append(float(np.median(ranks[0]["seconds"])))
-                    peaks[way].append(ranks[0]["peak"] / 2**20)
+                    asked[way].append(ranks[0]["asked"] / 2**20)
             after, inside = (np.array(seconds[way]) for way in WAYS[1:])
             ratio = inside / after
             name = "loopback" if link is None else f"{link:.0f} MiB/s"
@@ -217,7 +202,7 @@ def measure(rounds: int, steps: int) -> list[list[str]]:
                     str(micro_batches),
                     *(f"{np.median(seconds[way]):.3f}" for way in WAYS),
                     f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
-                    *(f"{np.median(peaks[way]):.0f}" for way in WAYS),
+                    *(f"{np.median(asked[way]):.0f}" for way in WAYS),
                 ]
             )
             print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
@@ -236,7 +221,7 @@ if __name__ == "__main__":
         "micro-batches a rank",
         *(f"s/update, {way}" for way in WAYS),
         "inside over after, pairs",
-        *(f"MiB, {way}" for way in WAYS),
+        *(f"MiB between updates, {way}" for way in WAYS),
     ]
     text = table(head, measure(options.rounds, options.steps))
     print(text)

@@ -11,7 +11,9 @@ import itertools
 
 import pytest
 import torch
+from support.ranks import run_ranks
 from support.tiny import make_trainer, ragged_rows, tiny_llama
+from support.waits import count_of_update
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gradacc import GradAccTrainer
@@ -132,3 +134,28 @@ def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path, monkeypatch)
     trainer.train()
     turns = [event for event, _ in itertools.groupby(events)]
     assert turns == ["copy", "forward"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 6])
+def test_one_process_waits_for_its_device_once_an_update_for_the_norm(size):
+    (waits,) = run_ranks(count_of_update, 1, size=size)
+    assert waits == {"gradients._can_pass: tolist": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 6])
+def test_two_ranks_wait_three_times_an_update_however_it_is_cut(size):
+    """For the counts, for the outcome, for the norm: what the host has to know to go on."""
+    for waits in run_ranks(count_of_update, 2, size=size):
+        assert waits == {
+            "collectives.sum_over_ranks: cpu": 1,
+            "outcome.agree: tolist": 1,
+            "gradients._can_pass: tolist": 1,
+        }
+
+
+@pytest.mark.slow
+def test_a_wait_of_a_subclass_would_be_counted_once_a_micro_batch():
+    (waits,) = run_ranks(count_of_update, 1, size=4, reads=True)
+    assert waits["waits.training_step: __float__"] == 3
