@@ -39,6 +39,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_gradacc import GradAccArguments, GradAccTrainer
 from hf_gradacc.ranks import reduction
 
+LINKS = (None, 100.0)
+"""MiB a second; None for the bare loopback."""
+
 WAYS = ("stock", "after the backward", "inside of it")
 
 
@@ -161,7 +164,7 @@ def send_by_hook(accelerator: Any, link: SlowLink) -> None:
     """Let DDP send over the slow link, by a communication hook: the mean over ranks."""
     prepare = accelerator.prepare_model
 
-    def send(state: Any, bucket: Any) -> Any:
+    def send(state, bucket):  # type: ignore[no-untyped-def]  # DDP looks at annotations
         future: Any = torch.futures.Future()
         tensor = bucket.buffer().div_(dist.get_world_size())
         carried = link.all_reduce(tensor, async_op=True)
@@ -182,7 +185,7 @@ def collate(rows: list[Any]) -> dict[str, Any]:
 
 def measure(rounds: int, steps: int) -> list[list[str]]:
     lines = []
-    for link in (None, 100.0):
+    for link in LINKS:
         for micro_batches in (1, 4):
             seconds: dict[str, list[float]] = {way: [] for way in WAYS}
             asked: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -11,8 +11,8 @@ how the attempt ended. If any rank failed, all gradients are dropped and the upd
 it does no harm that some of them were sums already.
 
 Which gradient comes last is a guess: a second backward, or code that changes ``.grad``, may come
-after a bucket was sent. This is noticed (a hook that is called again, another version of the
-tensor). Then the update runs again too, and nothing is sent early from then on.
+after a bucket was sent. It is noticed, since ``.grad`` is then another tensor, or another version
+of it. Then the update runs again too, and nothing is sent early from then on.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Reduction:
         self._places = [0] * len(self._parameters)
         self._num_arrived = 0
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._is_stale = False
 
     def begin(self, parameters: list[Parameter]) -> None:
         """Begin an attempt at an update, without gradients.
@@ -95,14 +94,11 @@ class Reduction:
 
     def _arrive(self, index: int, parameter: Tensor) -> None:
         """Note that a parameter's gradient is there; autograd calls this."""
-        bucket = self._bucket_of.get(index)
-        if bucket is not None and bucket < len(self._sent):
-            self._is_stale = True  # it was sent without this
-            return
         if self._places[index]:
             return
         self._num_arrived += 1
         self._places[index] = self._num_arrived
+        bucket = self._bucket_of.get(index)
         if bucket is None or not self.is_early:
             return
         self._missing[bucket] -= 1
@@ -147,7 +143,7 @@ class Reduction:
             return False, [0] * len(self._parameters)
         self.end_backward()
         self._stop_listening()
-        is_stale = self._is_stale or any(sent.has_changed() for sent in self._sent)
+        is_stale = any(sent.has_changed() for sent in self._sent)
         last = len(self._parameters) + 1  # had its gradient from an earlier micro-batch
         places = [
             0 if p.grad is None else place or last
