@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import run_ranks
-from support.reduction_jobs import Tower, make_value, reduce_by_hand, train_and_write_late
+from support.reduction_jobs import (
+    Tower,
+    free_and_use_ddp,
+    make_value,
+    reduce_by_hand,
+    train_and_write_late,
+)
 from torch.nn import Parameter
 
 from hf_gradacc.ranks.reduction import fill_buckets
@@ -97,6 +103,14 @@ def test_a_step_that_writes_into_gradients_trains_as_if_they_were_sent_after_it(
         assert theirs["sent"] == 0
         for a, b in zip(ours["gradients"], theirs["gradients"], strict=True):
             assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_ddp_holds_no_copy_of_the_gradient_and_reduces_again_if_it_has_to():
+    first, second = run_ranks(free_and_use_ddp, 2)
+    for rank in (first, second):
+        assert rank["freed"] > 0.9 * rank["size"]
+        torch.testing.assert_close(rank["mean"], (first["local"] + second["local"]) / 2)
+    assert not torch.allclose(first["local"], second["local"])
 
 
 def test_buckets_hold_one_kind_each_and_are_in_the_order_they_are_complete():

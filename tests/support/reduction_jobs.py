@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.ranks import engine
+from hf_gradacc.ranks.ddp import free_buckets, keep_ranks_apart
 from hf_gradacc.ranks.reduction import Reduction
 
 from .reference import float64_everywhere
@@ -23,6 +26,7 @@ from .tiny import Recorder, make_trainer, ragged_rows, tiny_llama
 
 __all__ = [
     "Sends",
+    "free_and_use_ddp",
     "reduce_by_hand",
     "say_what_has_no_effect",
     "small_buckets",
@@ -219,6 +223,33 @@ def train_and_write_late(*, early: bool) -> dict[str, Any]:
         )
         trainer.train()
     return {"gradients": recorder.gradients, "sent": sends.all}
+
+
+def free_and_use_ddp() -> dict[str, Any]:
+    """Free DDP's buckets, train without them, then run a forward that DDP has to reduce."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(8)])
+    size = sum(_bytes(p) for p in model.parameters())
+    ddp = DistributedDataParallel(model)
+    keep_ranks_apart(ddp)
+    before = _asked_bytes()
+    free_buckets(ddp)
+    freed = before - _asked_bytes()
+    value = torch.full((2, 1024), 1.0 + dist.get_rank())
+    with ddp.no_sync():
+        ddp(value).sum().backward()
+    local = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    ddp.zero_grad()
+    ddp(value).sum().backward()
+    mean = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return {"size": size, "freed": freed, "local": local[0], "mean": mean[0]}
+
+
+def _asked_bytes() -> int:
+    """What the process has asked the system for: buckets are not touched before they are used."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmData"))
 
 
 class Held(TrainerCallback):
