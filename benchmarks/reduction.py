@@ -1,4 +1,4 @@
-"""What it takes to sum gradients over two ranks: seconds and memory.
+"""What it takes to sum gradients over two ranks: seconds of an update.
 
     python benchmarks/reduction.py            # under gloo on this machine's loopback
     python benchmarks/reduction.py --write
@@ -81,7 +81,6 @@ class Carried:
 class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.asked = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dist.barrier()
@@ -89,15 +88,6 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
-        self.asked = asked_bytes()
-
-
-def asked_bytes() -> int:
-    """Return the size of the heap and of mapped memory, touched or not."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def model() -> LlamaForCausalLM:
@@ -117,7 +107,7 @@ def model() -> LlamaForCausalLM:
 
 
 def train(way: str, micro_batches: int, steps: int, link: float | None) -> dict[str, Any]:
-    """Train on this rank; return seconds of each update but the first two, and bytes."""
+    """Train on this rank; return seconds of each update but the first two."""
     shape = (2 * micro_batches * steps, 128)
     rows = [
         {"input_ids": ids, "labels": ids}
@@ -157,7 +147,7 @@ def train(way: str, micro_batches: int, steps: int, link: float | None) -> dict[
             elif slow:
                 patches.enter_context(mock.patch.object(dist, "all_reduce", slow.all_reduce))
             trainer.train()
-    return {"seconds": clock.seconds[2:], "asked": clock.asked}
+    return {"seconds": clock.seconds[2:]}
 
 
 def send_by_hook(accelerator: Any, link: SlowLink) -> None:
@@ -188,14 +178,12 @@ def measure(rounds: int, steps: int) -> list[list[str]]:
     for link in LINKS:
         for micro_batches in (1, 4):
             seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-            asked: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:
                     ranks = run_ranks(
                         train, 2, way=way, micro_batches=micro_batches, steps=steps, link=link
                     )
                     seconds[way].append(float(np.median(ranks[0]["seconds"])))
-                    asked[way].append(ranks[0]["asked"] / 2**20)
             after, inside = (np.array(seconds[way]) for way in WAYS[1:])
             ratio = inside / after
             name = "loopback" if link is None else f"{link:.0f} MiB/s"
@@ -205,7 +193,6 @@ def measure(rounds: int, steps: int) -> list[list[str]]:
                     str(micro_batches),
                     *(f"{np.median(seconds[way]):.3f}" for way in WAYS),
                     f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
-                    *(f"{np.median(asked[way]):.0f}" for way in WAYS),
                 ]
             )
             print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
@@ -224,7 +211,6 @@ if __name__ == "__main__":
         "micro-batches a rank",
         *(f"s/update, {way}" for way in WAYS),
         "inside over after, pairs",
-        *(f"MiB between updates, {way}" for way in WAYS),
     ]
     text = table(head, measure(options.rounds, options.steps))
     print(text)

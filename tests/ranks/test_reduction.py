@@ -55,6 +55,7 @@ def test_ranks_may_run_other_micro_batches_with_other_parameters_or_none_at_all(
         {"micro_batches": [[(3, 2, 1, 0)], [(0, 1, 2, 3)]]},  # in another order
         {"micro_batches": [[(0, 5)], [(0, 1, 2, 3)]]},  # the first gradient of layer 5
         {"micro_batches": [[ALL], [ALL, ALL]]},  # and of layer 4
+        {"micro_batches": [[(0, 1, 2), (0, 1)], [(0, 1)]]},  # layer 2 is in nobody's last
         CALM,
     ]
     ranks = run_ranks(reduce_by_hand, 2, updates=updates)
