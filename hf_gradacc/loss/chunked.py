@@ -249,7 +249,15 @@ class ChunkedLoss(torch.autograd.Function):
                 share = matmul(narrow, weight.t()) if onednn else narrow @ weight
                 of_hidden[start : start + size] = share
             if wants[1]:
-                of_weight = add_product(of_weight, scores, narrow, rows, onednn=onednn)
+                if onednn:
+                    share = matmul(narrow.t(), rows.t())
+                    of_weight = share if of_weight is None else of_weight.add_(share)
+                elif rows.dtype != wide:
+                    of_weight = add_product(of_weight, scores, narrow, rows)
+                elif of_weight is None:
+                    of_weight = torch.mm(narrow.t(), rows)
+                else:
+                    of_weight.addmm_(narrow.t(), rows)
             if wants[2]:
                 of_bias = scores.sum(0) if of_bias is None else of_bias.add_(scores.sum(0))
         ctx.grads = (of_hidden, of_weight, of_bias)

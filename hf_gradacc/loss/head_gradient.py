@@ -1,9 +1,9 @@
-"""Add up the gradient of an LM head, chunk by chunk, in float32 whatever its weights are.
+"""Add up the gradient of a half-precision LM head in float32, chunk by chunk.
 
-A chunk adds ``scores.T @ rows``, a matrix as large as the head: ``[vocab, hidden]``. In half
-precision a plain product is rounded to 16 bits, written, read again and added to the sum: 12 bytes
-for each weight and chunk, and slower than the product itself for large vocabularies. Kernels that
-add into float32 move 8 and round nothing.
+A chunk adds ``scores.T @ rows``, a matrix as large as the head: ``[vocab, hidden]``. A plain product
+is rounded to 16 bits, written, read again and added to the sum: 12 bytes for each weight and chunk,
+and slower than the product itself for large vocabularies. Kernels that add into float32 move 8 and
+round nothing.
 """
 
 from __future__ import annotations
@@ -13,28 +13,20 @@ import functools
 import torch
 from torch import Tensor
 
-from hf_gradacc.loss.onednn import matmul
-
 __all__ = ["add_product", "adds_into_float32", "multiplies_half_slowly"]
 
 
-def add_product(
-    total: Tensor | None, scores: Tensor, narrow: Tensor, rows: Tensor, *, onednn: bool
-) -> Tensor:
+def add_product(total: Tensor | None, scores: Tensor, narrow: Tensor, rows: Tensor) -> Tensor:
     """Add ``scores.T @ rows`` to a sum, in place; the first of a sum is the sum.
 
     Args:
         total: ``[vocab, hidden]`` in the type of `scores`; None for a first chunk.
         scores: ``[chunk, vocab]``, gradients of the logits in float32 or wider.
         narrow: The same in the type of `rows`, as a linear layer's backward would be handed them.
-        rows: ``[chunk, hidden]``, what the head was given.
-        onednn: Let oneDNN multiply, see `hf_gradacc.loss.onednn`.
+        rows: ``[chunk, hidden]``, what the head was given, in half precision.
     """
-    if onednn:
-        share = matmul(narrow.t(), rows.t())
-        return share if total is None else total.add_(share)
     wide, device_type = scores.dtype, rows.device.type
-    if rows.dtype == wide or (device_type == "cpu" and multiplies_half_slowly()):
+    if device_type == "cpu" and multiplies_half_slowly():
         rows = rows.to(wide)
         return torch.mm(scores.t(), rows) if total is None else total.addmm_(scores.t(), rows)
     if adds_into_float32(device_type, rows.dtype):

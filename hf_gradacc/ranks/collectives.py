@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _NormBase
 
-from hf_gradacc.updates.copies import start_copy
-from hf_gradacc.updates.update import Update
+from hf_gradacc.updates.update import Update, start_copy
 
 __all__ = [
     "agree_on_inputs",

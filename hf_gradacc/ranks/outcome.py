@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradacc.errors import GradAccError, RankFailedError
-from hf_gradacc.updates.copies import start_copy
+from hf_gradacc.updates.update import start_copy
 
 __all__ = ["RankFailure", "UpdateOutcome"]
 

@@ -45,11 +45,10 @@ from hf_gradacc.trainer.step import MicroBatchStep
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
-from hf_gradacc.updates.copies import start_copy
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
-from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
+from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats, start_copy
 
 __all__ = ["UpdateResult", "UpdateRunner"]
 

@@ -16,8 +16,8 @@ from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
-from hf_gradacc.updates.copies import start_copy
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import start_copies
 
 __all__ = ["MicroBatchStep", "smoothed_loss"]
 
@@ -93,7 +93,7 @@ class MicroBatchStep:
         taken, positions = self.shortcuts, None
         if taken is not None and isinstance(inputs, Mapping):
             shaped, positions = taken.shape(inputs)
-            inputs, positions = _start_copies(shaped, positions, taken.head, device)
+            inputs, positions = start_copies(shaped, positions, device)
         with contextlib.ExitStack() as layout:
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
@@ -106,27 +106,6 @@ class MicroBatchStep:
         if self.after is not None:
             self.after()
         return loss
-
-
-def _start_copies(
-    inputs: dict[str, Any], positions: Tensor | None, head: nn.Module | None, device: torch.device
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Queue the copies of a micro-batch, each tensor's once: its labels have two names.
-
-    Args:
-        inputs: What the model is given.
-        positions: Those whose logits are wanted, needed where the head is.
-        head: The LM head, which may be on another device than the layers in front.
-        device: Where the inputs go.
-    """
-    copies = {id(value): start_copy(value, device) for value in inputs.values()}
-    copied = {key: copies[id(value)] for key, value in inputs.items()}
-    if positions is None or head is None:
-        return copied, positions
-    weight = next(head.parameters(), None)
-    if weight is not None and weight.device.type == device.type:  # it is not offloaded
-        device = weight.device
-    return copied, start_copy(positions, device)
 
 
 def smoothed_loss(

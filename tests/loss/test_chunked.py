@@ -270,9 +270,7 @@ def sum_chunks(scores, rows, *, chunk, dtype=torch.float32):
     with Moved(torch.Size((scores.shape[1], rows.shape[1]))) as moved:
         for start in range(0, len(rows), chunk):
             part = scores[start : start + chunk]
-            total = add_product(
-                total, part, part.to(rows.dtype), rows[start : start + chunk], onednn=False
-            )
+            total = add_product(total, part, part.to(rows.dtype), rows[start : start + chunk])
     assert total.dtype is dtype
     return total, moved
 

@@ -20,7 +20,7 @@ from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.trainer import step
 from hf_gradacc.trainer.runner import UpdateRunner
-from hf_gradacc.updates.copies import start_copy
+from hf_gradacc.updates.update import start_copies
 
 ROWS = ragged_rows(12, seed=3)
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
@@ -112,11 +112,11 @@ def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path, monkeypatch)
     """Stock moves all micro-batches of an update at once."""
     events = []
 
-    def watched_copy(value, device):
+    def watched_copies(*args):
         events.append("copy")
-        return start_copy(value, device)
+        return start_copies(*args)
 
-    monkeypatch.setattr(step, "start_copy", watched_copy)
+    monkeypatch.setattr(step, "start_copies", watched_copies)
 
     class Watched(GradAccTrainer):
         def compute_loss(self, *args, **kwargs):

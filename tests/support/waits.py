@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.ranks import collectives, outcome
 from hf_gradacc.trainer import runner, step
+from hf_gradacc.updates import update
 
 from .tiny import make_trainer, ragged_rows, tiny_llama
 
@@ -50,6 +51,7 @@ class HostWaits(TorchFunctionMode):
         for module in _MODULES:
             if hasattr(module, "start_copy"):
                 self._patches.enter_context(mock.patch.object(module, "start_copy", _moved))
+        self._patches.enter_context(mock.patch.object(update, "start_copy", _moved))
         self.__enter__()
 
     def stop(self) -> None:
