@@ -1,9 +1,9 @@
 """Add up the gradient of a half-precision LM head in float32, chunk by chunk.
 
-A chunk adds ``scores.T @ rows``, a matrix as large as the head: ``[vocab, hidden]``. A plain product
-is rounded to 16 bits, written, read again and added to the sum: 12 bytes for each weight and chunk,
-and slower than the product itself for large vocabularies. Kernels that add into float32 move 8 and
-round nothing.
+A chunk adds ``scores.T @ rows``, a matrix as large as the head: ``[vocab, hidden]``. A plain
+product is rounded to 16 bits, written, read again and added to the sum: 12 bytes for each weight
+and chunk, and slower than the product itself for large vocabularies. Kernels that add into float32
+move 8 and round nothing.
 """
 
 from __future__ import annotations
