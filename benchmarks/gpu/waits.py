@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.host_reads import Waits
 from support.tiny import make_trainer, ragged_rows, tiny_llama
-from support.waits import Waits
 from transformers import TrainerCallback
 
 import hf_gradacc

@@ -116,7 +116,8 @@ class Loss:
         if loss.requires_grad:
             with contextlib.suppress(RuntimeError):  # cuDNN's RNNs, in evaluation mode
                 parts = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-                gradient = torch.cat([_in_double(part).reshape(-1) for part in parts])
+                first = parts[0].device  # a model may be spread over several
+                gradient = torch.cat([_in_double(part.to(first)).reshape(-1) for part in parts])
         return Answer(float(loss.detach()), gradient, drew, self._weighted)
 
     def _of_copy(self, inputs: Mapping[str, Any], count: int | None) -> Tensor:

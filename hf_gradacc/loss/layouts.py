@@ -164,8 +164,8 @@ def kept_rows(head: nn.Module | None, rows: Tensor | None) -> Iterator[None]:
 
     Args:
         head: Takes hidden states ``[batch, seq, hidden]``; see `find_head`.
-        rows: Positions ``[kept]`` in the flattened ``[batch * seq]`` hidden states, on the same
-            device. The head then gives logits ``[1, kept, vocab]``. None keeps all.
+        rows: Positions ``[kept]`` in the flattened ``[batch * seq]`` hidden states. The head then
+            gives logits ``[1, kept, vocab]``. None keeps all.
     """
     if head is None or rows is None:
         yield
@@ -174,7 +174,8 @@ def kept_rows(head: nn.Module | None, rows: Tensor | None) -> Iterator[None]:
     def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return (flat.index_select(0, rows).unsqueeze(0), *rest)
+        # Of a model over several devices, the layers in front may be on another one.
+        return (flat.index_select(0, rows.to(flat.device)).unsqueeze(0), *rest)
 
     # In front of all other hooks: those of FSDP or LoRA then see fewer rows and nothing else.
     handle = head.register_forward_pre_hook(keep, prepend=True)

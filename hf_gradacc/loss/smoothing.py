@@ -36,6 +36,7 @@ def smoothing_correction(
     Returns:
         A scalar to add to the loss.
     """
+    labels = labels.to(logits.device)  # the head may be on another one than the inputs
     if logits.ndim == 3 and labels.ndim == 2:
         extra = logits.shape[1] - labels.shape[1]
         if extra > 0:

@@ -132,9 +132,9 @@ class DeepSpeed(Engine):
                 f"configuration."
             )
 
-    def after_wrapping(self, model: nn.Module) -> None:
+    def after_wrapping(self, model: nn.Module, *, has_own_step: bool = False) -> None:
         """Keep the engine from stepping inside a backward."""
-        super().after_wrapping(model)
+        super().after_wrapping(model, has_own_step=has_own_step)
         self._updates = UpdateEngine(model)
         self.accelerator.deepspeed_engine_wrapped = self._updates
 

@@ -1,8 +1,9 @@
 """How the ranks of a run share an update: one process, DDP, or weights sharded by FSDP2.
 
 An engine decides when gradients are held back, sums the counts of the ranks' shares, and reduces.
-Under DDP ranks run alone: each accumulates gradients locally, and they are summed once, after the
-last micro-batch. So ranks may run different numbers of micro-batches, or none. FSDP2 and ZeRO
+Under DDP ranks run alone: each accumulates gradients locally, and they are summed once, from inside
+of its last backward on (`ranks.reduction`). So ranks may run different numbers of micro-batches, or
+none. FSDP2 and ZeRO
 (`ranks.deepspeed`) gather weights in each forward and average gradients in the backward that
 reduces them. So all ranks run the largest number that any rank has planned;
 `updates.recut.even_out` cuts the others' shares finer.
@@ -15,20 +16,19 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.ranks.collectives import (
-    all_reduce_gradients,
-    keep_ranks_apart,
-    sum_over_ranks,
-    trainable,
-)
+from hf_gradacc.ranks.collectives import sum_over_ranks, trainable
+from hf_gradacc.ranks.ddp import bucket_bytes_of, free_buckets, has_collectives, keep_ranks_apart
 from hf_gradacc.ranks.outcome import UpdateOutcome
+from hf_gradacc.ranks.reduction import Reduction
 from hf_gradacc.updates.update import UpdateStats
 
 __all__ = [
@@ -39,6 +39,8 @@ __all__ = [
     "end_group_at_exit",
     "make_engine",
 ]
+
+logger = logging.get_logger(__name__)
 
 _SECONDS_TO_REST = 0.1
 
@@ -89,6 +91,20 @@ class Engine:
         """Yield settings that train a wrong gradient, or one that was never compared."""
         yield from ()
 
+    @property
+    def reduces_each_micro_batch(self) -> bool:
+        """Whether the user asked for it: accelerate's ``sync_each_batch``."""
+        return bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+
+    def find_notes(self) -> Iterator[str]:
+        """Yield settings that have no effect."""
+        if self.reduces_each_micro_batch and self.world_size > 1:
+            yield (
+                "gradient_accumulation_kwargs: sync_each_batch = True has no effect without FSDP: "
+                "gradients are reduced once per update. More often would save no memory under DDP "
+                "and ZeRO-1, and ZeRO-2 and 3 reduce in each backward anyway."
+            )
+
     def before_wrapping(self, checkpoint: str | None, *, is_wrapped: bool) -> None:
         """Prepare for the model to be wrapped.
 
@@ -97,8 +113,13 @@ class Engine:
             is_wrapped: An earlier call of ``train()`` has wrapped the model.
         """
 
-    def after_wrapping(self, model: nn.Module) -> None:
-        """Keep a forward from waiting for other ranks, unless the engine needs it."""
+    def after_wrapping(self, model: nn.Module, *, has_own_step: bool = False) -> None:
+        """Keep a forward from waiting for other ranks, unless the engine needs it.
+
+        Args:
+            model: The wrapped model.
+            has_own_step: Its ``training_step`` runs a backward of its own, or several.
+        """
         keep_ranks_apart(model)
 
     def count(self, local: UpdateStats) -> tuple[UpdateStats, list[int]]:
@@ -116,6 +137,9 @@ class Engine:
         total = sum_over_ranks(torch.cat([counts, planned]), device=self.args.device)
         return UpdateStats.from_counts(total[: len(counts)]), total[len(counts) :].tolist()
 
+    def begin_attempt(self, model: nn.Module) -> None:
+        """Begin an attempt at an update. Micro-batches outside of one are reduced by nobody."""
+
     def hold_gradients(
         self, model: nn.Module, *, is_last: bool
     ) -> contextlib.AbstractContextManager[Any]:
@@ -127,10 +151,11 @@ class Engine:
         """
         return contextlib.nullcontext()
 
-    def agree(
-        self, outcome: UpdateOutcome, *, loss: Tensor | None, model: nn.Module
-    ) -> UpdateOutcome:
-        """Exchange the outcome of the update with all ranks; return the worst.
+    def end_backward(self) -> None:
+        """Note that the stock step has run the update's last backward on this rank."""
+
+    def agree(self, outcome: UpdateOutcome, *, loss: Tensor | None) -> UpdateOutcome:
+        """Exchange the outcome of the attempt with all ranks; return the worst.
 
         One collective. Every rank calls it, also after a failure.
         """
@@ -138,7 +163,7 @@ class Engine:
             return outcome
         return outcome.agree(device=self.args.device, loss=loss)[0]
 
-    def reduce(self, model: nn.Module) -> None:
+    def reduce(self) -> None:
         """Sum the update's gradients over ranks, unless a backward has done that."""
 
     def clip(self, model: nn.Module, stock_clip: Callable[[nn.Module], Any]) -> Any:
@@ -157,33 +182,59 @@ class OneProcess(Engine):
 
 
 class DataParallel(Engine):
-    """DDP. Gradients are summed once per update, outside of DDP, see `ranks.collectives`."""
+    """DDP. Gradients are summed once per update, outside of DDP, see `ranks.reduction`."""
 
-    _has_grad_anywhere: list[bool]
+    _reduction: Reduction
+    _places: list[int]
 
-    def hold_gradients(
-        self, model: nn.Module, *, is_last: bool
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Never let DDP reduce: `reduce` does that, after the last micro-batch."""
-        return self.accelerator.no_sync(model)
+    def after_wrapping(self, model: nn.Module, *, has_own_step: bool = False) -> None:
+        """Free DDP's buckets, and choose whether gradients may be sent from a backward.
 
-    def agree(
-        self, outcome: UpdateOutcome, *, loss: Tensor | None, model: nn.Module
-    ) -> UpdateOutcome:
-        """Agree in one collective, which also finds the parameters with a gradient on any rank."""
-        has_grad = [p.grad is not None for p in trainable(model)]
-        worst, self._has_grad_anywhere = outcome.agree(
-            device=self.args.device, loss=loss, has_grad=has_grad
+        Not if it may be the first of several, or has collectives of its own.
+        """
+        super().after_wrapping(model)
+        free_buckets(model)
+        self._reduction = Reduction(
+            bucket_bytes=bucket_bytes_of(model),
+            is_early=not (has_own_step or has_collectives(model)),
         )
+
+    def begin_attempt(self, model: nn.Module) -> None:
+        """Begin to note which gradients come, and when."""
+        self._reduction.begin(trainable(model))
+
+    @contextlib.contextmanager
+    def hold_gradients(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Never let DDP reduce; send gradients from the last backward ourselves."""
+        listening = self._reduction.listening() if is_last else contextlib.nullcontext()
+        with self.accelerator.no_sync(model), listening:
+            yield
+
+    def end_backward(self) -> None:
+        """Send the gradients that were not sent from inside of the backward."""
+        self._reduction.end_backward()
+
+    def agree(self, outcome: UpdateOutcome, *, loss: Tensor | None) -> UpdateOutcome:
+        """Agree in one collective, which also finds the parameters with a gradient on any rank."""
+        is_stale, places = self._reduction.finish(failed=outcome.failed)
+        worst, self._places = replace(outcome, stale=int(is_stale)).agree(
+            device=self.args.device, loss=loss, places=places
+        )
+        if worst.failed:
+            self._reduction.abandon(is_stale=bool(worst.stale))
         return worst
 
-    def reduce(self, model: nn.Module) -> None:
-        """Sum gradients in the precision that they were accumulated in."""
-        all_reduce_gradients(trainable(model), has_grad_anywhere=self._has_grad_anywhere)
+    def reduce(self) -> None:
+        """Wait for the sums, in the precision that gradients were accumulated in."""
+        self._reduction.complete(self._places)
 
 
 class FullySharded(Engine):
-    """FSDP2, which reduces in the last backward of an update."""
+    """FSDP2, which reduces in the last backward of an update, or in each if it is asked to.
+
+    Up to the last backward, each rank holds whole gradients. Reduced in each, it holds its shard of
+    them. The sum is the same: a mean over ranks of each micro-batch, added up.
+    """
 
     lockstep = True
     shards_weights = True
@@ -203,11 +254,15 @@ class FullySharded(Engine):
                 "the compiled wrapper that gathers its weights. Leave out one of the two."
             )
 
+    def find_notes(self) -> Iterator[str]:
+        """Yield nothing: ``sync_each_batch`` is heard."""
+        yield from ()
+
     def hold_gradients(
         self, model: nn.Module, *, is_last: bool
     ) -> contextlib.AbstractContextManager[Any]:
-        """Hold back gradients in every backward but the last."""
-        if is_last or self.world_size == 1:
+        """Hold back gradients in every backward but the last, unless each is to reduce them."""
+        if is_last or self.world_size == 1 or self.reduces_each_micro_batch:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
 
@@ -246,6 +301,8 @@ def make_engine(
         )
     for problem in engine.find_problems():
         raise ConfigError(problem)
+    for note in engine.find_notes():
+        logger.warning_once(note)
     return engine
 
 

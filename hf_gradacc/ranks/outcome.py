@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradacc.errors import GradAccError, RankFailedError
+from hf_gradacc.updates.update import start_copy
 
 __all__ = ["RankFailure", "UpdateOutcome"]
 
@@ -34,6 +35,7 @@ class UpdateOutcome:
         row_length: Tokens of a row that failed alone, 0 if none did.
         row: That row's place in the dataset, -1 if unknown.
         stop: Number of the signal that asked to stop, 0 if none.
+        stale: A gradient changed after it was sent to the other ranks, see `ranks.reduction`.
         bad_loss: The loss is NaN or infinite.
     """
 
@@ -44,43 +46,45 @@ class UpdateOutcome:
     row_length: int = 0
     row: int = -1
     stop: int = 0
+    stale: int = 0
     bad_loss: int = 0
 
     @property
     def failed(self) -> bool:
         """Whether any rank must run the update again, or cannot run it."""
-        return bool(self.out_of_memory or self.broken)
+        return bool(self.out_of_memory or self.broken or self.stale)
 
     def agree(
         self,
         *,
         device: torch.device,
         loss: Tensor | None = None,
-        has_grad: Sequence[bool] = (),
-    ) -> tuple[UpdateOutcome, list[bool]]:
+        places: Sequence[int] = (),
+    ) -> tuple[UpdateOutcome, list[int]]:
         """Exchange outcomes with all ranks, in one collective that every rank calls, failed or not.
 
         Args:
             device: Where collectives run.
             loss: This rank's loss. The same collective exchanges whether it is finite.
-            has_grad: Which parameters have a gradient here, in an order that is the same on all
-                ranks. Exchanged along, to save a second collective.
+            places: In which place each parameter's gradient came here, 0 if it has none; see
+                `Reduction.finish`. Exchanged along, to save a second collective.
 
         Returns:
-            The worst of all outcomes, and which parameters have a gradient on any rank.
+            The worst of all outcomes, and the largest places of all ranks.
         """
         values = [getattr(self, field.name) for field in fields(self)]
         largest = torch.iinfo(torch.int64).max
         # The smallest cap has the largest negative. No proposal is the smallest number of all.
         values[2] = -self.cap if self.cap else -largest
         n = len(values)
-        vector = torch.tensor([*values, *map(int, has_grad)], dtype=torch.int64).to(device)
+        vector = torch.tensor([*values, *places], dtype=torch.int64)
+        vector = start_copy(vector, device)
         if loss is not None:
             vector[n - 1] = (~torch.isfinite(loss)).to(torch.int64)
         dist.all_reduce(vector, op=dist.ReduceOp.MAX)
         worst = vector.tolist()
         worst[2] = -worst[2] if worst[2] > -largest else 0
-        return UpdateOutcome(*worst[:n]), list(map(bool, worst[n:]))
+        return UpdateOutcome(*worst[:n]), worst[n:]
 
 
 # Parts of the errors that a collective raises if another rank is gone: gloo, NCCL, the store.

@@ -12,30 +12,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AttributeState", "BufferState", "RandomState", "Rollback"]
+__all__ = ["AttributeState", "BufferState", "RandomState", "Rollback", "devices_of"]
 
 _SMALL_BUFFER_BYTES = 2**20
 _MOST_ITEMS = 1024
 
 
 class RandomState:
-    """State of all generators a forward may use: torch's, the device's, numpy's, Python's."""
+    """State of all generators a forward may use: torch's, the devices', numpy's, Python's.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._backend: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
+    Args:
+        *devices: Those that the model runs on, see `devices_of`.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
         self._torch = torch.get_rng_state()
         # The state of a device's generator is on the host: nothing waits here.
-        self._on_device: Any = self._backend.get_rng_state(device) if self._backend else None
+        self._on_devices: dict[torch.device, Tensor] = {
+            device: backend.get_rng_state(device)
+            for device in devices
+            if (backend := _backend_of(device)) is not None
+        }
         self._numpy: Any = np.random.get_state()
         self._python = random.getstate()
 
     def has_moved(self) -> bool:
         """Return whether any generator was used since."""
-        now = RandomState(self._device)
+        now = RandomState(*self._on_devices)
         return (
             not torch.equal(self._torch, now._torch)
-            or (self._backend is not None and not torch.equal(self._on_device, now._on_device))
+            or any(not torch.equal(s, now._on_devices[d]) for d, s in self._on_devices.items())
             or self._numpy[2:] != now._numpy[2:]
             or not np.array_equal(self._numpy[1], now._numpy[1])
             or self._python != now._python
@@ -44,8 +50,8 @@ class RandomState:
     def restore(self) -> None:
         """Set every generator back to its state."""
         torch.set_rng_state(self._torch)
-        if self._backend is not None:
-            self._backend.set_rng_state(self._on_device, self._device)
+        for device, state in self._on_devices.items():
+            _backend_of(device).set_rng_state(state, device)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
 
@@ -134,19 +140,19 @@ class Rollback:
 
     Args:
         model: The model that the buffers belong to.
-        device: The device it runs on.
+        device: The device its inputs go to; its weights may lie on several.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
-        self._device = device
+        self._devices = devices_of(model, device)
         self._names: set[str] | None = None  # all of them, until the first update has shown
-        self._random = RandomState(device)
+        self._random = RandomState(*self._devices)
         self._buffers: BufferState | None = None
 
     def mark(self) -> None:
         """Store the present state, for `restore`."""
-        self._random = RandomState(self._device)
+        self._random = RandomState(*self._devices)
         is_due = self._names is None or bool(self._names)
         self._buffers = BufferState(self._model, self._names) if is_due else None
 
@@ -160,6 +166,16 @@ class Rollback:
         """Note that the update went through: from its first one learn which buffers change."""
         if self._names is None and self._buffers is not None:
             self._names = self._buffers.changed()
+
+
+def devices_of(model: nn.Module, device: torch.device) -> list[torch.device]:
+    """List every device that a model runs on: that of its inputs, and those of its weights."""
+    return [*dict.fromkeys([device, *(p.device for p in model.parameters())])]
+
+
+def _backend_of(device: torch.device) -> Any:
+    """Return the module of torch that holds a device's generator; None for the CPU's, and meta."""
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
 
 
 @dataclass(frozen=True)

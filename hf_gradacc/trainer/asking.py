@@ -28,7 +28,7 @@ from hf_gradacc.loss.probe_rows import ProbeRows
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
-from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState
+from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, devices_of
 from hf_gradacc.trainer.overrides import definers
 from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.loader import ModelFacts
@@ -187,7 +187,7 @@ class Trace:
     """
 
     def __init__(self, trainer: Any, model: nn.Module, device: torch.device) -> None:
-        self._random = RandomState(device)
+        self._random = RandomState(*devices_of(model, device))
         self._buffers = BufferState(model)
         self._of_modules = AttributeState(
             model.modules(),

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_gradacc.errors import NonFiniteError
 from hf_gradacc.ranks.collectives import gather_objects
 from hf_gradacc.safety.non_finite import describe_rows, find_bad_tensor
-from hf_gradacc.safety.rollback import RandomState
+from hf_gradacc.safety.rollback import RandomState, devices_of
 from hf_gradacc.tracking.install import record_event
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
@@ -177,7 +177,7 @@ class GradientGate:
 
 def _explain(trainer: Any, runner: UpdateRunner, result: UpdateResult, model: nn.Module) -> str:
     """Run micro-batches again to find the first bad tensor; join what all ranks found."""
-    after = RandomState(trainer.args.device)
+    after = RandomState(*devices_of(model, trainer.args.device))
     runner.rollback.restore()
     rows = "; ".join(describe_rows(mb) for mb in result.update if not mb.weightless)
     text: str | None = (

@@ -292,7 +292,8 @@ class GradAccMixin(Trainer):
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
-        self._rank_engine.after_wrapping(model)
+        has_own_step = find_own_step(type(self)) is not None
+        self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
         if self._training_data.sample_inputs is not None:
             facts = self._ask(model, self._training_data.sample_inputs, sample=self.sample)

@@ -41,14 +41,14 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.trainer.asking import padding_style
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.noise import NoiseListener
-from hf_gradacc.trainer.step import MicroBatchStep, start_copy
+from hf_gradacc.trainer.step import MicroBatchStep
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
-from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
+from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats, start_copy
 
 __all__ = ["UpdateResult", "UpdateRunner"]
 
@@ -158,13 +158,16 @@ class UpdateRunner:
             if trainer.args.accumulate_grads_in_fp32 or stats.num_micro_batches > 1:
                 self._sum_in_float32()
             loss: Tensor | None = None
+            self.engine.begin_attempt(model)
             with self._catching(trainer) as failure:
                 if self._can_measure_noise(trainer.facts):
                     self.noise.begin(model, update)
                 loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
+            if failure.outcome is not None:
+                free_memory(model)  # at once: this rank may still owe the others its gradients
             outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
             with self._meeting_ranks():
-                outcome = self.engine.agree(outcome, loss=loss, model=model)
+                outcome = self.engine.agree(outcome, loss=loss)
             if not outcome.failed:
                 break
             self.rollback.restore()
@@ -177,7 +180,7 @@ class UpdateRunner:
         trainer.stop_signals.agreed = outcome.stop
         if self.engine.world_size > 1:
             with self._meeting_ranks():
-                self.engine.reduce(model)
+                self.engine.reduce()
         if self.noise.is_listening:
             is_sum = trainer.facts.weighing == "sum"
             self.noise.end(trainer, model, num_summed=stats.num_targets if is_sum else 1)
@@ -222,10 +225,11 @@ class UpdateRunner:
                     num_micro_batches=self._num_weighed,
                     factor=factor,
                 )
-            self.step.begin(divisor)  # the stock step divides the loss by it
+            is_last = i + 1 == len(micro_batches)
+            # The stock step divides the loss by it.
+            self.step.begin(divisor, after=self.engine.end_backward if is_last else None)
             trainer.loss_is_scaled_for_ga = False
             count = None if counts is None else counts[i]
-            is_last = i + 1 == len(micro_batches)
             with (
                 self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),
                 self.engine.hold_gradients(model, is_last=is_last),
@@ -236,7 +240,7 @@ class UpdateRunner:
                 part = own.weigh(part, divisor)
             else:
                 self.step.check_weighed(type(trainer))
-            loss = loss + part
+            loss = loss + part.to(loss.device)
             if self.noise.is_listening:
                 num_targets = micro_batch.targets.under(facts.rule)
                 is_sum = facts.weighing == "sum"
@@ -384,6 +388,13 @@ class UpdateRunner:
             raise failure.error or RankFailedError(
                 "another rank failed in this update; its log says why. This rank stops, too."
             )
+        if outcome.stale:
+            logger.warning_once(
+                "a gradient changed after the last backward of an update had begun to send it to "
+                "the other ranks: by another backward, or by code that writes into .grad. The "
+                "update runs again, and gradients are sent after it from now on."
+            )
+            return
         if not outcome.cap:
             # Try again with empty caches: memory may only have been fragmented.
             if tried and tried[-1].endswith("alone"):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.chunked import without_logits
@@ -16,13 +15,11 @@ from hf_gradacc.loss.layouts import kept_rows
 from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
-from hf_gradacc.safety.out_of_memory import is_out_of_memory, message_of
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import start_copies
 
-__all__ = ["MicroBatchStep", "smoothed_loss", "start_copy"]
-
-logger = logging.get_logger(__name__)
+__all__ = ["MicroBatchStep", "smoothed_loss"]
 
 
 class MicroBatchStep:
@@ -34,6 +31,7 @@ class MicroBatchStep:
             micro-batch.
         num_reads: How often the divisor was read. Whoever reads it is trusted to divide by it.
         own: Weighs a ``training_step`` that runs a backward of its own; None if there is none.
+        after: What to call once the stock step has run; None for nothing.
     """
 
     def __init__(self) -> None:
@@ -41,10 +39,11 @@ class MicroBatchStep:
         self.own: OwnStep | None = None
         self.divisor = 1.0
         self.num_reads = 0
+        self.after: Callable[[], None] | None = None
 
-    def begin(self, divisor: float) -> None:
-        """Set the weight of the micro-batch that comes next."""
-        self.divisor, self.num_reads = divisor, 0
+    def begin(self, divisor: float, *, after: Callable[[], None] | None = None) -> None:
+        """Set the weight of the micro-batch that comes next, and what to call after it."""
+        self.divisor, self.num_reads, self.after = divisor, 0, after
 
     def read_divisor(self) -> float:
         """Return what a loss must be divided by."""
@@ -91,51 +90,22 @@ class MicroBatchStep:
         Returns:
             The weighted loss, detached.
         """
-        taken = self.shortcuts
-        if taken is None:
-            return stock_step(model, inputs, count)
-        if not isinstance(inputs, Mapping):
-            with onednn_linears(taken.linears):
-                return stock_step(model, inputs, count)
-        shaped, positions = taken.shape(inputs)
-        shaped = {key: start_copy(value, device) for key, value in shaped.items()}
-        is_chunked = taken.chunked_loss and positions is not None
-        positions = start_copy(positions, device)
-        with (
-            onednn_linears(taken.linears) if taken.linears else contextlib.nullcontext(),
-            kept_rows(taken.head, positions),
-            without_logits(
-                taken.owner if is_chunked else None, taken.head, onednn=bool(taken.linears)
-            ),
-        ):
-            return stock_step(model, shaped, count)
-
-
-def start_copy(value: Any, device: torch.device) -> Any:
-    """Queue the copy of a tensor to the device; the host does not wait for it."""
-    if not isinstance(value, Tensor) or value.device == device:
-        return value
-    if device.type == "cuda" and value.device.type == "cpu":
-        # From pageable memory the host would wait until the copy has been staged.
-        value = value if value.is_pinned() else _pinned(value)
-    return value.to(device, non_blocking=True)
-
-
-def _pinned(value: Tensor) -> Tensor:
-    """Return a copy in pinned memory; where the host has none left, the tensor itself.
-
-    CUDA calls that "out of memory" too, but no finer cut gives the host more of it.
-    """
-    try:
-        return value.pin_memory()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.warning_once(
-            f"the host has no pinned memory left ({message_of(error)}): copies to the device are "
-            f"waited for. `ulimit -l` limits it; dataloader_pin_memory = False needs less."
-        )
-        return value
+        taken, positions = self.shortcuts, None
+        if taken is not None and isinstance(inputs, Mapping):
+            shaped, positions = taken.shape(inputs)
+            inputs, positions = start_copies(shaped, positions, device)
+        with contextlib.ExitStack() as layout:
+            if taken is not None and taken.linears:
+                layout.enter_context(onednn_linears(taken.linears))
+            if taken is not None and positions is not None:
+                layout.enter_context(kept_rows(taken.head, positions))
+                if taken.chunked_loss:
+                    onednn = bool(taken.linears)
+                    layout.enter_context(without_logits(taken.owner, taken.head, onednn=onednn))
+            loss = stock_step(model, inputs, count)
+        if self.after is not None:
+            self.after()
+        return loss
 
 
 def smoothed_loss(
@@ -166,10 +136,11 @@ def smoothed_loss(
         trainer.label_smoother = smoother
     if trainer.facts is not None:
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-        loss = loss + smoothing_correction(
+        correction = smoothing_correction(
             logits,
             inputs.get("shift_labels", inputs["labels"]),
             epsilon=smoother.epsilon,
             shifted=trainer.facts.rule is TargetRule.NEXT_TOKEN and "shift_labels" not in inputs,
         )
+        loss = loss + correction.to(loss.device)
     return (loss, outputs) if return_outputs else loss

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
 from hf_gradacc.ranks.outcome import RankFailure
 from hf_gradacc.safety.out_of_memory import advice_on_pieces, is_out_of_memory, message_of
-from hf_gradacc.safety.rollback import RandomState
+from hf_gradacc.safety.rollback import RandomState, devices_of
 from hf_gradacc.safety.run_state import keep, kept
 from hf_gradacc.safety.signals import EvaluationStopped, StopSignals
 from hf_gradacc.tracking.phases import Phase
@@ -173,10 +173,11 @@ class Stopping:
             keep(trainer.state, evaluation_due=None)
             if due == "left out":  # the checkpoint's random state lacks what its loader draws
                 trainer._load_rng_state(arguments["resume_from_checkpoint"])
-            before = RandomState(trainer.args.device)
+            devices = devices_of(trainer.model, trainer.args.device)
+            before = RandomState(*devices)
             metrics = trainer._evaluate(arguments["trial"], arguments["ignore_keys_for_eval"])
             if due == "left out":
-                self._after_evaluation = RandomState(trainer.args.device)
+                self._after_evaluation = RandomState(*devices)
             before.restore()
             if not metrics:  # broken off again: the checkpoint still says that it is due
                 trainer.control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""An update as an object: its micro-batches, and what it consumed as a row of numbers."""
+"""An update as an object: its micro-batches on their way to a device, and its row of numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
 
-__all__ = ["MicroBatch", "Update", "UpdateStats"]
+__all__ = ["MicroBatch", "Update", "UpdateStats", "start_copies", "start_copy"]
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -163,3 +166,40 @@ class UpdateStats:
         """Undo `counts`."""
         names = [f.name for f in fields(cls) if f.name != "step_seconds"]
         return cls(**dict(zip(names, map(int, counts.tolist()), strict=True)))
+
+
+def start_copies(
+    inputs: dict[str, Any], positions: Tensor | None, device: torch.device
+) -> tuple[dict[str, Any], Any]:
+    """Queue the copies of a micro-batch, each tensor's once: labels may have two names."""
+    copies = {id(value): start_copy(value, device) for value in inputs.values()}
+    return {key: copies[id(value)] for key, value in inputs.items()}, start_copy(positions, device)
+
+
+def start_copy(value: Any, device: torch.device) -> Any:
+    """Queue the copy of a tensor to the device; the host does not wait for it."""
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        # From pageable memory the host would wait until the copy has been staged.
+        value = value if value.is_pinned() else _pinned(value)
+    return value.to(device, non_blocking=True)
+
+
+def _pinned(value: Tensor) -> Tensor:
+    """Return a copy in pinned memory; where the host has none left, the tensor itself.
+
+    CUDA calls that "out of memory" too, but no finer cut gives the host more of it. Any other error
+    comes again with the copy.
+    """
+    try:
+        return value.pin_memory()
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        message = str(error).strip().partition("\n")[0]
+        logger.warning_once(
+            f"the host has no pinned memory left ({message}): copies to the device are waited for. "
+            f"`ulimit -l` limits it; dataloader_pin_memory = False needs less."
+        )
+        return value

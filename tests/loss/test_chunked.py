@@ -6,6 +6,8 @@ import math
 import peft
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 from support.zoo import Case
@@ -15,8 +17,10 @@ from transformers import LlamaForCausalLM
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss import chunked as chunked_loss
-from hf_gradacc.loss.chunked import ChunkedLoss, find_owner, without_logits
-from hf_gradacc.loss.layouts import find_head
+from hf_gradacc.loss import head_gradient
+from hf_gradacc.loss.chunked import ChunkedLoss, find_owner, why_not_chunked, without_logits
+from hf_gradacc.loss.head_gradient import add_product, adds_into_float32
+from hf_gradacc.loss.layouts import find_head, kept_rows
 
 ROWS = ragged_rows(8, seed=4)
 
@@ -238,3 +242,132 @@ def test_nothing_of_a_chunked_loss_stays_on_the_model(tmp_path):
 def test_chunks_that_were_asked_for_and_cannot_be_are_an_error(tmp_path, options, reason):
     with pytest.raises(ConfigError, match=reason):
         train(tmp_path, chunked_loss=True, **options)
+
+
+# ---- the gradient of a head in half precision --------------------------------------------------
+
+
+class Moved(TorchDispatchMode):
+    """Adds up the bytes of matrices as large as the head that an operation reads or writes."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.bytes, self.least_wide = shape, 0, 8
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "view" in str(func) or str(func) in ("aten.t.default", "aten.detach.default"):
+            return out
+        for x in (*args, out):
+            if isinstance(x, torch.Tensor) and x.shape == self.shape:
+                self.bytes += x.numel() * x.element_size()
+                self.least_wide = min(self.least_wide, x.element_size())
+        return out
+
+
+def sum_chunks(scores, rows, *, chunk, dtype=torch.float32):
+    total = None
+    with Moved(torch.Size((scores.shape[1], rows.shape[1]))) as moved:
+        for start in range(0, len(rows), chunk):
+            part = scores[start : start + chunk]
+            total = add_product(total, part, part.to(rows.dtype), rows[start : start + chunk])
+    assert total.dtype is dtype
+    return total, moved
+
+
+@pytest.mark.parametrize("slowly", [True, False])
+def test_a_half_precision_head_sums_its_gradient_in_float32(monkeypatch, slowly):
+    monkeypatch.setattr(head_gradient, "multiplies_half_slowly", lambda: slowly)
+    torch.manual_seed(0)
+    scores, rows = torch.randn(90, 31) / 9, torch.randn(90, 12).bfloat16()
+    truth = scores.double().t() @ rows.double()
+    total, moved = sum_chunks(scores, rows, chunk=10)
+    error = float((total - truth).norm() / truth.norm())
+    # 9 chunks. In place, 8 bytes for each weight: the sum is read, and written.
+    if slowly:
+        assert error < 1e-6
+        assert moved.least_wide == 4
+        assert moved.bytes <= 31 * 12 * (4 + 8 * (8 + 4))
+    else:
+        assert 1e-4 < error < 1e-2  # each product was rounded to 8 bits
+        assert moved.least_wide == 2
+
+
+def test_a_device_that_adds_into_float32_is_asked_to(monkeypatch):
+    """CUDA's own call, with the arguments it takes; no such device is here."""
+    calls = []
+
+    def mm(left, right, *, out_dtype):
+        calls.append("mm")
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    def addmm(total, left, right, *, out_dtype, out):
+        calls.append("addmm")
+        assert out is total
+        return out.add_(left.to(out_dtype) @ right.to(out_dtype))
+
+    monkeypatch.setattr(head_gradient, "multiplies_half_slowly", lambda: False)
+    adds_into_float32.cache_clear()
+    assert not adds_into_float32("cpu", torch.bfloat16)
+    adds_into_float32.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", mm)
+        patch.setattr(torch, "addmm", addmm)
+        assert adds_into_float32("cpu", torch.bfloat16)
+        torch.manual_seed(0)
+        scores, rows = torch.randn(40, 31), torch.randn(40, 12).bfloat16()
+        total, _ = sum_chunks(scores, rows, chunk=10)
+        patch.setattr(torch, "addmm", lambda total, *args, **kwargs: total)  # one that adds nothing
+        adds_into_float32.cache_clear()
+        assert not adds_into_float32("cpu", torch.bfloat16)
+    adds_into_float32.cache_clear()
+    assert calls[:6] == ["mm", "addmm", "mm", "addmm", "addmm", "addmm"]
+    truth = scores.bfloat16().double().t() @ rows.double()
+    assert float((total - truth).norm() / truth.norm()) < 1e-6
+
+
+# ---- a model that accelerate has spread over devices -------------------------------------------
+
+
+def test_a_head_that_is_only_placed_takes_chunks_and_keeps_its_hook(tmp_path):
+    model, plain = tiny_llama(), tiny_llama()
+    dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    for module in (model.lm_head, model.model):  # as with a map of several devices
+        add_hook_to_module(module, AlignDevicesHook(torch.device("cpu")))
+    forward = model.lm_head.forward
+    trainer, gradient = train(tmp_path, model=model, max_steps=1)
+    assert trainer.shortcuts.chunked_loss
+    assert model.lm_head.forward is forward
+    _, expected = train(tmp_path, model=plain, chunked_loss=False, max_steps=1)
+    assert relative_error(gradient, expected) <= 1e-10
+
+
+def test_a_head_whose_weight_is_offloaded_keeps_its_logits():
+    head = torch.nn.Linear(4, 6)
+    add_hook_to_module(head, AlignDevicesHook(torch.device("cpu"), offload=False))
+    model = tiny_llama()
+    assert why_not_chunked(model, head) == ""
+    head._hf_hook.offload = True
+    assert "does more than multiply" in why_not_chunked(model, head)
+
+
+class Chosen(TorchDispatchMode):
+    """Notes on which devices rows are chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_select.default:
+            self.devices.append((args[0].device.type, args[2].device.type))
+        return func(*args, **(kwargs or {}))
+
+
+def test_positions_follow_the_hidden_states_to_their_device():
+    """A meta tensor stands in for one on a second device."""
+    head = torch.nn.Linear(4, 6, device="meta")
+    with kept_rows(head, torch.tensor([0, 3])), Chosen() as chosen:
+        logits = head(torch.empty(2, 3, 4, device="meta"))
+    assert logits.shape == (1, 2, 6)
+    assert chosen.devices == [("meta", "meta")]

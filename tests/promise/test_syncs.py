@@ -10,14 +10,16 @@ import itertools
 
 import pytest
 import torch
+from support.host_reads import Waits
+from support.ranks import run_ranks
 from support.tiny import make_trainer, ragged_rows, tiny_llama
-from support.waits import Waits
+from support.waits import count_of_update
 
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.trainer import step
 from hf_gradacc.trainer.runner import UpdateRunner
-from hf_gradacc.trainer.step import start_copy
+from hf_gradacc.updates.update import start_copies
 
 ROWS = ragged_rows(12, seed=3)
 
@@ -93,11 +95,11 @@ def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path, monkeypatch)
     """Stock moves all micro-batches of an update at once."""
     events = []
 
-    def watched_copy(value, device):
+    def watched_copies(*args):
         events.append("copy")
-        return start_copy(value, device)
+        return start_copies(*args)
 
-    monkeypatch.setattr(step, "start_copy", watched_copy)
+    monkeypatch.setattr(step, "start_copies", watched_copies)
 
     class Watched(GradAccTrainer):
         def compute_loss(self, *args, **kwargs):
@@ -115,3 +117,28 @@ def test_a_micro_batch_goes_to_the_device_in_its_own_turn(tmp_path, monkeypatch)
     trainer.train()
     turns = [event for event, _ in itertools.groupby(events)]
     assert turns == ["copy", "forward"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 6])
+def test_one_process_waits_for_its_device_once_an_update_for_the_norm(size):
+    (waits,) = run_ranks(count_of_update, 1, size=size)
+    assert waits == {"gradients._can_pass: tolist": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 6])
+def test_two_ranks_wait_three_times_an_update_however_it_is_cut(size):
+    """For the counts, for the outcome, for the norm: what the host has to know to go on."""
+    for waits in run_ranks(count_of_update, 2, size=size):
+        assert waits == {
+            "collectives.sum_over_ranks: cpu": 1,
+            "outcome.agree: tolist": 1,
+            "gradients._can_pass: tolist": 1,
+        }
+
+
+@pytest.mark.slow
+def test_a_wait_of_a_subclass_would_be_counted_once_a_micro_batch():
+    (waits,) = run_ranks(count_of_update, 1, size=4, reads=True)
+    assert waits["waits.training_step: __float__"] == 3

@@ -15,6 +15,7 @@ from support.rank_jobs import (
     train_scenarios,
 )
 from support.ranks import run_ranks
+from support.reduction_jobs import say_what_has_no_effect, train_sharded
 from support.reference import relative_error
 from support.resume_jobs import train_and_report
 from support.tiny import make_trainer, ragged_rows
@@ -88,6 +89,26 @@ def test_sharding_over_pairs_of_ranks_that_are_replicated_is_exact_too():
         assert rank["hybrid"]["sharded"]
         for actual, expected in zip(rank["hybrid"]["gradients"], one["gradients"], strict=True):
             assert relative_error(actual, expected) < 1e-10
+
+
+def test_sharded_gradients_may_be_reduced_in_each_micro_batch_and_no_rank_holds_them_whole():
+    """accelerate's ``sync_each_batch``. Everything is float64, so bytes compare."""
+    once, each = (run_ranks(train_sharded, 2, each=each) for each in (False, True))
+    for at_the_end, always in zip(once, each, strict=True):
+        assert len(always["gradients"]) == len(at_the_end["gradients"]) == 2
+        for actual, expected in zip(always["gradients"], at_the_end["gradients"], strict=True):
+            assert relative_error(actual, expected) < 1e-14
+        size = at_the_end["size"]
+        assert set(at_the_end["whole"]) == {size}
+        assert set(at_the_end["shards"]) == {0}
+        assert set(always["whole"]) == {0}
+        assert set(always["shards"]) == {size // 2}
+
+
+def test_a_reduction_in_each_micro_batch_has_no_effect_under_ddp_and_one_line_says_so():
+    for lines in run_ranks(say_what_has_no_effect, 2):
+        (line,) = lines
+        assert line.startswith("gradient_accumulation_kwargs: sync_each_batch = True has no effect")
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])

@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 from hf_gradacc import MemoryBudgetError
 from hf_gradacc.safety.out_of_memory import advice_on_pieces, is_out_of_memory, single_row_error
 from hf_gradacc.tracking.run_files import LOG_NAME, read_log
-from hf_gradacc.trainer import runner, step
+from hf_gradacc.trainer import runner
 from hf_gradacc.trainer.stopping import outside_error
+from hf_gradacc.updates import update
 from hf_gradacc.updates.budget import TokenBudget
 
 NUM_MICRO_BATCHES = 3  # of the first update, at 40 tokens each
@@ -428,14 +429,14 @@ class OfThisHost(torch.Tensor):
 
 def test_a_host_without_pinned_memory_is_not_a_full_device(monkeypatch):
     lines = []
-    monkeypatch.setattr(step.logger, "warning_once", lines.append)
+    monkeypatch.setattr(update.logger, "warning_once", lines.append)
     value = torch.ones(2).as_subclass(OfThisHost)
     device = torch.device("cuda", 0)
-    assert step.start_copy(value, device) == ("copied to", device)
+    assert update.start_copy(value, device) == ("copied to", device)
     assert "the host has no pinned memory left (CUDA error: out of memory)" in lines[0]
     monkeypatch.setattr(OfThisHost, "error", RuntimeError("CUDA error: device-side assert"))
     with pytest.raises(RuntimeError, match="device-side assert"):
-        step.start_copy(value, device)
+        update.start_copy(value, device)
 
 
 # ---- where no finer cut helps ------------------------------------------------------------------

@@ -1,13 +1,20 @@
 """Buffers, plain attributes and random states go back to what they were."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
 from hf_gradacc.safety import rollback
-from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, Rollback
+from hf_gradacc.safety.rollback import (
+    AttributeState,
+    BufferState,
+    RandomState,
+    Rollback,
+    devices_of,
+)
 
 
 class Counting(nn.Module):
@@ -104,3 +111,49 @@ def test_random_states_tell_whether_a_number_was_drawn():
         assert state.has_moved()
         state.restore()
         assert not state.has_moved()
+
+
+class Generators:
+    """Stands in for ``torch.cuda``: a generator on each of several devices."""
+
+    def __init__(self):
+        self.of = {index: torch.Generator() for index in range(3)}
+
+    def get_rng_state(self, device):
+        return self.of[device.index].get_state()
+
+    def set_rng_state(self, state, device):
+        self.of[device.index].set_state(state)
+
+    def draw(self, index):
+        return torch.rand(2, generator=self.of[index]).tolist()
+
+
+class Spread(nn.Module):
+    """Weights on two devices, and the inputs' device is a third."""
+
+    def parameters(self, recurse=True):
+        return iter([SimpleNamespace(device=torch.device("cuda", i)) for i in (1, 2, 1)])
+
+
+def test_a_model_on_several_devices_is_rolled_back_on_all_of_them(monkeypatch):
+    """No such device is here: generators of the CPU stand in for theirs."""
+    generators = Generators()
+    monkeypatch.setattr(
+        rollback, "_backend_of", lambda device: generators if device.type == "cuda" else None
+    )
+    devices = devices_of(Spread(), torch.device("cuda", 0))
+    assert [device.index for device in devices] == [0, 1, 2]
+    state = RandomState(*devices)
+    for index in range(3):
+        before = generators.draw(index)
+        assert state.has_moved()
+        state.restore()
+        assert not state.has_moved()
+        assert generators.draw(index) == before
+        state.restore()
+    guard = Rollback(Spread(), torch.device("cuda", 0))
+    guard.mark()
+    first = [generators.draw(index) for index in range(3)]
+    guard.restore()
+    assert [generators.draw(index) for index in range(3)] == first

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_gradacc import GradAccTrainer
 
+from .reduction_jobs import small_buckets
 from .reference import float64_everywhere
 from .tiny import make_trainer, ragged_rows, timeless_log_rows, tiny_llama
 
@@ -175,7 +176,7 @@ def train_ranks(scenarios: dict[str, dict[str, Any]]) -> dict[str, Any]:
             scenario |= {"rows": _poisoned(poison), "trainer_class": Poisoned}
         if limit is not None and int(os.environ["RANK"]) in on_ranks:
             scenario["failure"] = {"when": beyond(limit), "where": where, "error": error}
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as out, small_buckets():
             try:
                 result = train(out, **scenario)
                 result.pop("trainer")

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.updates.collator import UpdateCollator
 
+from .reduction_jobs import small_buckets
 from .reference import float64_everywhere
 from .tiny import Recorder, make_trainer, pad, ragged_rows, timeless_log_rows, tiny_llama
 
@@ -174,8 +175,9 @@ def allow_sharding_on_cpu() -> None:
     make_state = AcceleratorState.__init__
 
     def make_state_of_gpus(self: Any, *args: Any, **kwargs: Any) -> None:
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if not AcceleratorState._shared_state:  # later ones take over what this one has settled
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         make_state(self, *args, **kwargs)
 
     AcceleratorState.__init__ = make_state_of_gpus
@@ -218,7 +220,8 @@ def train_scenarios(
             name: {**scenario, "options": {**scenario["options"], **FSDP2, **_mesh(scenario)}}
             for name, scenario in scenarios.items()
         }
-    return {name: train_scenario(scenario) for name, scenario in scenarios.items()}
+    with small_buckets():  # or each tiny model would be one bucket, sent after the backward
+        return {name: train_scenario(scenario) for name, scenario in scenarios.items()}
 
 
 def train_scenario(scenario: dict[str, Any]) -> dict[str, Any]:

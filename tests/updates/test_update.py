@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.loader import build_loader
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
-from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats
+from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats, start_copies
 
 ROWS = ragged_rows(10, seed=31)
 Grid = namedtuple("Grid", ["height", "width"])
@@ -106,3 +106,14 @@ def test_tensors_within_lists_and_dicts_of_a_micro_batch_are_pinned_too():
         assert {type(tensor) for tensor in found} == {PinnedTensor}
         assert micro_batch.inputs["extra"]["name"] == "a"
         assert type(micro_batch.inputs["extra"]["grid"]) is Grid
+
+
+def test_a_tensor_under_two_names_is_copied_once():
+    labels, ids = torch.ones(2), torch.zeros(2)
+    inputs = {"labels": labels, "shift_labels": labels, "input_ids": ids, "note": "text"}
+    copied, positions = start_copies(inputs, labels, torch.device("meta"))
+    assert copied["labels"] is copied["shift_labels"]
+    assert copied["labels"] is not copied["input_ids"]
+    assert {copied["labels"].device.type, positions.device.type} == {"meta"}
+    assert copied["note"] == "text"
+    assert start_copies(inputs, None, torch.device("meta"))[1] is None
