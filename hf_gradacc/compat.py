@@ -24,6 +24,7 @@ __all__ = [
     "RENAMED_OPTIONS",
     "check_versions",
     "divided_by_stock",
+    "is_model_sharded_by_loading",
     "is_sharded_by_loading",
     "options_as_installed",
     "start_method_of_loader",
@@ -146,6 +147,11 @@ def is_sharded_by_loading(trainer: Any) -> bool:
     (huggingface/transformers#48210), and does not know of them.
     """
     return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
+
+
+def is_model_sharded_by_loading(model: Any) -> bool:
+    """Return whether a model is one whose weights ``from_pretrained`` has dealt to the ranks."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
 def stock_divides_every_loss(trainer_class: type) -> bool:

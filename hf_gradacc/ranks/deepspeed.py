@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_gradacc.errors import CheckpointError, ConfigError
 from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.ranks.layout import RankLayout
 
 __all__ = [
     "DeepSpeed",
@@ -68,8 +69,8 @@ class DeepSpeed(Engine):
 
     lockstep = True
 
-    def __init__(self, accelerator: Any, args: Any) -> None:
-        super().__init__(accelerator, args)
+    def __init__(self, accelerator: Any, args: Any, layout: RankLayout | None = None) -> None:
+        super().__init__(accelerator, args, layout)
         self._updates: UpdateEngine | None = None
 
     @property

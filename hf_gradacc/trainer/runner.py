@@ -180,7 +180,7 @@ class UpdateRunner:
         if self.noise.is_listening:
             is_sum = trainer.facts.weighing == "sum"
             self.noise.end(trainer, model, num_summed=stats.num_targets if is_sum else 1)
-        scale = self.engine.world_size // self.engine.factor
+        scale = self.engine.layout.num_parts // self.engine.factor
         return UpdateResult(update, stats, loss * scale, loss, outcome)
 
     def run_micro_batches(
@@ -331,9 +331,9 @@ class UpdateRunner:
             if not can_roll_back and is_out_of_memory(error):
                 raise MemoryBudgetError(
                     f"out of memory: {message_of(error)}\n"
-                    f"  Under FSDP and DeepSpeed the other ranks are by now waiting inside a "
-                    f"collective, so the update cannot be undone. Go on from the last checkpoint "
-                    f"with a smaller max_tokens_per_micro_batch."
+                    f"  Under FSDP, DeepSpeed and tensor parallelism other ranks are by now "
+                    f"waiting inside a collective, so the update cannot be undone. Go on from the "
+                    f"last checkpoint with a smaller max_tokens_per_micro_batch."
                 ) from error
             recovers = trainer.args.recover_from_out_of_memory and is_out_of_memory(error)
             if not recovers and (self.engine.world_size == 1 or not can_roll_back):
