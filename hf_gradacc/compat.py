@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ __all__ = [
     "start_method_of_loader",
     "stock_divides_every_loss",
     "streams_can_seek",
+    "zero3_divides_by_all_ranks",
 ]
 
 NEWEST_TESTED = {
@@ -102,6 +104,24 @@ def streams_can_seek() -> bool:
     """
     installed = _installed("datasets")
     return installed is not None and not _is_newer(Version("5.1"), installed)
+
+
+# ---- deepspeed ---------------------------------------------------------------------------------
+
+
+def zero3_divides_by_all_ranks() -> bool:
+    """Return whether ZeRO-3 divides gradients by all ranks where rows are split between some.
+
+    Stages 1 and 2 divide by the number of replicas, as the sum over a row's parts has to be. In
+    DeepSpeed 0.19 stage 3 does so only without ``reduce_scatter``.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    reduce = getattr(DeepSpeedZeroOptimizer_Stage3, f"_{_ZERO3}__avg_scatter_grads", None)
+    return reduce is not None and "sequence_parallel_size" not in inspect.getsource(reduce)
+
+
+_ZERO3 = "DeepSpeedZeroOptimizer_Stage3"
 
 
 # ---- transformers ------------------------------------------------------------------------------

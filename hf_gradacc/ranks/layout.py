@@ -87,6 +87,19 @@ class RankLayout:
         """Which part of a row this rank holds."""
         return self.rank % self.ranks_per_replica // self.tp_size
 
+    @property
+    def num_evaluating(self) -> int:
+        """Groups of ranks that evaluate rows of their own: DeepSpeed splits rows in training only.
+
+        accelerate deals rows like that, see ``prepare_data_loader``.
+        """
+        return self.world_size // (self.tp_size * self.cp_size)
+
+    @property
+    def evaluating(self) -> int:
+        """The group that this rank evaluates with."""
+        return self.rank // (self.tp_size * self.cp_size)
+
     def once(self, counts: Tensor) -> Tensor:
         """Return counts such that a sum over all ranks has each replica's once.
 

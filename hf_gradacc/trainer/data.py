@@ -20,7 +20,7 @@ from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from hf_gradacc.compat import start_method_of_loader
-from hf_gradacc.errors import DataError
+from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import changed
@@ -176,6 +176,12 @@ class TrainingData:
         """Return our updates, or group the batches of a subclass's loader into updates."""
         if isinstance(loader, BatchLoader):
             return loader.updates
+        if trainer.rank_layout.sp_size > 1:
+            raise ConfigError(
+                f"sp_size = {trainer.rank_layout.sp_size}: the ranks that compute a row together "
+                f"have to load the same rows, and {type(trainer).__name__}.get_train_dataloader "
+                f"gives each its own. Leave it to GradAccMixin, or train without sp_size."
+            )
         return GroupedBatches(
             loader,
             micro_batches_per_update=_batches_per_update(trainer, loader),

@@ -233,13 +233,15 @@ def count_real_rows(trainer: Any, num_rows: int) -> int:
     if not _is_filled(trainer):
         return num_rows
     remainder = trainer.accelerator.gradient_state.remainder
-    return min(num_rows, max(0, remainder - num_rows * trainer.rank_layout.replica))
+    return min(num_rows, max(0, remainder - num_rows * trainer.rank_layout.evaluating))
 
 
 def _is_filled(trainer: Any) -> bool:
     """Return whether the evaluation batch of some rank holds repeated rows."""
     state = trainer.accelerator.gradient_state
-    return trainer.rank_layout.num_replicas > 1 and state.end_of_dataloader and state.remainder > 0
+    return (
+        trainer.rank_layout.num_evaluating > 1 and state.end_of_dataloader and state.remainder > 0
+    )
 
 
 def _can_split(trainer: Any, engine: Engine, error: Exception) -> bool:

@@ -72,6 +72,7 @@ from hf_gradacc.trainer.overrides import (
     refuse_old_signature,
 )
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
+from hf_gradacc.trainer.row_parts import loss_of_part, refuse_losses_of_whole_rows
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
 from hf_gradacc.trainer.sharded import (
@@ -303,6 +304,7 @@ class GradAccMixin(Trainer):
         refuse_steps_in_backward(self.args, num_replicas=self.rank_layout.num_replicas)
         refuse_old_signature(type(self))
         self._rank_engine = self._make_engine()
+        refuse_losses_of_whole_rows(self)
         # The last run may have ended in any phase.
         self._log_book.clock = PhaseClock(self.args.device)
         self._rank_engine.before_wrapping(
@@ -444,6 +446,14 @@ class GradAccMixin(Trainer):
         """Add label smoothing to the model's own loss instead of replacing that loss."""
         if args:  # the count, by position; it is not named to one behind that takes none
             kwargs["num_items_in_batch"] = args[0]
+        if self.rank_layout.sp_size > 1 and model.training and not self._is_asking:
+            return loss_of_part(
+                model,
+                inputs,
+                count=kwargs["num_items_in_batch"],
+                layout=self.rank_layout,
+                return_outputs=return_outputs,
+            )
         stock_loss = functools.partial(super().compute_loss, model, inputs, **kwargs)
         if self._replaces_smoothing(inputs):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
@@ -685,6 +695,7 @@ class GradAccMixin(Trainer):
                 )
         finally:
             self._is_asking = False
+        refuse_losses_of_whole_rows(self, facts)
         self.facts = facts
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
         if shortcuts is not None and self.update_collator is not None:

@@ -204,7 +204,8 @@ class UpdateRunner:
         factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
         counts: Any = None
-        if facts.wants_own_count:  # copied at once: the host would wait for each by itself
+        if facts.wants_own_count or self.engine.layout.row_parts > 1:
+            # Copied at once: the host would wait for each by itself.
             per_micro_batch = [mb.targets.under(facts.rule) for mb in micro_batches]
             counts = start_copy(torch.tensor(per_micro_batch), loss.device)
         own = self.step.own
