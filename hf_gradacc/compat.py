@@ -30,6 +30,7 @@ __all__ = [
     "options_as_installed",
     "start_method_of_loader",
     "stock_divides_every_loss",
+    "stock_splits_rows_in_evaluation",
     "streams_can_seek",
     "zero3_divides_by_all_ranks",
 ]
@@ -172,6 +173,11 @@ def is_sharded_by_loading(trainer: Any) -> bool:
 def is_model_sharded_by_loading(model: Any) -> bool:
     """Return whether a model is one whose weights ``from_pretrained`` has dealt to the ranks."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def stock_splits_rows_in_evaluation(trainer_class: Any) -> bool:
+    """Return whether the stock evaluation runs rows in context parallelism, as training does."""
+    return "_prepare_context_parallel_inputs" in trainer_class.prediction_step.__code__.co_names
 
 
 def stock_divides_every_loss(trainer_class: type) -> bool:

@@ -30,6 +30,7 @@ from hf_gradacc.ranks.collectives import (
 )
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.ranks.outcome import UpdateOutcome
+from hf_gradacc.ranks.sequence_parallel import can_attend_in_ring
 from hf_gradacc.updates.update import UpdateStats
 
 __all__ = [
@@ -197,6 +198,12 @@ class FullySharded(Engine):
     shards_weights = True
     deals_in_lockstep = True
     can_differentiate_outside = False
+    splits_rows_by = "cp_size"
+
+    @property
+    def factor(self) -> int:
+        """The factor for a loss: weights are split between all ranks, those of one row too."""
+        return self.layout.num_parts
 
     def find_problems(self) -> Iterator[str]:
         """Yield settings of FSDP that were never compared with the whole batch."""
@@ -204,6 +211,12 @@ class FullySharded(Engine):
             yield (
                 "FSDP1 is deprecated in transformers and was never compared with the gradient of "
                 'the whole batch here: set fsdp_config = {"version": 2}.'
+            )
+        if self.layout.cp_size > 1 and not can_attend_in_ring(self.args.device):
+            yield (
+                f"cp_size = {self.layout.cp_size}: torch's ring attention has no kernel for CPUs "
+                f"(_scaled_dot_product_flash_attention_for_cpu). Train on GPUs, or split rows by "
+                f"sp_size with deepspeed."
             )
         if self.args.torch_compile:
             yield (

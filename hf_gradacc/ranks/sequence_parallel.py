@@ -21,7 +21,14 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
-__all__ = ["any_batch_size", "begin_anew", "part_of_rows", "with_shifted_labels"]
+__all__ = [
+    "any_batch_size",
+    "begin_anew",
+    "can_attend_in_ring",
+    "part_of_rows",
+    "rows_for_ring",
+    "with_shifted_labels",
+]
 
 _plain_attentions: dict[str, Any] = {}
 """The attentions of transformers by name, as they were before DeepSpeed replaced one."""
@@ -102,6 +109,30 @@ def part_of_rows(inputs: Mapping[str, Any], layout: RankLayout) -> dict[str, Any
         key: value[:, first : first + size].contiguous() if isinstance(value, Tensor) else value
         for key, value in whole.items()
     }
+
+
+def rows_for_ring(
+    inputs: Mapping[str, Any], layout: RankLayout, *, device: torch.device
+) -> dict[str, Any]:
+    """Return whole rows as torch's ``context_parallel`` takes them: it cuts them up in place.
+
+    It gives each rank one piece from the front and one from the back, so that all have as much to
+    attend to. So rows are padded to a multiple of twice as many tokens as there are ranks.
+
+    Args:
+        inputs: Collated rows. They are left as they are.
+        layout: How many ranks share them.
+        device: Where the model runs.
+    """
+    whole = with_shifted_labels(inputs, multiple_of=2 * layout.row_parts)
+    rows = {k: v.to(device).clone() if isinstance(v, Tensor) else v for k, v in whole.items()}
+    # A causal model takes a loss only if it is given labels, and then prefers the shifted ones.
+    return {**rows, "labels": rows["shift_labels"].clone()}
+
+
+def can_attend_in_ring(device: torch.device) -> bool:
+    """Return whether torch can attend to a row that is split: its ring has no kernel for CPUs."""
+    return device.type != "cpu"
 
 
 def any_batch_size() -> None:

@@ -33,6 +33,7 @@ from hf_gradacc.compat import (
     divided_by_stock,
     is_sharded_by_loading,
     stock_divides_every_loss,
+    stock_splits_rows_in_evaluation,
 )
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
@@ -46,6 +47,7 @@ from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
 from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
 from hf_gradacc.ranks.layout import RankLayout
+from hf_gradacc.ranks.sequence_parallel import rows_for_ring
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
@@ -72,7 +74,11 @@ from hf_gradacc.trainer.overrides import (
     refuse_old_signature,
 )
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
-from hf_gradacc.trainer.row_parts import loss_of_part, refuse_losses_of_whole_rows
+from hf_gradacc.trainer.row_parts import (
+    loss_in_ring,
+    loss_of_part,
+    refuse_losses_of_whole_rows,
+)
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
 from hf_gradacc.trainer.sharded import (
@@ -97,6 +103,7 @@ __all__ = ["GradAccMixin", "GradAccTrainer"]
 tell_what_moved()
 
 _STOCK_DIVIDES = stock_divides_every_loss(Trainer)
+_SPLITS_IN_EVALUATION = stock_splits_rows_in_evaluation(Trainer)
 
 
 class GradAccMixin(Trainer):
@@ -387,6 +394,8 @@ class GradAccMixin(Trainer):
         """
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
+        if self.rank_layout.cp_size > 1:
+            inputs = rows_for_ring(inputs, self.rank_layout, device=self.args.device)
         step, ours = super().training_step, self._micro_batch_step
         run = functools.partial(
             ours.run, step, model, inputs, num_items_in_batch, device=self.args.device
@@ -473,7 +482,9 @@ class GradAccMixin(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
         """Return the batch's own target count if the loss needs it, else None."""
-        if self.facts is None or not self.facts.wants_own_count or not batch_samples:
+        if self.facts is None or not batch_samples:
+            return None
+        if not self.facts.wants_own_count and self.rank_layout.cp_size == 1:
             return None
         rule = self.facts.rule
         local = sum(make_micro_batch(batch).targets.under(rule) for batch in batch_samples)
@@ -561,6 +572,8 @@ class GradAccMixin(Trainer):
     ) -> Any:
         """Run the stock step, in pieces if the batch does not fit, and count its targets."""
         stock_step = super().prediction_step
+        if self.rank_layout.cp_size > 1 and _SPLITS_IN_EVALUATION:
+            stock_step = functools.partial(loss_in_ring, stock_step, layout=self.rank_layout)
         self._stopping.check_evaluation(self.args)
         rows_per_sequence = self._exact_evaluation.rows_per_sequence
         with self._foreign_metrics.keeping_evaluation(

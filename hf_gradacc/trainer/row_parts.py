@@ -8,19 +8,22 @@ it is computed from parts, with a count that makes their losses add up, see
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.ranks.layout import RankLayout
-from hf_gradacc.ranks.sequence_parallel import part_of_rows
+from hf_gradacc.ranks.sequence_parallel import part_of_rows, rows_for_ring
 from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.updates.targets import TargetRule
 
-__all__ = ["loss_of_part", "refuse_losses_of_whole_rows"]
+__all__ = ["loss_in_ring", "loss_of_part", "refuse_losses_of_whole_rows"]
+
+logger = logging.get_logger(__name__)
 
 
 def refuse_losses_of_whole_rows(trainer: Any, facts: LossFacts | None = None) -> None:
@@ -55,12 +58,38 @@ def refuse_losses_of_whole_rows(trainer: Any, facts: LossFacts | None = None) ->
             f"{size} splits rows between ranks, and {reason} does not know what the others hold: "
             f"their losses would not add up. Leave it out, or train without {setting}."
         )
+    if layout.cp_size > 1:
+        logger.warning_once(
+            f"{size}: exact in tests on CPUs with a stand-in for torch's ring attention, which has "
+            f"not been run here. Compare the first losses with those of a run without it."
+        )
     if facts is not None and (facts.rule is not TargetRule.NEXT_TOKEN or facts.weighing != "mean"):
         raise LossError(
             f"{size} splits rows between ranks, and the loss of {type(model).__name__} is no mean "
             f"over the tokens that follow: losses of parts do not add up to it.\n"
             f"  Train without {setting}."
         )
+
+
+def loss_in_ring(
+    stock_step: Callable[..., Any],
+    model: nn.Module,
+    inputs: Any,
+    loss_only: bool,
+    ignore_keys: Any,
+    *,
+    layout: RankLayout,
+) -> Any:
+    """Evaluate rows that a ring of ranks computes together.
+
+    Returns:
+        What the stock ``prediction_step`` returns. The loss is this rank's part, times the number
+        of parts: the mean over ranks is the mean loss of the rows.
+    """
+    if isinstance(inputs, Mapping) and "labels" in inputs:
+        inputs = rows_for_ring(inputs, layout, device=inputs["input_ids"].device)
+    loss, *rest = stock_step(model, inputs, loss_only, ignore_keys)
+    return (None if loss is None else loss * layout.cp_size, *rest)
 
 
 def loss_of_part(
