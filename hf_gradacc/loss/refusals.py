@@ -194,6 +194,14 @@ def refuse_unknown_engines(trainer: Any) -> None:
             f"{args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "
             f"process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
         )
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    pp_size = getattr(config, "pp_size", 1)
+    if pp_size > 1:
+        raise ConfigError(
+            f"distributed_config: pp_size = {pp_size}: the stock Trainer takes the stages of a "
+            f"pipeline for copies of one model, and gives all of them the weights of the first. "
+            f"Use tp_size or fsdp_size."
+        )
 
 
 def refuse_steps_in_backward(args: Any, *, num_replicas: int) -> None:

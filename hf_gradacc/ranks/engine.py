@@ -121,8 +121,10 @@ class Engine:
         planned = torch.zeros(self.layout.num_replicas if self.lockstep else 0, dtype=counts.dtype)
         if self.lockstep:
             planned[self.layout.replica] = local.num_micro_batches
-        once = self.layout.once(torch.cat([counts, planned]))
-        total = sum_over_ranks(once, device=self.args.device)
+        vector = torch.cat([counts, planned])
+        if self.layout.ranks_per_replica > 1:
+            vector = self.layout.once(vector)
+        total = sum_over_ranks(vector, device=self.args.device)
         return UpdateStats.from_counts(total[: len(counts)]), total[len(counts) :].tolist()
 
     def hold_gradients(
@@ -282,7 +284,8 @@ def _find_unsplit(engine: Engine) -> Iterator[str]:
         yield (
             f"tp_size = {layout.tp_size}: this engine gives every rank whole layers. Split them in "
             f"loading, without fsdp and deepspeed: from_pretrained(..., distributed_config = "
-            f"DistributedConfig(tp_size = {layout.tp_size})), with fsdp_size for the other ranks."
+            f"DistributedConfig(tp_size = {layout.tp_size})), with fsdp_size for the other ranks "
+            f"(transformers 5.19 or later)."
         )
     if layout.cp_size > 1 and engine.splits_rows_by != "cp_size":
         yield (

@@ -9,6 +9,7 @@ would be counted once for every rank that holds it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,42 +53,42 @@ class RankLayout:
                 f"sp_size = {self.sp_size}): start a multiple of that many."
             )
 
-    @property
+    @cached_property
     def row_parts(self) -> int:
         """Ranks between which each row is split."""
         return self.cp_size * self.sp_size
 
-    @property
+    @cached_property
     def ranks_per_replica(self) -> int:
         """Ranks that train the same rows."""
         return self.tp_size * self.row_parts
 
-    @property
+    @cached_property
     def num_replicas(self) -> int:
         """Replicas of the model that train rows of their own: the data-parallel size."""
         return self.world_size // self.ranks_per_replica
 
-    @property
+    @cached_property
     def replica(self) -> int:
         """The replica that this rank is part of: the data-parallel rank."""
         return self.rank // self.ranks_per_replica
 
-    @property
+    @cached_property
     def speaks(self) -> bool:
         """Whether this rank is the one that its replica is counted by."""
         return self.rank % self.ranks_per_replica == 0
 
-    @property
+    @cached_property
     def num_parts(self) -> int:
         """Parts that an update's loss is the sum of: one a rank, but for those that repeat it."""
         return self.world_size // self.tp_size
 
-    @property
+    @cached_property
     def row_part(self) -> int:
         """Which part of a row this rank holds."""
         return self.rank % self.ranks_per_replica // self.tp_size
 
-    @property
+    @cached_property
     def num_evaluating(self) -> int:
         """Groups of ranks that evaluate rows of their own: DeepSpeed splits rows in training only.
 
@@ -95,7 +96,7 @@ class RankLayout:
         """
         return self.world_size // (self.tp_size * self.cp_size)
 
-    @property
+    @cached_property
     def evaluating(self) -> int:
         """The group that this rank evaluates with."""
         return self.rank // (self.tp_size * self.cp_size)

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
@@ -26,6 +24,12 @@ from transformers.utils import logging
 from hf_gradacc.compat import is_model_sharded_by_loading
 from hf_gradacc.errors import CheckpointError
 from hf_gradacc.ranks.collectives import share_of_first_rank, wait_for_ranks
+from hf_gradacc.ranks.split_state import (
+    load_optimizer_state,
+    local_part,
+    model_class_of,
+    save_optimizer_state,
+)
 from hf_gradacc.safety.checkpoints import is_storage_error
 from hf_gradacc.trainer.as_requested import changed
 
@@ -90,11 +94,8 @@ def writing_together(output_dir: str | None) -> Iterator[None]:
 
 def save_optimizer(trainer: Any, output_dir: str) -> None:
     """Save the state of the optimizer, each rank its part, and that of the schedule."""
-    from transformers.distributed.checkpoint import save_optimizer_distributed
-
-    optimizer, model = trainer.optimizer.optimizer, trainer.model
-    with _raising_the_cause():
-        save_optimizer_distributed(model, optimizer, str(Path(output_dir, _FOLDER)))
+    optimizer = trainer.optimizer.optimizer
+    save_optimizer_state(trainer.model, optimizer, str(Path(output_dir, _FOLDER)))
     if trainer.args.should_save:
         torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
@@ -119,11 +120,8 @@ def load_optimizer(trainer: Any, checkpoint: str) -> None:
                 f"without resume_from_checkpoint."
             )
         return
-    from transformers.distributed.checkpoint import load_optimizer_distributed
-
     optimizer = trainer.optimizer.optimizer
-    with _raising_the_cause():
-        load_optimizer_distributed(trainer.model, optimizer, str(Path(checkpoint, _FOLDER)))
+    load_optimizer_state(trainer.model, optimizer, str(Path(checkpoint, _FOLDER)))
     schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
     trainer.lr_scheduler.load_state_dict(schedule)
 
@@ -134,10 +132,7 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     The model itself cannot be loaded anew, since the optimizer holds its weights. For a moment
     there are two, before there are gradients or an optimizer's state.
     """
-    # FSDP2 makes a class of its own in front of the model's.
-    classes = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel)]
-    model_class: type[PreTrainedModel] = next(c for c in classes if not issubclass(c, FSDPModule))
-    loaded = model_class.from_pretrained(
+    loaded = model_class_of(model).from_pretrained(
         checkpoint,
         config=copy.deepcopy(model.config),
         distributed_config=model.config.distributed_config,
@@ -146,22 +141,7 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     theirs = loaded.state_dict()
     with torch.no_grad():
         for name, mine in model.state_dict().items():
-            _local(mine).copy_(_local(theirs[name]))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
-
-
-@contextlib.contextmanager
-def _raising_the_cause() -> Iterator[None]:
-    """Raise what a rank failed with; torch wraps it in what is no `Exception`, on all ranks."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise cause if isinstance(cause, Exception) else RuntimeError(str(error)) from error
+            local_part(mine).copy_(local_part(theirs[name]))
 
 
 def is_split(model: nn.Module) -> bool:

@@ -112,7 +112,7 @@ def _train(
 ) -> dict[str, Any]:
     recorder, out = WholeGradients(), options.pop("out", None)
     resume, stop = options.pop("resume", None), options.pop("stop", None)
-    num_rows = options.pop("num_rows", NUM_ROWS)
+    num_rows, predicts = options.pop("num_rows", NUM_ROWS), options.pop("predicts", False)
     is_double = DTYPES.get(model, torch.float64) is torch.float64
     with (
         tempfile.TemporaryDirectory() as own_out,
@@ -130,6 +130,7 @@ def _train(
         begun = _weights(trainer.model) if " + " in model else {}
         trainer.train(resume_from_checkpoint=resume)
         evaluated = trainer.evaluate()
+        predicted = trainer.predict(ragged_rows(7, seed=5)).predictions if predicts else None
         return {
             "gradients": recorder.gradients,
             "seen": seen,
@@ -137,6 +138,7 @@ def _train(
             "weights": _weights(trainer.model),
             "logs": timeless_log_rows(trainer),
             "eval_loss": evaluated["eval_loss"],
+            "predicted": predicted,
             "layout": trainer.rank_layout,
             "steps": trainer.state.global_step,
             "is_split": any(hasattr(p, "device_mesh") for p in trainer.model.parameters()),
