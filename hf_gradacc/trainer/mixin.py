@@ -622,7 +622,7 @@ class GradAccMixin(Trainer):
         writer = self._checkpoint_writer
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if is_sharded_by_loading(self):
-            together = writing_together(output_dir or self.args.output_dir)
+            together = writing_together(self.model, output_dir or self.args.output_dir)
         with (
             writer.inside_checkpoint()
             if writer.staging is not None

@@ -30,7 +30,6 @@ from hf_gradacc.ranks.split_state import (
     model_class_of,
     save_optimizer_state,
 )
-from hf_gradacc.safety.checkpoints import is_storage_error
 from hf_gradacc.trainer.as_requested import changed
 
 __all__ = [
@@ -65,31 +64,38 @@ def saves_checkpoints(values: Iterable[Any]) -> contextlib.AbstractContextManage
 
 
 @contextlib.contextmanager
-def writing_together(output_dir: str | None) -> Iterator[None]:
+def writing_together(model: nn.Module, output_dir: str) -> Iterator[None]:
     """Write a split model: all ranks put it together, the first writes it, the others wait.
 
-    If the first rank cannot write, it joins the others before it says so; they would wait forever.
+    They wait here, also if the first rank cannot write. Transformers' own wait is left out: a rank
+    that fails before it, or after it, would be missed by the others or meet them elsewhere.
 
     Args:
+        model: The model.
         output_dir: Where to write.
 
     Raises:
         OSError: On all ranks, if the folder cannot be made.
     """
     problem = None
-    if output_dir is not None:
-        try:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = error
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = error
     if (problem := share_of_first_rank(problem)) is not None:
         raise problem
+    waits = [m for m in model.modules() if hasattr(m, _WAIT)]
+    for module in waits:
+        setattr(module, _WAIT, lambda distributed_config: None)
     try:
         yield
-    except Exception as error:
-        if is_storage_error(error):
-            wait_for_ranks()
-        raise
+    finally:
+        for module in waits:
+            delattr(module, _WAIT)
+        wait_for_ranks()
+
+
+_WAIT = "barrier_after_gathered_checkpoint_save"
 
 
 def save_optimizer(trainer: Any, output_dir: str) -> None:

@@ -213,3 +213,11 @@ def test_split_models_resume_to_the_same_bits(models, tmp_path, world, split):
             k: v for k, v in theirs.items() if k not in clock
         }
     assert Path(tmp_path, "out/checkpoint-4/optimizer").is_dir()
+
+
+def test_a_disk_that_is_full_on_the_writing_rank_leaves_no_rank_waiting(models, tmp_path):
+    """Before the ranks would meet, and after: training goes on without the checkpoint."""
+    job = {"model": "llama", "split": {"tp_size": 2}, "save_strategy": "steps", "save_steps": 1}
+    scenarios = {name: {**job, "unwritable": name} for name in ("safe_save_file", "save")}
+    for rank in run_ranks(train_split, 2, folder=models, scenarios=scenarios):
+        assert [(r["steps"], r["saved"]) for r in rank.values()] == [(3, []), (3, [])]

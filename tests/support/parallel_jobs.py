@@ -19,6 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Trainer,
     TrainingArguments,
+    modeling_utils,
 )
 
 from hf_gradacc.ranks import tensor_parallel
@@ -113,10 +114,12 @@ def _train(
     recorder, out = WholeGradients(), options.pop("out", None)
     resume, stop = options.pop("resume", None), options.pop("stop", None)
     num_rows, predicts = options.pop("num_rows", NUM_ROWS), options.pop("predicts", False)
+    unwritable = options.pop("unwritable", None)
     is_double = DTYPES.get(model, torch.float64) is torch.float64
     with (
         tempfile.TemporaryDirectory() as own_out,
         float64_everywhere() if is_double else contextlib.nullcontext(),
+        full_disk(unwritable),
     ):
         trainer = make_trainer(
             out or own_out,
@@ -141,8 +144,28 @@ def _train(
             "predicted": predicted,
             "layout": trainer.rank_layout,
             "steps": trainer.state.global_step,
+            "saved": sorted(p.name for p in Path(out or own_out).glob("checkpoint-*")),
             "is_split": any(hasattr(p, "device_mesh") for p in trainer.model.parameters()),
         }
+
+
+@contextlib.contextmanager
+def full_disk(unwritable: str | None) -> Iterator[None]:
+    """Fail on the first rank where weights are written, or arguments, which is after a barrier."""
+    if unwritable is None or os.environ["RANK"] != "0":
+        yield
+        return
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    place: Any = modeling_utils if unwritable == "safe_save_file" else torch
+    before = getattr(place, unwritable)
+    setattr(place, unwritable, fail)
+    try:
+        yield
+    finally:
+        setattr(place, unwritable, before)
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
