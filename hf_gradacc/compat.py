@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,14 @@ __all__ = [
     "RENAMED_OPTIONS",
     "check_versions",
     "divided_by_stock",
+    "is_model_sharded_by_loading",
     "is_sharded_by_loading",
     "options_as_installed",
     "start_method_of_loader",
     "stock_divides_every_loss",
+    "stock_splits_rows_in_evaluation",
     "streams_can_seek",
+    "zero3_divides_by_all_ranks",
 ]
 
 NEWEST_TESTED = {
@@ -103,6 +107,24 @@ def streams_can_seek() -> bool:
     return installed is not None and not _is_newer(Version("5.1"), installed)
 
 
+# ---- deepspeed ---------------------------------------------------------------------------------
+
+
+def zero3_divides_by_all_ranks() -> bool:
+    """Return whether ZeRO-3 divides gradients by all ranks where rows are split between some.
+
+    Stages 1 and 2 divide by the number of replicas, as the sum over a row's parts has to be. In
+    DeepSpeed 0.19 stage 3 does so only without ``reduce_scatter``.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    reduce = getattr(DeepSpeedZeroOptimizer_Stage3, f"_{_ZERO3}__avg_scatter_grads", None)
+    return reduce is not None and "sequence_parallel_size" not in inspect.getsource(reduce)
+
+
+_ZERO3 = "DeepSpeedZeroOptimizer_Stage3"
+
+
 # ---- transformers ------------------------------------------------------------------------------
 
 RENAMED_OPTIONS = {
@@ -146,6 +168,16 @@ def is_sharded_by_loading(trainer: Any) -> bool:
     (huggingface/transformers#48210), and does not know of them.
     """
     return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
+
+
+def is_model_sharded_by_loading(model: Any) -> bool:
+    """Return whether a model is one whose weights ``from_pretrained`` has dealt to the ranks."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def stock_splits_rows_in_evaluation(trainer_class: Any) -> bool:
+    """Return whether the stock evaluation runs rows in context parallelism, as training does."""
+    return "_prepare_context_parallel_inputs" in trainer_class.prediction_step.__code__.co_names
 
 
 def stock_divides_every_loss(trainer_class: type) -> bool:

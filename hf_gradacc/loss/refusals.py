@@ -194,20 +194,25 @@ def refuse_unknown_engines(trainer: Any) -> None:
             f"{args.n_gpu} GPUs in one process (DataParallel) cannot be exact: start one "
             f"process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
         )
-    for kind in ("tp", "cp", "sp"):
-        size = getattr(trainer, f"get_{kind}_size")()
-        if size > 1:
-            raise ConfigError(
-                f"{kind}_size = {size}: tensor, context and sequence parallelism share rows or "
-                f"targets between ranks, which the weight rule does not know yet. Use DDP."
-            )
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    pp_size = getattr(config, "pp_size", 1)
+    if pp_size > 1:
+        raise ConfigError(
+            f"distributed_config: pp_size = {pp_size}: the stock Trainer takes the stages of a "
+            f"pipeline for copies of one model, and gives all of them the weights of the first. "
+            f"Use tp_size or fsdp_size."
+        )
 
 
-def refuse_steps_in_backward(args: Any) -> None:
+def refuse_steps_in_backward(args: Any, *, num_replicas: int) -> None:
     """Refuse optimizers that step inside of each backward where an update has several.
 
     Stock refuses layer-wise ones for accumulation, but not LOMO (transformers'
     ``trainer_optimizer.py``), and it does not know of updates that are cut by tokens.
+
+    Args:
+        args: The trainer's arguments.
+        num_replicas: Replicas of the model that train rows of their own.
 
     Raises:
         ConfigError: If weights would move in the middle of an update.
@@ -216,9 +221,9 @@ def refuse_steps_in_backward(args: Any) -> None:
     if "layerwise" not in name and name not in ("lomo", "adalomo"):
         return
     size = args.per_device_train_batch_size
-    size_of_update = args.resolve_effective_batch_size(args.world_size)
+    size_of_update = args.resolve_effective_batch_size(num_replicas)
     if args.max_tokens_per_micro_batch is None and size_of_update is not None:
-        if size_of_update <= size * args.world_size:
+        if size_of_update <= size * num_replicas:
             return
         what = f"an update of {size_of_update} sequences in micro-batches of {size}"
     else:

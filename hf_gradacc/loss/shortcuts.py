@@ -259,6 +259,7 @@ class Setting:
         has_foreign_loss: A subclass overrides ``compute_loss``.
         smooths_labels: Label smoothing is on.
         lockstep: The engine puts weights together for each forward.
+        splits_rows: Several ranks compute each row together.
     """
 
     args: Any
@@ -267,9 +268,12 @@ class Setting:
     has_foreign_loss: bool = False
     smooths_labels: bool = False
     lockstep: bool = False
+    splits_rows: bool = False
 
     def why_none(self, inputs: Any) -> str:
         """Return why no shortcut at all may be tried, empty if they may."""
+        if self.splits_rows:
+            return "several ranks compute each row together (cp_size, sp_size)"
         if self.facts.rule is not TargetRule.NEXT_TOKEN:
             return "the model is no causal LM whose loss shifts its labels"
         if self.facts.pad_to_one_width:

@@ -18,8 +18,11 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
+from hf_gradacc.compat import zero3_divides_by_all_ranks
 from hf_gradacc.errors import CheckpointError, ConfigError
 from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.ranks.layout import RankLayout
+from hf_gradacc.ranks.sequence_parallel import any_batch_size, begin_anew
 
 __all__ = [
     "DeepSpeed",
@@ -67,9 +70,10 @@ class DeepSpeed(Engine):
     """ZeRO 1, 2 and 3. The engine steps when the Trainer asks for the norm, see `grad_norm`."""
 
     lockstep = True
+    splits_rows_by = "sp_size"
 
-    def __init__(self, accelerator: Any, args: Any) -> None:
-        super().__init__(accelerator, args)
+    def __init__(self, accelerator: Any, args: Any, layout: RankLayout | None = None) -> None:
+        super().__init__(accelerator, args, layout)
         self._updates: UpdateEngine | None = None
 
     @property
@@ -83,6 +87,14 @@ class DeepSpeed(Engine):
         return int(get_value(self._config, "zero_optimization.stage")) == 3
 
     @property
+    def factor(self) -> int:
+        """The factor for a loss: the engine divides gradients by it."""
+        is_split = self.layout.sp_size > 1
+        if is_split and self.shards_weights and zero3_divides_by_all_ranks():
+            return self.world_size
+        return self.layout.num_replicas
+
+    @property
     def searches_loss_scale(self) -> bool:
         """Whether an overflow may come from a loss scale that is still being searched."""
         return self._updates is not None and self._updates.searches_loss_scale
@@ -92,6 +104,13 @@ class DeepSpeed(Engine):
         yield from find_config_problems(
             self._config, sums_in_fp32=self.args.accumulate_grads_in_fp32
         )
+        scatters = get_value(self._config, "zero_optimization.reduce_scatter")
+        if self.layout.sp_size > 1 and self.shards_weights and scatters is False:
+            yield (
+                f"sp_size = {self.layout.sp_size} with zero_optimization.reduce_scatter = False: "
+                f"ZeRO-3 then divides gradients of small weights and of large ones by different "
+                f"numbers. Leave reduce_scatter out."
+            )
         if self.args.torch_compile:
             yield (
                 "torch_compile = True with DeepSpeed was never compared with the gradient of the "
@@ -107,6 +126,11 @@ class DeepSpeed(Engine):
                 "resume_from_checkpoint it goes on where this one stopped."
             )
         self._check_checkpoint(checkpoint)
+        if self.layout.sp_size > 1:
+            begin_anew()
+            any_batch_size()
+            # The ranks of a replica load the same rows here: none has to send its own to others.
+            self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, model: loader
         complete_config(
             self._config,
             sums_in_fp32=self.args.accumulate_grads_in_fp32,

@@ -27,8 +27,10 @@ from transformers.utils import logging
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.ranks.collectives import sum_over_ranks, trainable
 from hf_gradacc.ranks.ddp import bucket_bytes_of, free_buckets, has_collectives, keep_ranks_apart
+from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.ranks.outcome import UpdateOutcome
 from hf_gradacc.ranks.reduction import Reduction
+from hf_gradacc.ranks.sequence_parallel import can_attend_in_ring
 from hf_gradacc.updates.update import UpdateStats
 
 __all__ = [
@@ -51,30 +53,36 @@ class Engine:
     Args:
         accelerator: The Trainer's `Accelerator`.
         args: The Trainer's arguments.
+        layout: Which ranks train the same rows; None if each trains its own.
 
     Attributes:
         lockstep: Forward and backward contain collectives, and gradients come out of them as an
-            average over ranks. Otherwise ranks run alone.
+            average over replicas. Otherwise ranks run alone.
         shards_weights: Each rank holds only a part of the weights.
         deals_in_lockstep: Rows are dealt to ranks for a run in which ranks wait for each other in
             every micro-batch.
         can_differentiate_outside: The bare model can compute a gradient, without its wrapper.
+        splits_layers: Several ranks may compute each layer together (``tp_size``).
+        splits_rows_by: The setting that lets several ranks compute each row together.
     """
 
     lockstep = False
     shards_weights = False
     deals_in_lockstep = False
     can_differentiate_outside = True
+    splits_layers = False
+    splits_rows_by = ""
 
-    def __init__(self, accelerator: Any, args: Any) -> None:
+    def __init__(self, accelerator: Any, args: Any, layout: RankLayout | None = None) -> None:
         self.accelerator = accelerator
         self.args = args
         self.world_size: int = args.world_size
+        self.layout = layout or RankLayout(args.process_index, args.world_size)
 
     @property
     def factor(self) -> int:
         """The factor for a loss: the engine divides gradients by it."""
-        return self.world_size if self.lockstep else 1
+        return self.layout.num_replicas if self.lockstep else 1
 
     @property
     def can_roll_back(self) -> bool:
@@ -123,18 +131,21 @@ class Engine:
         keep_ranks_apart(model)
 
     def count(self, local: UpdateStats) -> tuple[UpdateStats, list[int]]:
-        """Sum what the ranks' shares hold, and collect how many micro-batches each has planned.
+        """Sum what the replicas' shares hold, and collect how many micro-batches each has planned.
 
-        One collective: each rank writes its number of micro-batches into its own element.
+        One collective: each replica writes its number of micro-batches into its own element.
 
         Returns:
-            The sums, and the numbers by rank; no numbers if ranks may run different ones.
+            The sums, and the numbers by replica; no numbers if ranks may run different ones.
         """
         counts = local.counts()
-        planned = torch.zeros(self.world_size if self.lockstep else 0, dtype=counts.dtype)
+        planned = torch.zeros(self.layout.num_replicas if self.lockstep else 0, dtype=counts.dtype)
         if self.lockstep:
-            planned[self.args.process_index] = local.num_micro_batches
-        total = sum_over_ranks(torch.cat([counts, planned]), device=self.args.device)
+            planned[self.layout.replica] = local.num_micro_batches
+        vector = torch.cat([counts, planned])
+        if self.layout.ranks_per_replica > 1:
+            vector = self.layout.once(vector)
+        total = sum_over_ranks(vector, device=self.args.device)
         return UpdateStats.from_counts(total[: len(counts)]), total[len(counts) :].tolist()
 
     def begin_attempt(self, model: nn.Module) -> None:
@@ -240,6 +251,12 @@ class FullySharded(Engine):
     shards_weights = True
     deals_in_lockstep = True
     can_differentiate_outside = False
+    splits_rows_by = "cp_size"
+
+    @property
+    def factor(self) -> int:
+        """The factor for a loss: weights are split between all ranks, those of one row too."""
+        return self.layout.num_parts
 
     def find_problems(self) -> Iterator[str]:
         """Yield settings of FSDP that were never compared with the whole batch."""
@@ -247,6 +264,12 @@ class FullySharded(Engine):
             yield (
                 "FSDP1 is deprecated in transformers and was never compared with the gradient of "
                 'the whole batch here: set fsdp_config = {"version": 2}.'
+            )
+        if self.layout.cp_size > 1 and not can_attend_in_ring(self.args.device):
+            yield (
+                f"cp_size = {self.layout.cp_size}: torch's ring attention has no kernel for CPUs "
+                f"(_scaled_dot_product_flash_attention_for_cpu). Train on GPUs, or split rows by "
+                f"sp_size with deepspeed."
             )
         if self.args.torch_compile:
             yield (
@@ -268,13 +291,20 @@ class FullySharded(Engine):
 
 
 def make_engine(
-    accelerator: Any, args: Any, *, is_fsdp: bool, is_deepspeed: bool, is_sharded_by_loading: bool
+    accelerator: Any,
+    args: Any,
+    *,
+    layout: RankLayout | None = None,
+    is_fsdp: bool,
+    is_deepspeed: bool,
+    is_sharded_by_loading: bool,
 ) -> Engine:
     """Choose the engine of a run; refuse settings that it cannot train exactly.
 
     Args:
         accelerator: The Trainer's `Accelerator`.
         args: The Trainer's arguments.
+        layout: Which ranks train the same rows; None if each trains its own.
         is_fsdp: The Trainer runs under FSDP.
         is_deepspeed: It runs under DeepSpeed.
         is_sharded_by_loading: The model was sharded by transformers while it was loaded.
@@ -286,24 +316,44 @@ def make_engine(
     if is_deepspeed:
         from hf_gradacc.ranks.deepspeed import DeepSpeed
 
-        engine = DeepSpeed(accelerator, args)
+        engine = DeepSpeed(accelerator, args, layout)
+    elif is_sharded_by_loading and args.world_size > 1:
+        from hf_gradacc.ranks.tensor_parallel import ShardedByLoading
+
+        engine = ShardedByLoading(accelerator, args, layout)
     elif is_fsdp:
-        engine = FullySharded(accelerator, args)
+        engine = FullySharded(accelerator, args, layout)
     elif args.world_size > 1:
-        engine = DataParallel(accelerator, args)
+        engine = DataParallel(accelerator, args, layout)
     else:
-        engine = OneProcess(accelerator, args)
-    if is_sharded_by_loading and args.world_size > 1:
-        raise ConfigError(
-            "the model was sharded while it was loaded (distributed_config): accelerate does not "
-            "reduce its gradients, and they were never compared with those of the whole batch. "
-            'Load it whole and set fsdp = True and fsdp_config = {"version": 2}.'
-        )
-    for problem in engine.find_problems():
+        engine = OneProcess(accelerator, args, layout)
+    for problem in (*_find_unsplit(engine), *engine.find_problems()):
         raise ConfigError(problem)
     for note in engine.find_notes():
         logger.warning_once(note)
     return engine
+
+
+def _find_unsplit(engine: Engine) -> Iterator[str]:
+    """Yield what a layout asks for and the engine cannot do: its ranks would train as replicas."""
+    layout = engine.layout
+    if layout.tp_size > 1 and not engine.splits_layers:
+        yield (
+            f"tp_size = {layout.tp_size}: this engine gives every rank whole layers. Split them in "
+            f"loading, without fsdp and deepspeed: from_pretrained(..., distributed_config = "
+            f"DistributedConfig(tp_size = {layout.tp_size})), with fsdp_size for the other ranks "
+            f"(transformers 5.19 or later)."
+        )
+    if layout.cp_size > 1 and engine.splits_rows_by != "cp_size":
+        yield (
+            f"cp_size = {layout.cp_size}: context parallelism is a part of FSDP2. Set fsdp = True "
+            f'and fsdp_config = {{"version": 2}}, with a model that is loaded whole.'
+        )
+    if layout.sp_size > 1 and engine.splits_rows_by != "sp_size":
+        yield (
+            f"sp_size = {layout.sp_size}: sequence parallelism is a part of DeepSpeed. Set "
+            f"deepspeed to a configuration of ZeRO, with a model that is loaded whole."
+        )
 
 
 def end_group_at_exit() -> None:

@@ -132,6 +132,7 @@ def ask_trainer(
                 has_foreign_loss=has_foreign_loss(type(trainer)),
                 smooths_labels=trainer.label_smoother is not None,
                 lockstep=engine.lockstep,
+                splits_rows=engine.layout.row_parts > 1,
             )
             with held_in_mode(bare, training=training):
                 shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)

@@ -49,6 +49,9 @@ HOOKS = {
     "_inner_training_loop": Hook(
         "batch_size args resume_from_checkpoint trial ignore_keys_for_eval", ("train",)
     ),
+    "_load_best_model": Hook("", ("_finalize_training",)),
+    "_load_from_checkpoint": Hook("resume_from_checkpoint model", ("train",)),
+    "_load_optimizer_and_scheduler": Hook("checkpoint", ("_prepare_for_training",)),
     "_load_rng_state": Hook("checkpoint", ("_run_epoch",)),
     "_maybe_log_save_evaluate": Hook(
         "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
@@ -94,6 +97,9 @@ USED = (
     "_prepare_inputs",
     "_remove_unused_columns",
     "compute_loss_context_manager",
+    "get_cp_size",
+    "get_sp_size",
+    "get_tp_size",
 )
 """Methods that our parts call, and do not override."""
 

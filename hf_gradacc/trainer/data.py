@@ -19,7 +19,7 @@ from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from hf_gradacc.compat import start_method_of_loader
-from hf_gradacc.errors import DataError
+from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.trainer.as_requested import changed
@@ -73,7 +73,7 @@ class TrainingData:
         """
         if trainer.train_dataset is None:
             raise ValueError("Trainer: training requires a train_dataset.")
-        args = trainer.args
+        args, layout = trainer.args, engine.layout
         for name in ("split_batches", "dispatch_batches"):
             if getattr(args.accelerator_config, name, None):
                 logger.warning_once(
@@ -89,7 +89,7 @@ class TrainingData:
             "multiprocessing_context": start_method_of_loader(args),
             "prefetch_factor": args.dataloader_prefetch_factor,
             "worker_init_fn": partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+                seed_worker, num_workers=args.dataloader_num_workers, rank=layout.replica
             ),
         }
         loader = load_updates(
@@ -99,8 +99,8 @@ class TrainingData:
             model=ModelFacts.of(trainer.model),
             effective_batch_size=self.effective_batch_size(trainer),
             max_sequences=trainer._train_batch_size,
-            rank=args.process_index,
-            world_size=args.world_size,
+            rank=layout.replica,
+            world_size=layout.num_replicas,
             on_accelerator=args.device.type != "cpu",
             lockstep=engine.deals_in_lockstep,
             sampler=sampler,
@@ -123,7 +123,7 @@ class TrainingData:
             dataset,
             device=args.device,
             steps_per_update=steps,
-            world_size=args.world_size,
+            world_size=layout.num_replicas,
             total_batch_size=self.total_batch_size(trainer, args) // steps,
             batch_size=trainer._train_batch_size,
             drop_last=args.dataloader_drop_last and not is_stream(dataset),
@@ -175,9 +175,15 @@ class TrainingData:
         """Return our updates, or group the batches of a subclass's loader into updates."""
         if isinstance(loader, BatchLoader):
             return loader.updates
+        if trainer.rank_layout.sp_size > 1:
+            raise ConfigError(
+                f"sp_size = {trainer.rank_layout.sp_size}: the ranks that compute a row together "
+                f"have to load the same rows, and {type(trainer).__name__}.get_train_dataloader "
+                f"gives each its own. Leave it to GradAccMixin, or train without sp_size."
+            )
         return GroupedBatches(
             loader,
-            micro_batches_per_update=_batches_per_update(trainer.args, loader),
+            micro_batches_per_update=_batches_per_update(trainer, loader),
             main_input=getattr(trainer.model, "main_input_name", "input_ids"),
         ).as_loader()
 
@@ -241,13 +247,14 @@ class TrainingData:
 
     def effective_batch_size(self, trainer: Any) -> int | None:
         """Resolve the sequences in an update over all ranks; None if it is drawn by tokens."""
-        size: int | None = trainer.args.resolve_effective_batch_size(trainer.args.world_size)
+        num_replicas = trainer.rank_layout.num_replicas
+        size: int | None = trainer.args.resolve_effective_batch_size(num_replicas)
         return size
 
     def total_batch_size(self, trainer: Any, args: Any) -> int:
         """Return the effective batch size; the stock formula knows only its own two options."""
         size = self.effective_batch_size(trainer)
-        return size or int(trainer._train_batch_size * args.world_size)
+        return size or int(trainer._train_batch_size * trainer.rank_layout.num_replicas)
 
     def initial_values(
         self, trainer: Any, args: Any, loader: Any, stock_values: Callable[..., Any]
@@ -266,7 +273,7 @@ class TrainingData:
         """
         loader = updates_of(loader)
         if not isinstance(loader, UpdateLoader):  # a subclass made its own; see GroupedBatches
-            with changed(args, gradient_accumulation_steps=_batches_per_update(args, loader)):
+            with changed(args, gradient_accumulation_steps=_batches_per_update(trainer, loader)):
                 values = list(stock_values(args, loader))
             values[5] = values[1]  # one step of the stock loop is one update
             return tuple(values)
@@ -297,11 +304,12 @@ class TrainingData:
         }
 
 
-def _batches_per_update(args: Any, loader: Any) -> int:
+def _batches_per_update(trainer: Any, loader: Any) -> int:
     """Count the batches of a user's own loader that make an update.
 
     Where ``effective_batch_size`` says how large that is, the loader's batch size says how many.
     """
+    args = trainer.args
     if args.effective_batch_size is None:
         steps: int = args.gradient_accumulation_steps
         return steps
@@ -311,7 +319,7 @@ def _batches_per_update(args: Any, loader: Any) -> int:
         batch_size = batch_size or getattr(
             getattr(loader, "batch_sampler", None), "batch_size", None
         )
-        rows = batch_size and batch_size * args.world_size
+        rows = batch_size and batch_size * trainer.rank_layout.num_replicas
     return max(1, round(args.effective_batch_size / rows)) if rows else 1
 
 

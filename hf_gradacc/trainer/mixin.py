@@ -33,6 +33,7 @@ from hf_gradacc.compat import (
     divided_by_stock,
     is_sharded_by_loading,
     stock_divides_every_loss,
+    stock_splits_rows_in_evaluation,
 )
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
@@ -45,6 +46,8 @@ from hf_gradacc.loss.refusals import (
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
 from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
+from hf_gradacc.ranks.layout import RankLayout
+from hf_gradacc.ranks.sequence_parallel import rows_for_ring
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
@@ -71,8 +74,22 @@ from hf_gradacc.trainer.overrides import (
     refuse_old_signature,
 )
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
+from hf_gradacc.trainer.row_parts import (
+    loss_in_ring,
+    loss_of_part,
+    refuse_losses_of_whole_rows,
+)
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
+from hf_gradacc.trainer.sharded import (
+    holds_split_optimizer,
+    is_split,
+    load_optimizer,
+    load_weights,
+    save_optimizer,
+    saves_checkpoints,
+    writing_together,
+)
 from hf_gradacc.trainer.step import MicroBatchStep, smoothed_loss
 from hf_gradacc.trainer.stopping import Stopping
 from hf_gradacc.updates.batch import count_rows
@@ -86,6 +103,7 @@ __all__ = ["GradAccMixin", "GradAccTrainer"]
 tell_what_moved()
 
 _STOCK_DIVIDES = stock_divides_every_loss(Trainer)
+_SPLITS_IN_EVALUATION = stock_splits_rows_in_evaluation(Trainer)
 
 
 class GradAccMixin(Trainer):
@@ -106,6 +124,8 @@ class GradAccMixin(Trainer):
     ``set_initial_training_values``          counts the updates of each epoch
     ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
+    ``_load_from_checkpoint``                reads the weights of a model that was split in loading
+    ``_load_optimizer_and_scheduler``        reads their state of such a model
     ``_run_epoch``                           begins at that position; makes up for an evaluation
                                              that a signal broke off
     ``_load_rng_state``                      keeps the random state from after that evaluation
@@ -132,6 +152,7 @@ class GradAccMixin(Trainer):
     ``_save_scaler``                         likewise
     ``_save_rng_state``                      likewise
     ``_finalize_training``                   averages losses over ranks; keeps the newest checkpoint
+    ``_load_best_model``                     reads the weights of a model that was split in loading
     =======================================  =====================================================
 
     Attributes:
@@ -167,7 +188,8 @@ class GradAccMixin(Trainer):
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
         is_trl = any(cls.__module__.startswith("trl.") for cls in type(self).__mro__)
-        with options_apart([*args, *kwargs.values()] if is_trl else []) as options:
+        given = [*args, *kwargs.values()]
+        with options_apart(given if is_trl else []) as options, saves_checkpoints(given):
             super().__init__(*args, **kwargs)
         add_options(self.args, options)
         refuse_unknown_engines(self)
@@ -208,6 +230,11 @@ class GradAccMixin(Trainer):
     def shards_weights(self) -> bool:
         """Whether each rank holds only a part of the weights."""
         return bool(self._rank_engine.shards_weights)
+
+    @property
+    def rank_layout(self) -> RankLayout:
+        """Which ranks train the same rows, and which train others."""
+        return self._rank_engine.layout
 
     @property
     def sample(self) -> Any:
@@ -281,9 +308,10 @@ class GradAccMixin(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        refuse_steps_in_backward(self.args)
+        refuse_steps_in_backward(self.args, num_replicas=self.rank_layout.num_replicas)
         refuse_old_signature(type(self))
         self._rank_engine = self._make_engine()
+        refuse_losses_of_whole_rows(self)
         # The last run may have ended in any phase.
         self._log_book.clock = PhaseClock(self.args.device)
         self._rank_engine.before_wrapping(
@@ -311,6 +339,29 @@ class GradAccMixin(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self._stopping.restore_random_state()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Load weights; into a split model each rank its part."""
+        if is_split(self.model):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their state; that of a split model each rank its part."""
+        is_sharded = is_sharded_by_loading(self)
+        if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
+            load_optimizer(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_split(self.model) and self.state.best_model_checkpoint is not None:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     # ---- an update -----------------------------------------------------------------------------
 
@@ -344,6 +395,8 @@ class GradAccMixin(Trainer):
         """
         if isinstance(inputs, Update):
             return self.training_update(model, inputs)
+        if self.rank_layout.cp_size > 1:
+            inputs = rows_for_ring(inputs, self.rank_layout, device=self.args.device)
         step, ours = super().training_step, self._micro_batch_step
         run = functools.partial(
             ours.run, step, model, inputs, num_items_in_batch, device=self.args.device
@@ -403,6 +456,14 @@ class GradAccMixin(Trainer):
         """Add label smoothing to the model's own loss instead of replacing that loss."""
         if args:  # the count, by position; it is not named to one behind that takes none
             kwargs["num_items_in_batch"] = args[0]
+        if self.rank_layout.sp_size > 1 and model.training and not self._is_asking:
+            return loss_of_part(
+                model,
+                inputs,
+                count=kwargs["num_items_in_batch"],
+                layout=self.rank_layout,
+                return_outputs=return_outputs,
+            )
         stock_loss = functools.partial(super().compute_loss, model, inputs, **kwargs)
         if self._replaces_smoothing(inputs):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
@@ -422,7 +483,9 @@ class GradAccMixin(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
         """Return the batch's own target count if the loss needs it, else None."""
-        if self.facts is None or not self.facts.wants_own_count or not batch_samples:
+        if self.facts is None or not batch_samples:
+            return None
+        if not self.facts.wants_own_count and self.rank_layout.cp_size == 1:
             return None
         rule = self.facts.rule
         local = sum(make_micro_batch(batch).targets.under(rule) for batch in batch_samples)
@@ -510,6 +573,8 @@ class GradAccMixin(Trainer):
     ) -> Any:
         """Run the stock step, in pieces if the batch does not fit, and count its targets."""
         stock_step = super().prediction_step
+        if self.rank_layout.cp_size > 1 and _SPLITS_IN_EVALUATION:
+            stock_step = functools.partial(loss_in_ring, stock_step, layout=self.rank_layout)
         self._stopping.check_evaluation(self.args)
         rows_per_sequence = self._exact_evaluation.rows_per_sequence
         with self._foreign_metrics.keeping_evaluation(
@@ -555,16 +620,24 @@ class GradAccMixin(Trainer):
         Raises:
             CheckpointError: If the disk fails; it says where the weights can still be found.
         """
-        if self._checkpoint_writer.staging is not None:
-            with self._checkpoint_writer.inside_checkpoint():
-                super().save_model(output_dir, _internal_call=_internal_call)
-        else:
-            with self._checkpoint_writer.explaining_failure(self.args, output_dir):
-                super().save_model(output_dir, _internal_call=_internal_call)
+        writer = self._checkpoint_writer
+        together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if is_sharded_by_loading(self):
+            together = writing_together(self.model, output_dir or self.args.output_dir)
+        with (
+            writer.inside_checkpoint()
+            if writer.staging is not None
+            else writer.explaining_failure(self.args, output_dir),
+            together,
+        ):
+            super().save_model(output_dir, _internal_call=_internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._checkpoint_writer.inside_checkpoint():
-            super()._save_optimizer_and_scheduler(output_dir)
+            if is_sharded_by_loading(self):
+                save_optimizer(self, output_dir)
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_scaler(self, output_dir: str) -> None:
         with self._checkpoint_writer.inside_checkpoint():
@@ -592,6 +665,13 @@ class GradAccMixin(Trainer):
         return make_engine(
             self.accelerator,
             self.args,
+            layout=RankLayout(
+                self.args.process_index,
+                self.args.world_size,
+                tp_size=self.get_tp_size(),
+                cp_size=self.get_cp_size(),
+                sp_size=self.get_sp_size(),
+            ),
             is_fsdp=bool(self.is_fsdp_enabled),
             is_deepspeed=bool(self.is_deepspeed_enabled),
             is_sharded_by_loading=is_sharded_by_loading(self),
@@ -629,6 +709,7 @@ class GradAccMixin(Trainer):
                 )
         finally:
             self._is_asking = False
+        refuse_losses_of_whole_rows(self, facts)
         self.facts = facts
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
         if shortcuts is not None and self.update_collator is not None:

@@ -40,12 +40,13 @@ class NoiseListener:
         """Refuse to measure under engines in which autograd never sees whole gradients.
 
         Raises:
-            ConfigError: If ``noise_scale_every`` is set under FSDP or ZeRO.
+            ConfigError: If ``noise_scale_every`` is set where ranks run in lockstep.
         """
         if self.every and engine.lockstep:
             raise ConfigError(
-                f"noise_scale_every = {self.every} cannot be measured under FSDP and ZeRO, where "
-                f"autograd never sees whole gradients: leave it out, or run with DDP."
+                f"noise_scale_every = {self.every} cannot be measured under FSDP, ZeRO and tensor "
+                f"parallelism, where autograd never sees whole gradients: leave it out, or run "
+                f"with DDP."
             )
 
     def restore(self, saved: dict[str, Any] | None) -> None:

@@ -184,7 +184,7 @@ class UpdateRunner:
         if self.noise.is_listening:
             is_sum = trainer.facts.weighing == "sum"
             self.noise.end(trainer, model, num_summed=stats.num_targets if is_sum else 1)
-        scale = self.engine.world_size // self.engine.factor
+        scale = self.engine.layout.num_parts // self.engine.factor
         return UpdateResult(update, stats, loss * scale, loss, outcome)
 
     def run_micro_batches(
@@ -208,7 +208,8 @@ class UpdateRunner:
         factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
         counts: Any = None
-        if facts.wants_own_count:  # copied at once: the host would wait for each by itself
+        if facts.wants_own_count or self.engine.layout.row_parts > 1:
+            # Copied at once: the host would wait for each by itself.
             per_micro_batch = [mb.targets.under(facts.rule) for mb in micro_batches]
             counts = start_copy(torch.tensor(per_micro_batch), loss.device)
         own = self.step.own
@@ -305,11 +306,11 @@ class UpdateRunner:
         """Add up over all ranks what micro-batches are divided by; one collective for weights."""
         if trainer.facts.class_weights is None:
             return stats.num_targets
-        local = sum(trainer.facts.size_of(mb) for mb in update)
         device = trainer.args.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
+        local = torch.tensor([sum(trainer.facts.size_of(mb) for mb in update)], dtype=dtype)
         with self._meeting_ranks():
-            return float(sum_over_ranks(torch.tensor([local], dtype=dtype), device=device))
+            return float(sum_over_ranks(self.engine.layout.once(local), device=device))
 
     def _even_out(
         self,
@@ -352,9 +353,9 @@ class UpdateRunner:
             if not can_roll_back and is_out_of_memory(error):
                 raise MemoryBudgetError(
                     f"out of memory: {message_of(error)}\n"
-                    f"  Under FSDP and DeepSpeed the other ranks are by now waiting inside a "
-                    f"collective, so the update cannot be undone. Go on from the last checkpoint "
-                    f"with a smaller max_tokens_per_micro_batch."
+                    f"  Under FSDP, DeepSpeed and tensor parallelism other ranks are by now "
+                    f"waiting inside a collective, so the update cannot be undone. Go on from the "
+                    f"last checkpoint with a smaller max_tokens_per_micro_batch."
                 ) from error
             recovers = trainer.args.recover_from_out_of_memory and is_out_of_memory(error)
             if not recovers and (self.engine.world_size == 1 or not can_roll_back):

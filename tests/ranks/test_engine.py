@@ -23,6 +23,7 @@ from support.tiny import make_trainer, ragged_rows
 from hf_gradacc import ConfigError
 from hf_gradacc.ranks import engine as engines
 from hf_gradacc.ranks.engine import FullySharded, OneProcess, end_group_at_exit, make_engine
+from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.recut import even_out
 from hf_gradacc.updates.targets import TargetRule
@@ -111,11 +112,26 @@ def test_a_reduction_in_each_micro_batch_has_no_effect_under_ddp_and_one_line_sa
         assert line.startswith("gradient_accumulation_kwargs: sync_each_batch = True has no effect")
 
 
-@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
-def test_ranks_that_share_a_row_are_refused_with_the_reason(kind):
+@pytest.mark.parametrize(
+    ("kind", "reason", "way_out"),
+    [
+        ("tp", "tp_size = 2: this engine gives every rank whole layers", "DistributedConfig"),
+        ("sp", "sp_size = 2: sequence parallelism is a part of DeepSpeed", "ZeRO"),
+        ("cp", "cp_size = 2: torch's ring attention has no kernel for CPUs", "Train on GPUs"),
+    ],
+)
+def test_ranks_that_share_a_row_are_refused_with_the_reason(kind, reason, way_out):
     for rank in model_parallelism():
-        assert rank[kind].startswith(f"ConfigError: {kind}_size = 2: tensor, context and sequence")
-        assert "Use DDP" in rank[kind]
+        assert rank[kind].startswith(f"ConfigError: {reason}")
+        assert way_out in rank[kind]
+
+
+def test_a_row_is_split_by_the_engine_that_can(tmp_path):
+    trainer = make_trainer(tmp_path, ragged_rows(3))
+    layout = RankLayout(0, 2, cp_size=2)
+    kind = {"is_fsdp": False, "is_deepspeed": False, "is_sharded_by_loading": True}
+    with pytest.raises(ConfigError, match="cp_size = 2: context parallelism is a part of FSDP2"):
+        make_engine(trainer.accelerator, trainer.args, layout=layout, **kind)
 
 
 @functools.cache

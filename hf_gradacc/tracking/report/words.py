@@ -42,14 +42,15 @@ def describe_settings(
     if batch.get("tokens_per_update"):
         yield f"An update held at least {batch['tokens_per_update']:,} target tokens."
     elif batch.get("effective_batch_size"):
-        asked = batch.get("requested", {})
-        how = (
-            ""
-            if asked.get("effective_batch_size")
-            else f" ({asked.get('per_device_train_batch_size')} per device × "
-            f"{asked.get('gradient_accumulation_steps')} accumulation steps × "
-            f"{batch.get('world_size', 1)} ranks)"
-        )
+        asked, how = batch.get("requested", {}), ""
+        if not asked.get("effective_batch_size"):
+            size, steps = (
+                asked.get(name) or 1
+                for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+            )
+            # Ranks that compute rows together are one.
+            num_replicas = batch["effective_batch_size"] // (size * steps)
+            how = f" ({size} per device × {steps} accumulation steps × {num_replicas} ranks)"
         yield f"An update held {batch['effective_batch_size']:,} sequences{how}."
     if micro_batches is not None:
         budget = batch.get("max_tokens_per_micro_batch")
