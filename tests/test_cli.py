@@ -506,7 +506,10 @@ def test_a_bad_row_met_by_a_loader_worker_is_one_line(run, recipe, tmp_path):
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     place = f"{tmp_path}/long.jsonl:1101"
-    assert said[0].endswith(f"{place}: column 'answer' is null: correct the row, or leave it out.")
+    assert said[0].endswith(
+        f"{place}: column 'answer' is null: correct the row, leave it out, or set "
+        "data.unusable to drop."
+    )
     assert "Traceback" not in err
 
 

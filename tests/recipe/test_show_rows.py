@@ -31,7 +31,9 @@ def shown(tmp_path, monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
 
-    def show(rows, *, terminal=False, num_rows=2, task="causal_lm", names=(), **section):
+    def show(
+        rows, *, terminal=False, no_color=None, num_rows=2, task="causal_lm", names=(), **section
+    ):
         if isinstance(rows, list):
             path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,7 +42,9 @@ def shown(tmp_path, monkeypatch):
             rows, names = data.train, data.label_names
         file = io.StringIO()
         system = "standard" if terminal else None
-        console = Console(file=file, force_terminal=terminal, color_system=system, width=60)
+        console = Console(
+            file=file, force_terminal=terminal, color_system=system, no_color=no_color, width=60
+        )
         show_rows(
             rows,
             num_rows=num_rows,
@@ -77,9 +81,8 @@ def test_colour_marks_them_on_a_terminal_and_no_control_character_of_a_row_gets_
     assert "\x1b[31m" not in text
 
 
-def test_a_terminal_without_colour_gets_brackets(shown, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert f"⟦{ANSWER}⟧" in shown([{"messages": CHAT}], terminal=True)
+def test_a_terminal_without_colour_gets_brackets(shown):
+    assert f"⟦{ANSWER}⟧" in shown([{"messages": CHAT}], terminal=True, no_color=True)
 
 
 @pytest.mark.parametrize(
