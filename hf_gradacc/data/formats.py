@@ -18,7 +18,6 @@ and target are then tokenized as one text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 from hf_gradacc.data.chat import split_chat
 from hf_gradacc.data.joined import join_and_encode
 from hf_gradacc.data.messages import Dialogue, past_turns, read_dialogue, system_of
-from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of
+from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of, read_json
 from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.data.section import Format
 from hf_gradacc.updates.targets import IGNORE_INDEX
@@ -109,12 +108,7 @@ def _conversation(
 def _template_values(reader: RowReader, row: Mapping[str, Any]) -> dict[str, Any]:
     """Values for the template that a row brings along."""
     column = reader.column("chat_template_kwargs")
-    value = row.get(column)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "{}")
-        except json.JSONDecodeError as error:
-            raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
+    value = read_json(column, row.get(column), empty="{}")
     if not isinstance(value, Mapping | None):
         raise RowError(column, f"is {kind_of(value)}, not an object")
     return {name: inner for name, inner in (value or {}).items() if inner is not None}

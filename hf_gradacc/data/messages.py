@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_gradacc.data.reader import RowError, RowReader, kind_of
+from hf_gradacc.data.reader import RowError, RowReader, kind_of, read_json
 from hf_gradacc.text import nearest
 
 __all__ = ["Dialogue", "past_turns", "read_dialogue", "system_of"]
@@ -92,12 +92,7 @@ def past_turns(reader: RowReader, row: Mapping[str, Any]) -> list[tuple[str, str
         RowError: If it is not a list of pairs of texts.
     """
     column = reader.column("history")
-    history = row.get(column)
-    if isinstance(history, str):
-        try:
-            history = json.loads(history or "[]")
-        except json.JSONDecodeError as error:
-            raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
+    history = read_json(column, row.get(column), empty="[]")
     pairs = []
     for number, pair in enumerate(history or [], start=1):
         whole = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
@@ -187,12 +182,7 @@ def _mark(column: str, number: int, message: dict[str, Any]) -> bool | None:
 
 def _tools(column: str, row: Mapping[str, Any]) -> list[Any]:
     """The tools a conversation may call: a list, or JSON text of one, as on the hub."""
-    tools = row.get(column)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools or "[]")
-        except json.JSONDecodeError as error:
-            raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
+    tools = read_json(column, row.get(column), empty="[]")
     if not isinstance(tools, list | None):
         raise RowError(column, f"is {kind_of(tools)}, not a list of tools")
     return [_without_nulls(tool) for tool in tools or []]

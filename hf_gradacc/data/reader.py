@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from hf_gradacc.data.section import AssistantTurns
 
-__all__ = ["Encoded", "RowError", "RowReader", "kind_of"]
+__all__ = ["Encoded", "RowError", "RowReader", "kind_of", "read_json"]
 
 Encoded = dict[str, Any]
 """`input_ids`, and `labels`: one per token (-100 is no target), a target sequence, or a class."""
@@ -81,6 +82,25 @@ class RowReader:
             hint = "; write it in quotes" if isinstance(value, float) else "; use csv or parquet"
             raise RowError(column, f"is {kind_of(value)}, not text{hint if written else ''}")
         return value
+
+
+def read_json(column: str, value: Any, *, empty: str) -> Any:
+    """Read a value that may be written as JSON text, as lists and objects often are on the hub.
+
+    Args:
+        column: The column it stands in.
+        value: The value; one that is no text is given back.
+        empty: What an empty text stands for.
+
+    Raises:
+        RowError: If the text is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or empty)
+    except json.JSONDecodeError as error:
+        raise RowError(column, f"is not JSON: {error.msg} at {error.pos + 1}") from None
 
 
 def kind_of(value: Any) -> str:
