@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-
-from hf_gradacc.updates.randomness import RandomSources
 
 __all__ = ["AttributeState", "BufferState", "RandomState", "Rollback"]
 
@@ -24,24 +24,30 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._backend: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
-        self._sources = RandomSources()
-        self._on_host = self._sources.state()
+        self._torch = torch.get_rng_state()
         # The state of a device's generator is on the host: nothing waits here.
         self._on_device: Any = self._backend.get_rng_state(device) if self._backend else None
+        self._numpy: Any = np.random.get_state()
+        self._python = random.getstate()
 
     def has_moved(self) -> bool:
         """Return whether any generator was used since."""
-        if self._sources.has_moved(self._on_host):
-            return True
-        return self._backend is not None and not torch.equal(
-            self._on_device, self._backend.get_rng_state(self._device)
+        now = RandomState(self._device)
+        return (
+            not torch.equal(self._torch, now._torch)
+            or (self._backend is not None and not torch.equal(self._on_device, now._on_device))
+            or self._numpy[2:] != now._numpy[2:]
+            or not np.array_equal(self._numpy[1], now._numpy[1])
+            or self._python != now._python
         )
 
     def restore(self) -> None:
         """Set every generator back to its state."""
-        self._sources.restore(self._on_host)
+        torch.set_rng_state(self._torch)
         if self._backend is not None:
             self._backend.set_rng_state(self._on_device, self._device)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
 
 
 class BufferState:

@@ -221,7 +221,7 @@ class UpdateRunner:
                     num_micro_batches=self._num_weighed,
                     factor=factor,
                 )
-            self.step.begin(divisor)  # the stock step divides the loss by it
+            self.step.begin(divisor, micro_batch)  # the stock step divides the loss by it
             trainer.loss_is_scaled_for_ga = False
             count = None if counts is None else counts[i]
             is_last = i + 1 == len(micro_batches)

@@ -18,7 +18,9 @@ from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
 from hf_gradacc.safety.out_of_memory import is_out_of_memory, message_of
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
+from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import MicroBatch
 
 __all__ = ["MicroBatchStep", "smoothed_loss", "start_copy"]
 
@@ -34,17 +36,22 @@ class MicroBatchStep:
             micro-batch.
         num_reads: How often the divisor was read. Whoever reads it is trusted to divide by it.
         own: Weighs a ``training_step`` that runs a backward of its own; None if there is none.
+        noise: NEFTune's, by the row.
+        micro_batch: The one that runs, or ran last.
     """
 
     def __init__(self) -> None:
         self.shortcuts: Shortcuts | None = None
         self.own: OwnStep | None = None
+        self.noise = RowNoise()
+        self.micro_batch: MicroBatch | None = None
         self.divisor = 1.0
         self.num_reads = 0
 
-    def begin(self, divisor: float) -> None:
-        """Set the weight of the micro-batch that comes next."""
+    def begin(self, divisor: float, micro_batch: MicroBatch | None = None) -> None:
+        """Set the micro-batch that comes next, and its weight."""
         self.divisor, self.num_reads = divisor, 0
+        self.micro_batch = micro_batch
 
     def read_divisor(self) -> float:
         """Return what a loss must be divided by."""
@@ -92,6 +99,9 @@ class MicroBatchStep:
             The weighted loss, detached.
         """
         taken = self.shortcuts
+        if self.noise.is_active:
+            packed = taken is not None and taken.packed
+            stock_step = self._with_noise(stock_step, inputs, packed=packed)
         if taken is None:
             return stock_step(model, inputs, count)
         if not isinstance(inputs, Mapping):
@@ -109,6 +119,19 @@ class MicroBatchStep:
             ),
         ):
             return stock_step(model, shaped, count)
+
+    def _with_noise(
+        self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool
+    ) -> Callable[..., Tensor]:
+        """Let NEFTune's hook know the rows while the stock step runs."""
+        micro_batch = self.micro_batch
+        is_whole = micro_batch is not None and micro_batch.inputs is inputs
+
+        def step(*args: Any) -> Tensor:
+            with self.noise.running(inputs, micro_batch if is_whole else None, packed=packed):
+                return stock_step(*args)
+
+        return step
 
 
 def start_copy(value: Any, device: torch.device) -> Any:
