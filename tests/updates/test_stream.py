@@ -210,6 +210,13 @@ class Shuffled(IterableDataset):
         yield from ({"input_ids": order, "x": row} for row in buffer)
 
 
+class ShuffledAtOnce(IterableDataset):
+    """Chooses the order of its rows before the first is asked for."""
+
+    def __iter__(self):
+        return iter([{"input_ids": [1], "x": x} for x in random.sample(range(40), 40)])
+
+
 def read_drawn(kind, *, epoch=0, rank=0, done=0, peek=False, position=None):
     torch.manual_seed(time.perf_counter_ns() % 2**32)
     random.seed(time.perf_counter_ns())
@@ -232,7 +239,7 @@ def read_drawn(kind, *, epoch=0, rank=0, done=0, peek=False, position=None):
     return {i: row for share in updates for i, row in zip(share.indices, share, strict=True)}
 
 
-@pytest.mark.parametrize("kind", [Jittered, Shuffled])
+@pytest.mark.parametrize("kind", [Jittered, Shuffled, ShuffledAtOnce])
 def test_what_a_stream_draws_is_the_same_on_every_rank_and_after_a_resume(kind):
     rows = read_drawn(kind) | read_drawn(kind, rank=1)
     assert sorted(rows) == list(range(40))
