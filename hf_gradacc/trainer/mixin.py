@@ -422,6 +422,8 @@ class GradAccMixin(Trainer):
         facts = self.facts or self._ask(model, agree_on_inputs(update))
         runner = self._update_runner = self._update_runner or self._make_runner(model)
         self._gradient_gate.begin_update(self)
+        if self.neftune_noise_alpha is not None:
+            self._micro_batch_step.noise.take_over(self)
         is_tuning = self.token_budget.tuner is not None
         with (
             timed_for_budget(self, model, update, self.token_budget)

@@ -228,7 +228,8 @@ class UpdateRunner:
                 )
             is_last = i + 1 == len(micro_batches)
             # The stock step divides the loss by it.
-            self.step.begin(divisor, after=self.engine.end_backward if is_last else None)
+            after = self.engine.end_backward if is_last else None
+            self.step.begin(divisor, micro_batch, after=after)
             trainer.loss_is_scaled_for_ga = False
             count = None if counts is None else counts[i]
             with (

@@ -16,8 +16,9 @@ from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
+from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.targets import TargetRule
-from hf_gradacc.updates.update import start_copies
+from hf_gradacc.updates.update import MicroBatch, start_copies
 
 __all__ = ["MicroBatchStep", "smoothed_loss"]
 
@@ -32,18 +33,29 @@ class MicroBatchStep:
         num_reads: How often the divisor was read. Whoever reads it is trusted to divide by it.
         own: Weighs a ``training_step`` that runs a backward of its own; None if there is none.
         after: What to call once the stock step has run; None for nothing.
+        noise: NEFTune's, by the row.
+        micro_batch: The one that runs, or ran last.
     """
 
     def __init__(self) -> None:
         self.shortcuts: Shortcuts | None = None
         self.own: OwnStep | None = None
+        self.noise = RowNoise()
+        self.micro_batch: MicroBatch | None = None
         self.divisor = 1.0
         self.num_reads = 0
         self.after: Callable[[], None] | None = None
 
-    def begin(self, divisor: float, *, after: Callable[[], None] | None = None) -> None:
-        """Set the weight of the micro-batch that comes next, and what to call after it."""
+    def begin(
+        self,
+        divisor: float,
+        micro_batch: MicroBatch | None = None,
+        *,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Set the micro-batch that comes next, its weight, and what to call after it."""
         self.divisor, self.num_reads, self.after = divisor, 0, after
+        self.micro_batch = micro_batch
 
     def read_divisor(self) -> float:
         """Return what a loss must be divided by."""
@@ -91,6 +103,9 @@ class MicroBatchStep:
             The weighted loss, detached.
         """
         taken, positions = self.shortcuts, None
+        if self.noise.is_active:
+            packed = taken is not None and taken.packed
+            stock_step = self._with_noise(stock_step, inputs, packed=packed)
         if taken is not None and isinstance(inputs, Mapping):
             shaped, positions = taken.shape(inputs)
             inputs, positions = start_copies(shaped, positions, device)
@@ -106,6 +121,19 @@ class MicroBatchStep:
         if self.after is not None:
             self.after()
         return loss
+
+    def _with_noise(
+        self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool
+    ) -> Callable[..., Tensor]:
+        """Let NEFTune's hook know the rows while the stock step runs."""
+        micro_batch = self.micro_batch
+        is_whole = micro_batch is not None and micro_batch.inputs is inputs
+
+        def step(*args: Any) -> Tensor:
+            with self.noise.running(inputs, micro_batch if is_whole else None, packed=packed):
+                return stock_step(*args)
+
+        return step
 
 
 def smoothed_loss(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import measures_noise
+from hf_gradacc.updates.draws import DrawsByRow
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import (
     OVERHEAD_ON_CPU,
@@ -43,7 +43,7 @@ class UpdateCollator:
         main_input: The feature that holds the sequence.
         encoder_decoder: Labels cost tokens of their own.
         seed: Seed of collators that draw random numbers (masked language modelling): what they
-            draw is a function of seed, epoch and update, not of what ran before.
+            draw for a row is a function of seed, epoch and row, see `DrawsByRow`.
 
     Attributes:
         rule: What counts as a target, once the model has been asked; None before that.
@@ -59,6 +59,8 @@ class UpdateCollator:
         num_ranks: Ranks that share an update.
         pad_token_id: What padding is filled with, if no mask says where it is; None if that is not
             known.
+        rows_repeat: A sampler may name a row several times in a pass; what is drawn for it then
+            depends on the update, too.
         noise_scale_every: Every so many updates of an epoch, cut in the order given instead of by
             length: a noise estimate needs micro-batches that are random samples of the update, and
             the rows of such an update are dealt in random order.
@@ -88,7 +90,9 @@ class UpdateCollator:
         self.rows_per_sequence: int | None = 1
         self.items_are_batches = False
         self.pad_token_id: int | None = None
+        self.rows_repeat = False
         self.noise_scale_every: int | None = None
+        self._draws: DrawsByRow | None = None
 
     @property
     def counting(self) -> dict[str, Any]:
@@ -138,8 +142,8 @@ class UpdateCollator:
         num_left_out = len(pairs) - len(kept)
         rows = [row for _, row in kept]
         lengths = self.measure(rows)
-        with _seeded(self.seed, epoch, index):
-            inputs = self._collate(kept, self.cut(lengths, at_random=self.measures_noise(index)))
+        plan = self.cut(lengths, at_random=self.measures_noise(index))
+        inputs = self._collate(kept, plan, epoch=epoch, update=index)
         micro_batches = [
             make_micro_batch(
                 batch,
@@ -207,15 +211,33 @@ class UpdateCollator:
             overhead_tokens=self.overhead_tokens if weighs else None,
         )
 
-    def _collate(self, kept: list[tuple[int, Any]], plan: list[list[int]]) -> list[Any]:
-        rows, collated = [row for _, row in kept], []
-        if self.pad_to_one_width and rows and self.rows_per_sequence == 1:
-            whole = self.data_collator(rows)
-            if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(rows):
+    def _collate(
+        self, kept: list[tuple[int, Any]], plan: list[list[int]], *, epoch: int, update: int
+    ) -> list[Any]:
+        draws = self._draws
+        if draws is None or draws.collate is not self.data_collator:
+            draws = self._draws = DrawsByRow(
+                self.data_collator, seed=self.seed, main_input=self.main_input
+            )
+        salt = update + 1 if self.rows_repeat else 0
+
+        def collate(piece: Sequence[int]) -> Any:
+            return draws(
+                [kept[i][1] for i in piece],
+                [kept[i][0] for i in piece],
+                epoch=epoch,
+                salt=salt,
+                rows_per_sequence=self.rows_per_sequence,
+            )
+
+        collated = []
+        if self.pad_to_one_width and kept and self.rows_per_sequence == 1:
+            whole = collate(range(len(kept)))
+            if isinstance(whole, Mapping) and count_rows(whole, self.main_input) == len(kept):
                 return [(piece, slice_rows(whole, piece)) for piece in plan]
         for piece in plan:
             try:
-                collated.append((piece, self.data_collator([rows[i] for i in piece])))
+                collated.append((piece, collate(piece)))
             except Exception as error:
                 names = ", ".join(str(kept[i][0]) for i in piece)
                 what = f"the data collator failed on rows {names} of the training dataset"
@@ -308,18 +330,3 @@ def _count_unmasked_padding(
     if "attention_mask" in inputs:
         return 0
     return max(0, used - int(main.ne(pad_token_id).sum()))
-
-
-class _seeded:  # noqa: N801  (a context manager, used as a function)
-    """Run with torch's CPU generator seeded by (seed, epoch, update), and put it back after."""
-
-    def __init__(self, *entropy: int) -> None:
-        self.entropy = entropy
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        seed = np.random.SeedSequence(self.entropy).generate_state(1, np.uint64)[0]
-        torch.default_generator.manual_seed(int(seed >> np.uint64(1)))
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_rng_state(self.state)

@@ -19,6 +19,7 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.budget import FIRST_BUDGET
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.draws import ReadsByRow
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
@@ -49,10 +50,18 @@ __all__ = [
 
 
 class IndexedRows(Dataset[Any]):
-    """A map dataset that is asked for whole shares and remembers their indices."""
+    """A map dataset that is asked for whole shares and remembers their indices.
 
-    def __init__(self, dataset: Any) -> None:
+    Args:
+        dataset: The rows.
+        seed: Seed of what the dataset draws for a row, see `ReadsByRow`.
+        rows_repeat: See `UpdateCollator`.
+    """
+
+    def __init__(self, dataset: Any, *, seed: int = 0, rows_repeat: bool = False) -> None:
         self.dataset = dataset
+        self.rows_repeat = rows_repeat
+        self._reads = ReadsByRow(dataset, seed=seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,14 +71,25 @@ class IndexedRows(Dataset[Any]):
 
     def __getitems__(self, share: Share) -> Rows:
         """Fetch all rows of a share at once where the dataset can do that."""
-        try:
-            if share and hasattr(self.dataset, "__getitems__"):
-                rows = self.dataset.__getitems__(list(share))
-            else:
-                rows = [self.dataset[i] for i in share]
-        except Exception:
-            rows = [read_row(self.dataset, i) for i in share]  # to name the one that fails
+        rows = self._reads(
+            share,
+            epoch=share.epoch,
+            salt=share.update + 1 if self.rows_repeat else 0,
+            read_all=self._read_all,
+            read_one=self._read_one,
+        )
         return Rows(rows, indices=share, epoch=share.epoch, update=share.update)
+
+    def _read_all(self, indices: Sequence[int]) -> list[Any]:
+        try:
+            if indices and hasattr(self.dataset, "__getitems__"):
+                return list(self.dataset.__getitems__(list(indices)))
+            return [self.dataset[i] for i in indices]
+        except Exception:
+            return [read_row(self.dataset, i) for i in indices]  # to name the one that fails
+
+    def _read_one(self, index: int) -> Any:
+        return read_row(self.dataset, index)
 
 
 def read_row(dataset: Any, index: int) -> Any:
@@ -93,7 +113,11 @@ class UpdateLoader(DataLoader[Any]):
         cls, dataset: Any, *, sampler: UpdateSampler, collate_fn: Any, **options: Any
     ) -> UpdateLoader:
         """Load updates of a map dataset."""
-        return cls(IndexedRows(dataset), batch_sampler=sampler, collate_fn=collate_fn, **options)
+        seed = getattr(collate_fn, "seed", 0)
+        rows = IndexedRows(
+            dataset, seed=seed, rows_repeat=getattr(collate_fn, "rows_repeat", False)
+        )
+        return cls(rows, batch_sampler=sampler, collate_fn=collate_fn, **options)
 
     @classmethod
     def over_stream(cls, stream: UpdateStream, *, collate_fn: Any, **options: Any) -> UpdateLoader:
@@ -272,6 +296,7 @@ def build_loader(
     count = partial(count_targets_of, collator=collator)
     length_of = partial(_length_of, collator=collator)
     collator.num_ranks = world_size
+    collator.rows_repeat = sampler is not None
     deal = partial(
         deal_update,
         collator,

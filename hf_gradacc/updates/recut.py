@@ -1,10 +1,9 @@
 """Cut the micro-batches of an update again, finer, from the tensors they already are.
 
 The dataset rows are no longer available: they came from a loader worker, perhaps from a stream that
-can be read only once, and a collator that masks at random would mask them differently. So rows are
-sliced out of the collated tensors and put together as the collator would have done, with the same
-padding and width. The result equals, tensor for tensor, what a loader with the smaller limit would
-have yielded.
+can be read only once. So rows are sliced out of the collated tensors and put together as the
+collator would have done, with the same padding and width. The result equals, tensor for tensor,
+what a loader with the smaller limit would have yielded.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from hf_gradacc.compat import streams_can_seek
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.dealing import deal_at_random, measures_noise
 from hf_gradacc.updates.sampler import Deal
+from hf_gradacc.updates.stream_draws import SeededStream
 
 __all__ = [
     "Rows",
@@ -161,7 +162,7 @@ class UpdateStream(IterableDataset[Rows]):
         keep_incomplete: Whether the rows left at the end make an update.
         rank: This rank.
         world_size: Number of ranks.
-        seed: Of the order in which a measured update is dealt.
+        seed: Of the order in which a measured update is dealt, and of what a stream draws.
         noise_scale_every: As in `UpdateSampler`.
 
     Attributes:
@@ -207,7 +208,7 @@ class UpdateStream(IterableDataset[Rows]):
         """
         if self._begun is not None and self.first_rows is not None:
             return self.first_rows
-        rows = iter(self.dataset)
+        rows = self._seeded()
         first = self.first_rows = list(itertools.islice(rows, count))
         if not hasattr(self.dataset, "set_epoch"):  # such streams are told their epoch, then begin
             self._begun = itertools.chain(first, rows)
@@ -222,7 +223,10 @@ class UpdateStream(IterableDataset[Rows]):
     def _begin(self) -> Iterator[Any]:
         """Begin a pass over the dataset's rows, or go on with the one that `peek` began."""
         begun, self._begun = self._begun, None
-        return iter(self.dataset) if begun is None else begun
+        return self._seeded() if begun is None else begun
+
+    def _seeded(self, first: int = 0) -> Iterator[Any]:
+        return SeededStream(self.dataset, seed=self.seed, epoch=self.epoch, first=first)
 
     def __len__(self) -> int:
         """Count the updates, if the dataset knows its length and updates have a fixed size."""
@@ -275,7 +279,7 @@ class UpdateStream(IterableDataset[Rows]):
         """Return the rows behind a position."""
         if position.get("state") is not None:
             self.dataset.load_state_dict(position["state"])  # type: ignore[attr-defined]
-            return iter(self.dataset)
+            return self._seeded(position.get("rows", 0))
         rows = self._begin()
         for _ in range(updates if "rows" not in position else 0):
             members = [next(rows)]  # no position is known: draw the updates again

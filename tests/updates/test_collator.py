@@ -89,12 +89,12 @@ def test_where_rows_came_from_goes_with_them():
         assert int(micro_batch.inputs["attention_mask"].sum()) == len(ROWS[place]["input_ids"])
 
 
-def test_a_collator_that_draws_does_so_by_seed_epoch_and_update_and_leaves_no_trace():
+def test_a_collator_that_draws_does_so_by_seed_and_epoch_and_leaves_no_trace():
     def drawing(rows):
         return {**pad(rows), "noise": torch.rand(len(rows))}
 
-    def draw(update, seed=0):
-        share = Rows(ROWS, indices=range(9), epoch=1, update=update)
+    def draw(epoch, seed=0):
+        share = Rows(ROWS, indices=range(9), epoch=epoch, update=1)
         collator = UpdateCollator(drawing, max_sequences=9, seed=seed)
         return collator(share).micro_batches[0].inputs["noise"]
 

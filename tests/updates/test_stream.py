@@ -1,9 +1,13 @@
 """Streams: no gradient leaks from one pass into the next, and a short stream is no endless loop."""
 
+import random
+import time
 from functools import partial
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
 from torch.utils.data import IterableDataset
@@ -184,3 +188,64 @@ def test_a_measured_update_of_a_stream_is_dealt_at_random_to_all_ranks():
         assert shares[0] != before[0]
         assert len(shares[0]) == 5
     assert sorted(measured[0][0][0] + measured[1][0][0]) == rows[:10]
+
+
+class Jittered(IterableDataset):
+    """Augments its rows, with numbers of the process."""
+
+    def __iter__(self):
+        return ({"input_ids": [1], "x": i + random.random()} for i in range(40))
+
+
+class Shuffled(IterableDataset):
+    """Shuffles its rows in a buffer, with numbers of the process, and not from the first on."""
+
+    def __iter__(self):
+        rows, buffer = iter(range(40)), []
+        order = np.random.permutation(3).tolist()
+        for row in rows:
+            buffer.append(row)
+            if len(buffer) > 9:
+                yield {"input_ids": order, "x": buffer.pop(int(torch.randint(10, ())))}
+        yield from ({"input_ids": order, "x": row} for row in buffer)
+
+
+class ShuffledAtOnce(IterableDataset):
+    """Chooses the order of its rows before the first is asked for."""
+
+    def __iter__(self):
+        return iter([{"input_ids": [1], "x": x} for x in random.sample(range(40), 40)])
+
+
+def read_drawn(kind, *, epoch=0, rank=0, done=0, peek=False, position=None):
+    torch.manual_seed(time.perf_counter_ns() % 2**32)
+    random.seed(time.perf_counter_ns())
+    np.random.seed(time.perf_counter_ns() % 2**32)
+    stream = UpdateStream(
+        kind(),
+        take=partial(fixed_size, effective_batch_size=8),
+        length_of=lambda row: 1,
+        deal=deal_by_cost,
+        rank=rank,
+        world_size=2,
+        seed=5,
+    )
+    if peek:
+        stream.peek(3)
+    stream.set_epoch(epoch)
+    if done:
+        stream.start_at(epoch, updates=done, position=position)
+    updates = [share for share in stream if share]
+    return {i: row for share in updates for i, row in zip(share.indices, share, strict=True)}
+
+
+@pytest.mark.parametrize("kind", [Jittered, Shuffled, ShuffledAtOnce])
+def test_what_a_stream_draws_is_the_same_on_every_rank_and_after_a_resume(kind):
+    rows = read_drawn(kind) | read_drawn(kind, rank=1)
+    assert sorted(rows) == list(range(40))
+    assert len({round(row["x"], 9) for row in rows.values()}) == 40
+    assert read_drawn(kind, peek=True).items() <= rows.items()
+    resumed = read_drawn(kind, done=2, position={"rows": 16}, peek=True)
+    assert len(resumed) == 12
+    assert resumed.items() <= rows.items()
+    assert read_drawn(kind, epoch=1) != read_drawn(kind)
