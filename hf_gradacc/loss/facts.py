@@ -100,27 +100,32 @@ class LossFacts:
             return micro_batch.targets.under(self.rule)
         return self.class_weights.total(micro_batch.inputs, self.rule)
 
-    def divisor(self, size: float, *, of: float, num_micro_batches: int, factor: int = 1) -> float:
+    def divisor(
+        self, micro_batch: MicroBatch, *, of: float, num_micro_batches: int, factor: int = 1
+    ) -> float:
         """Compute what the loss of a micro-batch is divided by: the inverse of its weight.
 
         A Python float: in float32 it would cost 6e-8 of precision.
 
         Args:
-            size: Of the micro-batch, see `size_of`.
-            of: Of the whole update, over all ranks.
+            micro_batch: The micro-batch.
+            of: The size of the whole update, over all ranks, see `size_of`.
             num_micro_batches: Micro-batches of the update, over all ranks.
             factor: The engine divides gradients by it, see `Engine.factor`.
 
-        >>> LossFacts(TargetRule.SEQUENCE).divisor(3, of=12, num_micro_batches=2)
+        >>> from hf_gradacc.updates.targets import TargetCounts
+        >>> three = MicroBatch({}, TargetCounts(sequence=3), 3, 9, 0)
+        >>> LossFacts(TargetRule.SEQUENCE).divisor(three, of=12, num_micro_batches=2)
         4.0
-        >>> LossFacts(TargetRule.SEQUENCE, "sum").divisor(3, of=12, num_micro_batches=2, factor=2)
+        >>> summed = LossFacts(TargetRule.SEQUENCE, "sum")
+        >>> summed.divisor(three, of=1, num_micro_batches=2, factor=2)
         0.5
         """
         if self.weighing == "sum":
             return 1 / factor
         if self.weighing == "micro_batch":
             return num_micro_batches / factor
-        return of / (size * factor)
+        return of / (self.size_of(micro_batch) * factor)
 
 
 def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:

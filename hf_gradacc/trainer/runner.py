@@ -217,11 +217,10 @@ class UpdateRunner:
             own.begin_update()
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
-            size = facts.size_of(micro_batch)
             divisor = math.inf
             if not micro_batch.weightless:
                 divisor = facts.divisor(
-                    size,
+                    micro_batch,
                     of=self._size,
                     num_micro_batches=self._num_weighed,
                     factor=factor,
@@ -249,7 +248,7 @@ class UpdateRunner:
                 self.noise.add_gradient(
                     micro_batch,
                     num_targets=num_targets,
-                    weight=num_targets if is_sum else size / self._size,
+                    weight=num_targets if is_sum else facts.size_of(micro_batch) / self._size,
                     trainer=trainer,
                 )
             if not is_last:

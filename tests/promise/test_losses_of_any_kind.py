@@ -444,7 +444,7 @@ def test_a_rule_that_is_stated_is_followed(tmp_path, stated):
         "sum": [1.0] * len(batches),
     }[weighing]
     divisors = [
-        trainer.facts.divisor(n, of=sum(counts), num_micro_batches=len(batches)) for n in counts
+        trainer.facts.divisor(mb, of=sum(counts), num_micro_batches=len(batches)) for mb in batches
     ]
     assert [1 / d for d in divisors] == pytest.approx(shares)
 
