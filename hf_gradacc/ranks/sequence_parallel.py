@@ -100,7 +100,7 @@ def part_of_rows(inputs: Mapping[str, Any], layout: RankLayout) -> dict[str, Any
     >>> rows = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
     >>> part = part_of_rows(rows, RankLayout(rank=1, world_size=2, sp_size=2))
     >>> part["input_ids"].tolist(), part["shift_labels"].tolist(), part["position_ids"].tolist()
-    ([[7, 0]], [[-100, -100]], [[2, 3]])
+    ([[7, 0]], [[-100, -100]], [[2, 2]])
     """
     whole = with_shifted_labels(inputs, multiple_of=layout.row_parts)
     size = whole["input_ids"].shape[1] // layout.row_parts

@@ -16,9 +16,8 @@ from hf_gradacc.recipe import plan_screen
 from hf_gradacc.safety.out_of_memory import free_memory
 from hf_gradacc.safety.rollback import RandomState
 from hf_gradacc.tracking.run_facts import describe_hardware
-from hf_gradacc.trainer.step import start_copy
 from hf_gradacc.updates.collator import make_micro_batch
-from hf_gradacc.updates.update import Update
+from hf_gradacc.updates.update import Update, start_copy
 from hf_gradacc.verify import parity, preflight
 
 ROWS = ragged_rows(24, seed=3)
@@ -118,8 +117,16 @@ def a_device_torch_knows_nothing_of(out):
     assert peak_flops_of_this_device(SimpleNamespace(device=None), tiny_llama()) is None
 
 
+def a_run_with_noise(out):
+    """NEFTune's noise goes to the tokens of the rows, whose places are copied."""
+    with pretend_cuda():
+        trainer = run_on_it(out, neftune_noise_alpha=5.0)
+    assert trainer.state.global_step == 2
+
+
 RUNS = (
     a_run,
+    a_run_with_noise,
     a_budget_that_tunes_itself,
     a_preflight,
     what_a_machine_has,
@@ -175,7 +182,7 @@ def test_the_random_state_of_the_device_is_kept_and_put_back():
     assert stand_ins["get_rng_state"].call_args.args == (CUDA,)
     kept, device = stand_ins["set_rng_state"].call_args.args
     assert device == CUDA
-    assert kept is state._on_device
+    assert kept is state._on_devices[CUDA]
 
 
 def test_a_micro_batch_is_pinned_before_it_is_copied():

@@ -9,6 +9,7 @@ import pytest
 from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
+from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import apply_peft, load_model
 from hf_gradacc.recipe.plan import Spread, plan_recipe
@@ -89,6 +90,7 @@ def loaded(tmp_path, monkeypatch, rows, *, world_size, **options):
         with monkeypatch.context() as patch:
             patch.setattr(type(trainer.args), "world_size", world_size)
             patch.setattr(type(trainer.args), "process_index", rank)
+            patch.setattr(trainer._rank_engine, "layout", RankLayout(rank, world_size))
             loader = trainer.get_train_dataloader().updates
         loader.collator.rule = TargetRule.NEXT_TOKEN  # as the model says once it is asked
         loader.collator.packed = options.get("layout") == "packed"

@@ -187,7 +187,7 @@ def rows_of(scenario: dict[str, Any]) -> Any:
 def break_on_purpose(mistake: str) -> None:
     """Make one of the mistakes that are easily made with this engine."""
     import hf_gradacc.ranks.deepspeed as module
-    from hf_gradacc.ranks.engine import Engine
+    from hf_gradacc.ranks.deepspeed import DeepSpeed
 
     class SteppingInBackward(UpdateEngine):
         def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
@@ -208,7 +208,7 @@ def break_on_purpose(mistake: str) -> None:
     if mistake == "accelerate steps in every backward":
         ZeroTrainer._note_gradient = lambda self: None  # it is gone by then
     if mistake == "the average over ranks is forgotten":
-        Engine.factor = property(lambda self: 1)
+        DeepSpeed.factor = property(lambda self: 1)
     else:
         module.UpdateEngine = {
             "accelerate steps in every backward": SteppingInBackward,
