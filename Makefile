@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo real test test-fast test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
-CORE := tests/test_compat.py tests/trainer tests/safety tests/updates tests/verify \
+CORE := tests/test_compat.py tests/trainer tests/safety tests/updates \
 	tests/promise/test_stock_contract.py tests/promise/test_exactness.py
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.

@@ -18,7 +18,7 @@ model: {name: FOLDER}
 data: {train: rows.jsonl, format: question_answer}
 peft: {method: lora, r: 8, alpha: 16}
 train:
-  max_steps: 8
+  max_steps: 5
   effective_batch_size: 4
   max_tokens_per_micro_batch: 320
   learning_rate: 1e-3
@@ -68,10 +68,10 @@ def losses_of(trainer):
 
 def test_the_loss_starts_where_an_instructed_model_is_and_falls(trained):
     losses = losses_of(trained[0])
-    assert len(losses) == 8
+    assert len(losses) == 5
     assert 1.4 < losses[0] < 2.3  # these answers are terser than a model's own
-    # The second four updates see the rows of the first four again.
-    assert sum(losses[4:]) < 0.7 * sum(losses[:4])
+    # The fifth update sees the rows of the first again.
+    assert losses[4] < 0.7 * losses[0]
 
 
 def test_the_loss_on_gsm8k_is_that_of_its_answers_behind_their_prompts(smollm2, tmp_path):
