@@ -81,8 +81,9 @@ def prepare_data(
     ]
     remarks = [*labels.remarks, *_unused_columns(section, sources)]
     if section.streaming:
-        train_stream = _stream(section, encode, sources[: len(train_raw)])
-        held_stream = _stream(section, encode, sources[len(train_raw) :])
+        mix = partial(_mix, section)
+        train_stream = _stream(section, encode, sources[: len(train_raw)], join=mix)
+        held_stream = _stream(section, encode, sources[len(train_raw) :], join=_concatenate)
         return PreparedData(train_stream, held_stream, [], labels.names, remarks)
     encoded = [encode(source, raw) for source, raw in sources]
     train, held = encoded[: len(train_raw)], encoded[len(train_raw) :]
@@ -118,9 +119,13 @@ def _unused_columns(
 
 
 def _stream(
-    section: DataSection, encode: Callable[..., Any], sources: list[tuple[SourceSection, Any]]
+    section: DataSection,
+    encode: Callable[..., Any],
+    sources: list[tuple[SourceSection, Any]],
+    *,
+    join: Callable[[list[Any]], Any],
 ) -> Any | None:
-    """The sequences of some sources, as they are read; a mix for training."""
+    """The sequences of some sources, as they are read."""
     reports = [StreamReport(source.path, section) for source, _ in sources]
     parts = [
         _pack_stream(section, encode(source, raw, report=report), source)
@@ -129,8 +134,7 @@ def _stream(
     if not parts:
         return None
     of = [source for source, _ in sources]
-    joined = _mix(section, parts) if of == list(section.train) else _concatenate(parts)
-    return ExplainedStream.over(joined, of, reports=reports)
+    return ExplainedStream.over(join(parts), of, reports=reports)
 
 
 def iter_texts(section: DataSection) -> Iterator[str]:

@@ -60,6 +60,7 @@ class Conversation:
         self.messages = rendering.messages
         self._rendering = rendering
         self._answers: dict[int, Turn] = {}
+        self._extents: dict[tuple[int, int], tuple[int, int] | None] = {}
         self._mark = mark_for(self.messages)
 
     @classmethod
@@ -244,6 +245,11 @@ class Conversation:
 
     def _extent(self, count: int, index: int) -> tuple[int, int] | None:
         """First character, and the one after the last, that depend on the words of a turn."""
+        if (count, index) not in self._extents:
+            self._extents[count, index] = self._measure_extent(count, index)
+        return self._extents[count, index]
+
+    def _measure_extent(self, count: int, index: int) -> tuple[int, int] | None:
         text = self.text(count)
         first, last = len(text), 0
         for at_end in (False, True):

@@ -24,6 +24,7 @@ __all__ = [
     "pad_columns",
     "slice_rows",
     "trim_padding",
+    "widen",
 ]
 
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
@@ -275,3 +276,14 @@ def pad_columns(
         else:
             padded[key] = value
     return padded
+
+
+def widen(value: Tensor, shape: Sequence[int], *, fill: Any, left: bool) -> Tensor:
+    """Pad every dimension but the first to `shape`."""
+    missing = [want - have for want, have in zip(shape, value.shape[1:], strict=True)]
+    if not any(missing):
+        return value
+    padding: list[int] = []
+    for extra in reversed(missing):
+        padding += [extra, 0] if left else [0, extra]
+    return torch.nn.functional.pad(value, padding, value=fill)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_gradacc.updates.batch import labels_of, slice_rows
+from hf_gradacc.updates.batch import labels_of, slice_rows, widen
 
 __all__ = ["CannotJoin", "Joiner", "same_values"]
 
@@ -59,7 +59,7 @@ class Joiner:
         if isinstance(first, Tensor) and first.ndim:
             shape = [max(sizes) for sizes in zip(*(v.shape[1:] for v in values), strict=True)]
             fill, left = self.paddings.get(key, (0, False))
-            return torch.cat([_widen(v, shape, fill=fill, left=left) for v in values])
+            return torch.cat([widen(v, shape, fill=fill, left=left) for v in values])
         if isinstance(first, list):
             return [item for value in values for item in value]
         if all(same_values(first, value) for value in values[1:]):
@@ -157,16 +157,6 @@ def _padding_in(wide: Tensor, alone: Tensor, *, left: bool) -> Tensor:
     is_padding = torch.ones_like(wide, dtype=torch.bool)
     is_padding[(slice(None), *own)] = False
     return is_padding
-
-
-def _widen(value: Tensor, shape: Sequence[int], *, fill: Any, left: bool) -> Tensor:
-    missing = [want - have for want, have in zip(shape, value.shape[1:], strict=True)]
-    if not any(missing):
-        return value
-    padding: list[int] = []
-    for extra in reversed(missing):
-        padding += [extra, 0] if left else [0, extra]
-    return torch.nn.functional.pad(value, padding, value=fill)
 
 
 def same_values(a: Any, b: Any) -> bool:

@@ -23,6 +23,7 @@ from hf_gradacc.updates.batch import (
     order_blocks,
     slice_rows,
     trim_padding,
+    widen,
 )
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.planner import plan_micro_batches
@@ -194,7 +195,7 @@ def join_rows(
         if isinstance(first, Tensor) and first.ndim >= 1:
             shape = [max(sizes) for sizes in zip(*(v.shape[1:] for v in values), strict=True)]
             fill = fills.get(key, 0)
-            joined[key] = torch.cat([_widen(v, shape, fill=fill, left=left) for v in values])
+            joined[key] = torch.cat([widen(v, shape, fill=fill, left=left) for v in values])
         elif isinstance(first, list):
             joined[key] = [item for value in values for item in value]
         else:
@@ -286,19 +287,8 @@ def _round_up(
     for key, value in inputs.items():
         if isinstance(value, Tensor) and value.ndim >= 2 and not value.is_floating_point():
             shape = [*value.shape[1:-1], -(-value.shape[-1] // multiple_of) * multiple_of]
-            rounded[key] = _widen(value, shape, fill=fills.get(key, 0), left=left)
+            rounded[key] = widen(value, shape, fill=fills.get(key, 0), left=left)
     return rounded
-
-
-def _widen(value: Tensor, shape: Sequence[int], *, fill: Any, left: bool) -> Tensor:
-    """Pad every dimension but the first to `shape`."""
-    missing = [want - have for want, have in zip(shape, value.shape[1:], strict=True)]
-    if not any(missing):
-        return value
-    padding: list[int] = []
-    for extra in reversed(missing):
-        padding += [extra, 0] if left else [0, extra]
-    return torch.nn.functional.pad(value, padding, value=fill)
 
 
 def even_out(
