@@ -10,8 +10,8 @@ import torch
 from support.context_jobs import place_in_row, train_in_ring
 from support.rank_jobs import pad
 from support.ranks import run_ranks
-from support.reference import float64_everywhere, reference_gradient, relative_error
-from support.sequence_jobs import NUM_ROWS, answers, model_of, train_rows_in_parts
+from support.reference import relative_error
+from support.sequence_jobs import NUM_ROWS, answers, expected, train_rows_in_parts
 
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.ranks.sequence_parallel import rows_for_ring
@@ -51,19 +51,6 @@ SCENARIOS: dict[int, dict[str, dict[str, Any]]] = {
 @functools.cache
 def runs(world: int) -> list[dict[str, Any]]:
     return run_ranks(train_in_ring, world, scenarios=SCENARIOS[world])
-
-
-@functools.cache
-def expected() -> list[Any]:
-    gradients = []
-    with float64_everywhere():
-        model, rows = model_of("eager"), answers(NUM_ROWS)
-        for start in range(0, NUM_ROWS, 4):
-            gradients.append(reference_gradient(model, rows[start : start + 4], pad))
-            with torch.no_grad():
-                for name, gradient in gradients[-1].items():
-                    model.get_parameter(name).sub_(0.1 * gradient)
-    return gradients
 
 
 @pytest.mark.slow

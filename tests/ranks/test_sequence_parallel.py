@@ -14,6 +14,7 @@ from support.sequence_jobs import (
     NUM_ROWS,
     answers,
     ask_for_what_needs_whole_rows,
+    expected,
     model_of,
     train_rows_in_parts,
     train_with_stock,
@@ -88,20 +89,6 @@ def runs(world: int) -> list[dict[str, Any]]:
         )
     broken = {name: {"stage": 1, "mistake": name, "max_steps": 1} for name in MISTAKES}
     return run_ranks(train_rows_in_parts, 2, scenarios=STAGES | broken)
-
-
-@functools.cache
-def expected() -> list[Any]:
-    """The gradients of all updates, by a model that is not split."""
-    gradients = []
-    with float64_everywhere():
-        model, rows = model_of("eager"), answers(NUM_ROWS)
-        for start in range(0, NUM_ROWS, 4):
-            gradients.append(reference_gradient(model, rows[start : start + 4], pad))
-            with torch.no_grad():
-                for name, gradient in gradients[-1].items():
-                    model.get_parameter(name).sub_(0.1 * gradient)
-    return gradients
 
 
 # DeepSpeed's stage 2 sends in float32 where rows are split (``average_tensor``).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.trainer import mixin, row_parts
 
 from .rank_jobs import _note_membership
-from .reference import float64_everywhere
+from .reference import float64_everywhere, reference_gradient
 from .resume_jobs import StopAfter
 from .tiny import PLAIN, make_trainer, pad, ragged_rows, timeless_log_rows, tiny_llama
 from .zero_jobs import ZeroTrainer, allow_float64, config_of, set_up, whole_gradient, whole_weights
@@ -44,6 +45,20 @@ def answers(count: int, *, seed: int = 3) -> list[Any]:
 
 def model_of(attention: str = "sdpa") -> Any:
     return tiny_llama(attn_implementation=attention, num_key_value_heads=2)
+
+
+@functools.cache
+def expected() -> list[Any]:
+    """The gradients of all updates, by a model that is not split."""
+    gradients = []
+    with float64_everywhere():
+        model, rows = model_of("eager"), answers(NUM_ROWS)
+        for start in range(0, NUM_ROWS, 4):
+            gradients.append(reference_gradient(model, rows[start : start + 4], pad))
+            with torch.no_grad():
+                for name, gradient in gradients[-1].items():
+                    model.get_parameter(name).sub_(0.1 * gradient)
+    return gradients
 
 
 def split_rows(num_replicas: int) -> ParallelismConfig:
