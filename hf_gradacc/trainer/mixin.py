@@ -541,7 +541,7 @@ class GradAccMixin(Trainer):
             )
         if self.control.should_log or self.control.should_evaluate:
             self._foreign_metrics.hand_over(self)
-        if self.control.should_log:
+        if self.control.should_log and self.facts is not None and not self.facts.is_plain:
             self._log_book.losses = self._loss_settler.hand_over(self)
         lasts = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
