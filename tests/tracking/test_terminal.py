@@ -120,7 +120,7 @@ def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_
     assert re.search(r"^  out of memory +2 times; see the report$", first, re.M)
     assert "2/4" in second.split("update 3:")[0], "a resumed bar begins where the run goes on"
     assert "0/4" not in second
-    assert " update/s" in first
+    assert re.search(r" update/s|\ds/ update", first), "on a busy machine its inverse"
 
 
 def test_a_file_gets_each_row_in_one_line(tmp_path, capsys):
