@@ -31,8 +31,9 @@ _JOBS = ("failing", "noise_jobs", "parallel_jobs", "resume_jobs", "sequence_jobs
 _LOADED_ON_FIRST_USE = (
     "accelerate.utils.fsdp_utils",
     "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "torch._dynamo",
-    "torch._inductor",
+    "torch._inductor.compile_fx",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "transformers.models.llama.modeling_llama",
