@@ -9,10 +9,16 @@ PYTHON ?= python3.11
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# Python compiles a module when it is first imported; most of what is installed never is.
+INSTALL := install --quiet --no-compile
+# More workers than cores, since tests wait for processes they start. A file stays with one worker, or the runs that
+# its tests share would be made again by each; files come in the order of tests/conftest.py, slow ones first.
+WORKERS ?= 4
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo real test test-fast test-versions lint docs bench gpu
+.PHONY: demo real environments test test-fast test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety tests/updates \
@@ -21,14 +27,14 @@ CORE := tests/test_compat.py tests/trainer tests/safety tests/updates \
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/pip $(INSTALL) --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip $(INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 # DeepSpeed comes as source and asks the torch that is there how to build; none of its kernels are.
 $(VENV)/.deepspeed: $(VENV)/.ready
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' wheel
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
+	$(BIN)/pip $(INSTALL) --constraint $(CONSTRAINTS) 'setuptools>=77' wheel
+	DS_BUILD_OPS=0 $(BIN)/pip $(INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
 	touch $@
 
 demo: $(VENV)/.ready
@@ -38,29 +44,32 @@ real: $(VENV)/.ready
 	$(BIN)/python tests/support/real_parts.py
 
 test: $(VENV)/.deepspeed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python $(PYTEST)
 
 test-fast: $(VENV)/.deepspeed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
 
 # Other releases lie in an environment of their own; what its file does not name comes from the first one.
 $(VENV)-%/.ready: constraints/%.txt $(VENV)/.deepspeed
 	rm -rf $(@D)
 	$(PYTHON) -m venv --without-pip $(@D)
-	$(BIN)/pip --python $(@D)/bin/python install --quiet --no-compile --no-deps --requirement $<
+	$(BIN)/pip --python $(@D)/bin/python $(INSTALL) --no-deps --requirement $<
 	$(BIN)/python -c "import sysconfig as s; first = s.get_path('purelib'); \
 		own = s.get_path('purelib', vars={'base': '$(@D)'}); \
 		open(f'{own}/first.pth', 'w').write(f'import site; site.addsitedir({first!r})')"
 	touch $@
 
+# What the gate runs in.
+environments: $(VENV)/.deepspeed $(VENV)-oldest/.ready $(VENV)-newest/.ready
+
 .PHONY: $(RELEASES:%=test-%)
 $(RELEASES:%=test-%): test-%: $(VENV)-%/.ready
-	$(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' $(CORE)
+	$(VENV)-$*/bin/python $(PYTEST) -m 'not slow' $(CORE)
 
 test-versions: $(RELEASES:%=$(VENV)-%/.ready)
 	for release in $(RELEASES); do \
 		echo "== $$release"; \
-		$(VENV)-$$release/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' || exit 1; \
+		$(VENV)-$$release/bin/python $(PYTEST) -m 'not slow' || exit 1; \
 	done
 
 lint: $(VENV)/.ready

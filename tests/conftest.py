@@ -1,5 +1,6 @@
 """What every test needs: no hub, one thread, no W&B account."""
 
+import gc
 import os
 import signal
 import sys
@@ -29,6 +30,23 @@ hypothesis.settings.register_profile("without a clock", deadline=None)
 hypothesis.settings.load_profile("without a clock")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have slow tests: one that came last would leave a core idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_not_searched():
+    """Let garbage collection leave out what imports have made.
+
+    Every run of a trainer ends with one. Over all that torch and Transformers are made of it takes
+    longer than the training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

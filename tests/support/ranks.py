@@ -1,7 +1,7 @@
 """Run a function on several ranks: real processes, a real gloo process group.
 
-A fork server imports torch and transformers once; each rank is forked from it in a moment. Nothing
-is mocked: ranks find each other through the variables torchrun sets, and accelerate makes the
+A fork server imports once what ranks need; each rank is forked from it in a moment. Nothing is
+mocked: ranks find each other through the variables torchrun sets, and accelerate makes the
 process group.
 """
 
@@ -27,7 +27,21 @@ __all__ = ["run_and_kill", "run_ranks"]
 _TESTS = Path(__file__).resolve().parents[1]
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["support.resume_jobs"])
+_JOBS = ("failing", "noise_jobs", "parallel_jobs", "resume_jobs", "sequence_jobs", "zero_jobs")
+_LOADED_ON_FIRST_USE = (
+    "accelerate.utils.fsdp_utils",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+)
+# What is not installed, such as DeepSpeed, it leaves out.
+_context.set_forkserver_preload(
+    [*(f"support.{job}" for job in _JOBS), *_LOADED_ON_FIRST_USE, "support.frozen"]
+)
 
 
 def _start_server() -> None:

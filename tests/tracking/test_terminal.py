@@ -75,7 +75,8 @@ def test_the_last_line_counts_all_updates_whatever_was_logged(tmp_path, capsys, 
     trainer = tracked_trainer(tmp_path, report_to="none", logging_steps=logging_steps)
     trainer.train()
     seen = sum(label != -100 for row in trainer.train_dataset for label in row["labels"][1:])
-    assert f"Trained 4 updates in 0 s, {seen} target tokens seen" in capsys.readouterr().out
+    last = rf"Trained 4 updates in \d+ [^,]+, {seen} target tokens seen"
+    assert re.search(last, capsys.readouterr().out)
     if logging_steps == 500:
         return  # a report needs a training row
     (run,) = load_runs([tmp_path])
@@ -120,7 +121,7 @@ def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_
     assert re.search(r"^  out of memory +2 times; see the report$", first, re.M)
     assert "2/4" in second.split("update 3:")[0], "a resumed bar begins where the run goes on"
     assert "0/4" not in second
-    assert " update/s" in first
+    assert re.search(r" update/s|\ds/ update", first), "on a busy machine its inverse"
 
 
 def test_a_file_gets_each_row_in_one_line(tmp_path, capsys):

@@ -1,19 +1,8 @@
 """Each claim runs against the stock Trainer and ours; every difference is named."""
 
-import gc
-
 import pytest
 from support.line import KINDS
 from support.stock_differences import DIFFERENCES
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _modules_are_not_searched():
-    """Let garbage collection, which every run begins with, leave out what imports have made."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(params=list(KINDS))
