@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch.nn.modules.module import (
 )
 from transformers.utils import logging
 
+from hf_gradacc.loss.asking import held_in_mode
 from hf_gradacc.loss.facts import differ, rounding_of
 from hf_gradacc.loss.joint import Leaf, LeafKey, Part, Recording, joint_loss, recording
 from hf_gradacc.loss.recorded import CallKey, Cut, Returned, layout_of, returned_by
 from hf_gradacc.loss.replay import Replay
-from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
+from hf_gradacc.updates.batch import can_slice_rows, count_rows
 from hf_gradacc.updates.collator import make_micro_batch
 
 __all__ = ["find_replay"]
@@ -44,6 +46,7 @@ def find_replay(
     trainer: Any,
     model: nn.Module,
     inputs: Mapping[str, Any],
+    parts: Sequence[Mapping[str, Any]],
     *,
     compute: Callable[[Mapping[str, Any]], Tensor],
     dtype: torch.dtype,
@@ -58,6 +61,7 @@ def find_replay(
         trainer: The trainer, whose wrapped model is known.
         model: The bare model, in the mode it is asked in.
         inputs: A few collated rows.
+        parts: The same rows in their order, in two parts or more.
         compute: Returns the loss of collated inputs, as ``compute_loss`` does, on the bare model.
         dtype: The coarsest dtype of a forward, see `dtype_computed_in`.
         rows_per_sequence: Collated rows of each sequence; None if they cannot be told apart.
@@ -67,29 +71,27 @@ def find_replay(
         What couples the rows; None if there is no such way, or it would keep too much. A loss that
         gathers rows over ranks by itself (``gather_across_devices``) does so no longer.
     """
-    if rows_per_sequence is None:
+    if rows_per_sequence is None or len(parts) < 2:
         return None
-    num_rows = count_rows(inputs) // rows_per_sequence
-    if num_rows < 2 or not can_slice_rows(inputs, num_rows, rows_per_sequence=rows_per_sequence):
+    sizes = [count_rows(part) // rows_per_sequence for part in parts]
+    if not can_slice_rows(inputs, sum(sizes), rows_per_sequence=rows_per_sequence):
         return None
-    halves = [range(num_rows // 2), range(num_rows // 2, num_rows)]
-    sample = _Sample(
-        inputs,
-        [slice_rows(inputs, half, rows_per_sequence=rows_per_sequence) for half in halves],
-        [len(half) for half in halves],
-        rows_per_sequence,
-        compute,
-        rounding_of(dtype, "shortcut"),
-    )
+    tolerance = rounding_of(dtype, "shortcut")
+    sample = _Sample(inputs, parts, sizes, rows_per_sequence, compute, tolerance)
     gathering = _losses_that_gather(trainer)
     for loss in gathering:
         loss.gather_across_devices = False
     replay = None
-    with contextlib.suppress(Exception), _batch_norm_as_in_training(model), torch.enable_grad():
-        replay = _find(trainer, model, sample, left=left, limit=rounding_of(dtype, "loss"))
-    if replay is None:
+    try:
+        with _batch_norm_as_in_training(model), torch.enable_grad():
+            replay = _find(trainer, model, sample, left=left, limit=rounding_of(dtype, "loss"))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        logger.info("no loss of all rows at once: %s: %s", type(error).__name__, error)
+    finally:
         for loss in gathering:
-            loss.gather_across_devices = True
+            loss.gather_across_devices = replay is None
     return replay
 
 
@@ -99,15 +101,15 @@ class _Sample:
 
     Attributes:
         whole: All rows, collated.
-        halves: Some and the others.
-        sizes: How many.
-        rows_per_sequence: Collated rows of each.
+        parts: The same, taken apart.
+        sizes: Rows of each part.
+        rows_per_sequence: Collated rows of each row.
         compute: The loss.
         tolerance: What rounding may do to an output.
     """
 
     whole: Mapping[str, Any]
-    halves: list[dict[str, Any]]
+    parts: Sequence[Mapping[str, Any]]
     sizes: list[int]
     rows_per_sequence: int
     compute: Callable[[Mapping[str, Any]], Tensor]
@@ -137,10 +139,15 @@ def _find(
         wrappers=lambda: _wrappers(trainer, model),
     )
     parts = _record(what, sample)
-    loss = _joint_value(what, parts)
-    if loss is None or differ(loss, float(sample.run(sample.whole).detach())) > limit:
+    loss = float(sample.run(sample.whole).detach())
+
+    def is_exact() -> bool:
+        joint = _joint_value(what, parts)
+        return joint is not None and differ(joint, loss) <= limit
+
+    if not is_exact() or not is_exact():  # once may be by chance, if it draws
         return None
-    _leave_out(what, parts, loss)
+    _leave_out(what, parts, is_exact)
     used = [key for key in what.tensors() if key not in what.unused]
     if not any(what.leaves[key].needs_gradient for key in used):
         return None
@@ -153,6 +160,8 @@ def _find(
             f"{_MOST_NUMBERS:,}), so only rows of one micro-batch are compared."
         )
         return None
+    with held_in_mode(model, training=True), torch.no_grad():
+        _record(what, sample)  # raises if the network is called otherwise in training
     return Replay(what, numbers_per_row=numbers)
 
 
@@ -238,13 +247,13 @@ def _by_row(
 ) -> dict[CallKey, tuple[Returned, list[Leaf]] | None]:
     """Say of each call what it returns; None if that depends on what other rows there are."""
     whole = returned_by(cuts, lambda: sample.run(sample.whole))
-    halves = [returned_by(cuts, lambda h=half: sample.run(h)) for half in sample.halves]  # type: ignore[misc]
+    apart = [returned_by(cuts, partial(sample.run, part)) for part in sample.parts]
     known: dict[CallKey, tuple[Returned, list[Leaf]] | None] = {}
-    for key in {key for one in (whole, *halves) for key in one}:
+    for key in {key for one in (whole, *apart) for key in one}:
         known[key] = None
-        if not all(key in one for one in (whole, *halves)):
+        if not all(key in one for one in (whole, *apart)):
             continue
-        parts = [half[key] for half in halves]
+        parts = [one[key] for one in apart]
         if any(part.spec != whole[key].spec for part in parts):
             continue
         leaves = [
@@ -264,7 +273,11 @@ def _leaf_of(whole: Any, parts: list[Any], sample: _Sample) -> Leaf | None:
         return None
     detached = [part.detach() for part in parts]
     layout = layout_of(whole.detach(), detached, sample.sizes, tolerance=sample.tolerance)
-    return None if layout is None else Leaf(layout, needs_gradient=whole.requires_grad)
+    if layout is None:
+        return None
+    widths = {v.shape[-1] for v in sample.whole.values() if isinstance(v, Tensor) and v.ndim > 1}
+    sizes = tuple(None if size in widths else size for size in whole.shape[1:])
+    return Leaf(layout, needs_gradient=whole.requires_grad, sizes=sizes)
 
 
 class _Unrecorded:
@@ -288,10 +301,10 @@ def _described(
 
 def _record(what: Recording, sample: _Sample) -> list[Part]:
     parts: list[Part] = []
-    for half in sample.halves:
-        micro_batch = make_micro_batch(half, rows_per_sequence=sample.rows_per_sequence)
+    for part in sample.parts:
+        micro_batch = make_micro_batch(dict(part), rows_per_sequence=sample.rows_per_sequence)
         with recording(what, micro_batch) as recorded:
-            sample.run(half)
+            sample.run(part)
         parts += recorded
     return parts
 
@@ -304,16 +317,16 @@ def _joint_value(what: Recording, parts: Sequence[Part]) -> float | None:
         return None
 
 
-def _leave_out(what: Recording, parts: Sequence[Part], loss: float) -> None:
+def _leave_out(what: Recording, parts: Sequence[Part], is_exact: Callable[[], bool]) -> None:
     """Leave out, one by one, each output and input that the loss does not change without."""
     for key in what.tensors():
         what.unused.add(key)
-        if _joint_value(what, parts) != loss:
+        if not is_exact():
             what.unused.remove(key)
     for name, value in parts[0].inputs.items():
         if isinstance(value, Tensor) and value.ndim:
             what.unused_inputs.add(name)
-            if _joint_value(what, parts) != loss:
+            if not is_exact():
                 what.unused_inputs.remove(name)
 
 

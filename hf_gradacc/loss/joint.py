@@ -40,11 +40,13 @@ class Leaf:
         layout: How rows lie in a tensor; None for anything else.
         needs_gradient: Whether the network can be trained through it.
         constant: What to hand out if it is no tensor.
+        sizes: Of the dimensions behind the rows; None for one as wide as the inputs.
     """
 
     layout: RowLayout | None
     needs_gradient: bool = False
     constant: Any = None
+    sizes: tuple[int | None, ...] = ()
 
 
 @dataclass
@@ -186,8 +188,9 @@ def _part(what: Recording, micro_batch: MicroBatch, outputs: dict[LeafKey, Tenso
             f"set update_passes = 1 to compare only rows of one micro-batch."
         )
     for key, output in outputs.items():
-        per_row = what.layout(key).per_row
-        if per_row and len(output) != n * per_row:
+        per_row, sizes = what.layout(key).per_row, what.leaves[key].sizes
+        fits = all(want in (None, have) for want, have in zip(sizes, output.shape[1:], strict=True))
+        if per_row and (len(output) != n * per_row or not fits):
             raise what.called_otherwise()
     inputs = {
         key: _without_values(value)

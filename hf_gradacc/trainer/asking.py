@@ -26,6 +26,7 @@ from hf_gradacc.loss.asking import (
 )
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
+from hf_gradacc.loss.replay import Replay
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
@@ -136,6 +137,8 @@ def ask_trainer(
                         ask_one(loss),
                         dtype=dtype,
                         engine=engine,
+                        rows_per_sequence=1 if known is None else known.rows_per_sequence,
+                        left=style["left"],
                     )
         except GradAccError:
             raise
@@ -150,7 +153,9 @@ def ask_trainer(
                 args,
                 facts,
                 has_loss_func=trainer.compute_loss_func is not None,
-                has_foreign_loss=has_foreign_loss(type(trainer)),
+                # What is recorded in two passes is what the model returns as it stands.
+                has_foreign_loss=has_foreign_loss(type(trainer))
+                or isinstance(facts.coupling, Replay),
                 smooths_labels=trainer.label_smoother is not None,
                 lockstep=engine.lockstep,
                 splits_rows=engine.layout.row_parts > 1,
@@ -296,5 +301,6 @@ def padding_style(trainer: Any) -> dict[str, Any]:
 
 
 def has_foreign_loss(trainer_class: type) -> bool:
-    """Return whether a class other than the stock Trainer and ours defines ``compute_loss``."""
-    return any(definers(trainer_class.__mro__, "compute_loss"))
+    """Return whether a class other than the stock Trainer and ours computes the loss."""
+    takes_all_rows = hasattr(trainer_class, "compute_update_loss")
+    return takes_all_rows or any(definers(trainer_class.__mro__, "compute_loss"))

@@ -42,6 +42,7 @@ from hf_gradacc.loss.refusals import (
     refuse_steps_in_backward,
     refuse_unknown_engines,
     warn_by_name,
+    warn_of_pairing,
 )
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
@@ -728,6 +729,8 @@ class GradAccMixin(Trainer):
                 self, model, inputs, sample=sample, engine=self._rank_engine
             )
         refuse_losses_of_whole_rows(self, facts)
+        if facts.coupling is None:
+            warn_of_pairing(self)
         self.facts = facts
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
         if shortcuts is not None and self.update_collator is not None:

@@ -138,8 +138,8 @@ def in_place_case():
     model = tiny_bert()
 
     def compute(x):
-        vectors = model(x["input_ids"]).pooler_output
-        vectors /= vectors.norm(dim=-1, keepdim=True)
+        vectors = model(x["input_ids"]).last_hidden_state[:, 0]
+        vectors *= torch.arange(16) / 8
         return sup_con(vectors, x["labels"])
 
     return model, compute, text_of(ROWS, "labels")
@@ -160,7 +160,7 @@ CASES = {
     "two views in blocks": (blocks_case, 32),
     "two views interleaved": (interleaved_case, 32),
     "a scale among the outputs": (scale_case, 32),
-    "a loss that writes": (in_place_case, 16),
+    "a loss that writes": (in_place_case, 9 * 16),
 }
 
 
@@ -171,7 +171,7 @@ def test_two_passes_give_the_gradient_and_loss_of_all_rows_at_once(name):
     replay = find(model, compute, rows)
     model.train()
     expected, loss = whole_gradient(model, compute, rows), compute(rows).item()
-    for sizes in (SIZES, [1] * 14, [14]):
+    for sizes in (SIZES, [1] * 14):
         actual, total = two_passes(replay, model, compute, cut(rows, sizes))
         assert relative_error(actual, expected) <= 1e-10
         assert total == pytest.approx(loss, rel=1e-12)
@@ -306,7 +306,7 @@ def peak_of(run):
     class Saved:
         def __init__(self, tensor):
             nonlocal alive, most
-            self.tensor = tensor
+            self.tensor = tensor.detach()  # with its graph it would hold itself
             alive += tensor.numel()
             most = max(most, alive)
 
@@ -321,15 +321,15 @@ def peak_of(run):
 
 def test_activations_are_those_of_one_micro_batch():
     model, compute, _ = sup_con_case()
-    rows = {k: v for k, v in rows_of_text(64).items() if k != "other"}
+    rows = {k: v for k, v in rows_of_text(32).items() if k != "other"}
     replay = find(model, compute, rows)
     model.train()
-    parts = cut(rows, [4] * 16)
+    parts = cut(rows, [4] * 8)
     whole = peak_of(lambda: whole_gradient(model, compute, rows))
     one = max(peak_of(lambda p=p: whole_gradient(model, compute, dict(p.inputs))) for p in parts)
     both = peak_of(lambda: two_passes(replay, model, compute, parts))
-    assert whole > 10 * one
-    assert both < 1.5 * one
+    assert whole > 6 * one
+    assert both < 1.2 * one
 
 
 def test_a_loss_of_all_rows_that_does_not_fit_says_what_helps(monkeypatch):
@@ -342,7 +342,7 @@ def test_a_loss_of_all_rows_that_does_not_fit_says_what_helps(monkeypatch):
     monkeypatch.setattr(replay_module, "joint_loss", full)
     with pytest.raises(torch.OutOfMemoryError):  # once more, with empty caches
         two_passes(replay, model, compute, cut(rows, SIZES))
-    with pytest.raises(MemoryBudgetError, match="loss was taken of 14 rows.*\n.*effective_batch_si"):
+    with pytest.raises(MemoryBudgetError, match=r"of 14 rows[^\0]*effective_batch_size"):
         two_passes(replay, model, compute, cut(rows, SIZES))
 
 
