@@ -39,7 +39,6 @@ _FINDERS: tuple[Finder, ...] = ()
 
 def find_coupling(
     trainer: Any,
-    model: nn.Module,
     loss: Loss,
     inputs: Mapping[str, Any],
     parts: Sequence[Mapping[str, Any]],
@@ -54,8 +53,7 @@ def find_coupling(
 
     Args:
         trainer: The trainer.
-        model: Its bare model, held in the mode to ask in.
-        loss: To be asked.
+        loss: Of its bare model, held in the mode to ask in.
         inputs: Collated rows.
         parts: The same rows in two parts or more.
         facts: What was found out about the loss.
@@ -78,7 +76,7 @@ def find_coupling(
     )
     finders: list[Finder] = [*_FINDERS, partial(_find_replay, replayed)]
     for find in finders:
-        coupling = find(trainer, model, facts)
+        coupling = find(trainer, loss.model, facts)
         if coupling is None:
             continue
         error = _measured(trainer, coupling, loss, inputs, parts, facts, rows_per_sequence)

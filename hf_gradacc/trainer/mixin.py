@@ -35,6 +35,7 @@ from hf_gradacc.compat import (
     stock_divides_every_loss,
     stock_splits_rows_in_evaluation,
 )
+from hf_gradacc.loss.added_mean import find_added_mean
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -197,7 +198,7 @@ class GradAccMixin(Trainer):
         add_options(self.args, options)
         refuse_unknown_engines(self)
         refuse_by_name(self)
-        warn_by_name(self)
+        self._loss_settler.added = find_added_mean(self)
         self._rank_engine = self._make_engine()
         end_group_at_exit()
         self._noise_listener = NoiseListener(self.args.noise_scale_every)
@@ -487,7 +488,7 @@ class GradAccMixin(Trainer):
             if self._foreign_metrics.taken is not None:
                 loss = functools.partial(self._foreign_metrics.compute_loss, self, loss, inputs)
             is_plain = self.facts is not None and self.facts.is_plain
-            return loss() if is_plain else self._loss_settler.call(loss)
+            return loss() if is_plain else self._loss_settler.call_behind(loss)
 
     def compute_row_outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Return what ``compute_update_loss(outputs, inputs)`` of a subclass needs of each row.
@@ -556,7 +557,7 @@ class GradAccMixin(Trainer):
             )
         if self.control.should_log or self.control.should_evaluate:
             self._foreign_metrics.hand_over(self)
-        if self.control.should_log:
+        if self.control.should_log and self.facts is not None and not self.facts.is_plain:
             self._log_book.losses = self._loss_settler.hand_over(self)
         lasts = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
@@ -732,6 +733,8 @@ class GradAccMixin(Trainer):
         if facts.coupling is None:
             warn_of_pairing(self)
         self.facts = facts
+        if facts.is_plain:
+            warn_by_name(self)
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
         if shortcuts is not None and self.update_collator is not None:
             self.update_collator.packed = shortcuts.packed
