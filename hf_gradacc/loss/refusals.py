@@ -18,11 +18,13 @@ from hf_gradacc.errors import ConfigError, DataError, LossError
 
 __all__ = [
     "find_inexact_by_name",
+    "find_pairing_by_name",
     "refuse_by_name",
     "refuse_generating",
     "refuse_steps_in_backward",
     "refuse_unknown_engines",
     "warn_by_name",
+    "warn_of_pairing",
 ]
 
 logger = logging.get_logger(__name__)
@@ -134,6 +136,12 @@ def warn_by_name(trainer: Any) -> None:
         logger.warning_once(f"{reason}: no cut of an update gives exactly the whole.")
 
 
+def warn_of_pairing(trainer: Any) -> None:
+    """Say of a loss that compares rows that it compares those of a micro-batch alone."""
+    for reason in find_pairing_by_name(trainer):
+        logger.warning_once(f"{reason}: no cut of an update gives exactly the whole.")
+
+
 def find_inexact_by_name(trainer: Any) -> Iterator[str]:
     """Yield why a trainer's loss is no mean over rows, naming the setting."""
     names = {cls.__name__ for cls in type(trainer).__mro__}
@@ -164,6 +172,20 @@ def find_inexact_by_name(trainer: Any) -> Iterator[str]:
                 f"{type(loss).__name__} with n_dims_per_step = {loss.n_dims_per_step} draws other "
                 f"dimensions in every micro-batch (-1 takes all)"
             )
+
+
+def find_pairing_by_name(trainer: Any) -> Iterator[str]:
+    """Yield why a loss is expected to compare rows with each other, naming it.
+
+    The few rows a loss is asked with need not show it: where none of them is a positive of another,
+    say, the loss of all of them is zero.
+    """
+    if hasattr(trainer, "compute_update_loss"):
+        yield (
+            f"{type(trainer).__name__}.compute_update_loss is meant to be taken of all rows of an "
+            f"update, and can be taken of those of a micro-batch only"
+        )
+    for loss in _own_losses(trainer):
         # A sum over embeddings cut to several sizes: what counts is the loss inside.
         loss = getattr(loss, "loss", loss) if type(loss).__name__ == "MatryoshkaLoss" else loss
         name = type(loss).__name__

@@ -26,6 +26,7 @@ from hf_gradacc.loss.asking import (
 )
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
+from hf_gradacc.loss.replay import Replay
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
@@ -130,7 +131,9 @@ def ask_trainer(
                 args,
                 facts,
                 has_loss_func=trainer.compute_loss_func is not None,
-                has_foreign_loss=has_foreign_loss(type(trainer)),
+                # What is recorded in two passes is what the model returns as it stands.
+                has_foreign_loss=has_foreign_loss(type(trainer))
+                or isinstance(facts.coupling, Replay),
                 smooths_labels=trainer.label_smoother is not None,
                 lockstep=engine.lockstep,
                 splits_rows=engine.layout.row_parts > 1,
@@ -173,7 +176,17 @@ def _ask_in_mode(
         return of_terms
     if settler.added is not None:  # another release of TRL, or a loss that adds still more
         settler.added, loss = None, loss.computed_by(loss.compute)
-    return find_coupling(trainer, loss, asked, parts(), ask_one(loss), dtype=dtype, engine=engine)
+    return find_coupling(
+        trainer,
+        loss,
+        asked,
+        parts(),
+        ask_one(loss),
+        dtype=dtype,
+        engine=engine,
+        rows_per_sequence=1 if known is None else known.rows_per_sequence,
+        left=style["left"],
+    )
 
 
 def _two_parts(inputs: Mapping[str, Any], known: ProbeRows | None) -> list[Mapping[str, Any]]:
@@ -308,5 +321,6 @@ def padding_style(trainer: Any) -> dict[str, Any]:
 
 
 def has_foreign_loss(trainer_class: type) -> bool:
-    """Return whether a class other than the stock Trainer and ours defines ``compute_loss``."""
-    return any(definers(trainer_class.__mro__, "compute_loss"))
+    """Return whether a class other than the stock Trainer and ours computes the loss."""
+    takes_all_rows = hasattr(trainer_class, "compute_update_loss")
+    return takes_all_rows or any(definers(trainer_class.__mro__, "compute_loss"))

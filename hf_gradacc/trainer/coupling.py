@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from transformers.utils import logging
 from hf_gradacc.errors import GradAccError
 from hf_gradacc.loss.answers import Loss
 from hf_gradacc.loss.coupling import Coupling, Exchange, ForwardEnded
+from hf_gradacc.loss.cuts import find_replay
 from hf_gradacc.loss.facts import LossFacts, Weighing, rounding_of
 from hf_gradacc.loss.questions import misfit
+from hf_gradacc.loss.refusals import find_inexact_by_name, find_pairing_by_name
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.updates.collator import make_micro_batch
@@ -43,6 +46,8 @@ def find_coupling(
     *,
     dtype: torch.dtype,
     engine: Engine,
+    rows_per_sequence: int | None = 1,
+    left: bool = False,
 ) -> LossFacts:
     """Return the facts with what couples rows, if two passes make such an update exact.
 
@@ -54,15 +59,27 @@ def find_coupling(
         facts: What was found out about the loss.
         dtype: The coarsest dtype of a forward.
         engine: How the ranks work together.
+        rows_per_sequence: Collated rows of each; None if they cannot be told apart.
+        left: Padding goes in front.
     """
     passes = trainer.args.update_passes
     if passes == 1 or facts.terms or engine.layout.row_parts > 1 or len(parts) < 2:
         return facts
-    for find in _FINDERS:
+    replayed = partial(
+        find_replay,
+        inputs=inputs,
+        parts=parts,
+        compute=lambda rows: loss.compute(rows, None),
+        dtype=dtype,
+        rows_per_sequence=rows_per_sequence,
+        left=left,
+    )
+    finders: list[Finder] = [*_FINDERS, partial(_find_replay, replayed)]
+    for find in finders:
         coupling = find(trainer, loss.model, facts)
         if coupling is None:
             continue
-        error = _measured(trainer, coupling, loss, inputs, parts, facts)
+        error = _measured(trainer, coupling, loss, inputs, parts, facts, rows_per_sequence)
         limits = rounding_of(dtype), rounding_of(dtype, "rows_gradient")
         if error is not None and error[0] <= limits[0] and error[1] <= limits[1]:
             return dataclasses.replace(facts, coupling=coupling, misfit="", rule_error=error[0])
@@ -74,6 +91,16 @@ def find_coupling(
     return facts
 
 
+def _find_replay(
+    find: Callable[..., Coupling | None], trainer: Any, model: nn.Module, facts: LossFacts
+) -> Coupling | None:
+    """Take the loss once over all rows, if rows do not add up or its name says they may not."""
+    is_expected = bool(facts.misfit) or any(find_pairing_by_name(trainer))
+    if not is_expected or facts.wants_own_count or any(find_inexact_by_name(trainer)):
+        return None
+    return find(trainer, model)
+
+
 def _measured(
     trainer: Any,
     coupling: Coupling,
@@ -81,10 +108,13 @@ def _measured(
     inputs: Mapping[str, Any],
     parts: Sequence[Mapping[str, Any]],
     facts: LossFacts,
+    rows_per_sequence: int | None,
 ) -> tuple[float, float] | None:
     """Measure a candidate; None if the model cannot be run that way."""
     try:
-        return measure_coupling(trainer, coupling, loss, inputs, parts, facts)
+        return measure_coupling(
+            trainer, coupling, loss, inputs, parts, facts, rows_per_sequence=rows_per_sequence
+        )
     except GradAccError:
         raise
     except Exception as error:
@@ -103,6 +133,8 @@ def measure_coupling(
     inputs: Mapping[str, Any],
     parts: Sequence[Mapping[str, Any]],
     facts: LossFacts,
+    *,
+    rows_per_sequence: int | None = 1,
 ) -> tuple[float, float]:
     """Measure how far two passes over parts are from the rows together.
 
@@ -111,12 +143,13 @@ def measure_coupling(
         and of those in ``coupling.watched`` if it has any.
     """
     watched: Sequence[nn.Parameter] = getattr(coupling, "watched", ())
-    micro_batches = [make_micro_batch(dict(part)) for part in parts]
+    collated = partial(make_micro_batch, rows_per_sequence=rows_per_sequence)
+    micro_batches = [collated(dict(part)) for part in parts]
 
     def count(micro_batch: Any) -> int | None:
         return micro_batch.targets.under(facts.rule) if facts.wants_own_count else None
 
-    whole = loss.ask_anew(inputs, count(make_micro_batch(dict(inputs))), watched=watched)
+    whole = loss.ask_anew(inputs, count(collated(dict(inputs))), watched=watched)
     sizes = [facts.size_of(micro_batch) for micro_batch in micro_batches]
     coupling.begin()
     for micro_batch in micro_batches:

@@ -43,6 +43,7 @@ from hf_gradacc.loss.refusals import (
     refuse_steps_in_backward,
     refuse_unknown_engines,
     warn_by_name,
+    warn_of_pairing,
 )
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
@@ -92,7 +93,7 @@ from hf_gradacc.trainer.sharded import (
     saves_checkpoints,
     writing_together,
 )
-from hf_gradacc.trainer.step import MicroBatchStep, smoothed_loss
+from hf_gradacc.trainer.step import MicroBatchStep, loss_of_rows, smoothed_loss
 from hf_gradacc.trainer.stopping import Stopping
 from hf_gradacc.updates.batch import count_rows
 from hf_gradacc.updates.budget import TokenBudget
@@ -470,7 +471,9 @@ class GradAccMixin(Trainer):
                 return_outputs=return_outputs,
             )
         stock_loss = functools.partial(super().compute_loss, model, inputs, **kwargs)
-        if self._replaces_smoothing(inputs):
+        if hasattr(self, "compute_update_loss"):
+            loss = functools.partial(loss_of_rows, self, model, inputs, return_outputs)
+        elif self._replaces_smoothing(inputs):
             loss = functools.partial(smoothed_loss, self, stock_loss, inputs, return_outputs)
         else:
             loss = functools.partial(stock_loss, return_outputs=return_outputs)
@@ -486,6 +489,19 @@ class GradAccMixin(Trainer):
                 loss = functools.partial(self._foreign_metrics.compute_loss, self, loss, inputs)
             is_plain = self.facts is not None and self.facts.is_plain
             return loss() if is_plain else self._loss_settler.call_behind(loss)
+
+    def compute_row_outputs(self, model: nn.Module, inputs: Any) -> Any:
+        """Return what ``compute_update_loss(outputs, inputs)`` of a subclass needs of each row.
+
+        Defining that method makes its scalar the loss: of all rows of an update, on all ranks, in
+        two passes; in evaluation of the rows of a batch. Each row's outputs may depend on that row
+        alone.
+
+        Args:
+            model: The model, wrapped or bare.
+            inputs: Collated inputs.
+        """
+        return model(**inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
         """Return the batch's own target count if the loss needs it, else None."""
@@ -714,6 +730,8 @@ class GradAccMixin(Trainer):
                 self, model, inputs, sample=sample, engine=self._rank_engine
             )
         refuse_losses_of_whole_rows(self, facts)
+        if facts.coupling is None:
+            warn_of_pairing(self)
         self.facts = facts
         if facts.is_plain:
             warn_by_name(self)

@@ -20,7 +20,7 @@ from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, start_copies
 
-__all__ = ["MicroBatchStep", "smoothed_loss"]
+__all__ = ["MicroBatchStep", "loss_of_rows", "smoothed_loss"]
 
 
 class MicroBatchStep:
@@ -172,3 +172,19 @@ def smoothed_loss(
         )
         loss = loss + correction.to(loss.device)
     return (loss, outputs) if return_outputs else loss
+
+
+def loss_of_rows(trainer: Any, model: nn.Module, inputs: Any, return_outputs: bool = False) -> Any:
+    """Compute a loss that a subclass takes of all rows by ``compute_update_loss``.
+
+    Args:
+        trainer: The trainer.
+        model: The model, wrapped or bare.
+        inputs: Collated inputs of these rows.
+        return_outputs: Return what the model returned, too: in a dictionary, as stock wants it.
+    """
+    outputs = trainer.compute_row_outputs(model, inputs)
+    loss = trainer.compute_update_loss(outputs, inputs)
+    if not return_outputs:
+        return loss
+    return loss, outputs if isinstance(outputs, Mapping) else {"outputs": outputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from sentence_transformers.sparse_encoder import losses as sparse_losses
 
 from hf_gradacc import GradAccMixin, GradAccOptions
-from hf_gradacc.loss.refusals import _ROW_BY_ROW, find_inexact_by_name
+from hf_gradacc.loss.refusals import (
+    _ROW_BY_ROW,
+    find_inexact_by_name,
+    find_pairing_by_name,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -158,7 +163,8 @@ def every_loss():
 
 
 def reasons(loss):
-    return "; ".join(find_inexact_by_name(SimpleNamespace(loss=loss)))
+    trainer = SimpleNamespace(loss=loss)
+    return "; ".join([*find_inexact_by_name(trainer), *find_pairing_by_name(trainer)])
 
 
 @pytest.mark.parametrize("kind", list(every_loss()))
@@ -183,20 +189,70 @@ def test_a_loss_that_draws_its_dimensions_for_each_micro_batch_is_named(bert):
     assert "MatryoshkaLoss with n_dims_per_step = 1 draws other dimensions" in reasons(loss)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "CoSENTLoss",
-        "MultipleNegativesRankingLoss",
-    ],
-)
-def test_losses_that_compare_rows_go_on_and_a_line_says_why(name, bert, tmp_path):
-    model = st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
-    rows = SCORE if name == "CoSENTLoss" else rows_of(2, lambda draw: {})
+def guided(model):
+    torch.manual_seed(5)
+    guide = BertModel(BertConfig.from_pretrained(model[0].auto_model.name_or_path))
+    teacher = copy.deepcopy(model)
+    teacher[0].auto_model.load_state_dict(guide.state_dict())
+    return losses.GISTEmbedLoss(model, teacher)
+
+
+def in_one_piece(model):
+    return losses.MegaBatchMarginLoss(model, use_mini_batched_version=False)
+
+
+def gathering(model):
+    return losses.MultipleNegativesRankingLoss(model, gather_across_devices=True)
+
+
+def nested(model):
+    inner = losses.MultipleNegativesRankingLoss(model)
+    return losses.MatryoshkaLoss(model, inner, matryoshka_dims=[16, 8])
+
+
+PAIRS, TRIPLES = rows_of(2, lambda draw: {}), rows_of(3, lambda draw: {})
+CLASSES = rows_of(1, lambda draw: {"label": draw.randrange(3)})
+IN_BATCH = {
+    "MultipleNegativesRankingLoss": (gathering, TRIPLES),
+    "MultipleNegativesSymmetricRankingLoss": (losses.MultipleNegativesSymmetricRankingLoss, PAIRS),
+    "CoSENTLoss": (losses.CoSENTLoss, SCORE),
+    "AnglELoss": (losses.AnglELoss, SCORE),
+    "BatchAllTripletLoss": (losses.BatchAllTripletLoss, CLASSES),
+    "BatchHardTripletLoss": (losses.BatchHardTripletLoss, CLASSES),
+    "BatchSemiHardTripletLoss": (losses.BatchSemiHardTripletLoss, CLASSES),
+    "BatchHardSoftMarginTripletLoss": (losses.BatchHardSoftMarginTripletLoss, CLASSES),
+    "GISTEmbedLoss": (guided, TRIPLES),
+    "MegaBatchMarginLoss": (in_one_piece, PAIRS),
+    "OnlineContrastiveLoss": (losses.OnlineContrastiveLoss, CASES["ContrastiveLoss"][1]),
+    "MatryoshkaLoss": (nested, PAIRS),
+}
+
+
+def make_model(bert):
+    return st.SentenceTransformer(modules=[Transformer(bert), Pooling(16)], device="cpu")
+
+
+@pytest.mark.parametrize("name", IN_BATCH)
+def test_losses_that_compare_rows_compare_those_of_the_whole_update(name, bert, tmp_path):
+    make_loss, rows = IN_BATCH[name]
+    stock = st.SentenceTransformerTrainer, st.SentenceTransformerTrainingArguments
+    whole = train(*stock, make_model(bert), make_loss, rows, tmp_path, **WHOLE)
     with warnings_of("hf_gradacc") as warnings:
-        gradients = train(Mixed, Arguments, model, getattr(losses, name), rows, tmp_path, **PIECES)
+        pieces = train(Mixed, Arguments, make_model(bert), make_loss, rows, tmp_path, **PIECES)
+    assert_same_updates(pieces, whole)
+    (said,) = [line for line in warnings if "rows" in line]
+    assert "taken once over all rows of an update" in said
+
+
+@pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "update_passes = 1"])
+def test_losses_that_compare_rows_in_one_pass_go_on_and_a_line_says_why(name, bert, tmp_path):
+    kind = losses.CachedMultipleNegativesRankingLoss if "=" not in name else losses.CoSENTLoss
+    rows = PAIRS if "=" not in name else SCORE
+    options = PIECES | ({} if "=" not in name else {"update_passes": 1})
+    with warnings_of("hf_gradacc") as warnings:
+        gradients = train(Mixed, Arguments, make_model(bert), kind, rows, tmp_path, **options)
     assert len(gradients) == 1
-    assert f"{name} is not known to be a mean over rows" in "\n".join(warnings)
+    assert f"{kind.__name__} is not known to be a mean over rows" in "\n".join(warnings)
 
 
 def test_a_sum_over_rows_is_found_by_asking(bert, tmp_path):
