@@ -18,13 +18,11 @@ from hf_gradacc.errors import ConfigError, DataError, LossError
 
 __all__ = [
     "find_inexact_by_name",
-    "find_pairing_by_name",
     "refuse_by_name",
     "refuse_generating",
     "refuse_steps_in_backward",
     "refuse_unknown_engines",
     "warn_by_name",
-    "warn_of_pairing",
 ]
 
 logger = logging.get_logger(__name__)
@@ -136,14 +134,12 @@ def warn_by_name(trainer: Any) -> None:
         logger.warning_once(f"{reason}: no cut of an update gives exactly the whole.")
 
 
-def warn_of_pairing(trainer: Any) -> None:
-    """Say of a loss that compares rows that it compares those of a micro-batch alone."""
-    for reason in find_pairing_by_name(trainer):
-        logger.warning_once(f"{reason}: no cut of an update gives exactly the whole.")
-
-
 def find_inexact_by_name(trainer: Any) -> Iterator[str]:
-    """Yield why a trainer's loss is no mean over rows, naming the setting."""
+    """Yield why a trainer's loss is no mean over rows, naming the setting or the loss.
+
+    The few rows a loss is asked with need not show it: where none of them is a positive of another,
+    say, a loss that compares them is zero for all.
+    """
     names = {cls.__name__ for cls in type(trainer).__mro__}
     for name in sorted(names & {"CPOTrainer", "ORPOTrainer"}):
         alpha = getattr(trainer, "cpo_alpha", 1.0)
@@ -166,26 +162,17 @@ def find_inexact_by_name(trainer: Any) -> Iterator[str]:
         for loss in getattr(trainer, "loss_types", ()):
             if loss in _DPO_LOSSES:
                 yield f"DPOTrainer with loss_type = {loss!r} {_DPO_LOSSES[loss]}"
-    for loss in _own_losses(trainer):
-        if getattr(loss, "n_dims_per_step", -1) > 0:
-            yield (
-                f"{type(loss).__name__} with n_dims_per_step = {loss.n_dims_per_step} draws other "
-                f"dimensions in every micro-batch (-1 takes all)"
-            )
-
-
-def find_pairing_by_name(trainer: Any) -> Iterator[str]:
-    """Yield why a loss is expected to compare rows with each other, naming it.
-
-    The few rows a loss is asked with need not show it: where none of them is a positive of another,
-    say, the loss of all of them is zero.
-    """
     if hasattr(trainer, "compute_update_loss"):
         yield (
             f"{type(trainer).__name__}.compute_update_loss is meant to be taken of all rows of an "
             f"update, and can be taken of those of a micro-batch only"
         )
     for loss in _own_losses(trainer):
+        if getattr(loss, "n_dims_per_step", -1) > 0:
+            yield (
+                f"{type(loss).__name__} with n_dims_per_step = {loss.n_dims_per_step} draws other "
+                f"dimensions in every micro-batch (-1 takes all)"
+            )
         # A sum over embeddings cut to several sizes: what counts is the loss inside.
         loss = getattr(loss, "loss", loss) if type(loss).__name__ == "MatryoshkaLoss" else loss
         name = type(loss).__name__

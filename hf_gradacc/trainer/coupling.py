@@ -22,7 +22,7 @@ from hf_gradacc.loss.coupling import Coupling, Exchange, ForwardEnded
 from hf_gradacc.loss.cuts import find_replay
 from hf_gradacc.loss.facts import LossFacts, Weighing, rounding_of
 from hf_gradacc.loss.questions import misfit
-from hf_gradacc.loss.refusals import find_inexact_by_name, find_pairing_by_name
+from hf_gradacc.loss.refusals import find_inexact_by_name
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.updates.collator import make_micro_batch
@@ -95,8 +95,8 @@ def _find_replay(
     find: Callable[..., Coupling | None], trainer: Any, model: nn.Module, facts: LossFacts
 ) -> Coupling | None:
     """Take the loss once over all rows, if rows do not add up or its name says they may not."""
-    is_expected = bool(facts.misfit) or any(find_pairing_by_name(trainer))
-    if not is_expected or facts.wants_own_count or any(find_inexact_by_name(trainer)):
+    is_expected = bool(facts.misfit) or any(find_inexact_by_name(trainer))
+    if not is_expected or facts.wants_own_count:
         return None
     return find(trainer, model)
 

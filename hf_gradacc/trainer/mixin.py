@@ -43,7 +43,6 @@ from hf_gradacc.loss.refusals import (
     refuse_steps_in_backward,
     refuse_unknown_engines,
     warn_by_name,
-    warn_of_pairing,
 )
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
@@ -730,8 +729,6 @@ class GradAccMixin(Trainer):
                 self, model, inputs, sample=sample, engine=self._rank_engine
             )
         refuse_losses_of_whole_rows(self, facts)
-        if facts.coupling is None:
-            warn_of_pairing(self)
         self.facts = facts
         if facts.is_plain:
             warn_by_name(self)

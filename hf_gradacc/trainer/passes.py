@@ -66,10 +66,9 @@ class TwoPasses:
         self._seed = int(torch.randint(2**62, ()))
         self._num_applied = 0
         self.coupling.begin()
-        attributes = AttributeState([trainer, *model.modules()], leave_out={*vars(nn.Module())})
         forward = partial(_forward_only, trainer)
         index = 0
-        with quietly(trainer):
+        with _without_trace(trainer, model):
             for i, micro_batch in enumerate(micro_batches):
                 count = None if counts is None else counts[i]
                 watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -86,11 +85,10 @@ class TwoPasses:
                     # A copy, since a forward may write into its inputs (FSMT does, into labels).
                     inputs, device = copied(micro_batch.inputs), trainer.args.device
                     self._step.run(forward, model, inputs, count, device=device)
-        attributes.restore()
 
-    def couple(self) -> None:
+    def couple(self, trainer: Any, model: nn.Module) -> None:
         """Put together what all ranks have gathered. Every rank calls it."""
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_trace(trainer, model):
             self.coupling.couple(make_exchange(self._engine))
 
     @contextlib.contextmanager
@@ -136,6 +134,17 @@ def make_exchange(engine: Engine) -> Exchange:
     if engine.world_size == 1:
         return Exchange()
     return Exchange(add_up, gather, layout.replica)
+
+
+@contextlib.contextmanager
+def _without_trace(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Leave no metric, no log row and no attribute behind."""
+    attributes = AttributeState([trainer, *model.modules()], leave_out={*vars(nn.Module())})
+    try:
+        with quietly(trainer):
+            yield
+    finally:
+        attributes.restore()
 
 
 def _forward_only(trainer: Any, model: nn.Module, inputs: Any, count: Any) -> Tensor:

@@ -170,7 +170,7 @@ class UpdateRunner:
             if self._passes is None or self._goes_ahead(trainer, model, update, failure):
                 with self._catching(trainer, failure):
                     if self._passes is not None:
-                        self._passes.couple()
+                        self._passes.couple(trainer, model)
                     if self._can_measure_noise(trainer.facts):
                         self.noise.begin(model, update)
                     loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)

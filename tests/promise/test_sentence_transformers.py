@@ -30,7 +30,6 @@ from hf_gradacc import GradAccMixin, GradAccOptions
 from hf_gradacc.loss.refusals import (
     _ROW_BY_ROW,
     find_inexact_by_name,
-    find_pairing_by_name,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -164,7 +163,7 @@ def every_loss():
 
 def reasons(loss):
     trainer = SimpleNamespace(loss=loss)
-    return "; ".join([*find_inexact_by_name(trainer), *find_pairing_by_name(trainer)])
+    return "; ".join(find_inexact_by_name(trainer))
 
 
 @pytest.mark.parametrize("kind", list(every_loss()))

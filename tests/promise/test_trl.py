@@ -23,7 +23,7 @@ from support.trl_cases import (
     CASES,
     IN_PIECES,
     IN_STOCK_PIECES,
-    INEXACT,
+    NO_SINGLE_MEAN,
     ROWS_PER_UPDATE,
     WHOLE,
     chat_rows,
@@ -254,7 +254,7 @@ def ranks():
     return run_ranks(
         run_as_rank,
         2,
-        names=["sft", "dpo", "orpo"],
+        names=["sft", "dpo", "orpo", "dpo_aot"],
         per_device_train_batch_size=1,
         per_device_eval_batch_size=2,
         effective_batch_size=ROWS_PER_UPDATE,
@@ -289,31 +289,59 @@ def test_ranks_of_an_older_trainer_do_not_wait_for_each_other_in_a_forward(ranks
 
 REASONS = {
     "orpo": "ORPOTrainer adds a mean over the tokens of the chosen answers",
-    "cpo": "(cpo_alpha = 1.0)",
     "kto_kl": "mean KL of its micro-batch",
     "dpo_aot": "sorts the pairs",
-    "dpo_aot_unpaired": "sorts the answers",
-    "dpo_sft": "mean over tokens",
     "tpo_alpha": "tpo_alpha = 0.5 adds a mean over the tokens",
 }
+TERMS = ("cpo", "orpo", "tpo_alpha")
 
 
-@pytest.mark.parametrize("name", INEXACT)
-def test_losses_that_no_cut_makes_exact_go_on_and_a_line_says_why(name):
-    """Nearer to the whole update than TRL in pieces, where TRL takes such small ones."""
+def in_pieces(name):
+    """TRL's KTO makes pairs of the rows of each batch when it prepares them: its size stays."""
+    return WHOLE | {"max_tokens_per_micro_batch": 90} if name == "kto_kl" else IN_PIECES
+
+
+@pytest.mark.parametrize("name", NO_SINGLE_MEAN)
+def test_terms_and_coupled_rows_give_the_gradient_of_trl_on_the_whole_update(name):
     with warnings_of("hf_gradacc") as warnings:
-        mine = run(name, mixed=True, **IN_PIECES)
+        mine = run(name, mixed=True, **in_pieces(name))
+    said = "\n".join(warnings)
+    assert "no cut of an update" not in said
+    assert ("each term of the loss" if name in TERMS else "compares rows with each other") in said
+    whole = run(name, mixed=False, **WHOLE)
+    assert min(mine.num_micro_batches) > 1
+    assert_same(mine.gradients, whole.gradients, 1e-12)
+    losses = [[row["loss"] for row in one.rows] for one in (mine, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_the_mean_kl_of_kto_is_above_zero_here():
+    """Below it is cut off, and rows would not be compared at all."""
+    kl = [row["kl"] for row in run("kto_kl", mixed=False, **WHOLE).rows]
+    assert min(kl) > 0.1
+
+
+def one_mean(trainer):
+    """Weigh its micro-batches by one count, as was done before terms."""
+    trainer._loss_settler.added = None
+
+
+@pytest.mark.parametrize("name", ["orpo", "tpo_alpha", "kto_kl", "dpo_aot"])
+def test_one_mean_of_them_in_one_pass_is_another_gradient_and_a_line_says_why(name):
+    with warnings_of("hf_gradacc") as warnings:
+        mine = run(name, mixed=True, prepare=one_mean, update_passes=1, **in_pieces(name))
     assert REASONS[name] in "\n".join(warnings)
-    assert mine.num_micro_batches == [3, 3]
-    if name == "kto_kl":
-        return
     whole = run(name, mixed=False, **WHOLE).gradients
-    stock = run(name, mixed=False, **IN_STOCK_PIECES).gradients
-    errors = [
-        max(relative_error(one, right) for one, right in zip(cut, whole, strict=True))
-        for cut in (mine.gradients, stock)
-    ]
-    assert 1e-4 < errors[0] <= errors[1] * 1.01
+    errors = [relative_error(a, b) for a, b in zip(mine.gradients, whole, strict=True)]
+    assert max(errors) > 1e-4
+
+
+def test_two_ranks_compare_the_rows_of_both(ranks):
+    whole = run("dpo_aot", mixed=False, **WHOLE)
+    for rank in ranks:
+        gradients, rows, _ = rank["dpo_aot"]
+        assert_same(gradients, whole.gradients, 1e-12)
+        assert rows[0]["loss"] == pytest.approx(whole.rows[0]["loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["orpo", "cpo"])
@@ -341,7 +369,7 @@ def test_every_trainer_of_trl_is_tested_to_train_or_refused_by_name(name):
     page = Path(__file__).resolve().parents[2] / "docs" / "subclassing.md"
     assert f"`{name}`" in page.read_text("utf-8"), "and the page says which"
     if name in _OF_ROWS:
-        assert name in {f"{case.trainer}Trainer" for case in (CASES | INEXACT).values()}
+        assert name in {f"{case.trainer}Trainer" for case in (CASES | NO_SINGLE_MEAN).values()}
         return
     stock = getattr(importlib.import_module(trainers_of_trl()[name]), name)
     with pytest.raises(LossError, match="Trainer generates what it trains on"):

@@ -114,6 +114,11 @@ def language_model(*, seed: int = 0, **changes: Any) -> nn.Module:
     return model
 
 
+def untrained_model() -> nn.Module:
+    """A reference that knows less than the policy: the KL between them is above zero."""
+    return tiny_llama(seed=1, vocab_size=BYTE_VOCABULARY, max_position_embeddings=256)
+
+
 def adapted_model() -> nn.Module:
     """With LoRA the reference is the model without its adapter."""
     model = language_model()
@@ -131,6 +136,7 @@ class Case:
     rows: Any
     model: Any = language_model
     needs_reference: bool = False
+    reference: Any = lambda: language_model(seed=1)
     needs_teacher: bool = False
     options: Any = None
     home: str = "trl"
@@ -162,7 +168,7 @@ class Case:
         rows = datasets.Dataset.from_list(self.rows())
         more: dict[str, Any] = {}
         if self.needs_reference:
-            more["ref_model"] = language_model(seed=1)
+            more["ref_model"] = self.reference()
         if self.needs_teacher:
             more["teacher_model"] = language_model(seed=2)
         trainer = (Mixed if mixed else stock_class)(
@@ -238,10 +244,16 @@ CASES |= {
     ),
 }
 
-INEXACT = {
+NO_SINGLE_MEAN = {
     "orpo": Case("ORPO", pair_rows, home="trl.experimental.orpo"),
     "cpo": Case("CPO", pair_rows, home="trl.experimental.cpo"),
-    "kto_kl": Case("KTO", labelled_rows, needs_reference=True, options={"loss_type": "kto"}),
+    "kto_kl": Case(
+        "KTO",
+        labelled_rows,
+        needs_reference=True,
+        reference=untrained_model,
+        options={"loss_type": "kto", "beta": 0.5},
+    ),
     "dpo_aot": Case("DPO", pair_rows, needs_reference=True, options={"loss_type": ["aot"]}),
     "dpo_aot_unpaired": Case(
         "DPO", pair_rows, needs_reference=True, options={"loss_type": ["aot_unpaired"]}
@@ -254,7 +266,7 @@ INEXACT = {
     ),
     "tpo_alpha": Case("TPO", triple_rows, options={"tpo_alpha": 0.5}, home="trl.experimental.tpo"),
 }
-"""No cut of these is exact: they go on, and a line says why."""
+"""Sums of two means, and losses that compare rows with each other."""
 
 WHOLE = {"per_device_train_batch_size": ROWS_PER_UPDATE}
 IN_STOCK_PIECES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_UPDATE}
@@ -279,7 +291,7 @@ def run(
     ``prepare`` may change the trainer before that.
     """
     with tempfile.TemporaryDirectory() as out, float64_everywhere():
-        trainer, recorder = (CASES | INEXACT)[name].make(out, mixed=mixed, **options)
+        trainer, recorder = (CASES | NO_SINGLE_MEAN)[name].make(out, mixed=mixed, **options)
         if prepare is not None:
             prepare(trainer)
         evaluation = trainer.evaluate() if evaluates else {}
