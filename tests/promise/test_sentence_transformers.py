@@ -214,15 +214,10 @@ def nested(model):
 
 PAIRS, TRIPLES = rows_of(2, lambda draw: {}), rows_of(3, lambda draw: {})
 CLASSES = rows_of(1, lambda draw: {"label": draw.randrange(3)})
-IN_BATCH = {
+IN_BATCH = {  # their like is in `support.sentence_jobs.NAMES`
     "MultipleNegativesRankingLoss": (gathering, TRIPLES),
-    "MultipleNegativesSymmetricRankingLoss": (losses.MultipleNegativesSymmetricRankingLoss, PAIRS),
     "CoSENTLoss": (losses.CoSENTLoss, SCORE),
-    "AnglELoss": (losses.AnglELoss, SCORE),
-    "BatchAllTripletLoss": (losses.BatchAllTripletLoss, CLASSES),
-    "BatchHardTripletLoss": (losses.BatchHardTripletLoss, CLASSES),
     "BatchSemiHardTripletLoss": (losses.BatchSemiHardTripletLoss, CLASSES),
-    "BatchHardSoftMarginTripletLoss": (losses.BatchHardSoftMarginTripletLoss, CLASSES),
     "GISTEmbedLoss": (guided, TRIPLES),
     "MegaBatchMarginLoss": (in_one_piece, PAIRS),
     "OnlineContrastiveLoss": (losses.OnlineContrastiveLoss, CASES["ContrastiveLoss"][1]),
