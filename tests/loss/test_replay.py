@@ -6,6 +6,7 @@ Float64, micro-batches of unequal sizes and widths, and references made by torch
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -204,24 +205,26 @@ def test_both_passes_drop_out_the_same():
     assert relative_error(actual, expected) <= 1e-10
 
 
-def on_two_ranks(kinds, parts_of_ranks):
-    """Run two ranks after another: what each gathers is told to both; gradients are added up."""
-    models, replays, told = [], [], []
-    for _, parts in zip(kinds, parts_of_ranks, strict=True):
-        model, compute, rows = sup_con_case()
-        replay = find(model, compute, rows)
-        model.train()
-        models.append((model, compute))
-        replays.append(replay)
-        heard = []
-        stop = Exchange(gather=lambda own, heard=heard: heard.append(own) or [own])
-        two_passes(replay, model, compute, parts, exchange=stop)
-        told.append(heard[0])
+@functools.cache
+def found():
+    """A loss with a parameter of its own beside the network, what is recorded, and the truth."""
+    model, compute, rows = sup_con_case()
+    what = find(model, compute, rows).what
+    model.train()
+    return model, compute, rows, what, whole_gradient(model, compute, rows)
+
+
+def on_two_ranks(kind, parts_of_ranks):
+    """Run two ranks after another: both are told what each has gathered; gradients are added up."""
+    model, compute, _, what, _ = found()
+    told = []
+    for parts in parts_of_ranks:
+        exchange = Exchange(gather=lambda own: told.append(own) or [own])
+        two_passes(Replay(what, numbers_per_row=8), model, compute, parts, exchange=exchange)
     total = {}
-    for place, (kind, parts) in enumerate(zip(kinds, parts_of_ranks, strict=True)):
-        model, compute = models[place]
-        replay = kind(replays[place].what, numbers_per_row=8)
+    for place, parts in enumerate(parts_of_ranks):
         everyone = Exchange(gather=lambda own: copy.deepcopy(told), place=place)
+        replay = kind(what, numbers_per_row=8)
         gradient, _ = two_passes(replay, model, compute, parts, exchange=everyone)
         total = {n: total.get(n, 0) + g for n, g in gradient.items()} if gradient else total
     return total
@@ -254,43 +257,34 @@ class CountsParametersInEachMicroBatch(Replay):
     "parts", [[[3, 1], [6, 4]], [[3, 1, 6, 4], []]], ids=["unequal", "one has no rows"]
 )
 def test_ranks_share_one_loss_and_each_computes_its_part(parts):
-    model, compute, rows = sup_con_case()
-    model.train()
-    expected = whole_gradient(model, compute, rows)
-    whole = cut(rows, SIZES)
+    whole = cut(found()[2], SIZES)
     first = len(parts[0])
-    actual = on_two_ranks([Replay, Replay], [whole[:first], whole[first:]])
-    assert relative_error(actual, expected) <= 1e-10
+    actual = on_two_ranks(Replay, [whole[:first], whole[first:]])
+    assert relative_error(actual, found()[-1]) <= 1e-10
 
 
 @pytest.mark.parametrize(
     "kind", [OnlyItsMicroBatch, ForgetsTheOtherRank, CountsParametersInEachMicroBatch]
 )
 def test_what_people_get_wrong_is_told_from_the_truth(kind):
-    model, compute, rows = sup_con_case()
-    model.train()
-    expected = whole_gradient(model, compute, rows)
-    whole = cut(rows, SIZES)
-    actual = on_two_ranks([kind, kind], [whole[:2], whole[2:]])
-    assert relative_error(actual, expected) > 1e-3
+    whole = cut(found()[2], SIZES)
+    actual = on_two_ranks(kind, [whole[:2], whole[2:]])
+    assert relative_error(actual, found()[-1]) > 1e-3
 
 
 def test_a_pass_that_may_not_end_early_gives_the_same():
-    model, compute, rows = sup_con_case()
-    replay = find(model, compute, rows)
-    model.train()
-    expected = whole_gradient(model, compute, rows)
+    model, compute, rows, what, expected = found()
+    replay = Replay(what, numbers_per_row=8)
     actual, _ = two_passes(replay, model, compute, cut(rows, SIZES), may_end=False)
     assert relative_error(actual, expected) <= 1e-10
 
 
 def test_the_order_of_micro_batches_does_not_change_the_loss_at_all():
-    model, compute, rows = sup_con_case()
-    replay = find(model, compute, rows)
+    _, compute, rows, what, _ = found()
     parts = cut(rows, SIZES)
     losses = []
     for order in (parts, parts[::-1]):
-        replay.begin()
+        replay = Replay(what, numbers_per_row=8)
         for part in order:
             with torch.no_grad(), replay.gathering(part, may_end=False):
                 compute(dict(part.inputs))
@@ -320,10 +314,9 @@ def peak_of(run):
 
 
 def test_activations_are_those_of_one_micro_batch():
-    model, compute, _ = sup_con_case()
+    model, compute, _, what, _ = found()
     rows = {k: v for k, v in rows_of_text(32).items() if k != "other"}
-    replay = find(model, compute, rows)
-    model.train()
+    replay = Replay(what, numbers_per_row=8)
     parts = cut(rows, [4] * 8)
     whole = peak_of(lambda: whole_gradient(model, compute, rows))
     one = max(peak_of(lambda p=p: whole_gradient(model, compute, dict(p.inputs))) for p in parts)
@@ -333,8 +326,8 @@ def test_activations_are_those_of_one_micro_batch():
 
 
 def test_a_loss_of_all_rows_that_does_not_fit_says_what_helps(monkeypatch):
-    model, compute, rows = sup_con_case()
-    replay = find(model, compute, rows)
+    model, compute, rows, what, _ = found()
+    replay = Replay(what, numbers_per_row=8)
 
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")

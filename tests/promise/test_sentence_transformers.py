@@ -13,7 +13,9 @@ import pytest
 import torch
 from support.bytes_tokenizer import bytes_tokenizer
 from support.programs import warnings_of
+from support.ranks import run_ranks
 from support.reference import assert_same_updates, float64_everywhere
+from support.sentence_jobs import train_sentences
 from support.tiny import PLAIN, Recorder
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -211,15 +213,10 @@ def nested(model):
 
 PAIRS, TRIPLES = rows_of(2, lambda draw: {}), rows_of(3, lambda draw: {})
 CLASSES = rows_of(1, lambda draw: {"label": draw.randrange(3)})
-IN_BATCH = {
+IN_BATCH = {  # their like is in `support.sentence_jobs.NAMES`
     "MultipleNegativesRankingLoss": (gathering, TRIPLES),
-    "MultipleNegativesSymmetricRankingLoss": (losses.MultipleNegativesSymmetricRankingLoss, PAIRS),
     "CoSENTLoss": (losses.CoSENTLoss, SCORE),
-    "AnglELoss": (losses.AnglELoss, SCORE),
-    "BatchAllTripletLoss": (losses.BatchAllTripletLoss, CLASSES),
-    "BatchHardTripletLoss": (losses.BatchHardTripletLoss, CLASSES),
     "BatchSemiHardTripletLoss": (losses.BatchSemiHardTripletLoss, CLASSES),
-    "BatchHardSoftMarginTripletLoss": (losses.BatchHardSoftMarginTripletLoss, CLASSES),
     "GISTEmbedLoss": (guided, TRIPLES),
     "MegaBatchMarginLoss": (in_one_piece, PAIRS),
     "OnlineContrastiveLoss": (losses.OnlineContrastiveLoss, CASES["ContrastiveLoss"][1]),
@@ -266,3 +263,12 @@ def test_a_sum_over_rows_is_found_by_asking(bert, tmp_path):
     whole = train(*stock, model(), summed, rows, tmp_path, **WHOLE)
     pieces = train(Mixed, Arguments, model(), summed, rows, tmp_path, **PIECES)
     assert_same_updates(pieces, whole)
+
+
+def test_ranks_compare_rows_of_all_ranks_once(bert):
+    """The loss would gather them by itself, and again for each micro-batch."""
+    names = ("MultipleNegativesRankingLoss",)
+    whole = train_sentences(bert, names=names, mixed=False, per_device_train_batch_size=32)
+    options = {"per_device_train_batch_size": 4, "effective_batch_size": 32}
+    for rank in run_ranks(train_sentences, 2, folder=bert, names=names, **options):
+        assert_same_updates(rank[names[0]], whole[names[0]])
