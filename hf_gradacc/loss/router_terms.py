@@ -30,8 +30,6 @@ __all__ = [
     "reader_of",
 ]
 
-_Route = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 
 class RouterForm(Protocol):
     """What all micro-batches have in common in one call of a router loss. Can be pickled.
@@ -70,7 +68,7 @@ class RouterTerm(Protocol):
 
 @dataclass(frozen=True)
 class BalanceForm:
-    """``factor * sum_e f[e] * P[e]``, over the tokens of all layers.
+    """``experts * sum_e f[e] * P[e]``, over the tokens of all layers.
 
     Its sums: how many tokens chose each expert of each layer, the probability of each expert, and
     the number of tokens.
@@ -78,7 +76,6 @@ class BalanceForm:
 
     num_layers: int
     num_experts: int
-    factor: float
     kind: str = "router_loss"
 
     @property
@@ -92,7 +89,7 @@ class BalanceForm:
 
     def slope(self, whole: Tensor) -> Tensor:
         """Return what the loss grows by with each probability of an expert ``[experts]``."""
-        return self.chosen(whole).sum(0) * (self.factor / whole[-1].square())
+        return self.chosen(whole).sum(0) * (self.num_experts / whole[-1].square())
 
     def value(self, whole: Tensor) -> Tensor:
         """Return the loss of a whole update."""
@@ -110,25 +107,25 @@ class Balance:
 
     Attributes:
         form: What all micro-batches have in common.
-        logits: Of each layer: ``[tokens, experts]``, or what `route` takes.
-        route: Turns them into probabilities ``[tokens, experts]`` and the experts that were chosen
-            ``[tokens, choices]``.
+        logits: Of each layer, ``[tokens, experts]``.
+        top_k: A token chooses so many of the most probable experts.
         mask: ``[batch, seq]``, zero for tokens that do not count; None if all do.
     """
 
     form: BalanceForm
     logits: Sequence[Tensor]
-    route: _Route
+    top_k: int
     mask: Tensor | None = None
 
     def sums(self) -> Tensor:
         """Return what adds up over micro-batches and ranks."""
         chosen: list[Tensor] = []
         rest: Tensor | None = None
-        for probability, choice in self._routed():
+        for probability in self._probabilities():
             weights = self._weights(probability)
+            choices = probability.topk(self.top_k, dim=-1).indices.reshape(-1)
             counts = weights.new_zeros(self.form.num_experts)
-            counts.scatter_add_(0, choice.reshape(-1), weights.repeat_interleave(choice.shape[-1]))
+            counts.scatter_add_(0, choices, weights.repeat_interleave(self.top_k))
             chosen.append(_wide(counts))
             own = torch.cat([_wide(_summed(probability, weights)), _wide(weights.sum()[None])])
             rest = own if rest is None else rest + own
@@ -136,21 +133,21 @@ class Balance:
         return torch.cat([*chosen, rest])
 
     def part(self, whole: Tensor) -> Tensor:
-        """Return ``factor / T^2 * sum_e chosen[e] * (probability of e, summed over own tokens)``.
+        """Return ``experts / T^2 * sum_e chosen[e] * (probability of e, summed over own tokens)``.
 
         ``chosen`` and ``T``, the number of tokens, are those of the whole update.
         """
         total: Tensor | None = None
-        for probability, _ in self._routed():
+        for probability in self._probabilities():
             summed = _summed(probability, self._weights(probability))
             own = (summed * self.form.slope(whole).to(summed)).sum()
             total = own if total is None else total + own
         assert total is not None
         return total
 
-    def _routed(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _probabilities(self) -> Iterator[Tensor]:
         device = self.logits[0].device  # layers may lie on several
-        return (self.route(layer.to(device)) for layer in self.logits)
+        return (layer.to(device).softmax(-1) for layer in self.logits)
 
     def _weights(self, probability: Tensor) -> Tensor:
         if self.mask is None:
@@ -229,37 +226,8 @@ def _mixtral(
     """Each token's `top_k` most probable experts (in NLLB-MoE, too)."""
     if not isinstance(gate_logits, tuple):
         return None
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = logits.softmax(-1)
-        return probabilities, probabilities.topk(top_k, dim=-1).indices
-
-    form = BalanceForm(len(gate_logits), num_experts, num_experts)
-    return Balance(form, gate_logits, route, attention_mask)
-
-
-def _doge(
-    gate_logits: Any,
-    num_experts: int,
-    num_keys: int,
-    top_k: int = 2,
-    attention_mask: Tensor | None = None,
-) -> RouterTerm | None:
-    """Experts on a grid of keys; only the best of each axis have a probability."""
-    if not isinstance(gate_logits, tuple):
-        return None
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        (scores_x, scores_y), (keys_x, keys_y) = logits.topk(num_keys, dim=-1)
-        scores = (scores_x.unsqueeze(-1) + scores_y.unsqueeze(-2)).flatten(-2)
-        experts = (keys_x.unsqueeze(-1) * num_keys + keys_y.unsqueeze(-2)).flatten(-2)
-        chosen = experts.gather(-1, scores.topk(top_k, dim=-1).indices)
-        empty = scores.new_zeros(*scores.shape[:-1], num_experts)
-        return empty.scatter(-1, experts, scores.softmax(-1)), chosen
-
-    # The shares are of choices here, and not of tokens.
-    form = BalanceForm(len(gate_logits), num_experts, num_experts / top_k)
-    return Balance(form, gate_logits, route, attention_mask)
+    form = BalanceForm(len(gate_logits), num_experts)
+    return Balance(form, gate_logits, top_k, attention_mask)
 
 
 def _switch(router_probs: Tensor, expert_indices: Tensor) -> RouterTerm:
@@ -279,7 +247,7 @@ def _z_loss(router_logits: Tensor) -> RouterTerm:
 
 
 _READERS: dict[str, tuple[Callable[..., RouterTerm | None], ...]] = {
-    "load_balancing_loss_func": (_mixtral, _doge, _switch),
+    "load_balancing_loss_func": (_mixtral, _switch),
     "router_z_loss_func": (_z_loss,),
 }
 
