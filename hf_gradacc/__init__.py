@@ -38,6 +38,7 @@ if typing.TYPE_CHECKING:
         RankFailedError,
         VersionError,
     )
+    from hf_gradacc.loss.terms import LossTerm, LossTerms
     from hf_gradacc.trainer.mixin import GradAccMixin, GradAccTrainer
     from hf_gradacc.updates.collator import UpdateCollator
     from hf_gradacc.updates.planner import plan_micro_batches
@@ -56,6 +57,8 @@ __all__ = [
     "GradAccOptions",
     "GradAccTrainer",
     "LossError",
+    "LossTerm",
+    "LossTerms",
     "MemoryBudgetError",
     "MicroBatch",
     "NonFiniteError",
@@ -83,6 +86,7 @@ _MODULES = {
         "RankFailedError",
         "VersionError",
     ),
+    "loss.terms": ("LossTerm", "LossTerms"),
     "trainer.mixin": ("GradAccMixin", "GradAccTrainer"),
     "updates.collator": ("UpdateCollator",),
     "updates.planner": ("plan_micro_batches",),

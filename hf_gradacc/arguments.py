@@ -85,6 +85,15 @@ class GradAccOptions:
             "'micro_batch' weighs all micro-batches alike, as stock does."
         },
     )
+    update_passes: Literal["auto"] | int = field(
+        default="auto",
+        metadata={
+            "help": "Passes over an update. 2 gather first what couples its rows (the load of "
+            "experts, embeddings that are compared), so that a gradient in pieces is that of the "
+            "whole; 1 leaves that inexact and saves the forward. Default: 2 where a check of the "
+            "model at the start of training shows that it takes them, else 1."
+        },
+    )
     target_only_logits: bool | None = field(
         default=None,
         metadata={
@@ -272,6 +281,8 @@ def _find_problems(args: Any) -> Any:
             f"loss_is_mean_over = {args.loss_is_mean_over!r}: use one of "
             f"{', '.join(map(repr, stated))}."
         )
+    if args.update_passes not in ("auto", 1, 2) or args.update_passes is True:
+        yield f"update_passes = {args.update_passes!r}: use 'auto', 1 or 2."
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
     for name in ("wandb_per_rank", "wandb_report", "remember_tuned_budget"):

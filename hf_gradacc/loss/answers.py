@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_gradacc.loss.class_weights import WeightedCall, WeightedCalls
 
-__all__ = ["Answer", "Ask", "Loss"]
+__all__ = ["Answer", "Ask", "Loss", "copied"]
 
 _MOST_NUMBERS = 2**20
 """A parameter this large is not differentiated: a head's gradient would take gigabytes."""
@@ -66,6 +66,10 @@ class Loss:
     _last: tuple[Any, ...] = dataclasses.field(default=(None,), repr=False)
     _weighted: WeightedCall | None = dataclasses.field(default=None, repr=False)
 
+    def computed_by(self, compute: Callable[[Mapping[str, Any], int | None], Tensor]) -> Loss:
+        """Return another loss of the same model, of which nothing was asked yet."""
+        return dataclasses.replace(self, compute=compute, _last=(None,))
+
     def value(self, inputs: Mapping[str, Any], count: int | None) -> float:
         """Compute the loss, without gradients."""
         with torch.no_grad():
@@ -83,12 +87,19 @@ class Loss:
         if self._last[0] is inputs and self._last[1:3] == question[1:]:
             answer: Answer = self._last[3]
             return answer
-        answer = self._ask_anew(inputs, count)
+        answer = self.ask_anew(inputs, count)
         self._last = (*question, answer)
         return answer
 
-    def _ask_anew(self, inputs: Mapping[str, Any], count: int | None) -> Answer:
-        chosen = _last_parameters(self.model) if self.can_differentiate else []
+    def ask_anew(
+        self,
+        inputs: Mapping[str, Any],
+        count: int | None,
+        *,
+        watched: Sequence[nn.Parameter] = (),
+    ) -> Answer:
+        """Ask, whatever was asked last; differentiate by the parameters in `watched`, too."""
+        chosen = [*_last_parameters(self.model), *watched] if self.can_differentiate else []
         if not chosen:
             value = self.value(inputs, count)
             return Answer(value, drew=self.has_drawn(), weighted=self._weighted)
@@ -122,12 +133,19 @@ class Loss:
 
     def _of_copy(self, inputs: Mapping[str, Any], count: int | None) -> Tensor:
         # A copy, since FSMT writes padding over the -100 of the labels it is given.
-        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        own = copied(inputs)
         self.restart()
         with WeightedCalls() as calls:
-            loss = self.compute(copied, count)
+            loss = self.compute(own, count)
         self._weighted = calls.only
         return loss
+
+
+def copied(inputs: Any) -> Any:
+    """Copy the tensors of collated inputs; anything but a mapping is returned as it is."""
+    if not isinstance(inputs, Mapping):
+        return inputs
+    return {key: v.clone() if isinstance(v, Tensor) else v for key, v in inputs.items()}
 
 
 def _last_parameters(model: nn.Module, count: int = 4) -> list[nn.Parameter]:

@@ -233,7 +233,7 @@ def unknown_facts(inputs: Mapping[str, Any], reason: str, *, model: ModelFacts) 
     return LossFacts(
         rule,
         "micro_batch",
-        warnings=(
+        other_warnings=(
             f"what the loss is a mean over could not be asked ({reason}): each micro-batch weighs "
             f"alike, as in the stock Trainer. loss_is_mean_over = 'target_tokens', 'tokens', "
             f"'sequences' or 'nothing' (a sum) makes the gradient that of the whole update.",
@@ -263,7 +263,7 @@ def with_warnings(facts: LossFacts, model: nn.Module, sample: ProbeRows | None) 
     return dataclasses.replace(
         facts,
         pad_to_one_width=facts.pad_to_one_width or bool(padding) or _chooses_tokens(model),
-        warnings=(*facts.warnings, *padding, *find_mixing(model)),
+        other_warnings=(*facts.other_warnings, *padding, *find_mixing(model)),
     )
 
 

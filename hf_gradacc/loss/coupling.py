@@ -45,13 +45,13 @@ class Coupling(Protocol):
 
     The micro-batches that have a weight are gathered in their order, and applied in the same.
     Forwards of both passes begin with the same random state, and `gathering` runs without
-    gradients.
-
-    Attributes:
-        note: In plain words, what is done and what it costs. Told before training.
+    gradients. One that has an attribute ``watched``, a sequence of parameters, is checked by their
+    gradients, too.
     """
 
-    note: str
+    @property
+    def note(self) -> str:
+        """Say in plain words what is done and what it costs. Told before training."""
 
     def begin(self) -> None:
         """Forget the last attempt at an update."""

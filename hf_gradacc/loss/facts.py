@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from hf_gradacc.loss.class_weights import ClassWeights
+from hf_gradacc.loss.coupling import Coupling
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch
 
-__all__ = ["Compared", "LossFacts", "Weighing", "differ", "rounding_of"]
+__all__ = ["Compared", "LossFacts", "TermFacts", "Weighing", "differ", "rounding_of"]
 
 Compared = Literal["loss", "rows_gradient", "shortcut", "isolation", "update_gradient"]
 """What two evaluations are compared by; `rounding_of` says how far apart they may be.
@@ -40,13 +42,51 @@ _ROUNDING: dict[str, dict[torch.dtype, float]] = {
 }
 
 
-Weighing = Literal["mean", "sum", "micro_batch"]
+Weighing = Literal["mean", "sum", "micro_batch", "terms"]
 """How the losses of micro-batches make up that of their update.
 
 - ``mean``: each is a mean over its targets and weighs as many of them as it has.
 - ``sum``: each is a sum, and they add up.
 - ``micro_batch``: nothing is known, and each weighs alike, as in the stock Trainer.
+- ``terms``: each has several terms, which are weighed one by one, see `TermFacts`.
 """
+
+
+@dataclass(frozen=True)
+class TermFacts:
+    """What one term of a loss is divided by, see `hf_gradacc.loss.terms.LossTerms`.
+
+    Attributes:
+        name: Its name.
+        facts: What was found out about it; None if it says its own count.
+        is_sum: It says its count, and is not divided by it yet.
+    """
+
+    name: str
+    facts: LossFacts | None
+    is_sum: bool = False
+
+    def size_of(self, micro_batch: MicroBatch, said: Mapping[str, float]) -> float:
+        """What a micro-batch's part is a mean over, or is to be divided by.
+
+        Args:
+            micro_batch: The micro-batch.
+            said: What the trainer counted for terms that say their count.
+        """
+        return said[self.name] if self.facts is None else self.facts.size_of(micro_batch)
+
+    def weight(self, size: float, *, of: float) -> float:
+        """What a micro-batch's term is multiplied by, to be its part of the update's.
+
+        Args:
+            size: Of the micro-batch, see `size_of`.
+            of: Of the whole update, over all ranks.
+        """
+        if self.facts is not None and self.facts.weighing == "sum":
+            return 1.0
+        if size == 0:
+            return 0.0
+        return 1 / of if self.is_sum else size / of
 
 
 @dataclass(frozen=True)
@@ -61,10 +101,13 @@ class LossFacts:
         pad_to_one_width: Padding changes its value, so an update's micro-batches need one width.
         draws: It draws random numbers in every forward.
         class_weights: It is a mean over the weights of its targets; None if all weigh alike.
+        terms: Its terms, if they are weighed one by one.
+        coupling: What couples rows, and takes an update in two passes; None if nothing does.
+        misfit: In plain words, how far the losses of rows are from adding up; empty if they do.
         rule_error: Relative difference between the loss of rows together and the weighted mean of
             the loss of each.
         padding_error: Relative difference that padding made.
-        warnings: In plain words, what is not exact and by how much.
+        other_warnings: In plain words, what else is not exact.
     """
 
     rule: TargetRule
@@ -73,13 +116,36 @@ class LossFacts:
     pad_to_one_width: bool = False
     draws: bool = False
     class_weights: ClassWeights | None = None
+    terms: tuple[TermFacts, ...] = ()
+    coupling: Coupling | None = None
+    misfit: str = ""
     rule_error: float = 0.0
     padding_error: float = 0.0
-    warnings: tuple[str, ...] = ()
+    other_warnings: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is one number that nothing but its weight is done to."""
+        return not self.terms and self.coupling is None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Say in plain words what is not exact, and by how much."""
+        return ((self.misfit,) if self.misfit else ()) + self.other_warnings
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Say in plain words what is exact but may surprise."""
+        if self.coupling is not None:
+            return (self.coupling.note,)
+        if self.terms:
+            said = ", ".join(
+                f"{term.name} by {'its own count' if term.facts is None else term.facts.counted}"
+                for term in self.terms
+            )
+            return (
+                f"each term of the loss is divided by its count over the whole update: {said}.",
+            )
         if self.class_weights is not None:
             weights = ", ".join(f"{weight:.4g}" for weight in self.class_weights.weights[:8])
             more = ", ..." if len(self.class_weights.weights) > 8 else ""
@@ -93,6 +159,25 @@ class LossFacts:
             "the loss is a sum over its targets, not a mean: the losses of micro-batches are added "
             "up, so the gradient is that of the whole update at once and grows with its size.",
         )
+
+    @property
+    def counted(self) -> str:
+        """Say what the loss is divided by."""
+        if self.weighing == "sum":
+            return "nothing (a sum)"
+        if self.class_weights is not None:
+            return "what its targets weigh"
+        names = {TargetRule.SEQUENCE: "rows", TargetRule.INPUT_TOKEN: "tokens"}
+        names[TargetRule.NEXT_INPUT_TOKEN] = "tokens"
+        return names.get(self.rule, "target tokens")
+
+    @property
+    def kept_by(self) -> TargetRule:
+        """By which rule a row is worth training: a term may count rows without a target."""
+        counts_rows = any(
+            term.facts is None or term.facts.rule is TargetRule.SEQUENCE for term in self.terms
+        )
+        return TargetRule.SEQUENCE if counts_rows else self.rule
 
     def size_of(self, micro_batch: MicroBatch) -> float:
         """What a micro-batch's mean is divided by: its targets, or what they weigh together."""
@@ -121,7 +206,7 @@ class LossFacts:
         >>> summed.divisor(three, of=1, num_micro_batches=2, factor=2)
         0.5
         """
-        if self.weighing == "sum":
+        if self.weighing in ("sum", "terms"):
             return 1 / factor
         if self.weighing == "micro_batch":
             return num_micro_batches / factor

@@ -97,12 +97,12 @@ def probe_in_place(inputs: Mapping[str, Any], ask: Ask, **options: Any) -> LossF
         except CANNOT_TAKE:
             found = None
         evidence.wants_own_count = found is not None
-    warnings: tuple[str, ...] = ()
+    misfit = ""
     if found is None and (evidence.num_rows > 1 or has_token_labels(inputs)):
-        warnings = (
+        misfit = (
             "rows cannot be separated in a batch (images in one tensor?), and masking labels did "
             "not show what the loss is a mean over: the gradient of an update may depend on how it "
-            "is cut.",
+            "is cut."
         )
     rule, weighing = found or (evidence.order[0], "mean")
     if found is None or weighing == "sum":
@@ -112,7 +112,7 @@ def probe_in_place(inputs: Mapping[str, Any], ask: Ask, **options: Any) -> LossF
         weighing,
         wants_own_count=evidence.wants_own_count,
         draws=together.drew,
-        warnings=warnings,
+        misfit=misfit,
     )
 
 
@@ -196,14 +196,14 @@ def _facts(evidence: Evidence) -> LossFacts:
         errors = {found: errors_of_sum}
     if found is None and not evidence.wants_own_count:
         found, errors, is_padding = _find_with_own_count(evidence) or (None, errors, False)
-    warnings = []
+    misfit = ""
     if found is None and evidence.failure is not None and may_share_images(evidence.inputs):
         raise evidence.failure
     if found is None:
         found = _closest(errors, first=(evidence.tell_shift(evidence.order[0]), "mean"))
-        warnings.append(_misfit_message(evidence, errors.get(found, _NOTHING)))
+        misfit = _misfit_message(evidence, errors.get(found, _NOTHING))
     elif evidence.has_router_loss and not evidence.fits(errors.get(found, _NOTHING)):
-        warnings.append(_misfit_message(evidence, errors[found]))
+        misfit = _misfit_message(evidence, errors[found])
     error = errors.get(found, _NOTHING)[0]
     return LossFacts(
         rule=found[0],
@@ -212,7 +212,7 @@ def _facts(evidence: Evidence) -> LossFacts:
         pad_to_one_width=is_padding,
         rule_error=error,
         padding_error=error if is_padding else 0.0,
-        warnings=tuple(warnings),
+        misfit=misfit,
     )
 
 
@@ -294,20 +294,20 @@ def _facts_of_draws(evidence: Evidence) -> LossFacts:
     found = seen or (evidence.order[0], "mean")
     if seen is None or seen[1] == "sum":
         found = (evidence.tell_shift(evidence.order[0]), found[1])
-    warnings: tuple[str, ...] = ()
+    misfit = ""
     if seen is None:
         what = "rows" if found[0] is TargetRule.SEQUENCE else "target tokens"
-        warnings = (
+        misfit = (
             f"the loss draws random numbers, and the losses of rows do not add up to that of all: "
             f"it is taken for a mean over {what}. If rows influence each other, the gradient of an "
-            f"update depends on how it is cut; if not, loss_is_mean_over says what it is.",
+            f"update depends on how it is cut; if not, loss_is_mean_over says what it is."
         )
     return LossFacts(
         rule=found[0],
         weighing=found[1],
         wants_own_count=evidence.wants_own_count,
         draws=True,
-        warnings=warnings,
+        misfit=misfit,
     )
 
 
@@ -315,7 +315,7 @@ def _facts_of_nan(evidence: Evidence) -> LossFacts:
     return LossFacts(
         evidence.tell_shift(evidence.order[0]),
         wants_own_count=evidence.wants_own_count,
-        warnings=(
+        other_warnings=(
             f"the loss of {evidence.num_rows} rows is {evidence.together.loss} before the first "
             f"update, so what it is a mean over could not be asked: it is taken for a mean over "
             f"its targets.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, devices_of
+from hf_gradacc.trainer.coupling import find_coupling
 from hf_gradacc.trainer.overrides import definers
-from hf_gradacc.updates.batch import count_rows
+from hf_gradacc.trainer.terms import ask_terms
+from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.stream import is_stream
 from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets
@@ -41,6 +44,7 @@ __all__ = [
     "has_foreign_loss",
     "padding_style",
     "prepared",
+    "quietly",
     "refuse_data_without_targets",
     "without_trace",
 ]
@@ -112,10 +116,27 @@ def ask_trainer(
                 loss, asked, known, pad_token_id=style["pad_token_id"]
             )
             with held_in_mode(bare, training=training):
-                if stated == "auto":
-                    facts = ask(loss, asked, known, dtype=dtype, **style)
+                take_apart = partial(_two_parts, asked, known)
+
+                def ask_one(loss: Loss) -> LossFacts:
+                    if stated == "auto":
+                        return ask(loss, asked, known, dtype=dtype, **style)
+                    return stated_facts(loss, asked, stated, dtype=dtype, **style)
+
+                of_terms = ask_terms(trainer, loss, asked, take_apart, ask_one, dtype=dtype)
+                if of_terms is not None:
+                    facts = of_terms
                 else:
-                    facts = stated_facts(loss, asked, stated, dtype=dtype, **style)
+                    facts = find_coupling(
+                        trainer,
+                        bare,
+                        loss,
+                        asked,
+                        take_apart(),
+                        ask_one(loss),
+                        dtype=dtype,
+                        engine=engine,
+                    )
         except GradAccError:
             raise
         except Exception as error:
@@ -139,8 +160,17 @@ def ask_trainer(
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
-        collator.rule, collator.pad_to_one_width = facts.rule, facts.pad_to_one_width
+        collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
+
+
+def _two_parts(inputs: Mapping[str, Any], known: ProbeRows | None) -> list[Mapping[str, Any]]:
+    """Split collated rows in two parts of different size; one part if rows cannot be told apart."""
+    num_rows = count_rows(inputs) if known is None else len(known.rows)
+    if num_rows < 2 or (known is None and not can_slice_rows(inputs, num_rows)):
+        return [inputs]
+    take = partial(slice_rows, inputs) if known is None else known.take
+    return [take([0]), take(list(range(1, num_rows)))]
 
 
 def _tell(model: nn.Module, facts: LossFacts, *, is_news: bool) -> None:
@@ -152,7 +182,7 @@ def _tell(model: nn.Module, facts: LossFacts, *, is_news: bool) -> None:
 def _facts_without_names() -> LossFacts:
     return LossFacts(
         TargetRule.SEQUENCE,
-        warnings=(
+        other_warnings=(
             "the data collator returns no tensors by name, so what the loss is a mean over cannot "
             "be asked: each micro-batch is weighted by its rows. That is exact if the loss is a "
             "mean over rows.",
@@ -223,6 +253,17 @@ def without_trace(trainer: Any, model: nn.Module, device: torch.device) -> Itera
         yield trace
     finally:
         trace.restore_all()
+
+
+@contextlib.contextmanager
+def quietly(trainer: Any) -> Iterator[None]:
+    """Run forwards that only look: nothing is logged, and metrics they collect are dropped."""
+    was_asking, trainer._is_asking = trainer._is_asking, True
+    try:
+        with trainer._foreign_metrics.taking():
+            yield
+    finally:
+        trainer._is_asking = was_asking
 
 
 def refuse_data_without_targets(dataset: Any, sample: ProbeRows | None, rule: TargetRule) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
 from hf_gradacc.loss.probe_rows import rows_per_sequence_in
+from hf_gradacc.loss.terms import LossTerms
 from hf_gradacc.ranks.collectives import share_first, share_running_statistics, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
@@ -26,14 +27,19 @@ from hf_gradacc.safety.out_of_memory import (
     message_of,
     single_row_error,
 )
+from hf_gradacc.trainer.settle import collecting
+from hf_gradacc.trainer.terms import sums_of_terms
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.targets import TargetRule, count_targets, has_target
+from hf_gradacc.updates.update import MicroBatch
 
 __all__ = ["EvalLoss", "Evaluation", "count_real_rows", "perplexity"]
 
 logger = logging.get_logger(__name__)
+
+_WHOLE = "loss"
 
 Predict = Callable[..., Any]
 """The stock ``prediction_step(model, inputs, prediction_loss_only, ignore_keys)``."""
@@ -50,6 +56,7 @@ class Evaluation:
     def __init__(self) -> None:
         self.rows_per_sequence = 1
         self._loss: EvalLoss | None = None
+        self._returned: list[tuple[MicroBatch, LossTerms]] = []  # of the batch that ran last
         self._num_rows_that_fit: int | None = None  # None for all of them
         self._rows_per_sequence_when_cut = 1
 
@@ -73,12 +80,15 @@ class Evaluation:
                 share_running_statistics(trainer.model)
             with _each_row_once(trainer):
                 output = stock_loop()
-            loss = self._loss.mean(trainer.args.device)
+            terms = [] if trainer.facts is None else [term.name for term in trainer.facts.terms]
+            means = self._loss.means(terms or [_WHOLE], device=trainer.args.device)
         finally:
             self._loss = None
-        if loss is not None and f"{prefix}_loss" in output.metrics:
-            output.metrics[f"{prefix}_loss"] = loss
-            if trainer.facts is not None and trainer.facts.rule is not TargetRule.SEQUENCE:
+        if means and f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = loss = sum(means.values())
+            if terms:
+                output.metrics.update({f"{prefix}_loss/{name}": means[name] for name in means})
+            elif trainer.facts is not None and trainer.facts.rule is not TargetRule.SEQUENCE:
                 output.metrics[f"{prefix}_perplexity"] = perplexity(loss)
         return output
 
@@ -137,7 +147,10 @@ class Evaluation:
             if real or engine.lockstep:  # under FSDP and ZeRO, every rank must run the forward
                 again = first_rows(inputs, max(real, 1), rows_per_sequence=rows_per_sequence)
                 loss = step(again, loss_only=True)[0]
-        if trainer.facts is not None:
+        if trainer.facts is not None and trainer.facts.terms:
+            for part, terms in self._returned:
+                self._loss.add_terms(sums_of_terms(trainer, terms, part))
+        elif trainer.facts is not None:
             size = trainer.facts.size_of(micro_batch)
             self._loss.add(loss, size=size, is_sum=trainer.facts.weighing == "sum")
         elif not is_labelled:  # preferences, before any training: a mean over rows
@@ -170,8 +183,14 @@ class Evaluation:
                     for start in range(0, num_rows, size)
                 ]
             try:
-                results = [
-                    stock_step(model, part, prediction_loss_only, ignore_keys) for part in parts
+                with collecting(trainer._loss_settler) as returned:
+                    results = [
+                        stock_step(model, part, prediction_loss_only, ignore_keys) for part in parts
+                    ]
+                self._returned = [
+                    (make_micro_batch(part, rows_per_sequence=rows_per_sequence), terms)
+                    for part, terms in zip(parts, returned, strict=False)
+                    if terms is not None
                 ]
                 return results[0] if len(results) == 1 else self._join(trainer, parts, results)
             except Exception as error:
@@ -225,7 +244,7 @@ class Evaluation:
 
     def _size_of(self, trainer: Any, part: Any) -> float:
         num_sequences = count_rows(part) // self._rows_per_sequence_when_cut
-        if trainer.facts is None:
+        if trainer.facts is None or trainer.facts.terms:
             return num_sequences
         if trainer.facts.class_weights is not None:
             return float(trainer.facts.class_weights.total(part, trainer.facts.rule))
@@ -282,35 +301,48 @@ def _can_split(trainer: Any, engine: Engine, error: Exception) -> bool:
 
 
 class EvalLoss:
-    """Running sum of losses weighted by their targets, or by what those weigh.
+    """Running sums of losses weighted by their targets, or by what those weigh.
 
     >>> total = EvalLoss()
     >>> total.add(torch.tensor(2.0), size=1)
     >>> total.add(torch.tensor(1.0), size=3)
-    >>> total.mean(torch.device("cpu"))
-    1.25
+    >>> total.means(["loss"], device=torch.device("cpu"))
+    {'loss': 1.25}
     """
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._size = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._sizes: dict[str, float | Tensor] = {}
 
     def add(self, loss: Tensor, *, size: float, is_sum: bool = False) -> None:
         """Add one batch's loss, a mean or a sum, without synchronizing with the device."""
-        if size == 0:
-            return  # the mean over no target is NaN
-        # CPU and CUDA have float64; MPS has not.
-        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        weighted = loss.detach().to(dtype) * (1 if is_sum else size)
-        self._sum = weighted if self._sum is None else self._sum + weighted
-        self._size += size
+        if size:  # the mean over no target is NaN
+            total = _in_double(loss.detach()) * (1 if is_sum else size)
+            self.add_terms({_WHOLE: (total, size)})
 
-    def mean(self, device: torch.device) -> float | None:
-        """Return the loss per target over all ranks; None if there was no target."""
-        local = 0.0 if self._sum is None else float(self._sum)
+    def add_terms(self, sums: Mapping[str, tuple[Tensor, float | Tensor]]) -> None:
+        """Add the terms of one batch: the sum of each, and what it is to be divided by."""
+        for name, (total, size) in sums.items():
+            total = _in_double(total)
+            before = self._sums.get(name)
+            self._sums[name] = total if before is None else before + total
+            self._sizes[name] = self._sizes.get(name, 0.0) + size
+
+    def means(self, names: list[str], *, device: torch.device) -> dict[str, float]:
+        """Return each mean over all ranks, without those that had no target; one collective."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        total = sum_over_ranks(torch.tensor([local, self._size], dtype=dtype), device=device)
-        return float(total[0] / total[1]) if total[1] > 0 else None
+        local = [[float(of.get(name, 0.0)) for name in names] for of in (self._sums, self._sizes)]
+        sums, sizes = sum_over_ranks(torch.tensor(local, dtype=dtype), device=device).tolist()
+        return {
+            name: total / size
+            for name, total, size in zip(names, sums, sizes, strict=True)
+            if size > 0
+        }
+
+
+def _in_double(value: Tensor) -> Tensor:
+    """CPU and CUDA have float64; MPS has not."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def perplexity(loss: float) -> float:

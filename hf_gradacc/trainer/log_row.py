@@ -32,10 +32,12 @@ class LogBook:
 
     Attributes:
         clock: The same; each call of ``train()`` has a new one.
+        losses: Means of parts of the loss, for the next row.
     """
 
     def __init__(self, clock: PhaseClock, rank_runs: RankRuns | None) -> None:
         self.clock = clock
+        self.losses: dict[str, float] = {}
         self._rank_runs = rank_runs
         self._started = 0.0  # when the update in progress began; 0 between updates
         self._costs: CostMeter | None = None
@@ -113,6 +115,7 @@ class LogBook:
             # The stock mean counted skipped updates as updates with a loss of 0.
             logs["loss"] *= window.num_updates / num_trained if num_trained else math.nan
         logs.update(window.metrics())
+        logs.update(self.losses)
         seconds_by_phase = self.clock.take()
         costs = self._measure_costs(window, trainer)
         logs.update(seconds_by_phase)

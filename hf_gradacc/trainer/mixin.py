@@ -57,7 +57,7 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
-from hf_gradacc.trainer.asking import ask_trainer, refuse_data_without_targets
+from hf_gradacc.trainer.asking import ask_trainer, quietly, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
 from hf_gradacc.trainer.contract import tell_what_moved
 from hf_gradacc.trainer.data import TrainingData
@@ -81,6 +81,7 @@ from hf_gradacc.trainer.row_parts import (
 )
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
+from hf_gradacc.trainer.settle import LossSettler, settled
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
     is_split,
@@ -180,6 +181,7 @@ class GradAccMixin(Trainer):
         self.facts: LossFacts | None = None
         self._micro_batch_step = MicroBatchStep()
         self._foreign_metrics = ForeignMetrics()
+        self._loss_settler = LossSettler()
         self._gradient_gate = GradientGate(self._foreign_metrics)
         self._exact_evaluation = Evaluation()
         self._checkpoint_writer = CheckpointWriter()
@@ -479,9 +481,10 @@ class GradAccMixin(Trainer):
             if has_count
             else contextlib.nullcontext()
         ):
-            if self._foreign_metrics.taken is None:
-                return loss()
-            return self._foreign_metrics.compute_loss(self, loss, inputs)
+            if self._foreign_metrics.taken is not None:
+                loss = functools.partial(self._foreign_metrics.compute_loss, self, loss, inputs)
+            is_plain = self.facts is not None and self.facts.is_plain
+            return loss() if is_plain else self._loss_settler.call(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
         """Return the batch's own target count if the loss needs it, else None."""
@@ -537,6 +540,8 @@ class GradAccMixin(Trainer):
             )
         if self.control.should_log or self.control.should_evaluate:
             self._foreign_metrics.hand_over(self)
+        if self.control.should_log:
+            self._log_book.losses = self._loss_settler.hand_over(self)
         lasts = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if lasts:
@@ -703,14 +708,10 @@ class GradAccMixin(Trainer):
 
     def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
         """Ask the model how its loss counts, without a trace in metrics, log rows or buffers."""
-        self._is_asking = True
-        try:
-            with self._foreign_metrics.taking():
-                facts, shortcuts = ask_trainer(
-                    self, model, inputs, sample=sample, engine=self._rank_engine
-                )
-        finally:
-            self._is_asking = False
+        with quietly(self):
+            facts, shortcuts = ask_trainer(
+                self, model, inputs, sample=sample, engine=self._rank_engine
+            )
         refuse_losses_of_whole_rows(self, facts)
         self.facts = facts
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
@@ -772,11 +773,12 @@ def _of_one_update(samples: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SEE_BATCHES: dict[str, Callable[..., Any]] = {
+    "compute_loss": settled,
     "floating_point_ops": _added_up,
     "get_batch_samples": _of_one_update,
     "training_step": _per_micro_batch,
 }
-"""Hooks that the stock loop calls with an update, and what gives a subclass's own its batches."""
+"""Hooks of a subclass that see batches where the stock loop has updates, and what lets them."""
 
 
 class GradAccTrainer(GradAccMixin, Trainer):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_gradacc.errors import MemoryBudgetError, RankFailedError
+from hf_gradacc.loss.coupling import Coupling
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.ranks.collectives import agree_on_inputs, largest_over_ranks, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
@@ -41,7 +42,9 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.trainer.asking import padding_style
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.passes import TwoPasses
 from hf_gradacc.trainer.step import MicroBatchStep
+from hf_gradacc.trainer.terms import sizes_of
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
@@ -127,9 +130,10 @@ class UpdateRunner:
         self.rollback = rollback
         self.float32 = float32
         self._spare = spare
+        self._passes: TwoPasses | None = None
         self._running: MicroBatch | None = None
         self._num_weighed = 0
-        self._size = 0.0
+        self._sizes_of_all = [0.0]
 
     def run(self, trainer: Any, model: nn.Module, loaded: Update) -> UpdateResult:
         """Run this rank's share of an update; leave the update's exact gradient in ``.grad``.
@@ -152,6 +156,7 @@ class UpdateRunner:
             _skip_optimizer(trainer, update)
             return UpdateResult(update, stats, zero, zero, UpdateOutcome())
         self.rollback.mark()
+        self._passes = self._two_passes(trainer.facts.coupling)
         tried: list[str] = []
         while True:
             # Checked in each attempt: one micro-batch that did not fit may be several by now.
@@ -159,10 +164,16 @@ class UpdateRunner:
                 self._sum_in_float32()
             loss: Tensor | None = None
             self.engine.begin_attempt(model)
-            with self._catching(trainer) as failure:
-                if self._can_measure_noise(trainer.facts):
-                    self.noise.begin(model, update)
-                loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
+            if not trainer.facts.is_plain:
+                trainer._loss_settler.begin_attempt()
+            failure = _Failure()
+            if self._passes is None or self._goes_ahead(trainer, model, update, failure):
+                with self._catching(trainer, failure):
+                    if self._passes is not None:
+                        self._passes.couple()
+                    if self._can_measure_noise(trainer.facts):
+                        self.noise.begin(model, update)
+                    loss = self.run_micro_batches(trainer, model, update.micro_batches, stats)
             if failure.outcome is not None:
                 free_memory(model)  # at once: this rank may still owe the others its gradients
             outcome = failure.outcome or UpdateOutcome(stop=trainer.stop_signals.received)
@@ -175,6 +186,8 @@ class UpdateRunner:
             self._react(trainer, outcome, failure, tried)
             update, stats = self._weigh(trainer, loaded)
         assert loss is not None
+        if not trainer.facts.is_plain:
+            trainer._loss_settler.end_update(trainer.facts.coupling)
         self.rollback.settle()
         self.budget.note_success()
         trainer.stop_signals.agreed = outcome.stop
@@ -207,11 +220,7 @@ class UpdateRunner:
         facts, step = trainer.facts, type(trainer).training_step
         factor, collects = self.engine.factor, self.metrics.collects(trainer)
         loss = torch.zeros((), device=trainer.args.device)
-        counts: Any = None
-        if facts.wants_own_count or self.engine.layout.row_parts > 1:
-            # Copied at once: the host would wait for each by itself.
-            per_micro_batch = [mb.targets.under(facts.rule) for mb in micro_batches]
-            counts = start_copy(torch.tensor(per_micro_batch), loss.device)
+        counts = self._own_counts(facts, micro_batches, loss.device)
         own = self.step.own
         if own is not None:
             own.begin_update()
@@ -221,7 +230,7 @@ class UpdateRunner:
             if not micro_batch.weightless:
                 divisor = facts.divisor(
                     micro_batch,
-                    of=self._size,
+                    of=self._sizes_of_all[0],
                     num_micro_batches=self._num_weighed,
                     factor=factor,
                 )
@@ -231,10 +240,15 @@ class UpdateRunner:
             self.step.begin(divisor, micro_batch, after=after)
             trainer.loss_is_scaled_for_ga = False
             count = None if counts is None else counts[i]
+            if facts.terms:
+                trainer._loss_settler.weights = self._weights_of_terms(trainer, micro_batch)
             with (
                 self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),
                 self.engine.hold_gradients(model, is_last=is_last),
                 contextlib.nullcontext() if own is None else own.weighing(model, divisor),
+                contextlib.nullcontext()
+                if self._passes is None
+                else self._passes.second(trainer, micro_batch, divisor=divisor),
             ):
                 part = step(trainer, model, micro_batch.inputs, count)
             if own is not None:
@@ -248,7 +262,9 @@ class UpdateRunner:
                 self.noise.add_gradient(
                     micro_batch,
                     num_targets=num_targets,
-                    weight=num_targets if is_sum else facts.size_of(micro_batch) / self._size,
+                    weight=num_targets
+                    if is_sum
+                    else facts.size_of(micro_batch) / self._sizes_of_all[0],
                     trainer=trainer,
                 )
             if not is_last:
@@ -260,7 +276,33 @@ class UpdateRunner:
     def _can_measure_noise(self, facts: LossFacts) -> bool:
         """Return whether the noise scale is defined: not of means that weigh alike, say."""
         is_asked = self.noise.record is not None
-        return is_asked and self.step.own is None and facts.weighing != "micro_batch"
+        return is_asked and self.step.own is None and facts.weighing in ("mean", "sum")
+
+    # ---- two passes ----------------------------------------------------------------------------
+
+    def _two_passes(self, coupling: Coupling | None) -> TwoPasses | None:
+        """Return what runs the first pass, the same for each update; None if one is enough."""
+        if coupling is None:
+            return None
+        if self._passes is not None and self._passes.coupling is coupling:
+            return self._passes
+        return TwoPasses(coupling, self.step, self.engine)
+
+    def _goes_ahead(
+        self, trainer: Any, model: nn.Module, update: Update, failure: _Failure
+    ) -> bool:
+        """Run the first pass, and return whether it went through on all ranks."""
+        assert self._passes is not None
+        with self._catching(trainer, failure):
+            counts = self._own_counts(trainer.facts, update.micro_batches, trainer.args.device)
+            self._passes.gather(trainer, model, update.micro_batches, counts, self._note_running)
+        self.rollback.restore()
+        has_failed = failure.outcome is not None
+        with self._meeting_ranks():
+            return not largest_over_ranks(int(has_failed), device=trainer.args.device)
+
+    def _note_running(self, micro_batch: MicroBatch) -> None:
+        self._running = micro_batch
 
     def _meeting_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Count the time inside as reduction, if there are other ranks to wait for."""
@@ -273,6 +315,30 @@ class UpdateRunner:
 
     # ---- weighing ------------------------------------------------------------------------------
 
+    def _own_counts(
+        self, facts: LossFacts, micro_batches: Sequence[MicroBatch], device: torch.device
+    ) -> Any:
+        """Return each micro-batch's own targets on the device, if the loss is told them."""
+        if not facts.wants_own_count and self.engine.layout.row_parts == 1:
+            return None
+        # Copied at once: the host would wait for each by itself.
+        per_micro_batch = [mb.targets.under(facts.rule) for mb in micro_batches]
+        return start_copy(torch.tensor(per_micro_batch), device)
+
+    def _weights_of_terms(
+        self, trainer: Any, micro_batch: MicroBatch
+    ) -> dict[str, float | Tensor] | None:
+        """Return what each term of a micro-batch is multiplied by; None if it has no weight."""
+        if micro_batch.weightless:
+            return None
+        sizes = sizes_of(trainer, micro_batch)
+        return {
+            term.name: term.weight(size, of=total)
+            for term, size, total in zip(
+                trainer.facts.terms, sizes, self._sizes_of_all, strict=True
+            )
+        }
+
     def _weigh(self, trainer: Any, update: Update) -> tuple[Update, UpdateStats]:
         """Cut an update to the cap, drop micro-batches without a target, count over all ranks."""
         rule, collator = trainer.facts.rule, trainer.update_collator
@@ -284,13 +350,14 @@ class UpdateRunner:
                 encoder_decoder=ModelFacts.of(trainer.model).encoder_decoder,
                 **padding_style(trainer),
             )
-        update = update.with_targets(rule)
-        if trainer.facts.class_weights is not None:  # a mean over weights of zero is NaN
-            kept = [mb for mb in update if trainer.facts.size_of(mb) > 0]
-            update = replace(update, micro_batches=kept)
+        # Those that weigh nothing are left out: the mean over nothing is NaN.
+        if trainer.facts.terms or trainer.facts.class_weights is not None:
+            update = update.keeping(lambda mb: any(sizes_of(trainer, mb)))
+        else:
+            update = update.with_targets(rule)
         with self._meeting_ranks():
             stats, planned = self.engine.count(update.stats(rule))
-        self._size = self._size_of_all(trainer, update, stats)
+        self._sizes_of_all = self._add_up_sizes(trainer, update, stats)
         self._num_weighed = stats.num_micro_batches
         if planned and stats.num_targets:
             update = self._even_out(update, planned, rule, collator)
@@ -302,15 +369,20 @@ class UpdateRunner:
             self._pad_to_one_width(trainer, update)
         return update, stats
 
-    def _size_of_all(self, trainer: Any, update: Update, stats: UpdateStats) -> float:
-        """Add up over all ranks what micro-batches are divided by; one collective for weights."""
-        if trainer.facts.class_weights is None:
-            return stats.num_targets
+    def _add_up_sizes(self, trainer: Any, update: Update, stats: UpdateStats) -> list[float]:
+        """Add up over all ranks what losses are divided by; a collective if not by targets."""
+        if trainer.facts.class_weights is None and not trainer.facts.terms:
+            return [stats.num_targets]
         device = trainer.args.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        local = torch.tensor([sum(trainer.facts.size_of(mb) for mb in update)], dtype=dtype)
+        local = torch.zeros(max(len(trainer.facts.terms), 1), dtype=dtype)
+        for micro_batch in update:
+            local += torch.tensor(sizes_of(trainer, micro_batch), dtype=dtype)
         with self._meeting_ranks():
-            return float(sum_over_ranks(self.engine.layout.once(local), device=device))
+            sums: list[float] = sum_over_ranks(
+                self.engine.layout.once(local), device=device
+            ).tolist()
+        return sums
 
     def _even_out(
         self,
@@ -342,13 +414,12 @@ class UpdateRunner:
     # ---- failures ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _catching(self, trainer: Any) -> Iterator[_Failure]:
+    def _catching(self, trainer: Any, failure: _Failure) -> Iterator[None]:
         """Turn an error that can be undone into an outcome that the other ranks are told."""
-        failure = _Failure()
         self._running = None
         can_roll_back = self.engine.can_roll_back
         try:
-            yield failure
+            yield
         except Exception as error:
             if not can_roll_back and is_out_of_memory(error):
                 raise MemoryBudgetError(
