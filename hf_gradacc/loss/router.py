@@ -48,10 +48,9 @@ class RouterLoss:
     """
 
     note = (
-        "the router loss balances the experts over the whole update, so the gradient is that of "
-        "all rows at once. For that a first pass without gradients counts which experts the tokens "
-        "choose: a forward up to the last router more per micro-batch. update_passes = 1 saves it "
-        "and balances each micro-batch by itself."
+        "the router loss balances its experts over the whole update, in two passes: the first, "
+        "without gradients, counts which of them the tokens choose, up to the last router. "
+        "update_passes = 1 saves that and balances each micro-batch by itself."
     )
 
     def __init__(
@@ -65,6 +64,11 @@ class RouterLoss:
         self._agreed = False
         self._sums: Tensor | None = None
         self._whole: Sequence[Tensor] = ()
+
+    @property
+    def watched(self) -> Sequence[nn.Parameter]:
+        """The weights of the last router, as far as is known: its loss shows in them first."""
+        return self._origins.last_parameters
 
     def begin(self) -> None:
         """Forget the last attempt at an update."""
@@ -117,9 +121,9 @@ class RouterLoss:
             known = exchange.gather(self._forms)
             self._forms = next((forms for forms in known if forms is not None), None)
             self._agreed = len(known) > 1
-        sizes = [form.size for form in self._forms or ()]
-        if not sizes:
-            return
+        if not self._forms:
+            raise RuntimeError("the model has not called its router loss")
+        sizes = [form.size for form in self._forms]
         sums = self._sums
         if sums is None:
             dtype = torch.float32 if self._device.type == "mps" else torch.float64
@@ -134,7 +138,7 @@ class RouterLoss:
         def part(call: RouterCall) -> Tensor | None:
             nonlocal num_calls
             term = call.read()
-            if term is None or not self._whole:
+            if term is None:
                 return None
             # A forward that is computed again in its backward calls them again, from the first.
             whole = self._whole[num_calls % len(self._whole)]

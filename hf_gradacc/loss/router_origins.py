@@ -114,6 +114,12 @@ class RouterOrigins:
         origins = {name: self._seen.origin_of(value) for name, value in call.arguments.items()}
         self._calls.append((call.function, origins))
 
+    @property
+    def last_parameters(self) -> list[nn.Parameter]:
+        """Those of the module that gives the last logits; none if that is not known."""
+        modules = [origin.module for origin in self._outputs()]
+        return [p for p in modules[-1].parameters() if p.requires_grad] if modules else []
+
     @contextlib.contextmanager
     def ending(self, take: Callable[[RouterCall], Any]) -> Iterator[None]:
         """End a forward once all is there that its router losses will be called with.
@@ -122,13 +128,7 @@ class RouterOrigins:
             take: Called with each of the calls, before the forward ends.
         """
         self._seen = _Seen()
-        wanted = {
-            origin
-            for _, origins in self._calls
-            for value in origins.values()
-            for origin in (value if isinstance(value, tuple) else (value,))
-            if isinstance(origin, _Output)
-        }
+        wanted = set(self._outputs())
         found: dict[Any, Tensor] = {}
 
         def collect(module: nn.Module, args: Any, output: Any) -> None:
@@ -145,6 +145,16 @@ class RouterOrigins:
 
         with self._hooked(list({origin.module for origin in wanted}), collect):
             yield
+
+    def _outputs(self) -> list[_Output]:
+        """What the calls need of the outputs of modules, in their order."""
+        return [
+            origin
+            for _, origins in self._calls
+            for value in origins.values()
+            for origin in (value if isinstance(value, tuple) else (value,))
+            if isinstance(origin, _Output)
+        ]
 
     def _value(self, origin: Any, found: dict[Any, Tensor]) -> Any:
         if isinstance(origin, tuple):
