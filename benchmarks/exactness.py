@@ -64,7 +64,7 @@ class Result:
     """One case's figures; an error is None where that trainer did not finish.
 
     Attributes:
-        verdict: ``exact``, ``warned``, ``refused``, ``WRONG``, or ``not run`` where the model itself
+        verdict: ``exact``, ``warned``, ``refused``, ``WRONG``, or ``not run`` if the model itself
             fails.
     """
 
