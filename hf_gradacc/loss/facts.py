@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -123,7 +124,7 @@ class LossFacts:
     padding_error: float = 0.0
     other_warnings: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the loss is one number that nothing but its weight is done to."""
         return not self.terms and self.coupling is None

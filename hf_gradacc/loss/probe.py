@@ -325,8 +325,9 @@ def _facts_of_nan(evidence: Evidence) -> LossFacts:
 
 def _misfit_message(evidence: Evidence, error: tuple[float, float]) -> str:
     cause = (
-        "Rows of a batch influence each other, or the loss is not a mean over its targets (as with "
-        "class weights): the gradient of an update depends on how it is cut."
+        "Rows of a batch influence each other, or the loss is not a mean over its targets (but a "
+        "weighted mean, or a sum of several: name them with LossTerms): the gradient of an update "
+        "depends on how it is cut."
     )
     if evidence.has_router_loss:
         cause = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_gradacc.errors import ConfigError, DataError, GradAccError
+from hf_gradacc.errors import ConfigError, DataError, GradAccError, LossError
 from hf_gradacc.loss.answers import Loss
 from hf_gradacc.loss.asking import (
     as_stated,
@@ -116,27 +116,7 @@ def ask_trainer(
                 loss, asked, known, pad_token_id=style["pad_token_id"]
             )
             with held_in_mode(bare, training=training):
-                take_apart = partial(_two_parts, asked, known)
-
-                def ask_one(loss: Loss) -> LossFacts:
-                    if stated == "auto":
-                        return ask(loss, asked, known, dtype=dtype, **style)
-                    return stated_facts(loss, asked, stated, dtype=dtype, **style)
-
-                of_terms = ask_terms(trainer, loss, asked, take_apart, ask_one, dtype=dtype)
-                if of_terms is not None:
-                    facts = of_terms
-                else:
-                    facts = find_coupling(
-                        trainer,
-                        bare,
-                        loss,
-                        asked,
-                        take_apart(),
-                        ask_one(loss),
-                        dtype=dtype,
-                        engine=engine,
-                    )
+                facts = _ask_in_mode(trainer, loss, asked, known, dtype=dtype, engine=engine)
         except GradAccError:
             raise
         except Exception as error:
@@ -162,6 +142,38 @@ def ask_trainer(
         collator.packed = shortcuts.packed
         collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
+
+
+def _ask_in_mode(
+    trainer: Any,
+    loss: Loss,
+    asked: Mapping[str, Any],
+    known: ProbeRows | None,
+    *,
+    dtype: torch.dtype,
+    engine: Engine,
+) -> LossFacts:
+    """Ask what the loss, or each of its terms, is divided by, and what couples its rows."""
+    stated, style = trainer.args.loss_is_mean_over, padding_style(trainer)
+    parts = partial(_two_parts, asked, known)
+
+    def ask_one(one: Loss) -> LossFacts:
+        if stated == "auto":
+            return ask(one, asked, known, dtype=dtype, **style)
+        return stated_facts(one, asked, stated, dtype=dtype, **style)
+
+    settler = trainer._loss_settler
+    try:
+        of_terms = ask_terms(trainer, loss, asked, parts, ask_one, dtype=dtype)
+    except LossError:
+        if settler.added is None:
+            raise
+        of_terms = None
+    if of_terms is not None and not (settler.added and of_terms.misfit):
+        return of_terms
+    if settler.added is not None:  # another release of TRL, or a loss that adds still more
+        settler.added, loss = None, loss.computed_by(loss.compute)
+    return find_coupling(trainer, loss, asked, parts(), ask_one(loss), dtype=dtype, engine=engine)
 
 
 def _two_parts(inputs: Mapping[str, Any], known: ProbeRows | None) -> list[Mapping[str, Any]]:

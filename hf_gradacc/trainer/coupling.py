@@ -49,7 +49,6 @@ _FINDERS: tuple[Finder, ...] = (_find_router_loss,)
 
 def find_coupling(
     trainer: Any,
-    model: nn.Module,
     loss: Loss,
     inputs: Mapping[str, Any],
     parts: Sequence[Mapping[str, Any]],
@@ -62,8 +61,7 @@ def find_coupling(
 
     Args:
         trainer: The trainer.
-        model: Its bare model, held in the mode to ask in.
-        loss: To be asked.
+        loss: Of its bare model, held in the mode to ask in.
         inputs: Collated rows.
         parts: The same rows in two parts or more.
         facts: What was found out about the loss.
@@ -74,7 +72,7 @@ def find_coupling(
     if passes == 1 or facts.terms or engine.layout.row_parts > 1 or len(parts) < 2:
         return facts
     for find in _FINDERS:
-        coupling = find(trainer, model, facts)
+        coupling = find(trainer, loss.model, facts)
         if coupling is None:
             continue
         error = _measured(trainer, coupling, loss, inputs, parts, facts)

@@ -35,6 +35,7 @@ from hf_gradacc.compat import (
     stock_divides_every_loss,
     stock_splits_rows_in_evaluation,
 )
+from hf_gradacc.loss.added_mean import find_added_mean
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.refusals import (
     refuse_by_name,
@@ -196,7 +197,7 @@ class GradAccMixin(Trainer):
         add_options(self.args, options)
         refuse_unknown_engines(self)
         refuse_by_name(self)
-        warn_by_name(self)
+        self._loss_settler.added = find_added_mean(self)
         self._rank_engine = self._make_engine()
         end_group_at_exit()
         self._noise_listener = NoiseListener(self.args.noise_scale_every)
@@ -484,7 +485,7 @@ class GradAccMixin(Trainer):
             if self._foreign_metrics.taken is not None:
                 loss = functools.partial(self._foreign_metrics.compute_loss, self, loss, inputs)
             is_plain = self.facts is not None and self.facts.is_plain
-            return loss() if is_plain else self._loss_settler.call(loss)
+            return loss() if is_plain else self._loss_settler.call_behind(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
         """Return the batch's own target count if the loss needs it, else None."""
@@ -540,7 +541,7 @@ class GradAccMixin(Trainer):
             )
         if self.control.should_log or self.control.should_evaluate:
             self._foreign_metrics.hand_over(self)
-        if self.control.should_log:
+        if self.control.should_log and self.facts is not None and not self.facts.is_plain:
             self._log_book.losses = self._loss_settler.hand_over(self)
         lasts = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
@@ -714,6 +715,8 @@ class GradAccMixin(Trainer):
             )
         refuse_losses_of_whole_rows(self, facts)
         self.facts = facts
+        if facts.is_plain:
+            warn_by_name(self)
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
         if shortcuts is not None and self.update_collator is not None:
             self.update_collator.packed = shortcuts.packed

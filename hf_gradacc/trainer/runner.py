@@ -352,7 +352,7 @@ class UpdateRunner:
             )
         # Those that weigh nothing are left out: the mean over nothing is NaN.
         if trainer.facts.terms or trainer.facts.class_weights is not None:
-            update = update.keeping(lambda mb: any(sizes_of(trainer, mb)))
+            update = update.keeping([mb for mb in update if any(sizes_of(trainer, mb))])
         else:
             update = update.with_targets(rule)
         with self._meeting_ranks():

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_gradacc.loss.added_mean import AddedMean
 from hf_gradacc.loss.coupling import Coupling
 from hf_gradacc.loss.terms import LossTerms
 from hf_gradacc.ranks.collectives import sum_over_ranks
@@ -24,6 +26,7 @@ class LossSettler:
     """Weighs the terms of the micro-batch that runs, and adds them up for the log.
 
     Attributes:
+        added: A mean over tokens that a trainer behind the mixin adds to one over pairs.
         weights: What each term of this micro-batch is multiplied by; None to leave its own loss.
         coupling: What rows are coupled by, while a micro-batch of the second pass runs.
         seen: The terms that were returned last; None if it was a plain loss.
@@ -32,6 +35,7 @@ class LossSettler:
     """
 
     def __init__(self) -> None:
+        self.added: AddedMean | None = None
         self.weights: dict[str, float | Tensor] | None = None
         self.coupling: Coupling | None = None
         self.seen: LossTerms | None = None
@@ -41,6 +45,12 @@ class LossSettler:
         self._sums: dict[str, Tensor] = {}  # of this rank, since the last log row
         self._figures: dict[str, float | Tensor] = {}  # of all ranks, since then
         self._num_updates = 0
+
+    def call_behind(self, compute: Callable[[], Any]) -> Any:
+        """Call the ``compute_loss`` behind the mixin; see `call`."""
+        if self.added is None:
+            return self.call(compute)
+        return self.call(partial(self.added.take_apart, compute))
 
     def call(self, compute: Callable[[], Any]) -> Any:
         """Call a ``compute_loss``, and return a tensor where it returned terms.

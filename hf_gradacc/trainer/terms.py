@@ -67,13 +67,19 @@ def sums_of_terms(
     }
 
 
+def _counting(trainer: Any) -> Any:
+    """Return what counts terms in collated inputs: the trainer's own method, or ours; or None."""
+    own, added = getattr(trainer, "count_terms", None), trainer._loss_settler.added
+    return own if callable(own) else getattr(added, "count_terms", None)
+
+
 def _said_counts(trainer: Any, inputs: Any, names: list[str]) -> dict[str, float]:
     """Return what a trainer's ``count_terms`` says of collated inputs.
 
     Raises:
         LossError: If a count is missing, negative or no number.
     """
-    counts = trainer.count_terms(inputs)
+    counts = _counting(trainer)(inputs)
     found: dict[str, float] = {}
     for name in names:
         count = counts.get(name) if isinstance(counts, Mapping) else None
@@ -115,7 +121,7 @@ def ask_terms(
     if terms is None:
         return None
     said = [name for name in terms if terms.count_of(name) is not None]
-    has_counts = bool(said) and callable(getattr(trainer, "count_terms", None))
+    has_counts = bool(said) and _counting(trainer) is not None
     if has_counts:
         _check_said(trainer, terms, inputs, said)
     elif said and trainer.args.update_passes == 1:

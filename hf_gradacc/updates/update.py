@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,11 +87,10 @@ class Update:
 
     def with_targets(self, rule: TargetRule) -> Update:
         """Leave out micro-batches in which `rule` finds no target: their mean would be NaN."""
-        return self.keeping(lambda mb: mb.targets.under(rule) > 0)
+        return self.keeping([mb for mb in self.micro_batches if mb.targets.under(rule) > 0])
 
-    def keeping(self, has_weight: Callable[[MicroBatch], bool]) -> Update:
-        """Leave out micro-batches without weight; their sequences are counted as left out."""
-        kept = [mb for mb in self.micro_batches if has_weight(mb)]
+    def keeping(self, kept: list[MicroBatch]) -> Update:
+        """Leave out all other micro-batches; their sequences are counted as left out."""
         num_kept = sum([mb.num_sequences for mb in kept])
         num_left_out = sum([mb.num_sequences for mb in self.micro_batches]) - num_kept
         return Update(kept, self.epoch, self.index, self.num_left_out + num_left_out)

@@ -44,7 +44,7 @@ def test_counting_targets_instead_is_another_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_gradacc.loss.evidence.Evidence.weighted", lambda self: None)
     cut = trained(tmp_path / "cut", "rows", size=2)
     assert distance(whole, cut) > 1e-3
-    assert any("class weights" in warning for warning in cut.facts.warnings)
+    assert any("LossTerms" in warning for warning in cut.facts.warnings)
 
 
 def test_rows_of_one_class_do_not_hide_the_weights():

@@ -14,7 +14,7 @@ import pytest
 import hf_gradacc
 
 DOORS = {
-    "hf_gradacc": 21,
+    "hf_gradacc": 23,
     "hf_gradacc.data": 13,
     "hf_gradacc.recipe": 12,
     "hf_gradacc.tracking": 5,
