@@ -20,9 +20,9 @@ CASES = (("Mixtral", "mixtral"), ("Qwen3-MoE", "qwen3_moe"))
 CUTS = ((64, 8), (256, 32))  # rows of an update, rows of a micro-batch
 
 NOTE = (
-    "In one pass (`update_passes = 1`) a router loss is exact (1e-15) against the share-weighted sum "
-    "of the same micro-batches; what is left is its own nonlinearity. It falls with the size of "
-    "micro-batches, where stock's error grows with their number:"
+    "In one pass (`update_passes = 1`) a router loss is exact (1e-15) against the share-weighted "
+    "sum of the same micro-batches; what is left is its own nonlinearity. It falls with the size "
+    "of micro-batches, where stock's error grows with their number:"
 )
 
 
