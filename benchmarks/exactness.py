@@ -3,6 +3,7 @@
     python benchmarks/exactness.py              ten well-known models, as in the README
     python benchmarks/exactness.py --all        every text architecture of Transformers
     python benchmarks/exactness.py --only bert  every head of one architecture
+    python benchmarks/exactness.py --router     every architecture that has a router loss
     python benchmarks/exactness.py --all --rows 1   the same with rows of other lengths (0, 1, 2)
 
 Tiny random models in float64 without dropout, built from their configurations (no hub). One update
@@ -63,15 +64,13 @@ class Result:
     """One case's figures; an error is None where that trainer did not finish.
 
     Attributes:
-        verdict: ``exact``, ``router`` (exact but for the router loss's nonlinearity), ``warned``,
-            ``refused``, ``WRONG``, or ``not run`` where the model itself fails.
-        share_error: Error against the share-weighted sum over the micro-batches that ours ran.
+        verdict: ``exact``, ``warned``, ``refused``, ``WRONG``, or ``not run`` if the model itself
+            fails.
     """
 
     case: zoo.Case
     verdict: str
     ours: float | None = None
-    share_error: float | None = None
     stock: float | None = None
     stock_scale: float | None = None
     note: str = ""
@@ -95,20 +94,11 @@ def measure(case: zoo.Case, seed: int = 0) -> Result:
         with reference.float64_everywhere():
             run = zoo_runs.train_ours(case.build(), rows, collator)
             result.ours = reference.relative_error(run.gradient, expected)
-            if result.ours > EXACT:
-                result.share_error = _share_error(case, run)
     except Exception as error:
         result.verdict, result.note = "refused", _say(error)
         return result
     if result.ours <= EXACT:
         result.verdict = "exact"
-    elif (
-        case.router_loss
-        and result.share_error is not None
-        and result.share_error <= EXACT
-        and not any("expert_capacity" in warning for warning in run.warnings)
-    ):
-        result.verdict = "router"
     elif run.warnings:
         result.verdict, result.note = "warned", " ".join(run.warnings)
     return result
@@ -127,19 +117,6 @@ def _measure_stock(
     return error, reference.scale(run.gradient, expected), ""
 
 
-def _share_error(case: zoo.Case, run: zoo_runs.Run) -> float:
-    """Against ``sum_i (n_i / N) * loss_i`` over the very micro-batches that ours ran."""
-    errors = []
-    for shifts in (True, False):
-        counts = [
-            zoo_runs.count_micro_batch(case.head, batch, shifts=shifts)
-            for batch in run.micro_batches
-        ]
-        expected = reference.share_weighted_gradient(case.build(), run.micro_batches, counts)
-        errors.append(reference.relative_error(run.gradient, expected))
-    return min(errors)
-
-
 def ten_models() -> str:
     """The table of the README."""
     lines = [
@@ -148,13 +125,10 @@ def ten_models() -> str:
     ]
     for name, case in WELL_KNOWN:
         result = measure(case)
-        mark = " ¹" if result.verdict == "router" else ""
         lines.append(
             f"| {name} | {_number(result.stock)} | {_number(result.stock_scale, '.2f')} | "
-            f"{_number(result.ours)}{mark} |"
+            f"{_number(result.ours)} |"
         )
-        if mark:
-            print(f"{name}: {result.share_error:.1e} against the share-weighted sum")
     return "\n".join(lines)
 
 
@@ -176,7 +150,7 @@ def sweep(cases: list[zoo.Case], log: Path | None, seed: int = 0) -> str:
         if log:
             with log.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(result)) + "\n")
-        if result.verdict not in ("exact", "router"):
+        if result.verdict != "exact":
             print(
                 f"{case}: {result.verdict} {_number(result.ours)} {result.note}"[:400], flush=True
             )
@@ -194,27 +168,17 @@ def report(results: list[Result]) -> str:
             result
         )
     lines = [
-        "| head | ran | stock exact | ours exact | up to router nonlinearity | warned or refused "
-        "| neither |",
-        "|---|---|---|---|---|---|---|",
+        "| head | ran | stock exact | ours exact | warned or refused | neither |",
+        "|---|---|---|---|---|---|",
     ]
     for name, group in [*groups.items(), ("all", results)]:
         ran = [r for r in group if r.verdict != "not run"]
         count = collections.Counter(r.verdict for r in ran)
         stock = sum(r.stock is not None and r.stock <= EXACT for r in ran)
         lines.append(
-            f"| {name} | {len(ran)} | {stock} | {count['exact']} | {count['router']} | "
+            f"| {name} | {len(ran)} | {stock} | {count['exact']} | "
             f"{count['warned'] + count['refused']} | {count['WRONG']} |"
         )
-    router = sorted(r.ours for r in results if r.verdict == "router" and r.ours is not None)
-    if router:
-        middle = router[len(router) // 2]
-        lines += [
-            "",
-            f"Router nonlinearity left in {len(router)} cases: {router[0]:.1e} to {router[-1]:.1e} "
-            f"of the gradient, median {middle:.1e}; against the share-weighted sum of the same "
-            f"micro-batches all of them are within {EXACT:.0e}.",
-        ]
     for verdict, title in (
         ("WRONG", "Neither exact nor warned"),
         ("warned", "Warned"),
@@ -269,6 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="every text architecture")
     parser.add_argument("--only", help="every head of one architecture")
+    parser.add_argument("--router", action="store_true", help="with a router loss alone")
     parser.add_argument("--rows", type=int, default=0, help="which rows: 0, 1 or 2")
     parser.add_argument("--log", type=Path, help="go on where this file of results ends")
     parser.add_argument("--no-file", action="store_true", help="print, write no result file")
@@ -277,10 +242,15 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("hf_gradacc").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    if chosen.all or chosen.only:
+    if chosen.all or chosen.only or chosen.router:
         name = "exactness-all" + (f"-rows-{chosen.rows}" if chosen.rows else "")
         body = sweep(
-            [c for c in zoo.all_cases() if chosen.only in (None, c.model_type)],
+            [
+                case
+                for case in zoo.all_cases()
+                if chosen.only in (None, case.model_type)
+                and (case.router_loss or not chosen.router)
+            ],
             chosen.log,
             chosen.rows,
         )
@@ -295,7 +265,7 @@ def main() -> None:
         f"micro-batches.\n\n{body}\n"
     )
     print(text)
-    if not chosen.no_file and not chosen.only:
+    if not (chosen.no_file or chosen.only or chosen.router):
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         path = ROOT / "benchmarks" / "results" / f"{name.replace('-', '_')}_cpu_{today}.md"
         path.parent.mkdir(exist_ok=True)

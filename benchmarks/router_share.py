@@ -1,8 +1,8 @@
-"""What is left of a router loss's error, and how it falls with the size of micro-batches.
+"""What is left of a router loss's error in one pass, and how it falls with micro-batches' size.
 
-A router loss is a product of two means over a micro-batch, so no weight makes pieces of it add up
-to the whole: a mean of products is not the product of means. Stock adds it once per micro-batch;
-ours adds it once per update, by share, and what remains is that nonlinearity alone.
+A router loss is a product of two means over a micro-batch, so without a first pass over the update
+no weight makes pieces of it add up: a mean of products is not the product of means. Stock adds it
+once per micro-batch; ours adds it once per update, by share, and what remains is that nonlinearity.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CASES = (("Mixtral", "mixtral"), ("Qwen3-MoE", "qwen3_moe"))
 CUTS = ((64, 8), (256, 32))  # rows of an update, rows of a micro-batch
 
 NOTE = (
-    "¹ Exact (1e-15) against the share-weighted sum of the same micro-batches; what is left is the "
-    "router loss's own nonlinearity. It falls with the size of micro-batches, where stock's error "
-    "grows with their number:"
+    "In one pass (`update_passes = 1`) a router loss is exact (1e-15) against the share-weighted "
+    "sum of the same micro-batches; what is left is its own nonlinearity. It falls with the size "
+    "of micro-batches, where stock's error grows with their number:"
 )
 
 
@@ -54,7 +54,7 @@ def _measure(case: zoo.Case, num_rows: int, per_micro_batch: int) -> list[float]
         collator = case.collator(model)
         whole = reference.reference_gradient(model, rows, collator)
         options = {"per_device_train_batch_size": per_micro_batch}
-        ours = zoo_runs.train_ours(case.build(), rows, collator, **options)
+        ours = zoo_runs.train_ours(case.build(), rows, collator, update_passes=1, **options)
         stock = zoo_runs.train_stock(
             case.build(),
             rows,

@@ -62,8 +62,6 @@ def compare(setting: Setting, *, case: str, precision: str) -> dict[str, Any]:
 
     comparison = _Comparison(setting, build, rows, found.collator(build()), precision=precision)
     assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none"), "TF32 is on"
-    if found.router_loss:
-        comparison.head = found.head  # no weight makes a product of two means add up
     figures: dict[str, Any] = comparison.whole()
     for layout in layouts:
         figures[layout] = comparison.of(layout)
@@ -116,7 +114,6 @@ class _Comparison:
         self._weights = build()  # once: in another default dtype other weights would be drawn
         self.rows = rows
         self.collator = collator
-        self.head: str | None = None
         self.attention: str | None = None
         self.shortcuts: set[str] = set()
         self._batches: list[Batch] = [self._on_device(dict(collator(list(rows))))]
@@ -153,13 +150,7 @@ class _Comparison:
             raise
         assert len(run.micro_batches) > 1, "the update was not cut"
         self.shortcuts |= set(run.shortcuts)
-        assert self.head is not None or not run.warnings, run.warnings
-        if self.head is not None:
-            batches = [self._on_device(batch) for batch in run.micro_batches]
-            counts = [
-                zoo_runs.count_micro_batch(self.head, batch, shifts=True) for batch in batches
-            ]
-            self._hold(batches, [count / sum(counts) for count in counts])
+        assert not run.warnings, run.warnings
         error = reference.relative_error(_on_host(run.gradient), self._expected)
         assert error <= self._limit, (
             f"{layout}: {error:.2e} off where the whole batch is {self._error_of_whole:.2e} off"

@@ -38,6 +38,7 @@ __all__ = [
     "choose_mode",
     "dtype_computed_in",
     "find_mixing",
+    "has_router_loss",
     "held_in_mode",
     "sample_of",
     "stated_facts",
@@ -147,9 +148,7 @@ def ask(
         "dtype": dtype,
         "encoder_decoder": model.encoder_decoder,
         "main_input": main_input,
-        "has_router_loss": any(
-            getattr(c, "output_router_logits", False) for c in _configs(loss.model)
-        ),
+        "has_router_loss": has_router_loss(loss.model),
     }
     if num_rows > 1 and (known is not None or can_slice_rows(inputs, num_rows)):
         try:
@@ -239,6 +238,11 @@ def unknown_facts(inputs: Mapping[str, Any], reason: str, *, model: ModelFacts) 
             f"'sequences' or 'nothing' (a sum) makes the gradient that of the whole update.",
         ),
     )
+
+
+def has_router_loss(model: nn.Module) -> bool:
+    """Return whether the configuration asks for the router loss of a mixture of experts."""
+    return any(bool(getattr(c, "output_router_logits", False)) for c in _configs(model))
 
 
 def _configs(model: nn.Module) -> list[Any]:

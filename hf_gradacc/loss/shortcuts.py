@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.asking import has_router_loss
 from hf_gradacc.loss.chunked import find_owner, why_not_chunked, without_logits
 from hf_gradacc.loss.facts import Compared, LossFacts, rounding_of
 from hf_gradacc.loss.layouts import (
@@ -304,10 +305,7 @@ class Setting:
         if name == "drop_attention_mask":
             if self.has_foreign_loss and not self.args.drop_attention_mask:
                 return "a subclass overrides compute_loss, which may want the mask"
-            config: Any = model.config
-            router = getattr(config, "output_router_logits", False)
-            text = getattr(config, "get_text_config", lambda: None)()
-            if router or getattr(text, "output_router_logits", False):
+            if has_router_loss(model):
                 return "the router loss counts tokens by the mask"
         return ""
 

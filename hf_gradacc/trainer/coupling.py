@@ -13,16 +13,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers.utils import logging
 
 from hf_gradacc.errors import GradAccError
 from hf_gradacc.loss.answers import Loss
+from hf_gradacc.loss.asking import has_router_loss
 from hf_gradacc.loss.coupling import Coupling, Exchange, ForwardEnded
 from hf_gradacc.loss.cuts import find_replay
 from hf_gradacc.loss.facts import LossFacts, Weighing, rounding_of
 from hf_gradacc.loss.questions import misfit
 from hf_gradacc.loss.refusals import find_inexact_by_name
+from hf_gradacc.loss.router import find_router_loss
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.updates.collator import make_micro_batch
@@ -34,7 +37,17 @@ logger = logging.get_logger(__name__)
 Finder = Callable[[Any, nn.Module, LossFacts], "Coupling | None"]
 """Looks at a trainer, its bare model, and what is known of the loss."""
 
-_FINDERS: tuple[Finder, ...] = ()
+
+def _find_router_loss(trainer: Any, model: nn.Module, facts: LossFacts) -> Coupling | None:
+    """Balance experts over the update, if the model has a router loss or rows do not add up."""
+    if not facts.misfit and not has_router_loss(model):
+        return None
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    is_compiled = plugin is not None and plugin.backend != DynamoBackend.NO
+    return find_router_loss(model, compiled=is_compiled or trainer.args.torch_compile)
+
+
+_FINDERS: tuple[Finder, ...] = (_find_router_loss,)
 
 
 def find_coupling(
@@ -142,14 +155,12 @@ def measure_coupling(
         The relative errors of loss and gradient. The gradient is that of the last few parameters,
         and of those in ``coupling.watched`` if it has any.
     """
-    watched: Sequence[nn.Parameter] = getattr(coupling, "watched", ())
     collated = partial(make_micro_batch, rows_per_sequence=rows_per_sequence)
     micro_batches = [collated(dict(part)) for part in parts]
 
     def count(micro_batch: Any) -> int | None:
         return micro_batch.targets.under(facts.rule) if facts.wants_own_count else None
 
-    whole = loss.ask_anew(inputs, count(collated(dict(inputs))), watched=watched)
     sizes = [facts.size_of(micro_batch) for micro_batch in micro_batches]
     coupling.begin()
     for micro_batch in micro_batches:
@@ -160,6 +171,8 @@ def measure_coupling(
             loss.value(micro_batch.inputs, count(micro_batch))
     with torch.enable_grad():
         coupling.couple(Exchange())
+    watched: Sequence[nn.Parameter] = getattr(coupling, "watched", ())
+    whole = loss.ask_anew(inputs, count(collated(dict(inputs))), watched=watched)
     answers = []
     for i, micro_batch in enumerate(micro_batches):
         trainer._loss_settler.coupling = coupling

@@ -30,9 +30,9 @@ class ParityReport:
         loss: Mean loss of the update.
         error: ``|g - g_reference| / |g_reference|`` of our plan.
         scale: The multiple of the reference in it; 1 is right.
-        share_error: With a router loss: `error` against ``sum_i (n_i / N) * loss_i`` over the same
-            micro-batches, and what passes or fails. The rest of `error` is the router loss's own
-            nonlinearity, which no weight can remove.
+        share_error: With a router loss in one pass: `error` against ``sum_i (n_i / N) * loss_i``
+            over the same micro-batches, and what passes or fails. The rest of `error` is the router
+            loss's own nonlinearity, which no weight can remove.
         stock_error: The same of the stock Trainer with as many micro-batches; None if not run.
         stock_scale: The same.
         stock_note: Why it was not run.

@@ -172,7 +172,7 @@ CASES: list[Case] = [
     *_named("causal", "gpt2 bert roberta ctrl electra openai-gpt"),
     # Do not shift, though they are causal LMs.
     *_named("causal", "bart mbart pegasus xlnet xlm"),
-    # Add a router loss: once per update, not once per micro-batch.
+    # Add a router loss: balanced over the update, not over each micro-batch.
     *_named("causal", "mixtral qwen2_moe qwen3_moe olmoe gpt_oss granitemoe", router_loss=True),
     *_named("causal", "dbrx jamba phimoe minimax", router_loss=True),
     # The forward takes num_items_in_batch and the loss ignores it.
