@@ -15,6 +15,7 @@ from hf_gradacc.errors import ConfigError
 __all__ = [
     "GradAccArguments",
     "GradAccOptions",
+    "LowPrecisionMode",
     "MeanOver",
     "add_options",
     "check_options",
@@ -25,6 +26,9 @@ __all__ = [
 
 MeanOver = Literal["auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing"]
 """What a loss may be said to be a mean over; ``nothing`` is a sum."""
+
+LowPrecisionMode = Literal["auto", "master", "stochastic", "plain"]
+"""How an optimizer may be made to step on bfloat16 and float16 weights."""
 
 
 @dataclass
@@ -136,6 +140,16 @@ class GradAccOptions:
         metadata={
             "help": "Sum the gradients of bfloat16 and float16 weights in float32. Costs 2 bytes "
             "more per trainable weight. Default: wherever there is more than one micro-batch."
+        },
+    )
+    low_precision_updates: LowPrecisionMode = field(
+        default="auto",
+        metadata={
+            "help": "How an optimizer steps on bfloat16 and float16 weights. 'master': in float32, "
+            "on values that are kept beside the rounded weights; 'stochastic': in float32, then "
+            "rounded at random; 'plain': on the weights as they are, as stock does, where small "
+            "steps round to nothing. 'auto': 'master' where float32 gradients, optimizer state and "
+            "weights fill at most half of the free memory, else 'plain'."
         },
     )
     on_non_finite: Literal["raise", "skip"] = field(
@@ -294,6 +308,12 @@ def _find_transaction_problems(args: Any) -> Any:
         yield (
             f"accumulate_grads_in_fp32 = {args.accumulate_grads_in_fp32!r}: use True, False, or "
             f"leave it out."
+        )
+    steps = get_args(LowPrecisionMode)
+    if args.low_precision_updates not in steps:
+        yield (
+            f"low_precision_updates = {args.low_precision_updates!r}: use one of "
+            f"{', '.join(map(repr, steps))}."
         )
     if args.on_non_finite not in ("raise", "skip"):
         yield f"on_non_finite = {args.on_non_finite!r}: use 'raise' or 'skip'."

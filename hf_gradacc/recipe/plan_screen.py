@@ -24,6 +24,7 @@ from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
+from hf_gradacc.text import byte_size
 from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
@@ -180,16 +181,16 @@ def _print_memory(
     share = memory.num_trainable / memory.num_parameters
     parameters = f"{memory.num_parameters:,} parameters, {share:.1%} of them trained"
     sharded = f", over {memory.shards} ranks" if memory.shards > 1 else ""
-    table.add_row("weights", _bytes(memory.weights / memory.shards), parameters + sharded)
-    sums = f"{_bytes(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
+    table.add_row("weights", byte_size(memory.weights / memory.shards), parameters + sharded)
+    sums = f"{byte_size(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
     in_float32 = sums if memory.float32_sums else ""
-    table.add_row("gradients", _bytes(memory.gradients / memory.shards), in_float32)
-    table.add_row("optimizer", _bytes(memory.optimizer / memory.shards), "")
+    table.add_row("gradients", byte_size(memory.gradients / memory.shards), in_float32)
+    table.add_row("optimizer", byte_size(memory.optimizer / memory.shards), "")
     largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
-    table.add_row("activations", _bytes(memory.activations), largest)
-    table.add_row("logits", _bytes(memory.logits), "")
-    of = "" if gpu_memory is None else f"of {_bytes(gpu_memory)} on the GPU"
-    table.add_row("together", _bytes(memory.total), of)
+    table.add_row("activations", byte_size(memory.activations), largest)
+    table.add_row("logits", byte_size(memory.logits), "")
+    of = "" if gpu_memory is None else f"of {byte_size(gpu_memory)} on the GPU"
+    table.add_row("together", byte_size(memory.total), of)
     console.print(table)
 
 
@@ -208,14 +209,6 @@ def _spread(spread: Spread) -> str:
         return f"{spread.mean:,.0f}"
     digits = 1 if spread.most < 100 else 0
     return f"{spread.mean:,.{digits}f} ({spread.least:,.0f} to {spread.most:,.0f})"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
 
 
 USABLE_MEMORY = 0.9

@@ -201,6 +201,7 @@ _STARTS_ANEW = {
     "optimizer.pt": "the optimizer and the learning rate schedule start anew",
     "optimizer.bin": "the optimizer and the learning rate schedule start anew",
     "scheduler.pt": "the optimizer and the learning rate schedule start anew",
+    "master_weights.safetensors": "float32 master weights begin at the rounded weights",
     "scaler.pt": "the loss scale starts anew",
 }
 _NOT_READ = ("config.json", "generation_config.json", "training_args.bin")

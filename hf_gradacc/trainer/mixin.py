@@ -65,6 +65,7 @@ from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
 from hf_gradacc.trainer.log_row import LogBook
+from hf_gradacc.trainer.low_precision import OptimizerSteps
 from hf_gradacc.trainer.noise import NoiseListener
 from hf_gradacc.trainer.overrides import (
     OwnStep,
@@ -160,6 +161,7 @@ class GradAccMixin(Trainer):
         ledger: What the run has consumed, and its position in the data.
         token_budget: The tokens a micro-batch may compute.
         stop_signals: Which signal the run stops for.
+        optimizer_steps: How the optimizer steps on weights of low precision.
     """
 
     control: Any
@@ -183,6 +185,7 @@ class GradAccMixin(Trainer):
         self._gradient_gate = GradientGate(self._foreign_metrics)
         self._exact_evaluation = Evaluation()
         self._checkpoint_writer = CheckpointWriter()
+        self.optimizer_steps = OptimizerSteps()
         self._training_data = TrainingData()
         self._is_asking = False
         self._update_runner: UpdateRunner | None = None
@@ -320,6 +323,7 @@ class GradAccMixin(Trainer):
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        self.optimizer_steps.begin(self)
         has_own_step = find_own_step(type(self)) is not None
         self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
@@ -352,10 +356,11 @@ class GradAccMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load their state; that of a split model each rank its part."""
         is_sharded = is_sharded_by_loading(self)
-        if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
-            load_optimizer(self, checkpoint)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with self.optimizer_steps.loading(self, checkpoint):
+            if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
+                load_optimizer(self, checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         if is_split(self.model) and self.state.best_model_checkpoint is not None:
@@ -640,6 +645,7 @@ class GradAccMixin(Trainer):
                 save_optimizer(self, output_dir)
             else:
                 super()._save_optimizer_and_scheduler(output_dir)
+            self.optimizer_steps.save(self.args, output_dir)
 
     def _save_scaler(self, output_dir: str) -> None:
         with self._checkpoint_writer.inside_checkpoint():
@@ -695,7 +701,9 @@ class GradAccMixin(Trainer):
             noise=self._noise_listener,
             metrics=self._foreign_metrics,
             rollback=Rollback(model, self.args.device),
-            float32=Float32Gradients(model.parameters())
+            float32=Float32Gradients(
+                model.parameters(), is_rounded=not self.optimizer_steps.takes_float32
+            )
             if sums_in_float32 and self._rank_engine.can_roll_back
             else None,
             spare=self._training_data.sample_inputs,
