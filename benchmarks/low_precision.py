@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from support.real_parts import part_folder  # noqa: E402
 
-HELD_OUT, ROWS_PER_UPDATE = 48, 8
+HELD_OUT, ROWS_PER_UPDATE, LONGEST = 48, 4, 32
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16, stock Trainer": {},
@@ -65,7 +65,7 @@ def load(layers: int | None, used: Tensor) -> nn.Module:
 def make_rows(tokenizer: Any) -> list[dict[str, list[int]]]:
     lines = (ROOT / "recipes/data/word_problems.jsonl").read_text().splitlines()
     texts = [f"{row['question']}\n{row['answer']}" for row in map(json.loads, lines)]
-    ids = [tokenizer(text).input_ids for text in texts]
+    ids = [tokenizer(text).input_ids[:LONGEST] for text in texts]
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
@@ -143,6 +143,7 @@ def train(
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,
+                logging_steps=20,
                 **VARIANTS[variant],
             ),
             train_dataset=rows[:-HELD_OUT],

@@ -159,6 +159,13 @@ class GradAccOptions:
             "error that names its rows, or skip it. Neither lets the optimizer see it."
         },
     )
+    save_non_finite: bool = field(
+        default=False,
+        metadata={
+            "help": "Save weights and optimizer state that are NaN or infinite. Default: end the "
+            "run with an error instead; what was saved before stays."
+        },
+    )
     max_skipped_updates_in_a_row: int = field(
         default=5,
         metadata={"help": "Stop with an error after skipping so many updates one after another."},
@@ -301,9 +308,9 @@ def _find_problems(args: Any) -> Any:
 
 def _find_transaction_problems(args: Any) -> Any:
     """Yield the problems of the options about memory, precision and bad numbers."""
-    recovers = args.recover_from_out_of_memory
-    if not isinstance(recovers, bool):
-        yield f"recover_from_out_of_memory = {recovers!r}: use True or False."
+    for name in ("recover_from_out_of_memory", "save_non_finite"):
+        if not isinstance(getattr(args, name), bool):
+            yield f"{name} = {getattr(args, name)!r}: use True or False."
     if args.accumulate_grads_in_fp32 not in (None, True, False):
         yield (
             f"accumulate_grads_in_fp32 = {args.accumulate_grads_in_fp32!r}: use True, False, or "

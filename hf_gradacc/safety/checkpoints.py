@@ -29,7 +29,6 @@ __all__ = [
     "find_damage",
     "find_edits",
     "find_whole_checkpoint",
-    "is_storage_error",
     "list_checkpoints",
     "publish",
     "remove",
@@ -115,23 +114,6 @@ def remove(folder: Path, *, aside: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
     folder.rename(grave)
     shutil.rmtree(grave, ignore_errors=True)
-
-
-def is_storage_error(error: BaseException) -> bool:
-    """Return whether writing failed because of the disk: full, over quota, gone, read-only.
-
-    torch and safetensors wrap the system's error in errors of their own.
-    """
-    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-        return True
-    signs = (
-        "PytorchStreamWriter",
-        "inline_container",
-        "iostream",
-        "No space left",
-        "File too large",
-    )
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 # ---- checking ----------------------------------------------------------------------------------

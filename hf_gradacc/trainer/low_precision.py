@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import Parameter
 from transformers.utils import logging
 
@@ -61,6 +62,11 @@ class OptimizerSteps:
     def takes_float32(self) -> bool:
         """Whether the optimizer is given float32 gradients of low-precision weights."""
         return self._updates is not None
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 values that weights are rounded from, by name."""
+        return {} if self._updates is None else self._updates.masters()
 
     def begin(self, trainer: Any) -> None:
         """Look at the optimizer that the run has made; the same one goes on as before.
@@ -126,12 +132,10 @@ class OptimizerSteps:
 
     def save(self, args: Any, output_dir: str) -> None:
         """Write the master weights into a checkpoint."""
-        if self.rounding == "master" and self._updates is not None and args.should_save:
-            masters = self._updates.masters()
-            save_file(
-                {name: master.contiguous() for name, master in masters.items()},
-                Path(output_dir, MASTERS_NAME),
-            )
+        masters = self.masters if args.should_save else {}
+        if masters:
+            whole = {name: master.contiguous() for name, master in masters.items()}
+            save_file(whole, Path(output_dir, MASTERS_NAME))
 
     def _measure(self, trainer: Any, weights: list[Parameter]) -> None:
         """Measure what a step loses, once: when the learning rate has reached half of its height.

@@ -81,6 +81,7 @@ from hf_gradacc.trainer.row_parts import (
     refuse_losses_of_whole_rows,
 )
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
+from hf_gradacc.trainer.saved_values import refuse_bad_values
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
@@ -145,10 +146,11 @@ class GradAccMixin(Trainer):
     ``_determine_best_metric``               ignores an evaluation that was broken off
     ``evaluation_loop``                      reports the loss per target, over all ranks
     ``prediction_step``                      counts targets; cuts a batch that does not fit
-    ``_save_checkpoint``                     writes to a staging folder, checks, renames
+    ``_save_checkpoint``                     checks values, writes to a staging folder, renames
     ``_get_output_dir``                      returns that folder meanwhile
     ``_push_from_checkpoint``                uploads whole checkpoints only
-    ``save_model``                           says where weights still are if the disk fails
+    ``save_model``                           refuses NaN; says where weights still are if the
+                                             disk fails
     ``_save_optimizer_and_scheduler``        holds back a disk error until all ranks know of it
     ``_save_scaler``                         likewise
     ``_save_rng_state``                      likewise
@@ -607,6 +609,7 @@ class GradAccMixin(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the stock code write into a staging folder, then rename the whole checkpoint."""
         run_dir = Path(super()._get_output_dir(trial))
+        refuse_bad_values(self, run_dir, is_checkpoint=True)
         save = functools.partial(super()._save_checkpoint, model, trial)
         note_losses(self, self.ledger)
         self._checkpoint_writer.save(self, run_dir, save, push=super()._push_from_checkpoint)
@@ -626,8 +629,12 @@ class GradAccMixin(Trainer):
 
         Raises:
             CheckpointError: If the disk fails; it says where the weights can still be found.
+            NonFiniteError: If a weight is NaN or infinite. Nothing is overwritten.
         """
         writer = self._checkpoint_writer
+        if writer.staging is None:
+            folder = output_dir or self.args.output_dir
+            refuse_bad_values(self, folder, is_checkpoint=False)
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if is_sharded_by_loading(self):
             together = writing_together(self.model, output_dir or self.args.output_dir)
