@@ -1,7 +1,7 @@
 """What becomes of small steps on bfloat16 weights: rounded away, at random, or kept in float32.
 
     python benchmarks/low_precision.py --updates 200 --write
-    python benchmarks/low_precision.py --updates 200 --layers 2 --write    # minutes on two cores
+    python benchmarks/low_precision.py --updates 200 --layers 1 --write    # minutes on two cores
 
 SmolLM2-135M-Instruct (`make real`) is fine-tuned on word problems with AdamW, all runs from the
 same bfloat16 weights and on the same updates. With ``--layers`` only its first layers are kept, and
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from support.real_parts import part_folder  # noqa: E402
 
-HELD_OUT, ROWS_PER_UPDATE, LONGEST = 48, 4, 32
+HELD_OUT, ROWS_PER_UPDATE, LONGEST = 32, 4, 24
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16, stock Trainer": {},

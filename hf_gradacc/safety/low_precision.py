@@ -57,6 +57,9 @@ class LowPrecisionUpdates:
         self._seed = seed
         self._masters: dict[str, Tensor] = {}
         self._low: dict[str, Tensor] = {}
+        for weight in self.weights.values():  # what an optimizer makes before its first step
+            state = optimizer.state.get(weight) or {}
+            state.update({k: v.float() for k, v in state.items() if _is_low(v)})
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._widen(only_with_gradient=True)),
             optimizer.register_step_post_hook(lambda *_: self._round()),
@@ -66,6 +69,9 @@ class LowPrecisionUpdates:
         """Let the optimizer step on the weights themselves again."""
         for handle in self._handles:
             handle.remove()
+        for weight in self.weights.values():
+            if weight.grad is None:
+                weight.grad_dtype = weight.dtype
 
     @contextlib.contextmanager
     def widened(self) -> Iterator[None]:
@@ -156,6 +162,10 @@ def round_at_random(values: Tensor, dtype: torch.dtype, generator: torch.Generat
     chance = torch.rand(values.shape, generator=generator, device=values.device)
     rounded = (below + (chance < scaled - below)) * spacing
     return torch.where(values.isfinite(), rounded, values).to(dtype)
+
+
+def _is_low(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def state_values(optimizer: str) -> int:
