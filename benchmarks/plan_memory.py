@@ -59,7 +59,7 @@ def make_recipe(variant: str, layers: int, out: str) -> Any:
 
     recipe = {
         "model": {"config": SHAPE | {"num_hidden_layers": layers}},
-        "tokenizer": {"train": True},
+        "tokenizer": {"train": {"vocab_size": 2048}},
         "data": {"train": str(ROWS), "format": "question_answer", "max_length": 512},
         "train": {
             "max_steps": 2,
@@ -148,7 +148,15 @@ def main() -> None:
                 found.append(pool.apply(function, (variant, options.layers)))
         said, took = found
         run = took["peak"] - took["before"]
-        parts = ("weights", "gradients", "optimizer", "masters", "activations", "logits")
+        parts = (
+            "weights",
+            "gradients",
+            "optimizer",
+            "masters",
+            "activations",
+            "logits",
+            "new_gradient",
+        )
         line = [
             variant,
             *(f"{said[part] / 1e6:,.0f}" for part in parts),
@@ -167,6 +175,7 @@ def main() -> None:
         "masters",
         "activations",
         "logits",
+        "new gradient",
         "planned",
         "measured",
         "planned / measured",

@@ -43,6 +43,8 @@ class MemoryEstimate:
             while it runs backward.
         logits: Bytes of its logits and their gradient; of a chunk of them where the loss is
             taken in chunks.
+        new_gradient: Bytes of the largest weight's gradient, beside its sum, while it is computed: a
+            low-precision one in its own type, widened, and summed over chunks of the loss.
         float32_sums: Bytes of `gradients` that go beyond the weights' own type.
         step: Bytes the optimizer's step takes beside all that is kept from update to update, when
             there are no activations.
@@ -58,6 +60,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     masters: int = 0
+    new_gradient: int = 0
     float32_sums: int = 0
     step: int = 0
     shards: int = 1
@@ -71,7 +74,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Everything together, when most of it is there."""
-        return self.state + max(self.activations + self.logits, self.step)
+        return self.state + max(self.activations + self.logits + self.new_gradient, self.step)
 
 
 def estimate_memory(
@@ -122,6 +125,7 @@ def estimate_memory(
     if rounding != "plain":
         float32_sums = trainable * (4 - trained_bytes)
     state_bytes = 1 if "8bit" in optimizer else trained_bytes if rounding == "plain" else 4
+    largest_weight = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     compute = 2 if recipe.train.get("bf16") or recipe.train.get("fp16") else bytes_each
     recomputed = bool(
         recipe.train.get("activation_checkpointing")
@@ -147,6 +151,7 @@ def estimate_memory(
         activations=kept + of_layer,
         # The logits in the model's type, and in float32 for the loss with their gradient.
         logits=at_once * classes * (compute + 4 + 4),
+        new_gradient=0 if sharded else largest_weight * (4 if trained_bytes == 4 else 10),
         float32_sums=float32_sums,
         step=trainable * 4 if rounding == "stochastic" else 0,
         shards=world_size if sharded else 1,

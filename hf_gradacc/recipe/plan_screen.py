@@ -193,6 +193,7 @@ def _print_memory(
     largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
     table.add_row("activations", byte_size(memory.activations), largest)
     table.add_row("logits", byte_size(memory.logits), "")
+    table.add_row("new gradient", byte_size(memory.new_gradient), "of the largest weight, unsummed")
     of = "" if gpu_memory is None else f"of {byte_size(gpu_memory)} on the GPU"
     table.add_row("together", byte_size(memory.total), of)
     if gpu_memory is None and (held := anonymous_bytes()):
@@ -268,7 +269,7 @@ def give_advice(
 def _make_it_fit(plan: RecipePlan, memory: MemoryEstimate, usable: float, peft: str) -> str:
     """The first of these that is enough: smaller micro-batches, recomputing, fewer weights."""
     longest = int(plan.lengths.max())
-    state = memory.state
+    state = memory.state + memory.new_gradient
     per_token = (memory.activations + memory.logits) / plan.chosen.largest
     reason = f"estimated {memory.total / 1e9:.1f} GB exceed {usable / 1e9:.1f} GB"
     fits = int((usable - state) / per_token) if per_token else 0
