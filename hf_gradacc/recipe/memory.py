@@ -43,7 +43,7 @@ class MemoryEstimate:
             while it runs backward.
         logits: Bytes of its logits and their gradient; of a chunk of them where the loss is
             taken in chunks.
-        new_gradient: Bytes of the largest weight's gradient, beside its sum, while it is computed: a
+        new_gradient: Bytes of the largest weight's gradient while it is computed, beside its sum: a
             low-precision one in its own type, widened, and summed over chunks of the loss.
         float32_sums: Bytes of `gradients` that go beyond the weights' own type.
         step: Bytes the optimizer's step takes beside all that is kept from update to update, when
