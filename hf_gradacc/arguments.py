@@ -15,6 +15,7 @@ from hf_gradacc.errors import ConfigError
 __all__ = [
     "GradAccArguments",
     "GradAccOptions",
+    "LowPrecisionMode",
     "MeanOver",
     "add_options",
     "check_options",
@@ -25,6 +26,9 @@ __all__ = [
 
 MeanOver = Literal["auto", "target_tokens", "tokens", "sequences", "micro_batch", "nothing"]
 """What a loss may be said to be a mean over; ``nothing`` is a sum."""
+
+LowPrecisionMode = Literal["auto", "master", "stochastic", "plain"]
+"""How an optimizer may be made to step on bfloat16 and float16 weights."""
 
 
 @dataclass
@@ -147,11 +151,28 @@ class GradAccOptions:
             "more per trainable weight. Default: wherever there is more than one micro-batch."
         },
     )
+    low_precision_updates: LowPrecisionMode = field(
+        default="auto",
+        metadata={
+            "help": "How an optimizer steps on bfloat16 and float16 weights. 'master': in float32, "
+            "on values that are kept beside the rounded weights; 'stochastic': in float32, then "
+            "rounded at random; 'plain': on the weights as they are, as stock does, where small "
+            "steps round to nothing. 'auto': 'master' where float32 gradients, optimizer state and "
+            "weights fill at most half of the free memory, else 'plain'."
+        },
+    )
     on_non_finite: Literal["raise", "skip"] = field(
         default="raise",
         metadata={
             "help": "What to do with an update whose loss or gradient is NaN or infinite: raise an "
             "error that names its rows, or skip it. Neither lets the optimizer see it."
+        },
+    )
+    save_non_finite: bool = field(
+        default=False,
+        metadata={
+            "help": "Save weights and optimizer state that are NaN or infinite. Default: end the "
+            "run with an error instead; what was saved before stays."
         },
     )
     max_skipped_updates_in_a_row: int = field(
@@ -298,13 +319,19 @@ def _find_problems(args: Any) -> Any:
 
 def _find_transaction_problems(args: Any) -> Any:
     """Yield the problems of the options about memory, precision and bad numbers."""
-    recovers = args.recover_from_out_of_memory
-    if not isinstance(recovers, bool):
-        yield f"recover_from_out_of_memory = {recovers!r}: use True or False."
+    for name in ("recover_from_out_of_memory", "save_non_finite"):
+        if not isinstance(getattr(args, name), bool):
+            yield f"{name} = {getattr(args, name)!r}: use True or False."
     if args.accumulate_grads_in_fp32 not in (None, True, False):
         yield (
             f"accumulate_grads_in_fp32 = {args.accumulate_grads_in_fp32!r}: use True, False, or "
             f"leave it out."
+        )
+    steps = get_args(LowPrecisionMode)
+    if args.low_precision_updates not in steps:
+        yield (
+            f"low_precision_updates = {args.low_precision_updates!r}: use one of "
+            f"{', '.join(map(repr, steps))}."
         )
     if args.on_non_finite not in ("raise", "skip"):
         yield f"on_non_finite = {args.on_non_finite!r}: use 'raise' or 'skip'."

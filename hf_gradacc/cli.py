@@ -19,6 +19,7 @@ from rich.console import Console
 from hf_gradacc import __version__
 from hf_gradacc.errors import GradAccError
 from hf_gradacc.recipe.shipped import find_recipe, recipes_app
+from hf_gradacc.safety.storage_errors import find_errno
 
 __all__ = ["app", "main", "plan", "report", "schema", "train", "verify"]
 
@@ -244,14 +245,14 @@ def _message_of(error: GradAccError) -> str:
 
 def _explain_files(error: Exception) -> str | None:
     """Explain an error of a file or a disk; None for any other error."""
-    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
-    # safetensors, arrow and torch wrap the system's message in exceptions of their own.
-    reason = next((text for text in full if text in str(error)), None)
-    if reason is not None:
+    # safetensors, arrow and torch wrap the system's error in exceptions of their own.
+    number = find_errno(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
         where = getattr(error, "filename", None)
         return (
-            f"{f'{where}: ' if where else ''}{reason}: free some space, set output.dir to another "
-            "disk, or keep fewer checkpoints (train.save_total_limit); then go on with --resume."
+            f"{f'{where}: ' if where else ''}{os.strerror(number)}: free some space, set "
+            "output.dir to another disk, or keep fewer checkpoints (train.save_total_limit); then "
+            "go on with --resume."
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["common_length", "count_updates", "duration", "nearest", "quantity"]
+__all__ = ["byte_size", "common_length", "count_updates", "duration", "nearest", "quantity"]
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -22,6 +22,19 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
         return close[0]
     longer = [name for name in names if word and (word in name or name in word)]
     return min(longer, key=len) if longer else None
+
+
+def byte_size(number: float) -> str:
+    """Write a number of bytes in units of 1000.
+
+    >>> byte_size(1_234_567), byte_size(12_340_000_000)
+    ('1.23 MB', '12.3 GB')
+    """
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
 
 
 def quantity(value: float | None) -> str:

@@ -1,28 +1,31 @@
 """An estimate of the memory a recipe needs, from the model's config alone.
 
-Weights, gradients and optimizer state are counted; activations follow Korthikanti et al. 2022,
-"Reducing Activation Recomputation in Large Transformer Models" (34 bytes per token, layer and
-hidden unit in half precision, 2 where activations are recomputed, attention scores not stored).
-It is an estimate: the allocator, kernels and the framework add to it. `hf-gradacc verify` runs
-the largest micro-batch and measures.
+Weights, gradients, optimizer state and master weights are counted. What a forward keeps for its
+backward is added up over the model's own forward, run without values. For models that cannot run so
+it follows Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"
+(34 bytes per token, layer and hidden unit in half precision, attention scores not stored). It is an
+estimate: the allocator, kernels and the framework add to it. `hf-gradacc verify` runs the largest
+micro-batch and measures.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_gradacc.loss.chunked import rows_per_chunk
+from hf_gradacc.recipe.activations import kept_for_backward
 from hf_gradacc.recipe.model import apply_peft, empty_model
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.safety.low_precision import choose_rounding, state_values
 
-__all__ = ["MemoryEstimate", "estimate_memory"]
+__all__ = ["MemoryEstimate", "anonymous_bytes", "estimate_memory"]
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-# Optimizer state per trainable weight, in values; Adam keeps two moments.
-_STATES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,16 @@ class MemoryEstimate:
         weights: Bytes of weights.
         gradients: Bytes of gradients, float32 sums for half-precision weights included.
         optimizer: Bytes of optimizer state.
-        activations: Bytes kept for the backward of the largest micro-batch.
+        masters: Bytes of float32 values that low-precision weights are rounded from.
+        activations: Bytes kept for the backward of the largest micro-batch, and of one layer more
+            while it runs backward.
         logits: Bytes of its logits and their gradient; of a chunk of them where the loss is
             taken in chunks.
+        new_gradient: Bytes of the largest weight's gradient while it is computed, beside its sum: a
+            low-precision one in its own type, widened, and summed over chunks of the loss.
         float32_sums: Bytes of `gradients` that go beyond the weights' own type.
+        step: Bytes the optimizer's step takes beside all that is kept from update to update, when
+            there are no activations.
         shards: Ranks that weights, gradients and optimizer state are spread over.
         recomputed: Whether activations are recomputed in the backward.
     """
@@ -50,15 +59,22 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    masters: int = 0
+    new_gradient: int = 0
     float32_sums: int = 0
+    step: int = 0
     shards: int = 1
     recomputed: bool = False
 
     @property
+    def state(self) -> int:
+        """What is there through all of an update, on each rank."""
+        return (self.weights + self.gradients + self.optimizer + self.masters) // self.shards
+
+    @property
     def total(self) -> int:
-        """Everything together."""
-        state = (self.weights + self.gradients + self.optimizer) // self.shards
-        return state + self.activations + self.logits
+        """Everything together, when most of it is there."""
+        return self.state + max(self.activations + self.logits + self.new_gradient, self.step)
 
 
 def estimate_memory(
@@ -69,6 +85,7 @@ def estimate_memory(
     largest: int,
     label_names: list[str] | None = None,
     world_size: int = 1,
+    available: float | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of one rank.
 
@@ -79,6 +96,7 @@ def estimate_memory(
         largest: Tokens of the largest micro-batch, padding included.
         label_names: Classification: the classes.
         world_size: Ranks.
+        available: Bytes of the device, which decide on master weights; unknown by default.
     """
     model = empty_model(recipe.model, tokenizer=tokenizer, label_names=label_names, here=False)
     config = model.config.get_text_config()
@@ -96,8 +114,18 @@ def estimate_memory(
     widened = trained_bytes < 4 and arguments.accumulate_grads_in_fp32 is not False
     float32_sums = trainable * (4 - trained_bytes) if widened and not sharded else 0
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
-    states = next((n for name, n in _STATES.items() if name in optimizer), 2)
-    eight_bit = "8bit" in optimizer
+    rounding = "plain"
+    if trained_bytes < 4 and not sharded:
+        rounding = arguments.low_precision_updates
+        if rounding == "auto" and available is None:
+            rounding = "master"  # the larger, where nobody knows
+        elif rounding == "auto":
+            free = int(available or 0) - weights
+            rounding = choose_rounding(num_weights=trainable, optimizer=optimizer, free_bytes=free)
+    if rounding != "plain":
+        float32_sums = trainable * (4 - trained_bytes)
+    state_bytes = 1 if "8bit" in optimizer else trained_bytes if rounding == "plain" else 4
+    largest_weight = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     compute = 2 if recipe.train.get("bf16") or recipe.train.get("fp16") else bytes_each
     recomputed = bool(
         recipe.train.get("activation_checkpointing")
@@ -105,8 +133,9 @@ def estimate_memory(
         or (recipe.train.get("fsdp_config") or {}).get("activation_checkpointing")
     )
     layers = config.num_hidden_layers + (getattr(config, "num_decoder_layers", 0) or 0)
-    per_token = config.hidden_size * compute * (1 if recomputed else 17)
-    one_layer = 17 * config.hidden_size * compute if recomputed else 0
+    kept, of_layer = _activations(model, config, tokens=largest, compute=compute, layers=layers)
+    if recomputed:  # the input of each layer, and one layer anew
+        kept = largest * config.hidden_size * compute * layers
     classes = config.vocab_size if recipe.model.task != "classification" else 0
     at_once = largest
     if recipe.model.task == "causal_lm" and arguments.chunked_loss is not False:
@@ -117,11 +146,36 @@ def estimate_memory(
         num_trainable=trainable,
         weights=weights,
         gradients=trainable * trained_bytes + float32_sums,
-        optimizer=trainable * states * (1 if eight_bit else trained_bytes),
-        activations=largest * (per_token * layers + one_layer),
+        optimizer=trainable * state_values(optimizer) * state_bytes,
+        masters=trainable * 4 if rounding == "master" else 0,
+        activations=kept + of_layer,
         # The logits in the model's type, and in float32 for the loss with their gradient.
         logits=at_once * classes * (compute + 4 + 4),
+        new_gradient=0 if sharded else largest_weight * (4 if trained_bytes == 4 else 10),
         float32_sums=float32_sums,
+        step=trainable * 4 if rounding == "stochastic" else 0,
         shards=world_size if sharded else 1,
         recomputed=recomputed,
     )
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that is no mapped file; 0 where the system hides it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _activations(
+    model: Any, config: Any, *, tokens: int, compute: int, layers: int
+) -> tuple[int, int]:
+    """Return the bytes that a forward keeps for its backward, and those of one layer."""
+    own = 2 if str(model.dtype) in ("torch.bfloat16", "torch.float16") else 4
+    casts_to = torch.bfloat16 if compute < own else None
+    found = kept_for_backward(model, tokens=tokens, compute=casts_to)
+    if found is not None:
+        return found
+    of_layer = 17 * config.hidden_size * compute * tokens
+    return of_layer * layers, of_layer

@@ -176,6 +176,9 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
             if hasattr(model, "peft_config"):
                 save_stop_tokens(model, folder)
     elif trainer.is_world_process_zero():
+        from hf_gradacc.trainer.saved_values import refuse_bad_values
+
+        refuse_bad_values(trainer, folder, is_checkpoint=False)
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

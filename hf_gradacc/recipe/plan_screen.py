@@ -18,12 +18,13 @@ from rich.table import Table
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.load import recipe_arguments
-from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
+from hf_gradacc.recipe.memory import MemoryEstimate, anonymous_bytes, estimate_memory
 from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
+from hf_gradacc.text import byte_size
 from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
@@ -92,6 +93,7 @@ def show_plan(
         on_accelerator=not recipe.train.get("use_cpu"),
         lockstep=bool(recipe.train.get("fsdp")),
     )
+    gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
     memory = estimate_memory(
         recipe,
         tokenizer=tokenizer,
@@ -99,11 +101,11 @@ def show_plan(
         largest=plan.chosen.largest,
         label_names=data.label_names,
         world_size=world_size,
+        available=gpu_memory,
     )
     _print_updates(plan, console)
     _print_ways(plan, console)
     _print_lengths(plan, data.train, tokenizer, console)
-    gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
     _print_memory(memory, plan, gpu_memory, console)
     advice = list(give_advice(plan, memory=memory, gpu_memory=gpu_memory, peft=recipe.peft.method))
     if advice:
@@ -180,16 +182,22 @@ def _print_memory(
     share = memory.num_trainable / memory.num_parameters
     parameters = f"{memory.num_parameters:,} parameters, {share:.1%} of them trained"
     sharded = f", over {memory.shards} ranks" if memory.shards > 1 else ""
-    table.add_row("weights", _bytes(memory.weights / memory.shards), parameters + sharded)
-    sums = f"{_bytes(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
+    table.add_row("weights", byte_size(memory.weights / memory.shards), parameters + sharded)
+    sums = f"{byte_size(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
     in_float32 = sums if memory.float32_sums else ""
-    table.add_row("gradients", _bytes(memory.gradients / memory.shards), in_float32)
-    table.add_row("optimizer", _bytes(memory.optimizer / memory.shards), "")
+    table.add_row("gradients", byte_size(memory.gradients / memory.shards), in_float32)
+    table.add_row("optimizer", byte_size(memory.optimizer / memory.shards), "")
+    if memory.masters:
+        why = "float32 values of the weights (low_precision_updates)"
+        table.add_row("masters", byte_size(memory.masters / memory.shards), why)
     largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
-    table.add_row("activations", _bytes(memory.activations), largest)
-    table.add_row("logits", _bytes(memory.logits), "")
-    of = "" if gpu_memory is None else f"of {_bytes(gpu_memory)} on the GPU"
-    table.add_row("together", _bytes(memory.total), of)
+    table.add_row("activations", byte_size(memory.activations), largest)
+    table.add_row("logits", byte_size(memory.logits), "")
+    table.add_row("new gradient", byte_size(memory.new_gradient), "of the largest weight, unsummed")
+    of = "" if gpu_memory is None else f"of {byte_size(gpu_memory)} on the GPU"
+    table.add_row("together", byte_size(memory.total), of)
+    if gpu_memory is None and (held := anonymous_bytes()):
+        table.add_row("beside them", byte_size(held), "Python, libraries, tokenizer and rows, here")
     console.print(table)
 
 
@@ -208,14 +216,6 @@ def _spread(spread: Spread) -> str:
         return f"{spread.mean:,.0f}"
     digits = 1 if spread.most < 100 else 0
     return f"{spread.mean:,.{digits}f} ({spread.least:,.0f} to {spread.most:,.0f})"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
 
 
 USABLE_MEMORY = 0.9
@@ -269,7 +269,7 @@ def give_advice(
 def _make_it_fit(plan: RecipePlan, memory: MemoryEstimate, usable: float, peft: str) -> str:
     """The first of these that is enough: smaller micro-batches, recomputing, fewer weights."""
     longest = int(plan.lengths.max())
-    state = (memory.weights + memory.gradients + memory.optimizer) / memory.shards
+    state = memory.state + memory.new_gradient
     per_token = (memory.activations + memory.logits) / plan.chosen.largest
     reason = f"estimated {memory.total / 1e9:.1f} GB exceed {usable / 1e9:.1f} GB"
     fits = int((usable - state) / per_token) if per_token else 0

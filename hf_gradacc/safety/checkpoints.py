@@ -29,7 +29,6 @@ __all__ = [
     "find_damage",
     "find_edits",
     "find_whole_checkpoint",
-    "is_storage_error",
     "list_checkpoints",
     "publish",
     "remove",
@@ -117,23 +116,6 @@ def remove(folder: Path, *, aside: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def is_storage_error(error: BaseException) -> bool:
-    """Return whether writing failed because of the disk: full, over quota, gone, read-only.
-
-    torch and safetensors wrap the system's error in errors of their own.
-    """
-    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-        return True
-    signs = (
-        "PytorchStreamWriter",
-        "inline_container",
-        "iostream",
-        "No space left",
-        "File too large",
-    )
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
 # ---- checking ----------------------------------------------------------------------------------
 def find_damage(folder: str | Path) -> str | None:
     """Return what is wrong with a checkpoint; None if it is as it was written.
@@ -201,6 +183,7 @@ _STARTS_ANEW = {
     "optimizer.pt": "the optimizer and the learning rate schedule start anew",
     "optimizer.bin": "the optimizer and the learning rate schedule start anew",
     "scheduler.pt": "the optimizer and the learning rate schedule start anew",
+    "master_weights.safetensors": "float32 master weights begin at the rounded weights",
     "scaler.pt": "the loss scale starts anew",
 }
 _NOT_READ = ("config.json", "generation_config.json", "training_args.bin")

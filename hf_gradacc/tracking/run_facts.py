@@ -26,6 +26,7 @@ BATCH_OPTIONS = (
     "layout",
     "target_only_logits",
     "accumulate_grads_in_fp32",
+    "low_precision_updates",
     "on_non_finite",
     "noise_scale_every",
 )

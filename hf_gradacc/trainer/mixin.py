@@ -66,6 +66,7 @@ from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
 from hf_gradacc.trainer.log_row import LogBook
+from hf_gradacc.trainer.low_precision import OptimizerSteps
 from hf_gradacc.trainer.noise import NoiseListener
 from hf_gradacc.trainer.overrides import (
     OwnStep,
@@ -81,6 +82,7 @@ from hf_gradacc.trainer.row_parts import (
     refuse_losses_of_whole_rows,
 )
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
+from hf_gradacc.trainer.saved_values import refuse_bad_values
 from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
 from hf_gradacc.trainer.settle import LossSettler, settled
 from hf_gradacc.trainer.sharded import (
@@ -146,10 +148,11 @@ class GradAccMixin(Trainer):
     ``_determine_best_metric``               ignores an evaluation that was broken off
     ``evaluation_loop``                      reports the loss per target, over all ranks
     ``prediction_step``                      counts targets; cuts a batch that does not fit
-    ``_save_checkpoint``                     writes to a staging folder, checks, renames
+    ``_save_checkpoint``                     checks values, writes to a staging folder, renames
     ``_get_output_dir``                      returns that folder meanwhile
     ``_push_from_checkpoint``                uploads whole checkpoints only
-    ``save_model``                           says where weights still are if the disk fails
+    ``save_model``                           refuses NaN; says where weights still are if the
+                                             disk fails
     ``_save_optimizer_and_scheduler``        holds back a disk error until all ranks know of it
     ``_save_scaler``                         likewise
     ``_save_rng_state``                      likewise
@@ -162,6 +165,7 @@ class GradAccMixin(Trainer):
         ledger: What the run has consumed, and its position in the data.
         token_budget: The tokens a micro-batch may compute.
         stop_signals: Which signal the run stops for.
+        optimizer_steps: How the optimizer steps on weights of low precision.
     """
 
     control: Any
@@ -186,6 +190,7 @@ class GradAccMixin(Trainer):
         self._gradient_gate = GradientGate(self._foreign_metrics)
         self._exact_evaluation = Evaluation()
         self._checkpoint_writer = CheckpointWriter()
+        self.optimizer_steps = OptimizerSteps()
         self._training_data = TrainingData()
         self._is_asking = False
         self._update_runner: UpdateRunner | None = None
@@ -323,6 +328,7 @@ class GradAccMixin(Trainer):
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        self.optimizer_steps.begin(self)
         has_own_step = find_own_step(type(self)) is not None
         self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
@@ -355,10 +361,11 @@ class GradAccMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load their state; that of a split model each rank its part."""
         is_sharded = is_sharded_by_loading(self)
-        if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
-            load_optimizer(self, checkpoint)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with self.optimizer_steps.loading(self, checkpoint):
+            if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
+                load_optimizer(self, checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         if is_split(self.model) and self.state.best_model_checkpoint is not None:
@@ -623,6 +630,7 @@ class GradAccMixin(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the stock code write into a staging folder, then rename the whole checkpoint."""
         run_dir = Path(super()._get_output_dir(trial))
+        refuse_bad_values(self, run_dir, is_checkpoint=True)
         save = functools.partial(super()._save_checkpoint, model, trial)
         note_losses(self, self.ledger)
         self._checkpoint_writer.save(self, run_dir, save, push=super()._push_from_checkpoint)
@@ -642,8 +650,12 @@ class GradAccMixin(Trainer):
 
         Raises:
             CheckpointError: If the disk fails; it says where the weights can still be found.
+            NonFiniteError: If a weight is NaN or infinite. Nothing is overwritten.
         """
         writer = self._checkpoint_writer
+        if writer.staging is None:
+            folder = output_dir or self.args.output_dir
+            refuse_bad_values(self, folder, is_checkpoint=False)
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if is_sharded_by_loading(self):
             together = writing_together(self.model, output_dir or self.args.output_dir)
@@ -661,6 +673,7 @@ class GradAccMixin(Trainer):
                 save_optimizer(self, output_dir)
             else:
                 super()._save_optimizer_and_scheduler(output_dir)
+            self.optimizer_steps.save(self.args, output_dir)
 
     def _save_scaler(self, output_dir: str) -> None:
         with self._checkpoint_writer.inside_checkpoint():
@@ -716,7 +729,9 @@ class GradAccMixin(Trainer):
             noise=self._noise_listener,
             metrics=self._foreign_metrics,
             rollback=Rollback(model, self.args.device),
-            float32=Float32Gradients(model.parameters())
+            float32=Float32Gradients(
+                model.parameters(), is_rounded=not self.optimizer_steps.takes_float32
+            )
             if sums_in_float32 and self._rank_engine.can_roll_back
             else None,
             spare=self._training_data.sample_inputs,

@@ -162,6 +162,8 @@ class UpdateRunner:
             # Checked in each attempt: one micro-batch that did not fit may be several by now.
             if trainer.args.accumulate_grads_in_fp32 or stats.num_micro_batches > 1:
                 self._sum_in_float32()
+            elif self.float32 is not None and not self.float32.is_rounded:
+                self._sum_in_float32()  # clipping would round it
             loss: Tensor | None = None
             self.engine.begin_attempt(model)
             if not trainer.facts.is_plain:

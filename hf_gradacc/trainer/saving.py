@@ -17,11 +17,11 @@ from hf_gradacc.safety.checkpoints import (
     STAGING_NAME,
     find_edits,
     find_whole_checkpoint,
-    is_storage_error,
     publish,
     remove,
     write_manifest,
 )
+from hf_gradacc.safety.storage_errors import find_storage_fault
 from hf_gradacc.tracking.install import record_event
 
 __all__ = ["CheckpointWriter", "choose_checkpoint", "rotate"]
@@ -97,7 +97,8 @@ class CheckpointWriter:
         self.staging: Path | None = None
         self.saved_step = -1
         self.newest: str | None = None
-        self._error: Exception | None = None
+        self._run_dir: Path | None = None
+        self._fault: str | None = None
 
     def begin_run(self) -> None:
         """Forget what an earlier run has saved."""
@@ -126,7 +127,7 @@ class CheckpointWriter:
         if args.local_process_index == 0:
             shutil.rmtree(staging, ignore_errors=True)
         wait_for_ranks()
-        self._error, self.staging = None, staging
+        self._fault, self._run_dir, self.staging = None, run_dir, staging
         best = state.best_model_checkpoint
         try:
             with self._keeping_storage_errors():
@@ -175,12 +176,13 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:
-            if not is_storage_error(error):
+            fault = find_storage_fault(error, output_dir or args.output_dir)
+            if fault is None:
                 raise
             path, _ = find_whole_checkpoint(args.output_dir)
             kept = "No checkpoint holds its weights" if path is None else f"{path} is whole"
             raise CheckpointError(
-                f"the model could not be saved in {output_dir or args.output_dir}: {error}\n"
+                f"the model could not be saved in {output_dir or args.output_dir}: {fault}\n"
                 f"  The files there may be incomplete. {kept}. Free some space and save again, or "
                 f"on another disk: trainer.save_model(FOLDER), output.dir in a recipe."
             ) from error
@@ -203,7 +205,7 @@ class CheckpointWriter:
         best = final.with_name(f"checkpoint-{trainer.state.best_global_step}")
         if best == final or (best.is_dir() and str(best) != trainer.state.best_model_checkpoint):
             trainer.state.best_model_checkpoint = str(best)
-            if trainer.args.should_save and self._error is None:
+            if trainer.args.should_save and self._fault is None:
                 trainer.state.save_to_json(str(staged / "trainer_state.json"))
 
     @contextlib.contextmanager
@@ -212,17 +214,17 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:
-            if not is_storage_error(error):
+            fault = find_storage_fault(error, self._run_dir)
+            if fault is None:
                 raise
-            self._error = self._error or error
+            self._fault = self._fault or fault
 
     def _agree_on_problem(self, output_dir: str) -> str | None:
         """Tell all ranks whether any of them could not write."""
-        error = self._error
-        own = None if error is None else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):  # torch reports a full disk as "unexpected pos 64 vs 0"
+        own = self._fault
+        with contextlib.suppress(OSError):
             free = shutil.disk_usage(output_dir).free
-            own = own and f"{own.rstrip('.')} ({free:,} bytes are free on that disk)"
+            own = own and f"{own.rstrip('.')}, with {free:,} bytes free on that disk"
         return next((problem for problem in gather_objects(own) if problem is not None), None)
 
 

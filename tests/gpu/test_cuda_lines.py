@@ -23,8 +23,8 @@ from hf_gradacc.verify import parity, preflight
 ROWS = ragged_rows(24, seed=3)
 
 
-def run_on_it(out, **options):
-    model = tiny_llama(dtype=torch.float32, attn_implementation="sdpa")
+def run_on_it(out, dtype=torch.float32, **options):
+    model = tiny_llama(dtype=dtype, attn_implementation="sdpa")
     trainer = make_trainer(
         out,
         ROWS,
@@ -124,8 +124,17 @@ def a_run_with_noise(out):
     assert trainer.state.global_step == 2
 
 
+def a_run_of_low_precision_weights(out):
+    """Free memory decides how they are stepped."""
+    with pretend_cuda() as stand_ins:
+        trainer = run_on_it(out, dtype=torch.bfloat16)
+    assert stand_ins["mem_get_info"].call_args.args == (CUDA,)
+    assert trainer.optimizer_steps.rounding == "master"
+
+
 RUNS = (
     a_run,
+    a_run_of_low_precision_weights,
     a_run_with_noise,
     a_budget_that_tunes_itself,
     a_preflight,

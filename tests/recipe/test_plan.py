@@ -6,10 +6,13 @@ Its memory counts what a real model has.
 import random
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
 from hf_gradacc.ranks.layout import RankLayout
+from hf_gradacc.recipe.activations import kept_for_backward
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import apply_peft, load_model
 from hf_gradacc.recipe.plan import Spread, plan_recipe
@@ -216,8 +219,8 @@ def test_memory_counts_the_weights_that_a_real_model_has(method):
 @pytest.mark.parametrize(
     ("options", "changes", "bytes_each"),
     [
-        ({}, {}, 4),  # summed in float32, each cast as it goes to the optimizer
-        ({"accumulate_grads_in_fp32": False}, {}, 2),
+        ({"low_precision_updates": "plain"}, {}, 4),  # each cast as it goes to the optimizer
+        ({"low_precision_updates": "plain", "accumulate_grads_in_fp32": False}, {}, 2),
         ({}, {"train": {"fsdp": True}}, 2),  # the engine reduces in a type of its own
         ({}, {"peft": PeftSection(method="lora")}, 4),  # peft keeps adapters in float32
     ],
@@ -235,3 +238,63 @@ def test_memory_counts_float32_sums_of_bfloat16_weights(options, changes, bytes_
     assert memory.gradients == bytes_each * memory.num_trainable
     beyond = 2 if bytes_each == 4 and not changes else 0
     assert memory.float32_sums == beyond * memory.num_trainable
+
+
+@pytest.mark.parametrize(
+    ("mode", "available", "optimizer", "masters", "step"),
+    [
+        ("plain", None, 4, 0, 0),
+        ("stochastic", None, 8, 0, 4),
+        ("master", None, 8, 4, 0),
+        ("auto", None, 8, 4, 0),  # the larger, where nobody knows
+        ("auto", 10**9, 8, 4, 0),
+        ("auto", 10**5, 4, 0, 0),
+    ],
+)
+def test_memory_counts_what_a_step_on_bfloat16_weights_keeps(
+    mode, available, optimizer, masters, step
+):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "dtype": "bfloat16"}
+    model = {"config": {"model_type": "llama", **sizes}, "dtype": "bfloat16"}
+    memory = estimate_memory(
+        Recipe.model_validate({"model": model, "data": {"train": "rows.jsonl"}}),
+        tokenizer=Tokenizer(),
+        arguments=arguments(low_precision_updates=mode),
+        largest=64,
+        available=available,
+    )
+    count = memory.num_trainable
+    assert (memory.weights, memory.gradients) == (2 * count, 4 * count)
+    assert (memory.optimizer, memory.masters) == (optimizer * count, masters * count)
+    assert memory.step == step * count
+    assert memory.total == (6 + optimizer + masters) * count + max(
+        memory.activations + memory.logits + memory.new_gradient, memory.step
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_forward_without_values_keeps_what_a_real_one_does(lora):
+    sizes = {"num_hidden_layers": 3, "attn_implementation": "sdpa"}
+    options = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
+
+    def make(device):
+        with torch.device(device):
+            model = tiny_llama(dtype=torch.bfloat16, **sizes)
+            return get_peft_model(model, LoraConfig(**options)) if lora else model
+
+    model, seen = make("cpu"), {}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    base = model.get_base_model() if lora else model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        base.model(input_ids=torch.zeros(1, 40, dtype=torch.long))
+    found, of_layer = kept_for_backward(make("meta"), tokens=40)
+    assert found == sum(storage.nbytes() for storage in seen.values())
+    assert 0 < of_layer < found / 2

@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.disks import Ballast, small_disk, why_no_disk
 from support.patience import HUNG_AFTER_SECONDS
 from support.tiny import make_trainer, ragged_rows, tiny_llama
+from transformers import TrainerCallback
 
 from hf_gradacc import CheckpointError
 from hf_gradacc.safety.checkpoints import find_damage
 from hf_gradacc.safety.signals import StopSignals
+from hf_gradacc.safety.storage_errors import find_storage_fault
 from hf_gradacc.tracking.run_files import LOG_NAME, RunFile, read_log
 
 ROWS = ragged_rows(60, seed=5)
@@ -74,6 +78,64 @@ def test_a_disk_that_stays_full_keeps_the_last_checkpoints_and_says_where_the_mo
         assert part in str(caught.value)
     trainer.save_model(str(disk.parent / "elsewhere"))
     assert (disk.parent / "elsewhere" / "model.safetensors").is_file()
+
+
+class ReadOnly(TrainerCallback):
+    """Remounts a disk read-only after an update, as the system does when it fails."""
+
+    def __init__(self, disk, *, after):
+        self.disk, self.after = disk, after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            command = ["mount", "-o", "remount,ro", str(self.disk)]
+            subprocess.run(command, check=True)
+
+
+def test_a_disk_that_becomes_read_only_ends_no_run_and_is_named(disk):
+    trainer = make_trainer(
+        disk / "out",
+        ROWS,
+        model=tiny_llama(),
+        callbacks=[ReadOnly(disk, after=3)],
+        effective_batch_size=20,
+        save_strategy="steps",
+        save_steps=2,
+        num_train_epochs=2,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert [path.name for path in (disk / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(CheckpointError, match=r"Read-only file system \(EROFS\)"):
+        trainer.save_model()
+
+
+def test_errors_are_told_apart_by_number_and_place(disk, tmp_path):
+    values = {"a": torch.zeros(2_000_000)}  # more than the disk holds
+
+    def fault_of(write, folder):
+        try:
+            write(folder)
+        except Exception as error:
+            return find_storage_fault(error, folder)
+
+    def by_torch(folder):
+        torch.save(values, folder / "a.pt")
+
+    def by_safetensors(folder):
+        save_file(values, folder / "a.safetensors")
+
+    assert fault_of(by_safetensors, disk) == "No space left on device (ENOSPC)"
+    for file in disk.iterdir():
+        file.unlink()
+    assert fault_of(by_torch, disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for write in (by_torch, by_safetensors):
+        assert fault_of(write, disk) == "Read-only file system (EROFS)"
+    assert fault_of(by_torch, tmp_path / "nowhere")  # torch: "Parent directory does not exist"
+    for wrong in (OSError("no such model"), RuntimeError("shapes"), ConnectionError("hub")):
+        assert find_storage_fault(wrong, tmp_path) is None
+    assert not [path for path in tmp_path.iterdir() if "probe" in path.name]
 
 
 WANDB_SCRIPT = """

@@ -19,6 +19,7 @@ def run(tmp_path, *, dtype=torch.bfloat16, **options):
     model = tiny_llama(dtype=dtype)
     recorder = Recorder()
     settings = {"effective_batch_size": 64, "per_device_train_batch_size": 1}
+    settings["low_precision_updates"] = "plain"
     trainer = make_trainer(tmp_path, ROWS, model=model, callbacks=[recorder], **settings | options)
     before = reference_gradient(tiny_llama(dtype=dtype).double(), ROWS, pad)
     trainer.train()
@@ -110,6 +111,7 @@ def test_an_update_that_ran_out_of_memory_still_sums_in_float32(tmp_path):
         callbacks=[recorder],
         effective_batch_size=64,
         per_device_train_batch_size=2,
+        low_precision_updates="plain",
     )
     trainer.train()
     assert trainer.token_budget.cap is not None
@@ -162,9 +164,11 @@ def test_float16_weights_train_with_a_scaler(tmp_path):
         trainer_class=Scaled,
         max_grad_norm=1.0,
         per_device_train_batch_size=8,
+        low_precision_updates="master",
     )
     assert error < 3e-3
-    assert {g.dtype for g in recorder.gradients[0].values()} == {torch.float16}
+    assert {g.dtype for g in recorder.gradients[0].values()} == {torch.float32}
+    assert set(trainer.optimizer_steps.masters) == {n for n, _ in trainer.model.named_parameters()}
     assert trainer.accelerator.scaler.get_scale() == 2.0**10
 
 

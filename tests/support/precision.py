@@ -43,6 +43,7 @@ def train_in_bf16_on_ranks() -> dict[str, Any]:
                 effective_batch_size=64,
                 per_device_train_batch_size=1,
                 accumulate_grads_in_fp32=in_fp32,
+                low_precision_updates="stochastic",  # ranks must round alike
             )
             seen: set[torch.dtype] = set()
             stock = trainer._get_grad_norm
