@@ -43,6 +43,7 @@ def commands(*, quick: bool) -> list[list[str]]:
         ["memory.py", *out("memory")],
         ["scaling.py", *smaller, *out("scaling")],
         ["one_curve.py", *(["--quick"] if quick else [])],
+        ["router_balance.py", *(["--quick"] if quick else [])],
     ]
 
 

@@ -9,14 +9,20 @@ loss is linear, and the gradient is that of all rows at once. See `hf_gradacc.lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.coupling import Exchange, ForwardEnded
-from hf_gradacc.loss.router_calls import RouterCall, RouterFunction, find_functions, replaced
+from hf_gradacc.loss.router_calls import (
+    RouterCall,
+    RouterFunction,
+    find_functions,
+    replaced,
+    replacement_of,
+)
 from hf_gradacc.loss.router_origins import RouterOrigins
 from hf_gradacc.loss.router_terms import RouterForm, RouterTerm
 from hf_gradacc.updates.update import MicroBatch
@@ -56,7 +62,12 @@ class RouterLoss:
     def __init__(
         self, model: nn.Module, functions: Sequence[RouterFunction], *, compiled: bool = False
     ) -> None:
-        self._functions = list(functions)
+        self._functions = functions
+        self._replacements = [
+            replacement_of(function, lambda call: self._answer(call), compiled=compiled)
+            for function in functions
+        ]
+        self._answer: Callable[[RouterCall], Tensor | None] = lambda call: None
         self._compiled = compiled
         self._origins = RouterOrigins(model)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -95,12 +106,18 @@ class RouterLoss:
         elif may_end and self._origins.known:
             watching = self._origins.ending(count)
         try:
-            with replaced(self._functions, count, compiled=self._compiled), watching:
+            with self._answering(count), watching:
                 yield
         except ForwardEnded:
             self._add(terms)
             raise
         self._add(terms)
+
+    @contextlib.contextmanager
+    def _answering(self, answer: Callable[[RouterCall], Tensor | None]) -> Iterator[None]:
+        self._answer = answer
+        with replaced(self._functions, self._replacements):
+            yield
 
     def _add(self, terms: Sequence[RouterTerm]) -> None:
         forms = tuple(term.form for term in terms)
@@ -145,7 +162,7 @@ class RouterLoss:
             num_calls += 1
             return term.part(whole) * scale
 
-        with replaced(self._functions, part, compiled=self._compiled):
+        with self._answering(part):
             yield
 
     def loss_of(self, own: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_gradacc.loss.router_terms import ROUTER_LOSSES, RouterTerm, reader_of
 
-__all__ = ["RouterCall", "RouterFunction", "find_functions", "replaced"]
+__all__ = ["RouterCall", "RouterFunction", "find_functions", "replaced", "replacement_of"]
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,10 @@ def _methods(module_class: type) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def replaced(
-    functions: Sequence[RouterFunction],
-    answer: Callable[[RouterCall], Tensor | None],
-    *,
-    compiled: bool = False,
+    functions: Sequence[RouterFunction], replacements: Sequence[Callable[..., Any]]
 ) -> Iterator[None]:
-    """Answer each call of router losses inside the block.
-
-    Args:
-        functions: The losses.
-        answer: Returns what a call is to return; None leaves it to the original.
-        compiled: The model is compiled; the answer is not.
-    """
-    for function in functions:
-        replacement = _replacement(function, answer)
-        if compiled:
-            replacement = torch.compiler.disable(replacement)  # type: ignore[no-untyped-call]
+    """Put others in the place of router losses while a block runs."""
+    for function, replacement in zip(functions, replacements, strict=True):
         function.namespace[function.name] = replacement
     try:
         yield
@@ -105,9 +93,19 @@ def replaced(
             function.namespace[function.name] = function.original
 
 
-def _replacement(
-    function: RouterFunction, answer: Callable[[RouterCall], Tensor | None]
+def replacement_of(
+    function: RouterFunction,
+    answer: Callable[[RouterCall], Tensor | None],
+    *,
+    compiled: bool = False,
 ) -> Callable[..., Any]:
+    """Return what to put in the place of a router loss.
+
+    Args:
+        function: The loss.
+        answer: Returns what a call is to return; None leaves it to the original.
+        compiled: The model is compiled; this is not. Make it once: each other one compiles anew.
+    """
     signature = inspect.signature(function.original)
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -116,4 +114,6 @@ def _replacement(
         value = answer(RouterCall(function, bound.arguments))
         return function.original(*args, **kwargs) if value is None else value
 
+    if compiled:
+        replacement = torch.compiler.disable(replacement)  # type: ignore[no-untyped-call]
     return replacement
