@@ -198,14 +198,6 @@ def guided(model):
     return losses.GISTEmbedLoss(model, teacher)
 
 
-def in_one_piece(model):
-    return losses.MegaBatchMarginLoss(model, use_mini_batched_version=False)
-
-
-def gathering(model):
-    return losses.MultipleNegativesRankingLoss(model, gather_across_devices=True)
-
-
 def nested(model):
     inner = losses.MultipleNegativesRankingLoss(model)
     return losses.MatryoshkaLoss(model, inner, matryoshka_dims=[16, 8])
@@ -214,12 +206,8 @@ def nested(model):
 PAIRS, TRIPLES = rows_of(2, lambda draw: {}), rows_of(3, lambda draw: {})
 CLASSES = rows_of(1, lambda draw: {"label": draw.randrange(3)})
 IN_BATCH = {  # their like is in `support.sentence_jobs.NAMES`
-    "MultipleNegativesRankingLoss": (gathering, TRIPLES),
-    "CoSENTLoss": (losses.CoSENTLoss, SCORE),
     "BatchSemiHardTripletLoss": (losses.BatchSemiHardTripletLoss, CLASSES),
     "GISTEmbedLoss": (guided, TRIPLES),
-    "MegaBatchMarginLoss": (in_one_piece, PAIRS),
-    "OnlineContrastiveLoss": (losses.OnlineContrastiveLoss, CASES["ContrastiveLoss"][1]),
     "MatryoshkaLoss": (nested, PAIRS),
 }
 
