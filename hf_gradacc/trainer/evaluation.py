@@ -26,6 +26,7 @@ from hf_gradacc.safety.out_of_memory import (
     message_of,
     single_row_error,
 )
+from hf_gradacc.safety.rollback import RandomState, devices_of
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
@@ -56,6 +57,10 @@ class Evaluation:
     def run(self, trainer: Any, stock_loop: Callable[[], Any], loader: Any, prefix: str) -> Any:
         """Report the loss per target over all batches and ranks, and its perplexity.
 
+        Training goes on with the random state it had. What an evaluation draws depends on more than
+        that state: workers that persist are given their seed in the first evaluation of a process
+        alone, and in a resumed run that is another one.
+
         Args:
             trainer: The trainer.
             stock_loop: The stock ``evaluation_loop``, arguments included.
@@ -68,6 +73,7 @@ class Evaluation:
         is_alone = trainer.args.world_size == 1
         self._loss = EvalLoss()
         self.rows_per_sequence = 1 if is_alone else rows_per_sequence_in(loader)
+        before = RandomState(*devices_of(trainer.model, trainer.args.device))
         try:
             if not is_alone:
                 share_running_statistics(trainer.model)
@@ -76,6 +82,8 @@ class Evaluation:
             loss = self._loss.mean(trainer.args.device)
         finally:
             self._loss = None
+            if trainer.is_in_train:
+                before.restore()
         if loss is not None and f"{prefix}_loss" in output.metrics:
             output.metrics[f"{prefix}_loss"] = loss
             if trainer.facts is not None and trainer.facts.rule is not TargetRule.SEQUENCE:

@@ -128,7 +128,6 @@ class GradAccMixin(Trainer):
     ``_load_optimizer_and_scheduler``        reads their state of such a model
     ``_run_epoch``                           begins at that position; makes up for an evaluation
                                              that a signal broke off
-    ``_load_rng_state``                      keeps the random state from after that evaluation
     ``get_batch_samples``                    returns one update
     ``training_step``                        runs one micro-batch, laid out the cheapest way
     ``current_gradient_accumulation_steps``  divides its loss: the weight rule
@@ -335,10 +334,6 @@ class GradAccMixin(Trainer):
         begin_epoch(self, self.ledger, kwargs)
         if self._stopping.make_up_for_evaluation(self, kwargs):
             super()._run_epoch(**kwargs)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        self._stopping.restore_random_state()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
