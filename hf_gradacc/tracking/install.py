@@ -27,6 +27,7 @@ __all__ = [
     "ReportAtTheEnd",
     "TrackingCallback",
     "attach_report",
+    "flush_log",
     "install_tracking",
     "record_event",
 ]
@@ -43,6 +44,7 @@ class TrackingCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._file: RunFile | None = None
+        self._run: str | None = None
         self._events: Counter[str] = Counter()
         self._written: set[tuple[str, int]] = set()
         self._unwritten: list[dict[str, Any]] = []
@@ -50,9 +52,12 @@ class TrackingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the files, or cut them back to the checkpoint that training goes on from."""
-        if not state.is_world_process_zero:
-            return
         saved = kept(state)
+        self._file = None
+        if not state.is_world_process_zero or saved.get("folder_is_shared"):
+            return
+        identity = saved.get("run") or {}
+        self._run = identity.get("id")
         self._events = Counter(saved.get("events", {}))
         self._unwritten, self._has_warned = [], False
         self._file = RunFile(Path(args.output_dir))
@@ -80,6 +85,8 @@ class TrackingCallback(TrainerCallback):
         self._file.update_run(
             {
                 "run_name": args.run_name or Path(args.output_dir).name,
+                "run": identity,
+                "digest": saved.get("digest"),
                 **facts,
                 "training_arguments": args.to_dict(),
                 "wandb_run_id": kept(state).get("wandb_run_id"),
@@ -123,8 +130,14 @@ class TrackingCallback(TrainerCallback):
         self._append({"kind": "event", "event": name, "step": step, "text": text, **data})
         return self._events[name]
 
+    def flush(self) -> None:
+        """Wait until all rows so far are on the disk."""
+        if self._file is not None:
+            self._file.flush()
+
     def _append(self, row: dict[str, Any]) -> None:
-        self._unwritten.append({**row, "time": round(time.time(), 3)})
+        whose = {} if self._run is None else {"run": self._run}
+        self._unwritten.append({**row, "time": round(time.time(), 3), **whose})
         self._write()
 
     def _write(self) -> None:
@@ -189,6 +202,13 @@ class ReportAtTheEnd(TrainerCallback):
             attach_report(self.trainer)
         except Exception as error:  # whatever is wrong with a page, the run is done
             logger.warning(f"wandb_report: no report was written ({error}).")
+
+
+def flush_log(trainer: Any) -> None:
+    """Make the log as durable as the checkpoint that is being saved."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackingCallback):
+            callback.flush()
 
 
 def record_event(

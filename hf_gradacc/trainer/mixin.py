@@ -59,6 +59,7 @@ from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
 from hf_gradacc.trainer.asking import ask_trainer, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
+from hf_gradacc.trainer.choosing import Start, choose_start, hold_run_folder
 from hf_gradacc.trainer.contract import tell_what_moved
 from hf_gradacc.trainer.data import TrainingData
 from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
@@ -74,13 +75,14 @@ from hf_gradacc.trainer.overrides import (
     refuse_old_signature,
 )
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
+from hf_gradacc.trainer.resume import Beginning
 from hf_gradacc.trainer.row_parts import (
     loss_in_ring,
     loss_of_part,
     refuse_losses_of_whole_rows,
 )
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
-from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
+from hf_gradacc.trainer.saving import CheckpointWriter, rotate
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
     is_split,
@@ -125,7 +127,8 @@ class GradAccMixin(Trainer):
     ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
     ``_load_from_checkpoint``                reads the weights of a model that was split in loading
-    ``_load_optimizer_and_scheduler``        reads their state of such a model
+    ``_load_optimizer_and_scheduler``        reads their state of such a model; lets changed
+                                             settings take effect
     ``_run_epoch``                           begins at that position; makes up for an evaluation
                                              that a signal broke off
     ``get_batch_samples``                    returns one update
@@ -183,6 +186,7 @@ class GradAccMixin(Trainer):
         self._exact_evaluation = Evaluation()
         self._checkpoint_writer = CheckpointWriter()
         self._training_data = TrainingData()
+        self._beginning = Beginning(Start())
         self._is_asking = False
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
@@ -249,19 +253,25 @@ class GradAccMixin(Trainer):
 
         Args:
             resume_from_checkpoint: A folder; True for the newest whole one in ``output_dir``; or
-                "auto" for that one if there is any, else to start from the beginning.
+                "auto" for that one of the folder's run, or the beginning if it has saved none.
             *args: As for the stock Trainer.
             **kwargs: Likewise.
 
         Raises:
-            CheckpointError: If the folder is damaged, or if True was passed and none is whole.
+            CheckpointError: If the folder is damaged or of another model, or if True was passed
+                and none is whole.
+            ConfigError: If another process trains into the folder, or ranks disagree.
         """
-        checkpoint = choose_checkpoint(self.args, resume_from_checkpoint)
         self._gradient_gate.begin_run()
         self._checkpoint_writer.begin_run()
-        with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
-            result = super().train(checkpoint, *args, **kwargs)
-            self._stopping.stop_at_end(self, lambda: self._save_unless_saved(self.model_wrapped))
+        with hold_run_folder(self.args) as holder:
+            start = choose_start(self.args, resume_from_checkpoint, holder=holder)
+            self._beginning = Beginning(start)
+            self._beginning.check(self)
+            with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
+                result = super().train(start.checkpoint, *args, **kwargs)
+                save = functools.partial(self._save_unless_saved, self.model_wrapped)
+                self._stopping.stop_at_end(self, save)
         self.stop_signals.exit_if_asked()
         return result
 
@@ -302,6 +312,7 @@ class GradAccMixin(Trainer):
         self.token_budget.restore(saved.get("TokenBudget"))
         self.ledger = restored(self, Ledger)
         membership = self._training_data.membership(self)
+        self._beginning.begin(self, membership)
         return find_place(self, self.ledger, membership, epochs=epochs, updates=updates)
 
     def _prepare_for_training(
@@ -319,6 +330,7 @@ class GradAccMixin(Trainer):
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        self._beginning.tell(self)
         has_own_step = find_own_step(type(self)) is not None
         self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
@@ -345,12 +357,12 @@ class GradAccMixin(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their state; that of a split model each rank its part."""
+        """Load their state, of a split model each rank its part; then what was changed since."""
+        load = functools.partial(super()._load_optimizer_and_scheduler, checkpoint)
         is_sharded = is_sharded_by_loading(self)
         if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
-            load_optimizer(self, checkpoint)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            load = functools.partial(load_optimizer, self, checkpoint)
+        self._beginning.load_optimizer(self, load)
 
     def _load_best_model(self) -> None:
         if is_split(self.model) and self.state.best_model_checkpoint is not None:
