@@ -36,6 +36,7 @@ __all__ = [
     "clear_folder",
     "find_source_problem",
     "notes_files",
+    "refuse_foreign",
 ]
 
 FILES_NAME = "gradacc_files.json"
@@ -75,6 +76,7 @@ def claim_folder(recipe: Recipe, *, resume: bool | str = False) -> None:
         return
     if overwrite:
         _refuse_own_source(recipe, folder)
+        refuse_foreign(folder)
         return
     if found := _describe_run(folder):
         raise ConfigError(
@@ -132,50 +134,63 @@ def clear_folder(folder: str | Path) -> None:
     """Remove what earlier runs of ours wrote into a folder, and nothing else.
 
     Raises:
-        ConfigError: If weights are left that no run of ours wrote: they would lie beside the new
-            ones.
+        ConfigError: If a checkpoint or weights are there that no run of ours wrote: they would lie
+            beside the new ones. Nothing is removed then.
     """
     folder = Path(folder)
+    refuse_foreign(folder)
     for checkpoint in list_checkpoints(folder):
-        _remove_listed(checkpoint, checkpoint / MANIFEST_NAME)
+        for path in _own_files(checkpoint, MANIFEST_NAME):
+            path.unlink()
+        for place in sorted((p for p in checkpoint.rglob("*") if p.is_dir()), reverse=True):
+            place.rmdir()
+        checkpoint.rmdir()
     shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)
-    _remove_listed(folder, folder / FILES_NAME)
-    for name in (LOG_NAME, RUN_NAME, *_beside(LOG_NAME)):
-        (folder / name).unlink(missing_ok=True)
+    logs = [LOG_NAME.replace(".jsonl", f"{kind}.jsonl") for kind in ("", ".previous", ".damaged")]
+    for path in [*_own_files(folder, FILES_NAME), *(folder / n for n in (*logs, RUN_NAME))]:
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         if (folder / RECIPE_NAME).read_bytes().startswith(RECIPE_HEADER.encode()):
             (folder / RECIPE_NAME).unlink()
-    left = sorted(path.name for kind in _WEIGHTS for path in folder.glob(kind))
-    left += [path.name for path in list_checkpoints(folder)]
-    if left:
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to clear a folder with a checkpoint or weights that no run of ours wrote.
+
+    Raises:
+        ConfigError: Naming them.
+    """
+    inside = [p for c in list_checkpoints(folder) for p in c.rglob("*") if p.is_file()]
+    weights = [path for kind in _WEIGHTS for path in folder.glob(kind)]
+    own = {p for c in list_checkpoints(folder) for p in _own_files(c, MANIFEST_NAME)}
+    own |= set(_own_files(folder, FILES_NAME))
+    foreign = sorted(p.relative_to(folder).as_posix() for p in (*inside, *weights) if p not in own)
+    if foreign:
+        more = f" and {len(foreign) - 3} more files" if len(foreign) > 3 else ""
         raise ConfigError(
-            f"output.overwrite = true: {', '.join(left)} in {folder} was not written by a run of "
-            f"ours, or was changed since, and is not removed. Move it away, or set output.dir to "
-            f"another folder."
+            f"output.overwrite = true: {', '.join(foreign[:3])}{more} in {folder}: not written by "
+            f"a run of ours, or changed since. Nothing was removed. Move it, or set output.dir "
+            f"to another folder."
         )
 
 
-def _beside(log_name: str) -> list[str]:
-    return [log_name.replace(".jsonl", f".{kind}.jsonl") for kind in ("previous", "damaged")]
-
-
-def _remove_listed(folder: Path, record: Path) -> None:
-    """Remove the files a record lists that were not written since, then empty folders."""
+def _own_files(folder: Path, record_name: str) -> list[Path]:
+    """Return the files that a record lists and nobody wrote since, and the record."""
+    record = folder / record_name
     try:
         names = list(json.loads(record.read_bytes())["files"])
         written = record.stat().st_mtime_ns
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in names:
-        path = folder / str(name)
-        inside = path.resolve().is_relative_to(folder.resolve())
-        if inside and path.is_file() and path.stat().st_mtime_ns <= written:
-            path.unlink()
-    record.unlink()
-    below = sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True)
-    for place in [*below, folder] if record.name == MANIFEST_NAME else []:
-        with contextlib.suppress(OSError):
-            place.rmdir()
+        return []
+    paths = [folder / str(name) for name in names]
+    own = [
+        path
+        for path in paths
+        if path.is_file()
+        and path.resolve().is_relative_to(folder.resolve())
+        and path.stat().st_mtime_ns <= written
+    ]
+    return [*own, record]
 
 
 def notes_files(save: Callable[..., Path]) -> Callable[..., Path]:
