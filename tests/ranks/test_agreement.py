@@ -29,8 +29,6 @@ def told() -> dict[str, Any]:
         ("a subset by rank", "DataError", "updates.fingerprint"),
         ("another seed", "ConfigError", "updates.seed: 42 on rank 0, 43 on rank 1"),
         ("another learning rate", "ConfigError", "learning_rate: 0.1 on rank 0, 0.2 on rank 1"),
-        ("another number of updates", "ConfigError", "arguments.max_steps"),
-        ("another effective batch size", "ConfigError", "effective_batch_size: 4 on rank 0, 6"),
         ("another width", "ConfigError", "model.layout"),
         ("other layers trained", "ConfigError", "model.trained"),
     ],

@@ -36,8 +36,6 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "another seed": lambda rank: {"seed": 42 + rank},
     "a seed that decides no membership": lambda rank: {"seed": 42 + rank, "data_seed": 1},
     "another learning rate": lambda rank: {"learning_rate": 0.1 * (1 + rank)},
-    "another number of updates": lambda rank: {"max_steps": 1 + rank},
-    "another effective batch size": lambda rank: {"effective_batch_size": 4 + 2 * rank},
     "another width": lambda rank: {"model": tiny_llama(hidden_size=16 + 16 * rank)},
     "other weights": lambda rank: {"model": tiny_llama(seed=rank)},
     "other layers trained": lambda rank: {"model": _partly_frozen(rank)},
