@@ -5,8 +5,8 @@
 
 Trains a tiny Llama with dropout and AdamW, saving every other update, sends SIGKILL again and
 again, resumes with ``resume_from_checkpoint="auto"``, and compares weights and log rows with a run
-nobody killed. Prints when each kill struck. `--evaluate` evaluates as often as it saves, `--workers`
-loads rows in worker processes that persist, for training and evaluation.
+nobody killed. Prints when each kill struck. `--evaluate` evaluates as often as it saves;
+`--workers` loads rows in processes that persist, for training and evaluation.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
+from hf_gradacc.safety.checkpoints import list_checkpoints
 from hf_gradacc.safety.run_state import VERDICT, keep, kept
 from hf_gradacc.tracking.report import build_report
 from hf_gradacc.tracking.run_facts import describe_run
@@ -67,6 +68,11 @@ class TrackingCallback(TrainerCallback):
             # Started again, it has nothing to do: its files tell of the start that did the work.
             self._written = {(row["kind"], row.get("step", 0)) for row in rows}
             return
+        if state.global_step == 0 and (others := list_checkpoints(args.output_dir)):
+            logger.warning(
+                f"{args.output_dir} holds {others[0].name} of an earlier run. This run begins anew "
+                f"and neither resumes from that run's checkpoints nor deletes them."
+            )
         self._file.start(step=state.global_step, history=state.log_history)
         if state.global_step:
             # An evaluation that is made up for is due once more after a kill before the next save.
