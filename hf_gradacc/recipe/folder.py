@@ -95,8 +95,8 @@ def find_source_problem(recipe: Recipe) -> str | None:
     """
     folder = Path(recipe.output.dir or ".").resolve()
     for key, name in (("model.name", recipe.model.name), ("tokenizer.name", recipe.tokenizer.name)):
-        if name and Path(name).is_dir() and folder.is_relative_to(Path(name).resolve()):
-            return f"lies in {key} = {name}, whose weights or tokenizer it would overwrite"
+        if name and Path(name).is_dir() and folder == Path(name).resolve():
+            return f"is {key}, whose files the run would overwrite"
     for source in (*recipe.data.train, *recipe.data.eval):
         place = Path(source.path)
         if place.is_dir() and folder.is_relative_to(place.resolve()):

@@ -123,12 +123,13 @@ def test_resume_and_overwrite_contradict_each_other(used):
         train(used, *at(used, "output.overwrite=true"), resume=True)
 
 
-@pytest.mark.parametrize("where", ["base", "base/run", "data"])
+@pytest.mark.parametrize("where", ["base", "data"])
 def test_sources_are_not_written_into(used, where):
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **SIZES)).save_pretrained(used / "base")
     model = [f"model={{name: {used / 'base'}, config: null}}"]
     with pytest.raises(RecipeError, match=r"output\.dir"):
         load_recipe(used / "mine.yaml", overrides=[*model, f"output.dir={used / where}"])
+    load_recipe(used / "mine.yaml", overrides=[*model, f"output.dir={used / 'base' / 'adapter'}"])
 
 
 def test_the_checkpoint_that_a_run_begins_from_is_not_cleared(used):
