@@ -38,7 +38,7 @@ $(VENV)/.deepspeed: $(VENV)/.ready
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python recipes/sft.py recipes/quickstart.yaml
+	$(BIN)/python recipes/sft.py recipes/quickstart.yaml output.overwrite=true
 
 real: $(VENV)/.ready
 	$(BIN)/python tests/support/real_parts.py

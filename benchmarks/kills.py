@@ -1,10 +1,12 @@
 """Kill a training run at random moments and see whether it ends with the same bits.
 
     python benchmarks/kills.py --kills 20
+    python benchmarks/kills.py --kills 50 --evaluate --workers 1
 
 Trains a tiny Llama with dropout and AdamW, saving every other update, sends SIGKILL again and
 again, resumes with ``resume_from_checkpoint="auto"``, and compares weights and log rows with a run
-nobody killed. Prints when each kill struck.
+nobody killed. Prints when each kill struck. `--evaluate` evaluates as often as it saves;
+`--workers` loads rows in processes that persist, for training and evaluation.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.ranks import run_and_kill
 from support.resume_jobs import train_and_report, train_until_killed
+from support.tiny import ragged_rows
 
 from hf_gradacc.safety.checkpoints import STAGING_NAME, find_whole_checkpoint, list_checkpoints
 
@@ -31,10 +35,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=25, help="6 updates each, 50 ms long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        job = {"num_train_epochs": options.epochs, "save_total_limit": 2}
+        job: dict[str, Any] = {"num_train_epochs": options.epochs, "save_total_limit": 2}
+        if options.evaluate:
+            job |= {
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "eval_dataset": ragged_rows(7, seed=9),
+            }
+        if options.workers:
+            job |= {"dataloader_num_workers": options.workers}
+            job |= {"dataloader_persistent_workers": True}
         straight = train_and_report(f"{folder}/straight", dropout=0.2, **job)
         out, result = Path(folder, "killed"), Path(folder, "result")
         kills = while_saving = 0

@@ -64,6 +64,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the run in the output folder, and nothing else."),
+    ] = False,
     verify_first: Annotated[
         bool, typer.Option("--verify", help="Run `verify` before, and train only if it passes.")
     ] = False,
@@ -80,11 +84,14 @@ def train(
 
     - `accelerate launch -m hf_gradacc train qwen3/8b_full_chat_fsdp2 --resume`
     """
+    from hf_gradacc.recipe.folder import claim_folder
     from hf_gradacc.recipe.load import load_recipe
     from hf_gradacc.recipe.run import train_recipe
     from hf_gradacc.recipe.sections import HEADS
 
-    loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    given = [*(overrides or []), *(["output.overwrite=true"] if overwrite else [])]
+    loaded = load_recipe(find_recipe(recipe), overrides=given)
+    claim_folder(loaded, resume=resume)
     if verify_first:
         from hf_gradacc.recipe.verifying import verify_recipe
 

@@ -15,6 +15,7 @@ from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.recipe import (
     RecipeCallback,
     apply_peft,
+    claim_folder,
     configure_wandb,
     load_model,
     load_recipe,
@@ -26,6 +27,7 @@ from hf_gradacc.recipe import (
 def main(path: str, overrides: list[str]) -> None:
     """Run the recipe at `path`."""
     recipe = load_recipe(path, overrides=overrides)
+    claim_folder(recipe)  # refuses one that holds another run
     configure_wandb(recipe)
     arguments = recipe_arguments(recipe)
     set_seed(arguments.seed)  # before the model: a new adapter starts at random

@@ -460,7 +460,7 @@ def test_a_full_disk_a_closed_folder_or_ctrl_c_is_a_message(
     assert message in err
 
 
-NAMED = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null"]
+NAMED = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null", "output.dir=other"]
 
 
 def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, monkeypatch):

@@ -16,6 +16,7 @@ from hf_gradacc.updates.update import Update, start_copy
 __all__ = [
     "agree_on_inputs",
     "gather_objects",
+    "gather_vectors",
     "largest_over_ranks",
     "share_first",
     "share_of_first_rank",
@@ -84,6 +85,16 @@ def gather_objects(own: Any) -> list[Any]:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return ranks
+
+
+def gather_vectors(own: Tensor, *, device: torch.device) -> Tensor:
+    """Return all ranks' vectors ``[ranks, n]`` on the host, in one collective."""
+    if _is_alone():
+        return own[None]
+    on_device = start_copy(own, device)
+    ranks = [torch.empty_like(on_device) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, on_device)
+    return torch.stack(ranks).cpu()
 
 
 def largest_over_ranks(number: int, *, device: torch.device) -> int:

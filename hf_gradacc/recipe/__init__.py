@@ -8,6 +8,7 @@ import typing
 from hf_gradacc._exports import load_when_asked
 
 if typing.TYPE_CHECKING:
+    from hf_gradacc.recipe.folder import claim_folder
     from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
     from hf_gradacc.recipe.model import apply_peft, load_model, sample_answer, save_model
     from hf_gradacc.recipe.problems import RecipeError
@@ -20,6 +21,7 @@ __all__ = [
     "RecipeError",
     "apply_peft",
     "build_trainer",
+    "claim_folder",
     "configure_wandb",
     "load_model",
     "load_recipe",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "folder": ("claim_folder",),
     "load": ("configure_wandb", "load_recipe", "recipe_arguments"),
     "model": ("apply_peft", "load_model", "sample_answer", "save_model"),
     "problems": ("RecipeError",),

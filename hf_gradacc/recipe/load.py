@@ -18,6 +18,7 @@ from typing import Any
 
 from hf_gradacc.compat import options_as_installed
 from hf_gradacc.recipe.checks import check_section, resolve_paths
+from hf_gradacc.recipe.folder import find_source_problem
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
@@ -60,6 +61,10 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
+    if why := find_source_problem(recipe):
+        fix = "name a folder of its own, such as runs/mine"
+        origin = source.origin(("output", "dir"))
+        raise RecipeError([Problem("output.dir", why, fix, origin, recipe.output.dir)])
     return recipe
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from hf_gradacc.data.section import ModelSection
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
+from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
 from hf_gradacc.recipe.source import SECRET_KEY
 from hf_gradacc.text import nearest
@@ -159,6 +160,7 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
 _TASKS = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 
 
+@notes_files
 def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     """Save weights (safetensors), tokenizer and stop tokens into the trainer's output folder.
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import add_stop_tokens
+from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
 from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
@@ -118,8 +119,9 @@ def train_recipe(recipe: Recipe, *, resume: bool | str = False, **changes: Any) 
         changes: Training arguments to set on top of the recipe.
 
     Raises:
-        ConfigError, DataError: As `build_trainer`.
+        ConfigError, DataError: As `build_trainer`, and if the output folder holds another run.
     """
+    claim_folder(recipe, resume=resume)
     trainer, data = build_trainer(recipe, **changes)
     trainer.train(resume_from_checkpoint=resume or trainer.args.resume_from_checkpoint)
     metrics: dict[str, float] = {}
@@ -140,12 +142,10 @@ def _metrics_of_last_update(trainer: Any) -> dict[str, float]:
     return {}
 
 
-FILE_NAME = "recipe.yaml"
-
-
 def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     """Every key with its value, paths absolute and interpolations filled in; without secrets."""
     values: dict[str, Any] = _without_secrets(recipe.model_dump())
+    values["output"].pop("overwrite", None)  # who runs it again is asked again
     return values
 
 
@@ -159,12 +159,12 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> Path:
     Returns:
         The file written.
     """
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) / RECIPE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch", "peft")
     )
-    header = f"# The recipe of this run, completed. Made with {versions}.\n"
+    header = f"{RECIPE_HEADER} Made with {versions}.\n"
     # `$` would be read as an interpolation when the file is loaded again.
     text = yaml.safe_dump(_escape(resolved_recipe(recipe)), sort_keys=False, allow_unicode=True)
     path.write_text(header + text, encoding="utf-8")
@@ -196,9 +196,11 @@ class RecipeCallback(TrainerCallback):
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it on the first rank only."""
+        """Write it on the first rank only, into a folder that is this run's."""
         if not state.is_world_process_zero:
             return
+        if self.recipe.output.overwrite and state.global_step == 0:
+            clear_folder(args.output_dir)
         if self._stops is not None:
             print(self._stops)
         keep(state, saves_model=True)  # whoever runs a recipe saves the model at its end

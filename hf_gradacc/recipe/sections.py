@@ -109,6 +109,8 @@ class OutputSection(Section):
     dir: str | None = None
     """Folder for checkpoints, the model and the resolved recipe, relative to the current one;
     null means `runs/` and the recipe's file name."""
+    overwrite: bool = False
+    """Remove what an earlier run wrote into the folder, and nothing else; `--overwrite`."""
 
 
 def _method(value: Any) -> Any:

@@ -29,9 +29,12 @@ __all__ = [
     "find_damage",
     "find_edits",
     "find_whole_checkpoint",
+    "holds_optimizer",
     "list_checkpoints",
     "publish",
     "remove",
+    "run_of",
+    "step_of",
     "write_manifest",
 ]
 
@@ -58,14 +61,45 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
-def find_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+def step_of(checkpoint: Path) -> int:
+    """Return the update after which a checkpoint was saved; -1 if its name does not say."""
+    found = _CHECKPOINT.match(checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """Return the id of the run that saved a checkpoint; None if its manifest names none."""
+    try:
+        run = json.loads((checkpoint / MANIFEST_NAME).read_bytes())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return run if isinstance(run, str) else None
+
+
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Return whether a checkpoint holds the state of an optimizer, in any engine's form."""
+    names = [path.name for path in checkpoint.iterdir()]
+    return any(name.startswith(("optimizer", "global_step")) for name in names) or any(
+        name.endswith(("-optimizer.pt", "_optim_states.pt")) for name in names
+    )
+
+
+def find_whole_checkpoint(
+    output_dir: str | Path, *, is_own: Callable[[Path], bool] | None = None
+) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint without damage.
+
+    Args:
+        output_dir: The folder that holds them.
+        is_own: Whether a checkpoint may be taken; None for all.
 
     Returns:
         The checkpoint, or None, and one line for each newer one that is damaged or was changed.
     """
     passed_over: list[str] = []
     for path in list_checkpoints(output_dir):
+        if is_own is not None and not is_own(path):
+            continue
         damage, edits = find_edits(path)
         if damage is None and not edits:
             return path, passed_over
@@ -79,8 +113,13 @@ def find_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str
 
 
 # ---- writing -----------------------------------------------------------------------------------
-def write_manifest(folder: Path) -> None:
-    """Write the manifest: all files with size and hash. Wait until they are on the disk."""
+def write_manifest(folder: Path, *, run: str | None = None) -> None:
+    """Write the manifest: all files with size and hash. Wait until they are on the disk.
+
+    Args:
+        folder: The checkpoint.
+        run: Id of the run that it belongs to.
+    """
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
         with path.open("rb") as file:
@@ -90,7 +129,7 @@ def write_manifest(folder: Path) -> None:
             (kind := next(iter(_HASHES))): _hash(path, kind),
         }
     with (folder / MANIFEST_NAME).open("w") as file:
-        json.dump({"version": 1, "files": files}, file, indent=1)
+        json.dump({"version": 1, "run": run, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -206,7 +245,7 @@ def _effect_of_removing(folder: Path, name: str) -> str | None:
 def _find_missing_shard(folder: Path) -> str | None:
     """Return a file that an index of weights names and that is not there."""
     for index in folder.glob("*.index.json"):
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             for name in json.loads(index.read_bytes())["weight_map"].values():
                 if not (folder / name).is_file():
                     return f"{name}, which {index.name} names, is missing"

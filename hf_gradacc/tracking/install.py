@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
+from hf_gradacc.safety.checkpoints import list_checkpoints
 from hf_gradacc.safety.run_state import VERDICT, keep, kept
 from hf_gradacc.tracking.report import build_report
 from hf_gradacc.tracking.run_facts import describe_run
@@ -27,6 +28,7 @@ __all__ = [
     "ReportAtTheEnd",
     "TrackingCallback",
     "attach_report",
+    "flush_log",
     "install_tracking",
     "record_event",
 ]
@@ -43,6 +45,7 @@ class TrackingCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._file: RunFile | None = None
+        self._run: str | None = None
         self._events: Counter[str] = Counter()
         self._written: set[tuple[str, int]] = set()
         self._unwritten: list[dict[str, Any]] = []
@@ -50,9 +53,12 @@ class TrackingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the files, or cut them back to the checkpoint that training goes on from."""
-        if not state.is_world_process_zero:
-            return
         saved = kept(state)
+        self._file = None
+        if not state.is_world_process_zero or saved.get("folder_is_shared"):
+            return
+        identity = saved.get("run") or {}
+        self._run = identity.get("id")
         self._events = Counter(saved.get("events", {}))
         self._unwritten, self._has_warned = [], False
         self._file = RunFile(Path(args.output_dir))
@@ -62,6 +68,11 @@ class TrackingCallback(TrainerCallback):
             # Started again, it has nothing to do: its files tell of the start that did the work.
             self._written = {(row["kind"], row.get("step", 0)) for row in rows}
             return
+        if state.global_step == 0 and (others := list_checkpoints(args.output_dir)):
+            logger.warning(
+                f"{args.output_dir} holds {others[0].name} of an earlier run. This run begins anew "
+                f"and neither resumes from that run's checkpoints nor deletes them."
+            )
         self._file.start(step=state.global_step, history=state.log_history)
         if state.global_step:
             # An evaluation that is made up for is due once more after a kill before the next save.
@@ -80,6 +91,8 @@ class TrackingCallback(TrainerCallback):
         self._file.update_run(
             {
                 "run_name": args.run_name or Path(args.output_dir).name,
+                "run": identity,
+                "digest": saved.get("digest"),
                 **facts,
                 "training_arguments": args.to_dict(),
                 "wandb_run_id": kept(state).get("wandb_run_id"),
@@ -123,8 +136,14 @@ class TrackingCallback(TrainerCallback):
         self._append({"kind": "event", "event": name, "step": step, "text": text, **data})
         return self._events[name]
 
+    def flush(self) -> None:
+        """Wait until all rows so far are on the disk."""
+        if self._file is not None:
+            self._file.flush()
+
     def _append(self, row: dict[str, Any]) -> None:
-        self._unwritten.append({**row, "time": round(time.time(), 3)})
+        whose = {} if self._run is None else {"run": self._run}
+        self._unwritten.append({**row, "time": round(time.time(), 3), **whose})
         self._write()
 
     def _write(self) -> None:
@@ -189,6 +208,13 @@ class ReportAtTheEnd(TrainerCallback):
             attach_report(self.trainer)
         except Exception as error:  # whatever is wrong with a page, the run is done
             logger.warning(f"wandb_report: no report was written ({error}).")
+
+
+def flush_log(trainer: Any) -> None:
+    """Make the log as durable as the checkpoint that is being saved."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackingCallback):
+            callback.flush()
 
 
 def record_event(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Mapping
@@ -94,6 +95,11 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides a run's numbers."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

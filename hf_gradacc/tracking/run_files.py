@@ -7,8 +7,10 @@ on resume, lines after the checkpoint's update are cut away.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ __all__ = [
     "kind_of",
     "read_log",
     "read_run",
+    "read_settings",
     "to_json",
 ]
 
@@ -69,11 +72,16 @@ class RunFile:
                 self.log_path.replace(self.log_path.with_suffix(".previous.jsonl"))
             self.log_path.touch()
             return
-        rows = self.read_or_set_aside()
-        if rows is None:
-            rows = [{"kind": kind_of(row), **row} for row in history]
+        rows = self.read_or_set_aside() or []
         # The closing row of a run that is now going on would not be there without the stop.
         rows = [row for row in rows if row.get("step", 0) <= step and row.get("kind") != "end"]
+        past = (row for row in history if row.get("step", 0) <= step)
+        rows, num_lost = _with_history(rows, past)
+        if num_lost and self.log_path.exists():
+            logger.warning(
+                f"{num_lost} rows were missing from {self.log_path} and come from the checkpoint. "
+                f"Events beside them, such as a recovery, may be missing for good."
+            )
         self._replace(self.log_path, "".join(_to_line(row) for row in rows))
 
     def read_or_set_aside(self) -> list[dict[str, Any]] | None:
@@ -82,7 +90,7 @@ class RunFile:
             return None
         try:
             return read_log(self.log_path)
-        except DataError as error:
+        except (DataError, OSError) as error:
             aside = self.log_path.with_suffix(".damaged.jsonl")
             self.log_path.replace(aside)
             logger.warning(f"{error} It is kept as {aside.name}; rows come from the checkpoint.")
@@ -105,64 +113,121 @@ class RunFile:
                 file.truncate(before)
                 raise
 
+    def flush(self) -> None:
+        """Wait until the rows are on the disk, so that a power cut loses none of them."""
+        with contextlib.suppress(OSError), self.log_path.open("ab") as file:
+            os.fsync(file.fileno())
+
     def update_run(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `gradacc_run.json`."""
-        known = json.loads(self.run_path.read_text("utf-8")) if self.run_path.exists() else {}
-        merged = {**known, **to_json(facts)}
+        merged = {**read_settings(self.directory), **to_json(facts)}
         self._replace(self.run_path, json.dumps(merged, indent=2, default=str) + "\n")
 
     def _replace(self, path: Path, text: str) -> None:
         # A rename is atomic, so a kill leaves the old file or the new one, never half of each.
         partial = path.with_suffix(path.suffix + ".partial")
         try:
-            partial.write_text(text, "utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path, *, skips_damage: bool = False) -> list[dict[str, Any]]:
     """Read a log file; a last line cut short by a kill is left out.
+
+    Args:
+        path: The file.
+        skips_damage: Leave out other lines that are no rows, too, with a warning.
 
     Raises:
         DataError: If any other line is not JSON.
     """
     rows = []
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append({key: _from_json(value) for key, value in json.loads(line).items()})
         except (ValueError, AttributeError) as error:
             if number == len(lines):
                 break
-            raise DataError(
-                f"{path}, line {number} is not a JSON object ({error}): delete that line."
-            ) from None
+            what = f"{path}, line {number} is not a JSON object ({error})"
+            if not skips_damage:
+                raise DataError(f"{what}: delete that line.") from None
+            logger.warning(f"{what}, and is left out.")
     return rows
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Read `gradacc_run.json`; {} if there is none, or a warning if it is damaged."""
+    path = directory / RUN_NAME
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        found = error
+    if isinstance(found, dict):
+        return found
+    why = found if isinstance(found, Exception) else "no JSON object"
+    logger.warning(f"{path} is damaged ({why}) and is left out.")
+    return {}
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read what a run left: its settings and its log rows.
 
-    A directory of the stock Trainer has neither file; its newest `trainer_state.json` then gives
-    the rows, so that both can be compared in one report.
+    Of a log that is damaged, the lines that can be read are taken, with a warning. A directory of
+    the stock Trainer has neither file; its newest `trainer_state.json` then gives the rows, so that
+    both can be compared in one report.
 
     Raises:
         DataError: If there is neither.
     """
-    log_path, run_path = directory / LOG_NAME, directory / RUN_NAME
-    settings = json.loads(run_path.read_text("utf-8")) if run_path.exists() else {}
-    if log_path.exists():
-        return settings, read_log(log_path)
-    states = [*directory.glob("trainer_state.json"), *directory.glob("*/trainer_state.json")]
+    log_path = directory / LOG_NAME
+    settings = read_settings(directory)
+    rows = read_log(log_path, skips_damage=True) if log_path.is_file() else []
+    if rows:
+        return settings, rows
+    paths = [*directory.glob("trainer_state.json"), *directory.glob("*/trainer_state.json")]
+    states = [state for path in paths if (state := _read_state(path)) is not None]
+    if not states and log_path.is_file():
+        return settings, []
     if not states:
         raise DataError(
-            f"{directory} holds no {LOG_NAME} and no trainer_state.json: give the output_dir of "
-            f"a training run."
+            f"{directory} holds no {LOG_NAME} and no trainer_state.json that can be read: give the "
+            f"output_dir of a training run."
         )
-    newest = max((json.loads(path.read_text("utf-8")) for path in states), key=_global_step)
+    newest = max(states, key=_global_step)
     return settings, [{"kind": kind_of(row), **row} for row in newest["log_history"]]
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    rows = state.get("log_history") if isinstance(state, dict) else None
+    is_state = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return state if is_state else None
+
+
+def _with_history(
+    rows: list[dict[str, Any]], history: Iterable[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """Add the rows that a checkpoint's history has and the file lacks; return how many."""
+    present = {(row.get("kind"), row.get("step", 0)) for row in rows}
+    known = [{"kind": kind_of(row), **row} for row in history]
+    lost = [
+        row
+        for row in known
+        if row["kind"] != "end" and (row["kind"], row.get("step", 0)) not in present
+    ]
+    return sorted([*rows, *lost], key=lambda row: row.get("step", 0)), len(lost)
 
 
 def kind_of(logs: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
-from hf_gradacc.safety.run_state import keep
+from hf_gradacc.safety.run_state import keep, kept
 from hf_gradacc.tracking.preview import PREVIEW_COLUMNS, preview_rows, sampled_lengths
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.wandb_start import start_run, sync_folder, why_silent
@@ -73,6 +73,8 @@ class GradAccWandbCallback(WandbCallback):
         facts = describe_run(
             args, state=state, model=model, train_dataloader=kwargs.get("train_dataloader")
         )
+        saved = kept(state)
+        facts |= {"run": (saved.get("run") or {}).get("id"), "digest": saved.get("digest")}
         run.config.update({"hf_gradacc": facts}, allow_val_change=True)
         # Every row carries both, so each plot can be drawn over updates or over target tokens.
         run.define_metric("train/target_tokens_seen")

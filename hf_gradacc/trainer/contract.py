@@ -52,7 +52,6 @@ HOOKS = {
     "_load_best_model": Hook("", ("_finalize_training",)),
     "_load_from_checkpoint": Hook("resume_from_checkpoint model", ("train",)),
     "_load_optimizer_and_scheduler": Hook("checkpoint", ("_prepare_for_training",)),
-    "_load_rng_state": Hook("checkpoint", ("_run_epoch",)),
     "_maybe_log_save_evaluate": Hook(
         "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
         ("_run_epoch",),
@@ -94,6 +93,7 @@ HOOKS = {
 USED = (
     "_get_collator_with_removed_columns",
     "_get_train_sampler",
+    "_load_rng_state",
     "_prepare_inputs",
     "_remove_unused_columns",
     "compute_loss_context_manager",

@@ -27,6 +27,7 @@ from hf_gradacc.safety.out_of_memory import (
     message_of,
     single_row_error,
 )
+from hf_gradacc.safety.rollback import RandomState, devices_of
 from hf_gradacc.trainer.settle import collecting
 from hf_gradacc.trainer.terms import sums_of_terms
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
@@ -63,6 +64,10 @@ class Evaluation:
     def run(self, trainer: Any, stock_loop: Callable[[], Any], loader: Any, prefix: str) -> Any:
         """Report the loss per target over all batches and ranks, and its perplexity.
 
+        Training goes on with the random state it had. What an evaluation draws depends on more than
+        that state: workers that persist are given their seed in the first evaluation of a process
+        alone, and in a resumed run that is another one.
+
         Args:
             trainer: The trainer.
             stock_loop: The stock ``evaluation_loop``, arguments included.
@@ -75,6 +80,7 @@ class Evaluation:
         is_alone = trainer.args.world_size == 1
         self._loss = EvalLoss()
         self.rows_per_sequence = 1 if is_alone else rows_per_sequence_in(loader)
+        before = RandomState(*devices_of(trainer.model, trainer.args.device))
         try:
             if not is_alone:
                 share_running_statistics(trainer.model)
@@ -84,6 +90,8 @@ class Evaluation:
             means = self._loss.means(terms or [_WHOLE], device=trainer.args.device)
         finally:
             self._loss = None
+            if trainer.is_in_train:
+                before.restore()
         if means and f"{prefix}_loss" in output.metrics:
             output.metrics[f"{prefix}_loss"] = loss = sum(means.values())
             if terms:

@@ -60,6 +60,7 @@ from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
 from hf_gradacc.trainer.asking import ask_trainer, quietly, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
+from hf_gradacc.trainer.choosing import Start, choose_start, hold_run_folder
 from hf_gradacc.trainer.contract import tell_what_moved
 from hf_gradacc.trainer.data import TrainingData
 from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
@@ -76,6 +77,7 @@ from hf_gradacc.trainer.overrides import (
     refuse_old_signature,
 )
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
+from hf_gradacc.trainer.resume import Beginning
 from hf_gradacc.trainer.row_parts import (
     loss_in_ring,
     loss_of_part,
@@ -83,7 +85,7 @@ from hf_gradacc.trainer.row_parts import (
 )
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saved_values import refuse_bad_values
-from hf_gradacc.trainer.saving import CheckpointWriter, choose_checkpoint, rotate
+from hf_gradacc.trainer.saving import CheckpointWriter, rotate
 from hf_gradacc.trainer.settle import LossSettler, settled
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
@@ -129,10 +131,10 @@ class GradAccMixin(Trainer):
     ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
     ``_load_from_checkpoint``                reads the weights of a model that was split in loading
-    ``_load_optimizer_and_scheduler``        reads their state of such a model
+    ``_load_optimizer_and_scheduler``        reads their state of such a model; lets changed
+                                             settings take effect
     ``_run_epoch``                           begins at that position; makes up for an evaluation
                                              that a signal broke off
-    ``_load_rng_state``                      keeps the random state from after that evaluation
     ``get_batch_samples``                    returns one update
     ``training_step``                        runs one micro-batch, laid out the cheapest way
     ``current_gradient_accumulation_steps``  divides its loss: the weight rule
@@ -192,6 +194,7 @@ class GradAccMixin(Trainer):
         self._checkpoint_writer = CheckpointWriter()
         self.optimizer_steps = OptimizerSteps()
         self._training_data = TrainingData()
+        self._beginning = Beginning(Start())
         self._is_asking = False
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
@@ -258,19 +261,25 @@ class GradAccMixin(Trainer):
 
         Args:
             resume_from_checkpoint: A folder; True for the newest whole one in ``output_dir``; or
-                "auto" for that one if there is any, else to start from the beginning.
+                "auto" for that one of the folder's run, or the beginning if it has saved none.
             *args: As for the stock Trainer.
             **kwargs: Likewise.
 
         Raises:
-            CheckpointError: If the folder is damaged, or if True was passed and none is whole.
+            CheckpointError: If the folder is damaged or of another model, or if True was passed
+                and none is whole.
+            ConfigError: If another process trains into the folder, or ranks disagree.
         """
-        checkpoint = choose_checkpoint(self.args, resume_from_checkpoint)
         self._gradient_gate.begin_run()
         self._checkpoint_writer.begin_run()
-        with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
-            result = super().train(checkpoint, *args, **kwargs)
-            self._stopping.stop_at_end(self, lambda: self._save_unless_saved(self.model_wrapped))
+        with hold_run_folder(self.args) as holder:
+            start = choose_start(self.args, resume_from_checkpoint, holder=holder)
+            self._beginning = Beginning(start)
+            self._beginning.check(self)
+            with self._stopping.around_run(self, phase=lambda: self._log_book.clock.phase):
+                result = super().train(start.checkpoint, *args, **kwargs)
+                save = functools.partial(self._save_unless_saved, self.model_wrapped)
+                self._stopping.stop_at_end(self, save)
         self.stop_signals.exit_if_asked()
         return result
 
@@ -311,6 +320,7 @@ class GradAccMixin(Trainer):
         self.token_budget.restore(saved.get("TokenBudget"))
         self.ledger = restored(self, Ledger)
         membership = self._training_data.membership(self)
+        self._beginning.begin(self, membership)
         return find_place(self, self.ledger, membership, epochs=epochs, updates=updates)
 
     def _prepare_for_training(
@@ -329,6 +339,7 @@ class GradAccMixin(Trainer):
             max_steps, train_dataloader, resume_from_checkpoint
         )
         self.optimizer_steps.begin(self)
+        self._beginning.tell(self)
         has_own_step = find_own_step(type(self)) is not None
         self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
@@ -345,10 +356,6 @@ class GradAccMixin(Trainer):
         if self._stopping.make_up_for_evaluation(self, kwargs):
             super()._run_epoch(**kwargs)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        self._stopping.restore_random_state()
-
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
@@ -359,13 +366,13 @@ class GradAccMixin(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their state; that of a split model each rank its part."""
+        """Load their state, of a split model each rank its part; then what was changed since."""
+        load = functools.partial(super()._load_optimizer_and_scheduler, checkpoint)
         is_sharded = is_sharded_by_loading(self)
+        if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
+            load = functools.partial(load_optimizer, self, checkpoint)
         with self.optimizer_steps.loading(self, checkpoint):
-            if checkpoint is not None and (is_sharded or holds_split_optimizer(checkpoint)):
-                load_optimizer(self, checkpoint)
-            else:
-                super()._load_optimizer_and_scheduler(checkpoint)
+            self._beginning.load_optimizer(self, load)
 
     def _load_best_model(self) -> None:
         if is_split(self.model) and self.state.best_model_checkpoint is not None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -155,6 +161,8 @@ def find_place(
         if isinstance(callback, ExportableState) and states is not None:
             # A checkpoint of the stock Trainer lacks our entries; without them its next save fails.
             states.setdefault(type(callback).__name__, callback.state())
+    if saved and not trainer.args.restore_callback_states_from_checkpoint:
+        _restore_callbacks(trainer, states)
     if not saved or "membership" not in saved.get("attributes", {}):
         return epochs, updates
     if trainer.args.ignore_data_skip:
@@ -169,6 +177,27 @@ def find_place(
             f"layers that draw random numbers will draw different ones."
         )
     return ledger.epoch, ledger.update
+
+
+def _restore_callbacks(trainer: Any, states: dict[str, Any]) -> None:
+    """Let early stopping count on from the checkpoint; say which callbacks begin anew.
+
+    The stock code restores callbacks only if ``restore_callback_states_from_checkpoint`` is set,
+    and then takes their settings from the checkpoint, too. A count that begins at 0 lets a run
+    that was interrupted go on for longer than one that was not.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        entry = states.get(type(callback).__name__)
+        if not isinstance(callback, ExportableState) or not isinstance(entry, dict):
+            continue
+        kept, now = entry.get("attributes", {}), callback.state().get("attributes", {})
+        if type(callback) is EarlyStoppingCallback:
+            vars(callback).update({name: kept[name] for name in kept if name in now})
+        elif kept != now and not type(callback).__module__.startswith("hf_gradacc."):
+            logger.warning(
+                f"{type(callback).__name__} begins anew: the checkpoint holds its state, which "
+                f"restore_callback_states_from_checkpoint = True takes over."
+            )
 
 
 def begin_epoch(trainer: Any, ledger: Ledger, arguments: dict[str, Any]) -> None:

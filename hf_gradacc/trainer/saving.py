@@ -12,76 +12,24 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from hf_gradacc.errors import CheckpointError
-from hf_gradacc.ranks.collectives import gather_objects, share_of_first_rank, wait_for_ranks
+from hf_gradacc.ranks.collectives import gather_objects, wait_for_ranks
 from hf_gradacc.safety.checkpoints import (
     STAGING_NAME,
-    find_edits,
     find_whole_checkpoint,
     publish,
     remove,
+    run_of,
+    step_of,
     write_manifest,
 )
+from hf_gradacc.safety.identity import RunIdentity
+from hf_gradacc.safety.run_state import kept
 from hf_gradacc.safety.storage_errors import find_storage_fault
-from hf_gradacc.tracking.install import record_event
+from hf_gradacc.tracking.install import flush_log, record_event
 
-__all__ = ["CheckpointWriter", "choose_checkpoint", "rotate"]
+__all__ = ["CheckpointWriter", "rotate"]
 
 logger = logging.get_logger(__name__)
-
-
-def choose_checkpoint(args: Any, asked: str | bool | None) -> str | None:
-    """Choose a whole checkpoint, the same on all ranks.
-
-    Args:
-        args: The trainer's arguments.
-        asked: A folder; True for the newest whole one in ``output_dir``; or "auto" for that one if
-            there is any.
-
-    Raises:
-        CheckpointError: If the one asked for is damaged, or True was asked and none is whole.
-    """
-    if args.process_index == 0:  # left behind by a run that was killed while it wrote or deleted
-        shutil.rmtree(Path(args.output_dir, STAGING_NAME), ignore_errors=True)
-    if not asked:
-        return None
-    answer: tuple[str | None, str | None] = (None, None)
-    if args.process_index == 0:
-        named = None if asked is True or asked == "auto" else asked
-        answer = _look_for_checkpoint(args.output_dir, named, is_needed=asked != "auto")
-    path, problem = share_of_first_rank(answer)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return None if path is None else str(path)
-
-
-def _look_for_checkpoint(
-    output_dir: str, named: str | None, *, is_needed: bool
-) -> tuple[str | None, str | None]:
-    """Return a checkpoint, or what is wrong; neither if the run starts from the beginning."""
-    if named is not None:
-        is_there = Path(named).is_dir()
-        damage, edits = find_edits(named) if is_there else ("there is no such folder", [])
-        if edits and damage is None:
-            logger.warning(f"{Path(named).name} is not as it was written: {'; '.join(edits)}.")
-        problem = (
-            f"resume_from_checkpoint = {named!r}: {damage}.\n  Name another checkpoint, or use "
-            f"True to take the newest whole one in output_dir."
-        )
-        return (named, None) if damage is None else (None, problem)
-    path, passed_over = find_whole_checkpoint(output_dir)
-    for line in passed_over:
-        logger.warning(f"{line}. It is skipped.")
-    if path is not None:
-        if passed_over:
-            logger.warning(f"The run goes on from {path.name}, the newest whole checkpoint.")
-        return str(path), None
-    if not is_needed and not passed_over:
-        return None, None
-    lines = "".join(f"\n  {line}" for line in passed_over)
-    return None, (
-        f"no whole checkpoint found in output_dir = {output_dir}{lines}\n  Leave out "
-        f"resume_from_checkpoint, or move damaged ones away, to start from the beginning."
-    )
 
 
 class CheckpointWriter:
@@ -138,12 +86,15 @@ class CheckpointWriter:
             self.staging = None
         problem = self._agree_on_problem(args.output_dir)
         if problem is None:
+            flush_log(trainer)  # rows of before a checkpoint last as long as it does
             with self._keeping_storage_errors():
                 if args.process_index == 0:
-                    _complete(staged, final)
+                    _complete(staged, final, state)
             problem = self._agree_on_problem(args.output_dir)
         if problem is None and args.local_process_index == 0 and staged.is_dir():
-            _complete(staged, final)  # this node has a disk of its own, where rank 0 wrote nothing
+            _complete(
+                staged, final, state
+            )  # this node has a disk of its own, where rank 0 wrote nothing
         if problem is None:
             self.saved_step, self.newest = state.global_step, str(final)
             rotate(args, state, run_dir)
@@ -229,11 +180,19 @@ class CheckpointWriter:
 
 
 def rotate(args: Any, state: Any, run_dir: Path) -> None:
-    """Delete old checkpoints as the stock rotation does, each whole or not at all."""
+    """Delete old checkpoints as the stock rotation does, each whole or not at all.
+
+    Those of other runs in the folder are neither counted nor deleted.
+    """
     limit = args.save_total_limit
     if not args.should_save or not limit or limit < 0:
         return
-    checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+    run = _identity(state)
+    checkpoints = [
+        path
+        for path in sort_checkpoints(str(run_dir), use_mtime=True)
+        if run is None or run.owns(run_of(Path(path)), step_of(Path(path)))
+    ]
     if not checkpoints:
         return
     best = state.best_model_checkpoint
@@ -245,6 +204,11 @@ def rotate(args: Any, state: Any, run_dir: Path) -> None:
         (run_dir / STAGING_NAME).rmdir()
 
 
-def _complete(staged: Path, final: Path) -> None:
-    write_manifest(staged)
+def _complete(staged: Path, final: Path, state: Any) -> None:
+    run = _identity(state)
+    write_manifest(staged, run=None if run is None else run.id)
     publish(staged, final)
+
+
+def _identity(state: Any) -> RunIdentity | None:
+    return RunIdentity.of(kept(state).get("run"))

@@ -12,7 +12,6 @@ from transformers.utils import logging
 from hf_gradacc.errors import DataError, GradAccError, MemoryBudgetError
 from hf_gradacc.ranks.outcome import RankFailure
 from hf_gradacc.safety.out_of_memory import advice_on_pieces, is_out_of_memory, message_of
-from hf_gradacc.safety.rollback import RandomState, devices_of
 from hf_gradacc.safety.run_state import keep, kept
 from hf_gradacc.safety.signals import EvaluationStopped, StopSignals
 from hf_gradacc.tracking.phases import Phase
@@ -43,7 +42,6 @@ class Stopping:
         self.signals = signals
         self._begins_again = False
         self._is_evaluating = False
-        self._after_evaluation: RandomState | None = None
 
     def is_asked(self, args: Any) -> bool:
         """Return whether any rank got a signal. Every rank must call it, at the same place."""
@@ -169,16 +167,10 @@ class Stopping:
         Returns:
             Whether there is anything left to train.
         """
-        if due := kept(trainer.state).get("evaluation_due"):
+        if kept(trainer.state).get("evaluation_due"):
             keep(trainer.state, evaluation_due=None)
-            if due == "left out":  # the checkpoint's random state lacks what its loader draws
-                trainer._load_rng_state(arguments["resume_from_checkpoint"])
-            devices = devices_of(trainer.model, trainer.args.device)
-            before = RandomState(*devices)
+            trainer._load_rng_state(arguments["resume_from_checkpoint"])
             metrics = trainer._evaluate(arguments["trial"], arguments["ignore_keys_for_eval"])
-            if due == "left out":
-                self._after_evaluation = RandomState(*devices)
-            before.restore()
             if not metrics:  # broken off again: the checkpoint still says that it is due
                 trainer.control.should_training_stop = True
                 return False
@@ -190,12 +182,6 @@ class Stopping:
             trainer.control.should_training_stop = True
             return False
         return True
-
-    def restore_random_state(self) -> None:
-        """Continue with the random state as the evaluation that was made up for left it."""
-        if self._after_evaluation is not None:
-            self._after_evaluation.restore()
-            self._after_evaluation = None
 
 
 _PLACES: dict[Phase | None, tuple[str, str]] = {

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Subset
 
 from hf_gradacc.updates.stream import is_arrow_table, is_stream
 
@@ -26,7 +27,8 @@ def fingerprint(dataset: Any, *, first_rows: Sequence[Any] | None = None) -> str
 
     Of a ``datasets.Dataset`` or a list with more than 100,000 rows, 100 evenly spaced blocks of
     1,000 are hashed. Of a stream only rows are that were read already: it may be a queue or an open
-    file, and whoever begins to read it again loses rows. Any other map dataset may compute its
+    file, and whoever begins to read it again loses rows. A ``torch.utils.data.Subset`` is hashed by
+    its indices and what it is taken from. Any other map dataset may compute its
     rows, or draw them at random, and is not asked.
 
     Args:
@@ -52,6 +54,9 @@ def fingerprint(dataset: Any, *, first_rows: Sequence[Any] | None = None) -> str
     elif isinstance(dataset, (list, tuple)):
         for start, stop in _blocks(len(dataset)):
             digest.update(_json_of(dataset[start:stop]))
+    elif type(dataset) is Subset:
+        digest.update(_json_of([int(index) for index in dataset.indices]))
+        digest.update(str(fingerprint(dataset.dataset)).encode())
     elif is_stream(dataset) and first_rows is not None:
         digest.update(_json_of(first_rows))
     else:

@@ -14,7 +14,7 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.tracking.phases import PHASE_KEYS
 from hf_gradacc.tracking.run_files import LOG_NAME, RUN_NAME, RunFile, read_log, read_run
 
-TIMED = {"time", "step_seconds", "target_tokens_per_second", *PHASE_KEYS.values()}
+TIMED = {"time", "run", "step_seconds", "target_tokens_per_second", *PHASE_KEYS.values()}
 
 
 class KillInUpdate(TrainerCallback):

@@ -43,7 +43,9 @@ def names(out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
-    job = {"num_train_epochs": 6, "save_total_limit": 2}
+    job: dict[str, Any] = {"num_train_epochs": 6, "save_total_limit": 2}
+    job |= {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": ragged_rows(7, seed=9)}
+    job |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     straight = train_and_report(str(tmp_path / "straight"), dropout=0.2, **job)
     draw, kills, result = random.Random(0), 0, tmp_path / "result"
     while not result.exists():
