@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_gradacc.compat import options_as_installed
-from hf_gradacc.recipe.checks import check_section, resolve_paths
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
+from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
@@ -26,7 +28,13 @@ from hf_gradacc.recipe.values import check_values, machine_problems
 __all__ = ["configure_wandb", "load_recipe", "recipe_arguments"]
 
 
-def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    allow_env: Collection[str] = (),
+    trust_remote_code: bool = False,
+) -> Recipe:
     """Read, merge, check and complete a recipe.
 
     Relative paths in a file start at that file's folder, those in an override at the current
@@ -35,13 +43,22 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: A YAML file.
         overrides: `key.sub=value`, applied last, in order.
+        allow_env: Variables of the environment that the recipe may read beside those that any may.
+        trust_remote_code: Let the recipe run code that its model's repository ships, if it asks
+            for that.
 
     Raises:
         RecipeError: With every problem of the file, its bases and the overrides.
     """
-    source = read_recipe(Path(path), overrides=overrides)
+    try:
+        readable = allow_variables(allow_env)
+    except ValueError as error:
+        raise ConfigError(f"allow_env: {error}.") from None
+    source = read_recipe(Path(path), overrides=overrides, readable=readable)
     values = source.values
     problems = list(check_section(Recipe, values, (), source))
+    if not trust_remote_code:
+        problems += find_remote_code(source)
     section = values.get("train")
     if isinstance(section, dict):
         problems += check_section(train_section(), section, ("train",), source)
@@ -50,7 +67,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     paths, missing = resolve_paths(source)
     problems += missing + check_values(source, faulty=faulty)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(map(source.by_name, problems))
     recipe = Recipe.model_validate(values)
     recipe.train = train_section().model_validate(recipe.train).model_dump(exclude_unset=True)
     for key, place in paths.items():
@@ -60,6 +77,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
+    recipe.keep_from_environment(source.from_environment)
     return recipe
 
 

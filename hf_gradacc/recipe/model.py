@@ -14,8 +14,7 @@ from hf_gradacc.data.section import ModelSection
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
 from hf_gradacc.recipe.sections import HEADS, PeftSection
-from hf_gradacc.recipe.source import SECRET_KEY
-from hf_gradacc.text import nearest
+from hf_gradacc.text import SECRET_KEY, nearest
 
 __all__ = [
     "apply_peft",

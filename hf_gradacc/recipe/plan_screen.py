@@ -24,6 +24,7 @@ from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
+from hf_gradacc.text import printable
 from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
@@ -73,7 +74,7 @@ def show_plan(
     data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
     too_long = check_longest_row(recipe, model, data)
     for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
-        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(str(line)), highlight=False, markup=False, soft_wrap=True)
     if num_rows:
         show_rows(
             data.train,
@@ -112,7 +113,7 @@ def show_plan(
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     if png is not None:
         draw_plan(plan, png)
-        console.print(f"written: {png}", highlight=False)
+        console.print(f"written: {png}", highlight=False, markup=False)
     return plan
 
 
