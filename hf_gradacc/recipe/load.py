@@ -24,6 +24,7 @@ from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
 from hf_gradacc.recipe.values import check_values, machine_problems
+from hf_gradacc.safety.withheld import name_values
 
 __all__ = ["configure_wandb", "load_recipe", "recipe_arguments"]
 
@@ -106,6 +107,15 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    fields = {("output", "dir"): "output_dir", ("wandb", "name"): "run_name"}
+    fields |= {("wandb", "project"): "project"}
+    fields |= {("train", name): name for name in recipe.train if name not in changes}
+    held = recipe.from_environment
+    written = {field: held[key] for key, field in fields.items() if key in held}
+    name_values(
+        arguments,
+        {name: found.by_name(getattr(arguments, name, None)) for name, found in written.items()},
+    )
     problems = [] if elsewhere else list(machine_problems(recipe, arguments))
     if problems:
         raise RecipeError(problems)

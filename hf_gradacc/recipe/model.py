@@ -167,6 +167,8 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     Returns:
         The folder.
     """
+    from hf_gradacc.trainer.saving import save_aside
+
     folder = Path(trainer.args.output_dir)
     if peft is None or not peft.merge_on_save:
         trainer.save_model()
@@ -176,8 +178,9 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
                 save_stop_tokens(model, folder)
     elif trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.merge_and_unload().save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        with save_aside(trainer, folder) as staged:
+            model.merge_and_unload().save_pretrained(staged)
+            trainer.processing_class.save_pretrained(staged)
     return folder
 
 

@@ -11,6 +11,7 @@ from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
 from hf_gradacc.safety.run_state import keep
+from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.text import printable
 from hf_gradacc.tracking.preview import PREVIEW_COLUMNS, preview_rows, sampled_lengths
 from hf_gradacc.tracking.run_facts import describe_run
@@ -68,7 +69,8 @@ class GradAccWandbCallback(WandbCallback):
             return
         if self._wandb.run is None:
             start_run(args, state)
-        super().setup(args, state, model, **kwargs)
+        with shown_without_secrets(args):
+            super().setup(args, state, model, **kwargs)
         run = self._wandb.run
         keep(state, wandb_run_id=run.id, wandb_step=run.step)
         facts = describe_run(

@@ -27,7 +27,11 @@ from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
-from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.collator import (
+    UpdateCollator,
+    make_micro_batch,
+    refuse_unknown_tokens,
+)
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
@@ -108,6 +112,7 @@ class TrainingData:
         )
         self.collator = loader.collator
         self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
+        self.collator.vocab_size = _vocab_size(trainer.model)
         before, self._stream = self._stream, None
         if isinstance(loader.dataset, UpdateStream):
             self._stream = loader.dataset
@@ -145,7 +150,7 @@ class TrainingData:
         collate = self.collator.data_collator
         inputs, error = None, None
         try:
-            inputs = collate(rows)
+            inputs = collate(list(rows))
         except Exception as failure:
             error = failure
         if self.collator.max_sequences == 1:
@@ -161,11 +166,14 @@ class TrainingData:
                 return inputs
         if error is not None:
             raise DataError(
-                f"the data collator ({type(trainer.data_collator).__name__}) failed on rows of the "
-                f"training dataset: {type(error).__name__}: {error}\n"
-                f"  the first row has {describe(rows[0])}"
+                f"the data collator ({type(trainer.data_collator).__name__}) failed on "
+                f"{_name_rows(rows, collate)} of the training dataset: {type(error).__name__}: "
+                f"{error}\n  the first row has {describe(rows[0])}"
             ) from error
         _refuse_unused_inputs(trainer, inputs, rows[0])
+        if isinstance(inputs, Mapping) and self.collator.vocab_size is not None:
+            named = list(zip(getattr(rows, "indices", ()), rows, strict=False))
+            refuse_unknown_tokens(inputs, named, vocab_size=self.collator.vocab_size)
         if isinstance(inputs, Mapping):
             self.sample = ProbeRows.of(rows, inputs, collate)
             self.collator.rows_per_sequence = self.sample.rows_per_sequence
@@ -321,6 +329,33 @@ def _batches_per_update(trainer: Any, loader: Any) -> int:
         )
         rows = batch_size and batch_size * trainer.rank_layout.num_replicas
     return max(1, round(args.effective_batch_size / rows)) if rows else 1
+
+
+def _vocab_size(model: Any) -> int | None:
+    """Return the entries of a text model's vocabulary; None where ids may stand for something else.
+
+    Models that see or hear take ids of their own for pictures and sounds, and some hash ids.
+    """
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) != "input_ids" or config is None:
+        return None
+    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        return None
+    try:
+        embeddings = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embeddings.num_embeddings if type(embeddings) is torch.nn.Embedding else None
+
+
+def _name_rows(rows: Any, collate: Callable[[list[Any]], Any]) -> str:
+    """Name the rows that a collator fails on, by themselves if any does that."""
+    if not hasattr(rows, "indices"):
+        return "rows"
+    named = dict(zip(rows.indices, rows, strict=True))
+    failing = [i for i, row in named.items() if not _collate_alone(collate, [row])]
+    numbers = failing or list(named)
+    return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:

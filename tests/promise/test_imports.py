@@ -12,7 +12,7 @@ import hf_gradacc
 
 PACKAGE = Path(hf_gradacc.__file__).parent
 ROOMS = {
-    "errors": set(),
+    "errors": {"text"},
     "text": set(),
     "_exports": set(),
     "compat": {"errors"},
