@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import check_model
@@ -46,6 +47,7 @@ _ON_ANY_MACHINE: dict[str, Any] = {
 BAR = 40
 
 
+@telling_of_hub
 def show_plan(
     recipe: Recipe,
     *,

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import add_stop_tokens
+from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.interpolation import escape
 from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
@@ -55,6 +56,7 @@ class RunResult:
     folder: Path
 
 
+@telling_of_hub
 def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     """Everything up to, but not including, the first update.
 

@@ -22,6 +22,7 @@ from hf_gradacc.compat import start_method_of_loader
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.safety.waiting import TellOfWait
 from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.trainer.position import Ledger
@@ -34,6 +35,7 @@ from hf_gradacc.updates.collator import (
 )
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
+from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import count_all_targets
@@ -42,6 +44,9 @@ from hf_gradacc.updates.update import Update
 __all__ = ["TrainingData"]
 
 logger = logging.get_logger(__name__)
+
+TELL_AFTER_SECONDS = 60.0
+"""How long the loop waits for an update before a line says whose rows are late."""
 
 
 class TrainingData:
@@ -60,6 +65,16 @@ class TrainingData:
         self.sample_inputs: Any = None
         self._stream: UpdateStream | None = None
         self.hands_out = False
+        self._awaited = 0
+        self._loading: LoadingNow | None = None
+        self._slow_loader = TellOfWait(self._describe_wait, after=TELL_AFTER_SECONDS)
+
+    def _describe_wait(self, seconds: float) -> str:
+        who = "" if self._loading is None else f" ({self._loading.describe(self._awaited)})"
+        return (
+            f"update {self._awaited + 1} of this epoch has been waited for {seconds:.0f} s: its "
+            f"rows are not there yet{who}. If this goes on, the dataset or the data collator hangs."
+        )
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -114,6 +129,7 @@ class TrainingData:
         self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
         self.collator.vocab_size = _vocab_size(trainer.model)
         before, self._stream = self._stream, None
+        self._loading = getattr(loader.dataset, "loading", None)
         if isinstance(loader.dataset, UpdateStream):
             self._stream = loader.dataset
             if before is not None:  # the loader has been asked for before, say for its length
@@ -202,8 +218,10 @@ class TrainingData:
             DataError: If a stream gave no update at all.
             RuntimeError: If a loader worker died.
         """
+        self._awaited = ledger.update
         try:
-            updates = list(itertools.islice(epoch_iterator, 1))
+            with self._slow_loader:
+                updates = list(itertools.islice(epoch_iterator, 1))
         except (ConnectionError, EOFError) as error:
             if trainer.args.dataloader_num_workers == 0 or "Caught" in str(error):
                 raise  # the dataset's own error, which torch passes on with this word
