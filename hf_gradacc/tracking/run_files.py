@@ -107,8 +107,7 @@ class RunFile:
 
     def update_run(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `gradacc_run.json`."""
-        known = json.loads(self.run_path.read_text("utf-8")) if self.run_path.exists() else {}
-        merged = {**known, **to_json(facts)}
+        merged = {**_read_settings(self.run_path), **to_json(facts)}
         self._replace(self.run_path, json.dumps(merged, indent=2, default=str) + "\n")
 
     def _replace(self, path: Path, text: str) -> None:
@@ -129,11 +128,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         DataError: If any other line is not JSON.
     """
     rows = []
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append({key: _from_json(value) for key, value in json.loads(line).items()})
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise DataError(
@@ -152,7 +151,7 @@ def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         DataError: If there is neither.
     """
     log_path, run_path = directory / LOG_NAME, directory / RUN_NAME
-    settings = json.loads(run_path.read_text("utf-8")) if run_path.exists() else {}
+    settings = _read_settings(run_path)
     if log_path.exists():
         return settings, read_log(log_path)
     states = [*directory.glob("trainer_state.json"), *directory.glob("*/trainer_state.json")]
@@ -161,8 +160,22 @@ def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             f"{directory} holds no {LOG_NAME} and no trainer_state.json: give the output_dir of "
             f"a training run."
         )
-    newest = max((json.loads(path.read_text("utf-8")) for path in states), key=_global_step)
-    return settings, [{"kind": kind_of(row), **row} for row in newest["log_history"]]
+    newest = max((_read_settings(path) for path in states), key=_global_step)
+    history = newest.get("log_history")
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    return settings, [{"kind": kind_of(row), **row} for row in rows]
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object; one that is damaged is left out: it is no reason not to go on."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        logger.warning(f"{path} cannot be read ({type(error).__name__}), and is left out.")
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def kind_of(logs: Mapping[str, Any]) -> str:
@@ -191,7 +204,8 @@ def is_training_row(logs: Mapping[str, Any]) -> bool:
 
 
 def _global_step(state: Mapping[str, Any]) -> int:
-    return int(state.get("global_step", 0))
+    step = state.get("global_step", 0)
+    return int(step) if isinstance(step, int) else 0
 
 
 def _to_line(row: Mapping[str, Any]) -> str:
