@@ -34,11 +34,17 @@ def pickled_without_secrets(args: Any) -> Iterator[None]:
     The arguments themselves keep theirs: an upload may need the token meanwhile.
     """
 
+    def clean(state: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in state.items() if name not in _OURS}
+        return _without(kept, args)
+
     def reduce(protocol: Any) -> tuple[Any, ...]:
         reduced: Any = type(args).__reduce_ex__(args, protocol)  # type: ignore[call-arg]
-        made, arguments, state, *rest = reduced
-        kept = {name: value for name, value in state.items() if name not in _OURS}
-        return (made, arguments, _without(kept, args), *rest)
+        made, arguments, *rest = reduced
+        if rest:
+            return (made, arguments, clean(rest[0]), *rest[1:])
+        # A class made at run time: its own way to pickle passes the values along as an argument.
+        return made, tuple(clean(part) if isinstance(part, dict) else part for part in arguments)
 
     with _shadowed(args, "__reduce_ex__", reduce):
         yield
