@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,10 @@ from hf_gradacc import __version__
 from hf_gradacc.errors import GradAccError
 from hf_gradacc.recipe.shipped import find_recipe, recipes_app
 from hf_gradacc.safety.storage_errors import find_errno
+from hf_gradacc.text import printable
+
+if TYPE_CHECKING:
+    from hf_gradacc.recipe.sections import Recipe
 
 __all__ = ["app", "main", "plan", "report", "schema", "train", "verify"]
 
@@ -40,6 +44,33 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, such as train.max_steps=50."),
 ]
+AllowEnv = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Let the recipe read this variable of the environment, too; may stand several times.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let the recipe run Python code that its model's repository ships.",
+    ),
+]
+
+
+def _load(
+    recipe: str, overrides: list[str] | None, allow_env: list[str] | None, *, trusted: bool
+) -> Recipe:
+    from hf_gradacc.recipe.load import load_recipe
+
+    return load_recipe(
+        find_recipe(recipe),
+        overrides=overrides or [],
+        allow_env=allow_env or [],
+        trust_remote_code=trusted,
+    )
 
 
 def _show_version(is_asked: bool) -> None:
@@ -71,6 +102,8 @@ def train(
     verify_first: Annotated[
         bool, typer.Option("--verify", help="Run `verify` before, and train only if it passes.")
     ] = False,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train as a recipe says; save model, tokenizer and the completed recipe.
 
@@ -85,25 +118,24 @@ def train(
     - `accelerate launch -m hf_gradacc train qwen3/8b_full_chat_fsdp2 --resume`
     """
     from hf_gradacc.recipe.folder import claim_folder
-    from hf_gradacc.recipe.load import load_recipe
     from hf_gradacc.recipe.run import train_recipe
     from hf_gradacc.recipe.sections import HEADS
 
     given = [*(overrides or []), *(["output.overwrite=true"] if overwrite else [])]
-    loaded = load_recipe(find_recipe(recipe), overrides=given)
+    loaded = _load(recipe, given, allow_env, trusted=trust_remote_code)
     claim_folder(loaded, resume=resume)
     if verify_first:
         from hf_gradacc.recipe.verifying import verify_recipe
 
         report = verify_recipe(loaded)
-        print(report)
+        print(printable(str(report)))
         if not report.passed:
             raise typer.Exit(1)
     result = train_recipe(loaded, resume=resume)
     if result.trainer.is_world_process_zero():
         if "eval_loss" in result.metrics:
             print(f"held-out loss {result.metrics['eval_loss']:.4f}")
-        print(f"saved: {result.folder}")
+        print(f"saved: {printable(str(result.folder))}")
         kind = "transformers.AutoModel" if loaded.peft.saves_whole_model else "peft.AutoPeftModel"
         print(f'load it: {kind}{HEADS[loaded.model.task]}.from_pretrained("{result.folder}")')
 
@@ -124,6 +156,8 @@ def plan(
         int,
         typer.Option(min=0, metavar="N", help="Also show the first N rows, their targets marked."),
     ] = 0,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the updates of a recipe before any weight is loaded, and what to change.
 
@@ -137,10 +171,9 @@ def plan(
 
     - `hf-gradacc plan my.yaml --show-rows 3`
     """
-    from hf_gradacc.recipe.load import load_recipe
     from hf_gradacc.recipe.plan_screen import show_plan
 
-    loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
     # Without a terminal, as in a pipe or a log, rich would use 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 110)
     show_plan(
@@ -161,6 +194,8 @@ def verify(
     preflight: Annotated[
         bool, typer.Option(help="Also run the longest rows once, and measure memory.")
     ] = True,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check on your own model and rows that accumulation is exact. Exit code 1 if it is not.
 
@@ -173,12 +208,11 @@ def verify(
 
     - `hf-gradacc verify my.yaml --rows 32 --no-preflight`
     """
-    from hf_gradacc.recipe.load import load_recipe
     from hf_gradacc.recipe.verifying import verify_recipe
 
-    loaded = load_recipe(find_recipe(recipe), overrides=overrides or [])
+    loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
     report = verify_recipe(loaded, num_rows=rows, preflight=preflight)
-    print(report)
+    print(printable(str(report)))
     if not report.passed:
         raise typer.Exit(1)
 
@@ -227,7 +261,7 @@ def main() -> None:
     try:
         app(prog_name="hf-gradacc")
     except GradAccError as error:
-        print(f"error: {_message_of(error)}", file=sys.stderr)
+        print(f"error: {printable(_message_of(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -239,7 +273,7 @@ def main() -> None:
         text = _explain_files(error)
         if text is None:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -15,6 +15,8 @@ Every message names the field, the value, and the way out.
 
 from __future__ import annotations
 
+from hf_gradacc.text import printable
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -29,7 +31,14 @@ __all__ = [
 
 
 class GradAccError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Messages quote rows, file names and recipes, so what a terminal would act upon is written as its
+    code.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(GradAccError, ValueError):

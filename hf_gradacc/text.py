@@ -1,13 +1,29 @@
-"""Words for people: the nearest name, quantities, durations; where two texts part."""
+"""Words for people: the nearest name, quantities, durations, texts of others made harmless."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["byte_size", "common_length", "count_updates", "duration", "nearest", "quantity"]
+__all__ = [
+    "SECRET_KEY",
+    "byte_size",
+    "common_length",
+    "count_updates",
+    "duration",
+    "nearest",
+    "printable",
+    "quantity",
+]
+
+SECRET_KEY = re.compile(r"secret|passw|api_?key|credential|(hub|auth|access)_token", re.IGNORECASE)
+"""Names of options whose values are never saved, logged or shown."""
+
+_LONGEST_NAME = 100
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -16,7 +32,9 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     >>> nearest("learning_rat", ["learning_rate", "warmup_steps"])
     'learning_rate'
     """
-    names = list(choices)
+    if len(word) > _LONGEST_NAME:  # comparing texts takes the product of their lengths
+        return None
+    names = [name for name in choices if len(name) <= _LONGEST_NAME]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return close[0]
@@ -86,3 +104,31 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     pairs = enumerate(zip(first, second, strict=False))
     shorter = min(len(first), len(second))
     return next((index for index, (a, b) in pairs if a != b), shorter)
+
+
+_JOINERS = "\u200c\u200d"
+"""Format characters that letters of some scripts, and emoji, are made with."""
+
+
+def printable(text: str) -> str:
+    """Write what a terminal would act upon as its code; line breaks and tabs stay.
+
+    Use it for every text that others wrote: rows, file names, answers of servers. A row that holds
+    an escape sequence could otherwise move the cursor, or write lines that we never said.
+
+    >>> printable("one\\ntwo\\x1b[31m")
+    'one\\ntwo\\\\x1b[31m'
+    """
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character in "\n\t":
+        return character
+    # Cc controls, Cf changes the direction of writing, Cs cannot be written at all, Zl and Zp break
+    # lines where nothing shows it.
+    kind = unicodedata.category(character)
+    if kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and character not in _JOINERS):
+        code = ord(character)
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return character

@@ -189,7 +189,7 @@ def _modes() -> list[Check]:
             "adapters:quickstart",
             "quickstart",
             150,
-            packages=("datasets", "omegaconf", "pydantic", "yaml", "wandb", "rich", "typer"),
+            packages=("datasets", "pydantic", "yaml", "wandb", "rich", "typer"),
         ),
     ]
 

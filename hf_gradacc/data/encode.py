@@ -22,7 +22,7 @@ from hf_gradacc.data.section import (
 )
 from hf_gradacc.data.sources import ExplainedStream
 from hf_gradacc.errors import DataError
-from hf_gradacc.text import nearest
+from hf_gradacc.text import nearest, printable
 
 __all__ = [
     "CACHE_VERSION",
@@ -103,7 +103,7 @@ def encode_source(
         options |= {
             "num_proc": section.num_proc,
             "new_fingerprint": _fingerprint(section, source, reader, raw),
-            "desc": f"tokenizing {source.path.rsplit('/', 1)[-1]}",
+            "desc": printable(f"tokenizing {source.path.rsplit('/', 1)[-1]}"),
         }
     try:
         return raw.map(_encode_batch, **options)

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
+
+from hf_gradacc.text import printable
 
 __all__ = ["with_progress"]
 
@@ -27,7 +30,7 @@ def with_progress(items: Iterable[Item], *, what: str, total: int | None = None)
     """
     yield from track(
         items,
-        description=what,
+        description=escape(printable(what)),
         total=total,
         console=Console(stderr=True),
         transient=True,

@@ -7,7 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hf_gradacc.data.sandbox import (
+    TemplateLimitError,
+    check_length,
+    guard_templates,
+    within_limits,
+)
 from hf_gradacc.data.words import Messages, answer_of, cut_in_pieces, holds
+from hf_gradacc.errors import ConfigError
 from hf_gradacc.text import common_length
 
 __all__ = ["ChatError", "Rendering", "has_generation_tags"]
@@ -195,23 +202,33 @@ class Rendering:
     def _render(self, messages: Messages, *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        guard_templates()
         options = self._options
         messages = cut_in_pieces(messages) if self._in_pieces else messages
         try:
-            if not self.is_tagged:
-                text = self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=prompt, **options
+            with within_limits():
+                if not self.is_tagged:
+                    text = self._tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=prompt, **options
+                    )
+                    check_length(text, messages)
+                    return str(text), []
+                # As `apply_chat_template` does, which gives the places of tokens, not of letters.
+                turns = [{k: v for k, v in m.items() if v is not None} for m in messages]
+                texts, places = render_jinja_template(
+                    conversations=[turns],
+                    chat_template=_template_of(self._tokenizer, options.get("tools")),
+                    return_assistant_tokens_mask=True,
+                    add_generation_prompt=prompt,
+                    **{**self._tokenizer.special_tokens_map, **options},
                 )
-                return str(text), []
-            # As `apply_chat_template` does, which gives the places of tokens, not of letters.
-            texts, places = render_jinja_template(
-                conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-                chat_template=_template_of(self._tokenizer, options.get("tools")),
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=prompt,
-                **{**self._tokenizer.special_tokens_map, **options},
-            )
-            return texts[0], [(start, end) for start, end in places[0] if end > start]
+                check_length(texts[0], messages)
+                return texts[0], [(start, end) for start, end in places[0] if end > start]
+        except TemplateLimitError as error:  # of no row: any would be as slow
+            raise ConfigError(
+                f"the chat template cannot be meant for conversations ({error}): use another, see "
+                "tokenizer.chat_template."
+            ) from None
         except Exception as error:  # Jinja templates raise whatever they like
             raise ChatError(f"the chat template refuses it: {error}") from error
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_gradacc.data.section import DataSection
 from hf_gradacc.errors import DataError
+from hf_gradacc.text import printable
 
 __all__ = ["NOTES", "Fate", "LengthReport", "StreamReport", "explain_nothing_left", "write_notes"]
 
@@ -205,7 +206,8 @@ class StreamReport:
         lines = [", ".join([f"{self._num_rows:,} rows read {until}", *_write_fates(self._counts)])]
         if self._first_unusable:
             lines.append(f"the first unusable row: {self._first_unusable}")
-        logger.warning(f"{self._path}: " + "\n  ".join([*lines, *write_notes(self._notes)]))
+        told = "\n  ".join([*lines, *write_notes(self._notes)])
+        logger.warning(printable(f"{self._path}: {told}"))
 
     def close(self) -> None:
         """End a pass: tell what it left out.

@@ -25,8 +25,8 @@ from hf_gradacc.updates.batch import (
 )
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.lengths import measure_length
-from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_rows
-from hf_gradacc.updates.stream import UpdateStream, is_arrow_table, is_stream
+from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_row, read_rows
+from hf_gradacc.updates.stream import Rows, UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import IGNORE_INDEX, can_have_target, count_row_targets
 
 __all__ = [
@@ -153,7 +153,7 @@ def choose_probe_rows(
     *,
     tokens_per_update: int | None = None,
     count: int = 3,
-) -> list[Any]:
+) -> Rows:
     """Choose a few short rows to ask the model with, as different from each other as possible.
 
     A wrong weight shows only between rows of different length, label or number of targets. A
@@ -166,19 +166,20 @@ def choose_probe_rows(
     dataset: Any = loader.dataset
     taken: list[int] = []
     if isinstance(dataset, UpdateStream):
-        candidates = [row for row in dataset.peek(16) if can_have_target(row)]
+        numbered = [(i, row) for i, row in enumerate(dataset.peek(16)) if can_have_target(row)]
     else:
         dataset, n = dataset.dataset, len(dataset)
         taken = [*dict.fromkeys([*range(min(n, 8)), *(n * k // 8 for k in range(1, 8)), n - 1])]
-        candidates = [row for row in (dataset[i] for i in taken) if can_have_target(row)]
-        candidates = candidates or list(
-            itertools.islice(filter(can_have_target, read_rows(dataset)), count)
-        )
-        if not candidates:
+        read = ((i, read_row(dataset, i)) for i in taken)
+        numbered = [(i, row) for i, row in read if can_have_target(row)]
+        others = ((i, row) for i, row in enumerate(read_rows(dataset)) if can_have_target(row))
+        numbered = numbered or list(itertools.islice(others, count))
+        if not numbered:
             raise DataError(
                 f"none of the {n} training rows has a target: every label is -100, so there is "
                 f"nothing to learn. Check how the prompt is masked and how rows are cut."
             )
+    candidates = [row for _, row in numbered]
     unknown = {"max_tokens_per_micro_batch": collator.max_tokens}
     if not any(count_targets_of(row, collator) for row in candidates):
         unknown["tokens_per_update"] = tokens_per_update
@@ -191,15 +192,17 @@ def choose_probe_rows(
         )
     traits = [_traits(row, collator.main_input) for row in candidates]
     chosen = _choose_unlike(traits, min(count, len(candidates)))
-    rows = [candidates[i] for i in sorted(chosen, key=lambda i: traits[i][0])]
+    chosen = sorted(chosen, key=lambda i: traits[i][0])
+    rows = [candidates[i] for i in chosen]
+    indices = [numbered[i][0] for i in chosen]
     classes = [_class_of(row) for row in rows]
     if len(rows) > 2 and None not in classes and len(set(classes)) == len(classes):
         # A loss that pulls rows of one class together does nothing to rows of different ones.
-        others = [candidates[i] for i in range(len(candidates)) if i not in chosen]
+        rest = [numbered[i] for i in range(len(candidates)) if i not in chosen]
         more = () if isinstance(dataset, UpdateStream) else _rows_of(classes[:2], dataset, taken)
-        twin = next((r for r in (*others, *more) if _class_of(r) in classes[:2]), rows[2])
-        rows = [*rows[:2], twin]
-    return rows
+        alike = (pair for pair in (*rest, *more) if _class_of(pair[1]) in classes[:2])
+        indices[2], rows[2] = next(alike, (indices[2], rows[2]))
+    return Rows(rows, indices=indices, epoch=0, update=0)
 
 
 def _choose_unlike(traits: Sequence[tuple[Any, ...]], count: int) -> list[int]:
@@ -214,8 +217,8 @@ def _choose_unlike(traits: Sequence[tuple[Any, ...]], count: int) -> list[int]:
 
 def _rows_of(
     classes: Sequence[str | None], dataset: Any, leave_out: Sequence[int]
-) -> Iterator[Any]:
-    """Yield rows of some classes, from the labels of many or from few whole rows."""
+) -> Iterator[tuple[int, Any]]:
+    """Yield rows of some classes and their places, by the labels of many or from few rows."""
     name = "labels"
     if is_arrow_table(dataset):
         name = next((key for key in ("labels", "label") if key in dataset.column_names), name)
@@ -224,7 +227,7 @@ def _rows_of(
         places = [i for i, label in enumerate(labels) if _class_of({name: label}) in classes]
     else:
         places = list(range(min(len(dataset), 64)))
-    return (dataset[i] for i in places if i not in leave_out)
+    return ((i, read_row(dataset, i)) for i in places if i not in leave_out)
 
 
 def _class_of(row: Any) -> str | None:

@@ -18,10 +18,10 @@ from pydantic_core import ErrorDetails
 from hf_gradacc.data.chat_templates import is_template_path, shipped_templates
 from hf_gradacc.recipe.problems import Key, Problem, dotted
 from hf_gradacc.recipe.sections import RESERVED, Recipe, train_section
-from hf_gradacc.recipe.source import SECRET_KEY, RecipeSource
-from hf_gradacc.text import nearest
+from hf_gradacc.recipe.source import COMMAND_LINE, RecipeSource
+from hf_gradacc.text import SECRET_KEY, nearest
 
-__all__ = ["check_section", "resolve_paths"]
+__all__ = ["check_section", "find_remote_code", "resolve_paths"]
 
 
 def check_section(
@@ -153,6 +153,39 @@ def _elsewhere(name: str) -> str | None:
         if inner is not None and name in inner.model_fields:
             return f"{section}.{name}"
     return None
+
+
+def find_remote_code(source: RecipeSource) -> list[Problem]:
+    """Find what would run code that a model's repository ships, and that only a file asks for.
+
+    Such code can do whatever its author likes, so whoever starts the run has to want it too.
+    """
+    section = source.written.get("model")
+    read = source.values.get("model")
+    if not isinstance(section, dict) or not isinstance(read, dict):
+        return []
+    asked: list[tuple[Key, Any]] = []
+    if read.get("trust_remote_code") not in (None, False):
+        asked.append((("model", "trust_remote_code"), read["trust_remote_code"]))
+    for path in ((), ("overrides",), ("config",)):
+        inner = read.get(path[0]) if path else read
+        for name, value in inner.items() if isinstance(inner, dict) else ():
+            # A name with a slash is a kernel of the hub, which transformers downloads and runs.
+            if str(name).endswith("_implementation") and isinstance(value, str) and "/" in value:
+                asked.append((("model", *path, name), value))
+    problems = []
+    for key, value in asked:
+        written: Any = section
+        for step in key[1:]:
+            written = written.get(step) if isinstance(written, dict) else None
+        if source.origin(key).file != COMMAND_LINE or written != value:
+            why = "runs code of the model's repository, and the command line does not say so"
+            fix = (
+                "read that code; then add --trust-remote-code "
+                "(load_recipe(..., trust_remote_code=True)), or set it to null"
+            )
+            problems.append(Problem(dotted(key), why, fix, source.origin(key), value))
+    return problems
 
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text")

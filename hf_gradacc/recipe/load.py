@@ -12,22 +12,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_gradacc.compat import options_as_installed
-from hf_gradacc.recipe.checks import check_section, resolve_paths
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
 from hf_gradacc.recipe.folder import find_source_problem
+from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
 from hf_gradacc.recipe.values import check_values, machine_problems
+from hf_gradacc.safety.withheld import name_values
 
 __all__ = ["configure_wandb", "load_recipe", "recipe_arguments"]
 
 
-def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    allow_env: Collection[str] = (),
+    trust_remote_code: bool = False,
+) -> Recipe:
     """Read, merge, check and complete a recipe.
 
     Relative paths in a file start at that file's folder, those in an override at the current
@@ -36,13 +45,22 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: A YAML file.
         overrides: `key.sub=value`, applied last, in order.
+        allow_env: Variables of the environment that the recipe may read beside those that any may.
+        trust_remote_code: Let the recipe run code that its model's repository ships, if it asks
+            for that.
 
     Raises:
         RecipeError: With every problem of the file, its bases and the overrides.
     """
-    source = read_recipe(Path(path), overrides=overrides)
+    try:
+        readable = allow_variables(allow_env)
+    except ValueError as error:
+        raise ConfigError(f"allow_env: {error}.") from None
+    source = read_recipe(Path(path), overrides=overrides, readable=readable)
     values = source.values
     problems = list(check_section(Recipe, values, (), source))
+    if not trust_remote_code:
+        problems += find_remote_code(source)
     section = values.get("train")
     if isinstance(section, dict):
         problems += check_section(train_section(), section, ("train",), source)
@@ -51,7 +69,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     paths, missing = resolve_paths(source)
     problems += missing + check_values(source, faulty=faulty)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(map(source.by_name, problems))
     recipe = Recipe.model_validate(values)
     recipe.train = train_section().model_validate(recipe.train).model_dump(exclude_unset=True)
     for key, place in paths.items():
@@ -61,6 +79,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
+    recipe.keep_from_environment(source.from_environment)
     if why := find_source_problem(recipe):
         fix = "name a folder of its own, such as runs/mine"
         origin = source.origin(("output", "dir"))
@@ -93,6 +112,15 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    fields = {("output", "dir"): "output_dir", ("wandb", "name"): "run_name"}
+    fields |= {("wandb", "project"): "project"}
+    fields |= {("train", name): name for name in recipe.train if name not in changes}
+    held = recipe.from_environment
+    written = {field: held[key] for key, field in fields.items() if key in held}
+    name_values(
+        arguments,
+        {name: found.by_name(getattr(arguments, name, None)) for name, found in written.items()},
+    )
     problems = [] if elsewhere else list(machine_problems(recipe, arguments))
     if problems:
         raise RecipeError(problems)

@@ -15,8 +15,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
 from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
-from hf_gradacc.recipe.source import SECRET_KEY
-from hf_gradacc.text import nearest
+from hf_gradacc.text import SECRET_KEY, nearest
 
 __all__ = [
     "apply_peft",
@@ -170,6 +169,8 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     Returns:
         The folder.
     """
+    from hf_gradacc.trainer.saving import save_aside
+
     folder = Path(trainer.args.output_dir)
     if peft is None or not peft.merge_on_save:
         trainer.save_model()
@@ -182,8 +183,9 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
 
         refuse_bad_values(trainer, folder, is_checkpoint=False)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.merge_and_unload().save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        with save_aside(trainer, folder) as staged:
+            model.merge_and_unload().save_pretrained(staged)
+            trainer.processing_class.save_pretrained(staged)
     return folder
 
 

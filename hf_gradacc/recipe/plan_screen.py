@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.memory import MemoryEstimate, anonymous_bytes, estimate_memory
 from hf_gradacc.recipe.model import check_model
@@ -24,7 +25,7 @@ from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
-from hf_gradacc.text import byte_size
+from hf_gradacc.text import byte_size, printable
 from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
@@ -46,6 +47,7 @@ _ON_ANY_MACHINE: dict[str, Any] = {
 BAR = 40
 
 
+@telling_of_hub
 def show_plan(
     recipe: Recipe,
     *,
@@ -74,7 +76,7 @@ def show_plan(
     data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
     too_long = check_longest_row(recipe, model, data)
     for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
-        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(str(line)), highlight=False, markup=False, soft_wrap=True)
     if num_rows:
         show_rows(
             data.train,
@@ -114,7 +116,7 @@ def show_plan(
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     if png is not None:
         draw_plan(plan, png)
-        console.print(f"written: {png}", highlight=False)
+        console.print(f"written: {png}", highlight=False, markup=False)
     return plan
 
 

@@ -44,11 +44,12 @@ class Problem:
     value: Any = ...
 
     def __str__(self) -> str:
-        shown = self.key
+        shown = _cut(self.key, 200)
         if self.value is not ...:
-            shown += f" = {_shorten(self.value)}"
-        head = f"{self.origin}: {shown}: {self.why}" if shown else f"{self.origin}: {self.why}"
-        return f"{head}\n    {self.fix}" if self.fix else head
+            shown += f" = {_cut(repr(self.value), 80)}"
+        why, fix = _cut(self.why, _LONGEST_LINE), _cut(self.fix, _LONGEST_LINE)
+        head = f"{self.origin}: {shown}: {why}" if shown else f"{self.origin}: {why}"
+        return f"{head}\n    {fix}" if fix else head
 
 
 class RecipeError(ConfigError):
@@ -63,7 +64,10 @@ class RecipeError(ConfigError):
         self.problems = [unique[rank] for rank in sorted(unique)]
         count = len(self.problems)
         title = "1 problem in this recipe" if count == 1 else f"{count} problems in this recipe"
-        super().__init__("\n".join([f"{title}:", *(f"  {problem}" for problem in self.problems)]))
+        lines = [f"  {problem}" for problem in self.problems[:_MOST_SHOWN]]
+        if count > _MOST_SHOWN:
+            lines.append(f"  and {count - _MOST_SHOWN} more")
+        super().__init__("\n".join([f"{title}:", *lines]))
 
 
 def dotted(key: Sequence[str | int]) -> str:
@@ -78,6 +82,9 @@ def dotted(key: Sequence[str | int]) -> str:
     return text
 
 
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
+_MOST_SHOWN = 40
+_LONGEST_LINE = 2000
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

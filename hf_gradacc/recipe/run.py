@@ -20,12 +20,15 @@ from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_colla
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
+from hf_gradacc.recipe.hub import telling_of_hub
+from hf_gradacc.recipe.interpolation import escape
 from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
+from hf_gradacc.recipe.problems import Key
 from hf_gradacc.recipe.sections import Recipe
-from hf_gradacc.recipe.source import SECRET_KEY
 from hf_gradacc.safety.run_state import keep
+from hf_gradacc.text import SECRET_KEY, printable
 
 __all__ = [
     "RecipeCallback",
@@ -54,6 +57,7 @@ class RunResult:
     folder: Path
 
 
+@telling_of_hub
 def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     """Everything up to, but not including, the first update.
 
@@ -84,7 +88,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     too_long = check_longest_row(recipe, empty, data)
     if arguments.process_index == 0:
         for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
-            print(line)
+            print(printable(str(line)))
     model = load_model(
         recipe.model,
         tokenizer=tokenizer,
@@ -142,9 +146,16 @@ def _metrics_of_last_update(trainer: Any) -> dict[str, float]:
     return {}
 
 
-def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Every key with its value, paths absolute and interpolations filled in; without secrets."""
-    values: dict[str, Any] = _without_secrets(recipe.model_dump())
+def resolved_recipe(recipe: Recipe, *, escaped: bool = False) -> dict[str, Any]:
+    """Every key with its value, paths absolute and interpolations filled in; without secrets.
+
+    What came from the environment is written as the variable's name, not as its value.
+
+    Args:
+        recipe: A checked recipe.
+        escaped: Write texts so that a recipe that holds them reads the same again.
+    """
+    values: dict[str, Any] = _written(recipe.model_dump(), (), recipe, escaped=escaped)
     values["output"].pop("overwrite", None)  # who runs it again is asked again
     return values
 
@@ -165,8 +176,8 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> Path:
         f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch", "peft")
     )
     header = f"{RECIPE_HEADER} Made with {versions}.\n"
-    # `$` would be read as an interpolation when the file is loaded again.
-    text = yaml.safe_dump(_escape(resolved_recipe(recipe)), sort_keys=False, allow_unicode=True)
+    values = resolved_recipe(recipe, escaped=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     path.write_text(header + text, encoding="utf-8")
     return path
 
@@ -202,7 +213,7 @@ class RecipeCallback(TrainerCallback):
         if self.recipe.output.overwrite and state.global_step == 0:
             clear_folder(args.output_dir)
         if self._stops is not None:
-            print(self._stops)
+            print(printable(self._stops))
         keep(state, saves_model=True)  # whoever runs a recipe saves the model at its end
         save_recipe(self.recipe, args.output_dir)
         if "wandb" in (args.report_to or []):
@@ -213,19 +224,16 @@ class RecipeCallback(TrainerCallback):
                 wandb.run.config.update(config, allow_val_change=True)
 
 
-def _without_secrets(value: Any) -> Any:
+def _written(value: Any, key: Key, recipe: Recipe, *, escaped: bool) -> Any:
+    held = recipe.from_environment.get(key)
+    if held is not None and not isinstance(value, dict | list):
+        return held.by_name(value, escaped=escaped)
     if isinstance(value, dict):
         return {
-            name: _without_secrets(inner)
+            name: _written(inner, (*key, name), recipe, escaped=escaped)
             for name, inner in value.items()
             if not SECRET_KEY.search(str(name))
         }
-    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _escape(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _escape(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_escape(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+        return [_written(part, (*key, i), recipe, escaped=escaped) for i, part in enumerate(value)]
+    return escape(value) if escaped and isinstance(value, str) else value

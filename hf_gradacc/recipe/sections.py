@@ -12,13 +12,24 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    create_model,
+    model_validator,
+)
 
 from hf_gradacc.compat import RENAMED_OPTIONS
 from hf_gradacc.data.section import DataSection, ModelSection, Section, Task, TokenizerSection
+from hf_gradacc.recipe.interpolation import FromEnvironment
+from hf_gradacc.recipe.problems import Key
 
 __all__ = [
     "HEADS",
@@ -129,6 +140,26 @@ class Recipe(Section):
     """Any field of GradAccArguments, so any field of transformers.TrainingArguments."""
     wandb: WandbSection = WandbSection()
     output: OutputSection = OutputSection()
+    _from_environment: dict[Key, FromEnvironment] = PrivateAttr(default_factory=dict)
+
+    @property
+    def from_environment(self) -> dict[Key, FromEnvironment]:
+        """The keys that hold something from the environment, which is written out by name."""
+        return self._from_environment
+
+    def keep_from_environment(self, found: Mapping[Key, FromEnvironment]) -> None:
+        """Note which keys hold something from the environment.
+
+        Args:
+            found: By key as written; a source that is written as its path alone is found there.
+        """
+        for key, held in found.items():
+            if key[:1] == ("data",) and key[1:2] in (("train",), ("eval",)):
+                rest = key[2:] if key[2:] and isinstance(key[2], int) else (0, *key[2:])
+                key = (*key[:2], *rest) if len(rest) > 1 else (*key[:2], *rest, "path")
+            elif key == ("peft",):
+                key = ("peft", "method")
+            self._from_environment[key] = held
 
     @model_validator(mode="after")
     def _task_fits_format(self) -> Recipe:

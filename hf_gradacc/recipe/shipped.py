@@ -14,7 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.text import nearest
+from hf_gradacc.text import nearest, printable
 
 __all__ = [
     "copy_recipe",
@@ -84,7 +84,7 @@ def show_recipe(recipe: Annotated[str, typer.Argument(help="Name or file.")]) ->
 
     Example: `hf-gradacc recipes show qwen3/4b_lora_chat`
     """
-    text = _read(find_recipe(recipe))
+    text = printable(_read(find_recipe(recipe)))
     console = Console()
     if console.is_terminal:
         console.print(Syntax(text, "yaml", background_color="default"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from hf_gradacc.data.section import Task
+from hf_gradacc.text import printable
 from hf_gradacc.tracking.preview import BETWEEN, RowPreview, preview_row
 
 __all__ = ["has_colour", "make_visible", "show_rows"]
 
 TARGET_STYLE = "bold green"
-_JOINERS = "\u200c\u200d"
-"""Format characters that letters of some scripts, and emoji, are made with."""
-
 _BLANKS = re.compile(r"^ +| +$| {2,}", re.MULTILINE)
 
 
@@ -72,21 +69,7 @@ def make_visible(text: str) -> str:
     '··two··words⇥and\\\\x1b[31m'
     """
     dotted = _BLANKS.sub(lambda found: "·" * len(found[0]), text)
-    return "".join(map(_visible, dotted))
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "⏎\n"
-    if character == "\t":
-        return "⇥"
-    # Cc controls, Cf changes the direction of writing, Cs cannot be written at all, Zl and Zp break
-    # lines where nothing shows it.
-    kind = unicodedata.category(character)
-    if kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and character not in _JOINERS):
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-    return character
+    return printable(dotted).replace("\n", "⏎\n").replace("\t", "⇥")
 
 
 def _draw(shown: RowPreview, coloured: bool) -> Text:

@@ -1,91 +1,119 @@
 """Read recipe files as written: inheritance, overrides, and the line every value came from.
 
-A recipe is data. YAML is read without tags that build objects, and interpolation knows other
-keys of the recipe and, spelt `${oc.env:NAME}`, plain environment variables; nothing is executed.
+A recipe is data. YAML is read without tags that build objects (`reading`), and interpolation knows
+other keys of the recipe and a few variables of the environment (`interpolation`); nothing is
+executed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from hf_gradacc.recipe.interpolation import READABLE_VARIABLES, FromEnvironment, resolve
 from hf_gradacc.recipe.problems import Key, Origin, Problem, RecipeError, dotted
+from hf_gradacc.recipe.reading import parse_value, read_yaml
+from hf_gradacc.text import SECRET_KEY
 
-__all__ = [
-    "COMMAND_LINE",
-    "SECRET_KEY",
-    "SECRET_NAME",
-    "RecipeSource",
-    "flatten_recipe",
-    "read_recipe",
-]
+__all__ = ["COMMAND_LINE", "RecipeSource", "flatten_recipe", "read_recipe"]
 
 COMMAND_LINE = "command line"
-SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
-"""Environment variables that a recipe may not read."""
-
-
-SECRET_KEY = re.compile(r"secret|passw|api_?key|credential|(hub|auth|access)_token", re.IGNORECASE)
-"""Keys, of options handed on to other libraries, whose values are never saved or logged."""
-
-
-_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)\}")
 
 
 class RecipeSource:
-    """The merged, still unchecked values of a recipe, and where each was written."""
+    """The merged, still unchecked values of a recipe, and where each was written.
 
-    def __init__(self, path: Path, values: dict[str, Any], origins: dict[Key, Origin]) -> None:
+    Attributes:
+        path: The recipe's file.
+        values: Its values, interpolations filled in.
+        origins: File and line of each key.
+        written: The values before that.
+        from_environment: The keys that hold something from the environment.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        values: dict[str, Any],
+        origins: dict[Key, Origin],
+        *,
+        written: Mapping[str, Any] | None = None,
+        from_environment: Mapping[Key, FromEnvironment] | None = None,
+    ) -> None:
         self.path = path
         self.values = values
         self.origins = origins
+        self.written = values if written is None else written
+        self.from_environment = dict(from_environment or {})
 
     def origin(self, key: Sequence[str | int]) -> Origin:
         """Where the value at `key`, or the closest section around it, was written."""
-        for length in range(len(key), 0, -1):
-            found = self.origins.get(tuple(key[:length]))
-            if found is not None:
-                return found
-        return Origin(str(self.path))
+        return _origin(self.path, self.origins, key)
 
     def folder(self, key: Sequence[str | int]) -> Path:
         """The folder that a relative path at `key` starts from: its recipe's, or the current."""
         file = self.origin(key).file
         return Path.cwd() if file == COMMAND_LINE else Path(file).absolute().parent
 
+    def by_name(self, problem: Problem) -> Problem:
+        """A problem that says which variable a value came from, and not what that held."""
+        for key, held in self.from_environment.items():
+            if dotted(key) == problem.key:
+                value = problem.value if problem.value is ... else held.written
+                why, fix = (_without(text, held) for text in (problem.why, problem.fix))
+                return replace(problem, why=why, fix=fix, value=value)
+            if problem.value is not ... and dotted(key).startswith(f"{problem.key}"):
+                return replace(problem, value=...)
+        return problem
 
-def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> RecipeSource:
+
+def _without(text: str, held: FromEnvironment) -> str:
+    return held.by_name(text) if any(value and value in text for _, value in held.parts) else text
+
+
+def _origin(path: Path, origins: Mapping[Key, Origin], key: Sequence[str | int]) -> Origin:
+    for length in range(len(key), 0, -1):
+        found = origins.get(tuple(key[:length]))
+        if found is not None:
+            return found
+    return Origin(str(path))
+
+
+def read_recipe(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    readable: Collection[str] = READABLE_VARIABLES,
+) -> RecipeSource:
     """Read a recipe with everything it inherits, then apply `key.sub=value` overrides.
+
+    Args:
+        path: The recipe's file.
+        overrides: What is applied last, in order.
+        readable: Variables of the environment that it may read.
 
     Raises:
         RecipeError: If a file cannot be read as YAML, an override cannot be applied, or an
-            interpolation leads nowhere.
+            interpolation leads nowhere or reads what it may not.
     """
     origins: dict[Key, Origin] = {}
-    config = _read_with_bases(path, origins, seen=())
+    written = _read_with_bases(path, origins, seen=())
     problems = [
         problem
         for override in overrides
-        if (problem := _override(config, override, origins)) is not None
+        if (problem := _override(written, override, origins)) is not None
     ]
     if problems:
         raise RecipeError(problems)
-    _refuse_resolvers(config, origins, path)
-    try:
-        values = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", "") or "")
-        why = str(error).splitlines()[0]
-        fix = "write ${section.key} with a key that this recipe has"
-        raise RecipeError([Problem(key, why, fix, Origin(str(path)))]) from None
-    assert isinstance(values, dict)
-    return RecipeSource(path, {str(name): value for name, value in values.items()}, origins)
+    values, from_environment = resolve(
+        written, origin_of=lambda key: _origin(path, origins, key), readable=readable
+    )
+    return RecipeSource(path, values, origins, written=written, from_environment=from_environment)
 
 
 def flatten_recipe(path: Path) -> str:
@@ -97,174 +125,112 @@ def flatten_recipe(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     comment = re.match(r"(#.*\n)*", text)
     assert comment is not None
-    merged = OmegaConf.to_yaml(_read_with_bases(path, {}, seen=()))
+    values = _read_with_bases(path, {}, seen=())
+    merged = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"{comment.group()}\n{merged}"
 
 
-def _read_with_bases(path: Path, origins: dict[Key, Origin], seen: tuple[Path, ...]) -> DictConfig:
+def _read_with_bases(
+    path: Path, origins: dict[Key, Origin], seen: tuple[Path, ...]
+) -> dict[str, Any]:
     """One file merged over its `base`; `origins` ends with the line that won for each key."""
     if path.resolve() in seen:
         loop = " -> ".join(str(step) for step in (*seen, path.resolve()))
         raise RecipeError(
             [Problem("base", "inherits itself", f"break the circle: {loop}", Origin(str(path)))]
         )
-    config, lines = _read_file(path)
-    base = config.pop("base", None)
+    values, lines = read_yaml(path)
+    _expand_short_forms(values)
+    base = values.pop("base", None)
     if base is not None:
         origin = lines.get(("base",), Origin(str(path)))
         if not isinstance(base, str):
             fix = "write the path of one recipe, relative to this file"
             raise RecipeError([Problem("base", "is not a path", fix, origin, base)])
         parent = path.parent / base
-        if not parent.is_file():
+        if not _is_file(parent):
             fix = f"{parent} is not a file; the path is relative to this recipe"
             raise RecipeError([Problem("base", "is not a recipe", fix, origin, base)])
-        config = _merge(
-            _read_with_bases(parent, origins, (*seen, path.resolve())), config, origins, path
-        )
+        if len(seen) >= _MOST_BASES:
+            fix = "inherit from fewer recipes"
+            why = f"is the {_MOST_BASES}th recipe above another"
+            raise RecipeError([Problem("base", why, fix, origin, base)])
+        below = _read_with_bases(parent, origins, (*seen, path.resolve()))
+        values = _merge(below, values)
     origins.update(lines)
-    return config
+    return values
 
 
-def _merge(
-    below: DictConfig, above: DictConfig, origins: dict[Key, Origin], path: Path
-) -> DictConfig:
+_MOST_BASES = 20
+
+
+def _is_file(path: Path) -> bool:
     try:
-        merged = OmegaConf.merge(below, above)
-    except OmegaConfBaseException as error:
-        why = str(error).splitlines()[0]
-        fix = "give the key the same shape in both recipes"
-        origin = Origin(str(path))
-        raise RecipeError([Problem("", f"does not fit its base: {why}", fix, origin)]) from None
-    assert isinstance(merged, DictConfig)
-    return merged
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        return False
 
 
-def _read_file(path: Path) -> tuple[DictConfig, dict[Key, Origin]]:
-    """Parse one file, and list the line of every key."""
-    origin = Origin(str(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise RecipeError([Problem("", reason, "check the path", origin)]) from None
-    except UnicodeDecodeError as error:
-        fix = f"save it as UTF-8; byte {error.start} is not"
-        raise RecipeError([Problem("", "is not text", fix, origin)]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError([_yaml_problem(error, path)]) from None
-    if root is None:
-        return OmegaConf.create({}), {}
-    if not isinstance(root, yaml.MappingNode):
-        fix = "a recipe is sections of `key: value`, such as model, data, train"
-        raise RecipeError([Problem("", "is not a mapping", fix, Origin(str(path), 1))])
-    lines: dict[Key, Origin] = {}
-    problems: list[Problem] = []
-    for key, line, why in _walk(root, (), ()):
-        lines[key] = Origin(str(path), line)
-        if why:
-            fix = "keys are plain words, each once, and an anchor cannot hold itself"
-            problems.append(Problem(dotted(key), why, fix, lines[key]))
-    if problems:
-        raise RecipeError(problems)
-    try:
-        config = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise RecipeError([_yaml_problem(error, path)]) from None
-    assert isinstance(config, DictConfig)
-    _expand_short_forms(config)
-    return config, lines
+def _merge(below: Any, above: Any) -> Any:
+    """Lay values over others: sections key by key, anything else as a whole."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    merged = {name: _merge(below[name], value) for name, value in above.items() if name in below}
+    return {**below, **above, **merged}
 
 
-def _expand_short_forms(config: DictConfig) -> None:
+def _expand_short_forms(values: dict[str, Any]) -> None:
     """`peft: lora` sets the method and leaves the section's other keys to base and overrides."""
-    values = OmegaConf.to_container(config, resolve=False)
-    if isinstance(values, dict) and isinstance(values.get("peft"), str):
-        config["peft"] = {"method": values["peft"]}
+    peft = values.get("peft")
+    if isinstance(peft, str) and "${" not in peft:
+        values["peft"] = {"method": peft}
 
 
-def _walk(
-    node: yaml.Node, key: Key, parents: tuple[int, ...]
-) -> Iterator[tuple[Key, int, str | None]]:
-    """Yield key, line and, where something is wrong with it, why, for every value below `node`."""
-    if id(node) in parents:
-        yield key, node.start_mark.line + 1, "refers to itself"
-        return
-    parents = (*parents, id(node))
-    if isinstance(node, yaml.MappingNode):
-        names: set[str] = set()
-        for name, value in node.value:
-            line = name.start_mark.line + 1
-            if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
-                yield (*key, str(name.value)[:40]), line, "is not a word"
-                continue
-            why = "stands here twice" if name.value in names else None
-            names.add(name.value)
-            yield (*key, name.value), line, why
-            yield from _walk(value, (*key, name.value), parents)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*key, index), value.start_mark.line + 1, None
-            yield from _walk(value, (*key, index), parents)
-
-
-def _yaml_problem(error: Exception, path: Path) -> Problem:
-    mark = getattr(error, "problem_mark", None)
-    line = None if mark is None else mark.line + 1
-    why = str(
-        getattr(error, "problem", None) or str(error).splitlines()[0] if str(error) else error
-    )
-    fix = "check indentation, colons and quotes around this line"
-    return Problem("", f"is not a YAML that a recipe may hold: {why}", fix, Origin(str(path), line))
-
-
-def _override(config: DictConfig, text: str, origins: dict[Key, Origin]) -> Problem | None:
+def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> Problem | None:
     """Apply one `key.sub=value` in place; a problem where that cannot be done."""
     origin = Origin(COMMAND_LINE)
     name, equals, value = text.partition("=")
     name = name.strip()
-    if not equals or not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", name):
-        return Problem(text, "is not an override", "write key.sub=value", origin)
-    key: Key = tuple(int(p) if p.isdigit() else p for p in re.findall(r"\w+", name))
+    if not equals or len(name) > 500 or not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", name):
+        shown = name if equals and SECRET_KEY.search(name) else text
+        return Problem(shown[:200], "is not an override", "write key.sub=value", origin)
+    key: Key = tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\w+", name))
     try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
-        OmegaConf.update(config, name, parsed, merge=True, force_add=True)
-        _expand_short_forms(config)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        why = f"cannot be set: {str(error).splitlines()[0]}"
-        return Problem(name, why, "check the key, and quote values with brackets", origin, value)
+        _set(values, key, parse_value(value))
+    except ValueError as error:
+        fix = "check the key, and quote values with brackets"
+        shown_value = ... if SECRET_KEY.search(name) else value
+        return Problem(name, f"cannot be set: {error}", fix, origin, shown_value)
+    _expand_short_forms(values)
     for known in [known for known in origins if known[: len(key)] == key]:
         del origins[known]
     origins[key] = origin
     return None
 
 
-def _refuse_resolvers(config: DictConfig, origins: dict[Key, Origin], path: Path) -> None:
-    """Only `${oc.env:NAME}` may call out, and never for a name that looks like a secret."""
-    problems = []
-    for key, text in _strings(OmegaConf.to_container(config, resolve=False), ()):
-        for name, argument in _RESOLVER.findall(text):
-            if name != "oc.env":
-                why = f"calls ${{{name}:...}}"
-                fix = "only ${section.key} and ${oc.env:NAME} are known to recipes"
-            elif SECRET_NAME.search(argument.split(",")[0].strip()):
-                why = f"reads the secret {argument.strip()}"
-                fix = "leave it in the environment; transformers and wandb find it there"
-            else:
-                continue
-            origin = origins.get(key, Origin(str(path)))
-            problems.append(Problem(dotted(key), why, fix, origin, text))
-    if problems:
-        raise RecipeError(problems)
+def _set(values: Any, key: Key, value: Any) -> None:
+    """Lay a value over the one at a key, making the sections on the way there.
+
+    Raises:
+        ValueError: If there is a list on the way, and not so long.
+    """
+    for index, step in enumerate(key[:-1]):
+        inner = values[_place(values, step, key)] if _has(values, step) else None
+        if not isinstance(inner, dict | list):
+            inner = {}
+            values[_place(values, step, key[: index + 1])] = inner
+        values = inner
+    last = _place(values, key[-1], key)
+    values[last] = _merge(values[last], value) if _has(values, key[-1]) else value
 
 
-def _strings(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _strings(inner, (*key, name))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _strings(inner, (*key, index))
+def _has(values: Any, step: str | int) -> bool:
+    return isinstance(values, list) or step in values or str(step) in values
+
+
+def _place(values: Any, step: str | int, key: Key) -> Any:
+    if isinstance(values, list):
+        if isinstance(step, int) and step < len(values):
+            return step
+        raise ValueError(f"{dotted(key[:-1])} is a list of {len(values)}")
+    return str(step)

@@ -1,9 +1,11 @@
-"""SIGTERM and SIGINT: finish the update, save, exit with the code a shell expects.
+"""SIGTERM, SIGINT, SIGHUP, SIGUSR1: finish the update, save, exit with the code a shell expects.
 
-Schedulers send SIGTERM some time before they kill a job; people press Ctrl-C. The run finishes the
-update in progress, all ranks agree to stop after it, a checkpoint is written, and the process exits
-with 128 + the signal's number (143, 130). An evaluation in progress is broken off. A save in
-progress is finished, and no other update begins. A second signal of the same kind acts at once.
+Schedulers send SIGTERM some time before they kill a job, Slurm SIGUSR1 if asked to; people press
+Ctrl-C, or close the terminal, which is SIGHUP (one that `nohup` ignores stays ignored). The run
+finishes the update in progress, all ranks agree to stop after it, a checkpoint is written, and the
+process exits with 128 + the signal's number (143, 138, 130, 129). An evaluation in progress is
+broken off. A save in progress is finished, and no other update begins. A second signal of the same
+kind acts at once.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ logger = logging.get_logger(__name__)
 _DEFAULTS: dict[signal.Signals, Any] = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
+}
+_DEFAULTS |= {  # Windows has neither
+    getattr(signal, name): signal.SIG_DFL for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)
 }
 
 

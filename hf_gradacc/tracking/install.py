@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_gradacc.safety.checkpoints import list_checkpoints
 from hf_gradacc.safety.run_state import VERDICT, keep, kept
+from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.tracking.report import build_report
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.run_files import RunFile, kind_of, read_log
@@ -88,13 +89,15 @@ class TrackingCallback(TrainerCallback):
             model=kwargs.get("model"),
             train_dataloader=kwargs.get("train_dataloader"),
         )
+        with shown_without_secrets(args):
+            options = args.to_dict()
         self._file.update_run(
             {
                 "run_name": args.run_name or Path(args.output_dir).name,
                 "run": identity,
                 "digest": saved.get("digest"),
                 **facts,
-                "training_arguments": args.to_dict(),
+                "training_arguments": options,
                 "wandb_run_id": kept(state).get("wandb_run_id"),
                 "resumed_at": resumed_at,
                 "finished": False,

@@ -152,7 +152,7 @@ def read_log(path: Path, *, skips_damage: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append({key: _from_json(value) for key, value in json.loads(line).items()})
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             if number == len(lines):
                 break
             what = f"{path}, line {number} is not a JSON object ({error})"
@@ -256,7 +256,8 @@ def is_training_row(logs: Mapping[str, Any]) -> bool:
 
 
 def _global_step(state: Mapping[str, Any]) -> int:
-    return int(state.get("global_step", 0))
+    step = state.get("global_step", 0)
+    return int(step) if isinstance(step, int) else 0
 
 
 def _to_line(row: Mapping[str, Any]) -> str:

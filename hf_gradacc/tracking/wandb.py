@@ -11,6 +11,8 @@ from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
 from hf_gradacc.safety.run_state import keep, kept
+from hf_gradacc.safety.withheld import shown_without_secrets
+from hf_gradacc.text import printable
 from hf_gradacc.tracking.preview import PREVIEW_COLUMNS, preview_rows, sampled_lengths
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.wandb_start import start_run, sync_folder, why_silent
@@ -54,8 +56,8 @@ class GradAccWandbCallback(WandbCallback):
         """Send nothing more to W&B, and say so once."""
         if not self.gave_up:  # a method called by the one that fails has said it already
             logger.warning(
-                f"W&B: {why.splitlines()[0]}. Training goes on without it; every number is in "
-                "the run's gradacc_log.jsonl."
+                f"W&B: {printable(why.splitlines()[0])}. Training goes on without it; every "
+                "number is in the run's gradacc_log.jsonl."
             )
         self.gave_up = True
 
@@ -67,7 +69,8 @@ class GradAccWandbCallback(WandbCallback):
             return
         if self._wandb.run is None:
             start_run(args, state)
-        super().setup(args, state, model, **kwargs)
+        with shown_without_secrets(args):
+            super().setup(args, state, model, **kwargs)
         run = self._wandb.run
         keep(state, wandb_run_id=run.id, wandb_step=run.step)
         facts = describe_run(
@@ -82,7 +85,8 @@ class GradAccWandbCallback(WandbCallback):
             try:
                 self._log_preview(run, getattr(model, "config", None), **kwargs)
             except Exception as error:  # a dataset's own; not worth the run's numbers
-                logger.warning(f"W&B: no preview of the rows ({type(error).__name__}: {error}).")
+                why = printable(f"{type(error).__name__}: {error}")
+                logger.warning(f"W&B: no preview of the rows ({why}).")
 
     def _log_preview(self, run: Any, config: Any, **kwargs: Any) -> None:
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)

@@ -24,6 +24,7 @@ from hf_gradacc.safety.checkpoints import (
     run_of,
     step_of,
 )
+from hf_gradacc.safety.final_model import complete_model
 from hf_gradacc.safety.identity import RunIdentity, go_on
 from hf_gradacc.safety.run_lock import hold_folder
 from hf_gradacc.safety.run_state import STATE_KEY
@@ -91,6 +92,7 @@ def _choose(args: Any, asked: str | bool | None, holder: str | None) -> Start:
         return Start(shares_folder=True) if not asked else Start(str(asked), shares_folder=True)
     # Left behind by a run that was killed while it wrote or deleted.
     shutil.rmtree(Path(args.output_dir, STAGING_NAME), ignore_errors=True)
+    complete_model(args.output_dir)
     if not asked:
         return Start()
     if asked is True or asked == "auto":

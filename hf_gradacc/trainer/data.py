@@ -22,14 +22,20 @@ from hf_gradacc.compat import start_method_of_loader
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
+from hf_gradacc.safety.waiting import TellOfWait
 from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
-from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
+from hf_gradacc.updates.collator import (
+    UpdateCollator,
+    make_micro_batch,
+    refuse_unknown_tokens,
+)
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
+from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import count_all_targets
@@ -38,6 +44,9 @@ from hf_gradacc.updates.update import Update
 __all__ = ["TrainingData"]
 
 logger = logging.get_logger(__name__)
+
+TELL_AFTER_SECONDS = 60.0
+"""How long the loop waits for an update before a line says whose rows are late."""
 
 
 class TrainingData:
@@ -56,6 +65,16 @@ class TrainingData:
         self.sample_inputs: Any = None
         self._stream: UpdateStream | None = None
         self.hands_out = False
+        self._awaited = 0
+        self._loading: LoadingNow | None = None
+        self._slow_loader = TellOfWait(self._describe_wait, after=TELL_AFTER_SECONDS)
+
+    def _describe_wait(self, seconds: float) -> str:
+        who = "" if self._loading is None else f" ({self._loading.describe(self._awaited)})"
+        return (
+            f"update {self._awaited + 1} of this epoch has been waited for {seconds:.0f} s: its "
+            f"rows are not there yet{who}. If this goes on, the dataset or the data collator hangs."
+        )
 
     # ---- the loader ----------------------------------------------------------------------------
 
@@ -108,7 +127,9 @@ class TrainingData:
         )
         self.collator = loader.collator
         self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
+        self.collator.vocab_size = _vocab_size(trainer.model)
         before, self._stream = self._stream, None
+        self._loading = getattr(loader.dataset, "loading", None)
         if isinstance(loader.dataset, UpdateStream):
             self._stream = loader.dataset
             if before is not None:  # the loader has been asked for before, say for its length
@@ -145,7 +166,7 @@ class TrainingData:
         collate = self.collator.data_collator
         inputs, error = None, None
         try:
-            inputs = collate(rows)
+            inputs = collate(list(rows))
         except Exception as failure:
             error = failure
         if self.collator.max_sequences == 1:
@@ -161,11 +182,14 @@ class TrainingData:
                 return inputs
         if error is not None:
             raise DataError(
-                f"the data collator ({type(trainer.data_collator).__name__}) failed on rows of the "
-                f"training dataset: {type(error).__name__}: {error}\n"
-                f"  the first row has {describe(rows[0])}"
+                f"the data collator ({type(trainer.data_collator).__name__}) failed on "
+                f"{_name_rows(rows, collate)} of the training dataset: {type(error).__name__}: "
+                f"{error}\n  the first row has {describe(rows[0])}"
             ) from error
         _refuse_unused_inputs(trainer, inputs, rows[0])
+        if isinstance(inputs, Mapping) and self.collator.vocab_size is not None:
+            named = list(zip(getattr(rows, "indices", ()), rows, strict=False))
+            refuse_unknown_tokens(inputs, named, vocab_size=self.collator.vocab_size)
         if isinstance(inputs, Mapping):
             self.sample = ProbeRows.of(rows, inputs, collate)
             self.collator.rows_per_sequence = self.sample.rows_per_sequence
@@ -194,8 +218,10 @@ class TrainingData:
             DataError: If a stream gave no update at all.
             RuntimeError: If a loader worker died.
         """
+        self._awaited = ledger.update
         try:
-            updates = list(itertools.islice(epoch_iterator, 1))
+            with self._slow_loader:
+                updates = list(itertools.islice(epoch_iterator, 1))
         except (ConnectionError, EOFError) as error:
             if trainer.args.dataloader_num_workers == 0 or "Caught" in str(error):
                 raise  # the dataset's own error, which torch passes on with this word
@@ -321,6 +347,33 @@ def _batches_per_update(trainer: Any, loader: Any) -> int:
         )
         rows = batch_size and batch_size * trainer.rank_layout.num_replicas
     return max(1, round(args.effective_batch_size / rows)) if rows else 1
+
+
+def _vocab_size(model: Any) -> int | None:
+    """Return the entries of a text model's vocabulary; None where ids may stand for something else.
+
+    Models that see or hear take ids of their own for pictures and sounds, and some hash ids.
+    """
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) != "input_ids" or config is None:
+        return None
+    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        return None
+    try:
+        embeddings = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embeddings.num_embeddings if type(embeddings) is torch.nn.Embedding else None
+
+
+def _name_rows(rows: Any, collate: Callable[[list[Any]], Any]) -> str:
+    """Name the rows that a collator fails on, by themselves if any does that."""
+    if not hasattr(rows, "indices"):
+        return "rows"
+    named = dict(zip(rows.indices, rows, strict=True))
+    failing = [i for i, row in named.items() if not _collate_alone(collate, [row])]
+    numbers = failing or list(named)
+    return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _collate_alone(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:

@@ -52,6 +52,7 @@ from hf_gradacc.ranks.sequence_parallel import rows_for_ring
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
+from hf_gradacc.safety.withheld import pickled_without_secrets
 from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.mfu import begin_peak_memory
 from hf_gradacc.tracking.phases import PhaseClock
@@ -85,7 +86,7 @@ from hf_gradacc.trainer.row_parts import (
 )
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saved_values import refuse_bad_values
-from hf_gradacc.trainer.saving import CheckpointWriter, rotate
+from hf_gradacc.trainer.saving import CheckpointWriter, rotate, save_aside
 from hf_gradacc.trainer.settle import LossSettler, settled
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
@@ -120,8 +121,8 @@ class GradAccMixin(Trainer):
     the order in which it is called:
 
     =======================================  =====================================================
-    ``train``                                resumes from whole checkpoints only; SIGTERM and
-                                             SIGINT end it after a whole, saved update
+    ``train``                                resumes from whole checkpoints only; signals end it
+                                             after a whole, saved update
     ``_hp_search_setup``                     lets a trial draw the size of an update
     ``_inner_training_loop``                 shows the stock loop one batch per step, and all
                                              others the user's arguments
@@ -257,7 +258,7 @@ class GradAccMixin(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train, from a checkpoint if asked to; on SIGTERM or SIGINT stop after a saved update.
+        """Train, from a checkpoint if asked to; on a signal stop after a saved update.
 
         Args:
             resume_from_checkpoint: A folder; True for the newest whole one in ``output_dir``; or
@@ -640,7 +641,7 @@ class GradAccMixin(Trainer):
         refuse_bad_values(self, run_dir, is_checkpoint=True)
         save = functools.partial(super()._save_checkpoint, model, trial)
         note_losses(self, self.ledger)
-        self._checkpoint_writer.save(self, run_dir, save, push=super()._push_from_checkpoint)
+        self._checkpoint_writer.save(self, run_dir, save, push=self._push_from_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the staging folder while a checkpoint is written, else the stock folder."""
@@ -650,7 +651,8 @@ class GradAccMixin(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload nothing while a checkpoint is written; `_save_checkpoint` does it afterwards."""
         if self._checkpoint_writer.staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with pickled_without_secrets(self.args):
+                super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the stock Trainer does.
@@ -659,20 +661,25 @@ class GradAccMixin(Trainer):
             CheckpointError: If the disk fails; it says where the weights can still be found.
             NonFiniteError: If a weight is NaN or infinite. Nothing is overwritten.
         """
-        writer = self._checkpoint_writer
-        if writer.staging is None:
-            folder = output_dir or self.args.output_dir
-            refuse_bad_values(self, folder, is_checkpoint=False)
-        together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        folder = output_dir or self.args.output_dir
+        save = super().save_model
+        if self._checkpoint_writer.staging is not None:
+            with self._checkpoint_writer.inside_checkpoint(), self._saving_to(folder):
+                save(output_dir, _internal_call=_internal_call)
+            return
+        refuse_bad_values(self, folder, is_checkpoint=False)
+        with save_aside(self, folder) as staged, self._saving_to(staged):
+            save(str(staged), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _saving_to(self, folder: str | Path) -> contextlib.ExitStack:
+        """Save arguments without secrets, and the weights of a model split in loading together."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(pickled_without_secrets(self.args))
         if is_sharded_by_loading(self):
-            together = writing_together(self.model, output_dir or self.args.output_dir)
-        with (
-            writer.inside_checkpoint()
-            if writer.staging is not None
-            else writer.explaining_failure(self.args, output_dir),
-            together,
-        ):
-            super().save_model(output_dir, _internal_call=_internal_call)
+            stack.enter_context(writing_together(self.model, str(folder)))
+        return stack
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._checkpoint_writer.inside_checkpoint():

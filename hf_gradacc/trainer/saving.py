@@ -11,6 +11,7 @@ from typing import Any
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
+from hf_gradacc.compat import is_sharded_by_loading
 from hf_gradacc.errors import CheckpointError
 from hf_gradacc.ranks.collectives import gather_objects, wait_for_ranks
 from hf_gradacc.safety.checkpoints import (
@@ -22,12 +23,13 @@ from hf_gradacc.safety.checkpoints import (
     step_of,
     write_manifest,
 )
+from hf_gradacc.safety.final_model import written_aside
 from hf_gradacc.safety.identity import RunIdentity
 from hf_gradacc.safety.run_state import kept
 from hf_gradacc.safety.storage_errors import find_storage_fault
 from hf_gradacc.tracking.install import flush_log, record_event
 
-__all__ = ["CheckpointWriter", "rotate"]
+__all__ = ["CheckpointWriter", "rotate", "save_aside"]
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +136,7 @@ class CheckpointWriter:
             kept = "No checkpoint holds its weights" if path is None else f"{path} is whole"
             raise CheckpointError(
                 f"the model could not be saved in {output_dir or args.output_dir}: {fault}\n"
-                f"  The files there may be incomplete. {kept}. Free some space and save again, or "
+                f"  What was there before is as it was. {kept}. Free some space and save again, or "
                 f"on another disk: trainer.save_model(FOLDER), output.dir in a recipe."
             ) from error
 
@@ -177,6 +179,33 @@ class CheckpointWriter:
             free = shutil.disk_usage(output_dir).free
             own = own and f"{own.rstrip('.')}, with {free:,} bytes free on that disk"
         return next((problem for problem in gather_objects(own) if problem is not None), None)
+
+
+@contextlib.contextmanager
+def save_aside(trainer: Any, folder: str | Path) -> Iterator[Path]:
+    """Give a folder to save a model into outside of checkpoints; see `written_aside`.
+
+    Where each rank holds all weights, rank 0 may save alone, so nobody waits for the others.
+
+    Raises:
+        CheckpointError: If the disk fails; it says where the weights can still be found.
+    """
+    args = trainer.args
+    together = trainer.shards_weights or is_sharded_by_loading(trainer)
+    with (
+        trainer._checkpoint_writer.explaining_failure(args, str(folder)),
+        written_aside(
+            folder,
+            is_mover=args.should_save,
+            is_first_here=together and args.local_process_index == 0,
+            wait=wait_for_ranks if together else _wait_for_nobody,
+        ) as staged,
+    ):
+        yield staged
+
+
+def _wait_for_nobody() -> None:
+    """Go on."""
 
 
 def rotate(args: Any, state: Any, run_dir: Path) -> None:

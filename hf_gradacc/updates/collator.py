@@ -30,7 +30,7 @@ from hf_gradacc.updates.targets import (
 )
 from hf_gradacc.updates.update import MicroBatch, Update
 
-__all__ = ["UpdateCollator", "make_micro_batch"]
+__all__ = ["UpdateCollator", "make_micro_batch", "refuse_unknown_tokens"]
 
 
 class UpdateCollator:
@@ -59,6 +59,7 @@ class UpdateCollator:
         num_ranks: Ranks that share an update.
         pad_token_id: What padding is filled with, if no mask says where it is; None if that is not
             known.
+        vocab_size: Token ids from here on do not exist; None if that is not known.
         rows_repeat: A sampler may name a row several times in a pass; what is drawn for it then
             depends on the update, too.
         noise_scale_every: Every so many updates of an epoch, cut in the order given instead of by
@@ -90,6 +91,7 @@ class UpdateCollator:
         self.rows_per_sequence: int | None = 1
         self.items_are_batches = False
         self.pad_token_id: int | None = None
+        self.vocab_size: int | None = None
         self.rows_repeat = False
         self.noise_scale_every: int | None = None
         self._draws: DrawsByRow | None = None
@@ -144,6 +146,10 @@ class UpdateCollator:
         lengths = self.measure(rows)
         plan = self.cut(lengths, at_random=self.measures_noise(index))
         inputs = self._collate(kept, plan, epoch=epoch, update=index)
+        if self.vocab_size is not None:
+            for piece, batch in inputs:
+                named = [kept[i] for i in piece]
+                refuse_unknown_tokens(batch, named, vocab_size=self.vocab_size)
         micro_batches = [
             make_micro_batch(
                 batch,
@@ -243,6 +249,40 @@ class UpdateCollator:
                 what = f"the data collator failed on rows {names} of the training dataset"
                 raise DataError(f"{what}: {type(error).__name__}: {error}") from error
         return collated
+
+
+def refuse_unknown_tokens(inputs: Any, rows: Sequence[tuple[int, Any]], *, vocab_size: int) -> None:
+    """Refuse token ids that no embedding stands for, before a device stops at them for good.
+
+    Args:
+        inputs: What a data collator returned, not yet on a device.
+        rows: The rows it was made of, with their places in the dataset.
+        vocab_size: Entries of the vocabulary.
+
+    Raises:
+        DataError: Naming the row and the id.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+        return
+    if ids.device.type != "cpu":  # reading it would make the device wait
+        return
+    least, most = (int(value) for value in torch.aminmax(ids))
+    if least >= 0 and most < vocab_size:
+        return
+    wrong = least if least < 0 else most
+    holders = [
+        index
+        for index, row in rows
+        if isinstance(row, Mapping) and wrong in torch.as_tensor(row.get("input_ids", ()))
+    ]
+    numbers = holders or [index for index, _ in rows]
+    what = f"row{'s' * (len(numbers) != 1)} {', '.join(map(str, numbers))}"
+    raise DataError(
+        f"{what} of the training dataset: token id {wrong} is outside of the model's vocabulary "
+        f"of {vocab_size:,}: tokenize with the model's own tokenizer, or grow the embeddings "
+        f"(model.resize_token_embeddings)."
+    )
 
 
 def make_micro_batch(

@@ -21,6 +21,7 @@ from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.draws import ReadsByRow
 from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import (
@@ -56,10 +57,17 @@ class IndexedRows(Dataset[Any]):
         dataset: The rows.
         seed: Seed of what the dataset draws for a row, see `ReadsByRow`.
         rows_repeat: See `UpdateCollator`.
+        num_workers: Workers of the loader.
+
+    Attributes:
+        loading: What each worker reads now.
     """
 
-    def __init__(self, dataset: Any, *, seed: int = 0, rows_repeat: bool = False) -> None:
+    def __init__(
+        self, dataset: Any, *, seed: int = 0, rows_repeat: bool = False, num_workers: int = 0
+    ) -> None:
         self.dataset = dataset
+        self.loading = LoadingNow(num_workers)
         self.rows_repeat = rows_repeat
         self._reads = ReadsByRow(dataset, seed=seed)
 
@@ -71,6 +79,7 @@ class IndexedRows(Dataset[Any]):
 
     def __getitems__(self, share: Share) -> Rows:
         """Fetch all rows of a share at once where the dataset can do that."""
+        self.loading.begin(share.update, share)
         rows = self._reads(
             share,
             epoch=share.epoch,
@@ -84,11 +93,16 @@ class IndexedRows(Dataset[Any]):
         try:
             if indices and hasattr(self.dataset, "__getitems__"):
                 return list(self.dataset.__getitems__(list(indices)))
-            return [self.dataset[i] for i in indices]
+            return [self._read_noted(i) for i in indices]
         except Exception:
             return [read_row(self.dataset, i) for i in indices]  # to name the one that fails
 
+    def _read_noted(self, index: int) -> Any:
+        self.loading.reads(index)
+        return self.dataset[index]
+
     def _read_one(self, index: int) -> Any:
+        self.loading.reads(index)
         return read_row(self.dataset, index)
 
 
@@ -115,7 +129,10 @@ class UpdateLoader(DataLoader[Any]):
         """Load updates of a map dataset."""
         seed = getattr(collate_fn, "seed", 0)
         rows = IndexedRows(
-            dataset, seed=seed, rows_repeat=getattr(collate_fn, "rows_repeat", False)
+            dataset,
+            seed=seed,
+            rows_repeat=getattr(collate_fn, "rows_repeat", False),
+            num_workers=options.get("num_workers", 0),
         )
         return cls(rows, batch_sampler=sampler, collate_fn=collate_fn, **options)
 

@@ -66,7 +66,7 @@ def test_what_loads_batches_in_stock_has_no_effect_and_that_is_said(tmp_path, mo
     ("rows", "words"),
     [
         ([], "the training dataset is empty: it has 0 rows"),
-        ([{"labels": [1, 2]}], "failed on rows of the training dataset"),
+        ([{"labels": [1, 2]}], "failed on row 0 of the training dataset"),
         ([{**row, "labels": [-100] * 30} for row in ROWS], "none of the 6 training rows"),
     ],
     ids=["empty", "no input_ids", "no target"],

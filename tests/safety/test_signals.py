@@ -81,6 +81,24 @@ def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
         assert torch.equal(weight, other), name
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+def test_a_closed_terminal_and_slurms_warning_save_too_unless_ignored(tmp_path, number, code):
+    _, trainer = make(tmp_path, Tell(number, step=1), save_strategy="no")
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == code
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        _, trainer = make(tmp_path / "ignored", Tell(number, step=1), max_steps=3)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_second_signal_acts_at_once(tmp_path, clock):
     _, trainer = make(tmp_path, Tell(signal.SIGINT, step=1, times=2, pause=1.1, clock=clock))

@@ -65,11 +65,12 @@ def test_a_checkpoint_holds_them(tmp_path):
         arguments_class=Seq2SeqTrainingArguments,
         save_strategy="steps",
         save_steps=1,
+        hub_token="hf_planted",
     )
     trainer.train()
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert isinstance(saved, Seq2SeqTrainingArguments)
-    assert saved.layout == "auto"
+    assert (saved.layout, saved.hub_token) == ("auto", None)
 
 
 def test_a_mixin_trainer_takes_no_arguments_where_the_one_behind_it_does(tmp_path, monkeypatch):

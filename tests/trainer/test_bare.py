@@ -9,7 +9,7 @@ import pytest
 from hf_gradacc.safety import checkpoints
 from hf_gradacc.safety.checkpoints import MANIFEST_NAME, find_damage, write_manifest
 
-NOT_NEEDED = ("datasets", "pyarrow", "xxhash", "pandas", "peft", "wandb", "trl", "omegaconf")
+NOT_NEEDED = ("datasets", "pyarrow", "xxhash", "pandas", "peft", "wandb", "trl")
 NOT_NEEDED += ("matplotlib", "tensorboardX", "deepspeed", "sentence_transformers")
 
 BARE = """

@@ -1,0 +1,63 @@
+"""Say so, while a wait takes long; the wait itself goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from transformers.utils import logging
+
+from hf_gradacc.text import printable
+
+__all__ = ["TellOfWait"]
+
+logger = logging.get_logger(__name__)
+
+_STEP_SECONDS = 1.0
+_IDLE_SECONDS = 60.0
+
+
+class TellOfWait:
+    """Writes a line while a block waits, first after some seconds, then ever more seldom.
+
+    A thread looks at the clock; it ends when nobody has waited for a minute.
+
+    Args:
+        describe: Returns what is waited for, given the seconds so far; None to say nothing yet.
+            It is called in that thread.
+        after: Seconds until the first line.
+    """
+
+    def __init__(self, describe: Callable[[float], str | None], *, after: float) -> None:
+        self._describe, self._after = describe, after
+        self._since: float | None = None
+        self._ended = 0.0
+        self._next = after
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        self._next = self._after
+        self._since = time.monotonic()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._watch, name="tell-of-wait", daemon=True)
+            self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._since, self._ended = None, time.monotonic()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(_STEP_SECONDS, self._after / 4))
+            since = self._since
+            if since is None:
+                if time.monotonic() - self._ended > _IDLE_SECONDS:
+                    return
+                continue
+            waited = time.monotonic() - since
+            if waited < self._next:
+                continue
+            line = self._describe(waited)
+            if line is not None and self._since == since:
+                logger.warning(printable(line))
+                self._next = 2 * waited
