@@ -205,7 +205,12 @@ def nested(model):
 
 PAIRS, TRIPLES = rows_of(2, lambda draw: {}), rows_of(3, lambda draw: {})
 CLASSES = rows_of(1, lambda draw: {"label": draw.randrange(3)})
-IN_BATCH = {  # their like is in `support.sentence_jobs.NAMES`
+IN_BATCH = {
+    "MultipleNegativesSymmetricRankingLoss": (losses.MultipleNegativesSymmetricRankingLoss, PAIRS),
+    "CoSENTLoss": (losses.CoSENTLoss, SCORE),
+    "AnglELoss": (losses.AnglELoss, SCORE),
+    "BatchHardTripletLoss": (losses.BatchHardTripletLoss, CLASSES),
+    "OnlineContrastiveLoss": (losses.OnlineContrastiveLoss, CASES["ContrastiveLoss"][1]),
     "BatchSemiHardTripletLoss": (losses.BatchSemiHardTripletLoss, CLASSES),
     "GISTEmbedLoss": (guided, TRIPLES),
     "MatryoshkaLoss": (nested, PAIRS),
