@@ -79,11 +79,15 @@ def _numel(parameter: Tensor) -> int:
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what a difference can be named by."""
+    """Keep what a difference can be named by, of dictionaries inside too (rotary embeddings)."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inside = value if isinstance(value, Mapping) else {}
+        flat |= {str(key): value} if not inside else {f"{key}.{k}": v for k, v in inside.items()}
     return {
-        str(key): value
-        for key, value in values.items()
+        key: value
+        for key, value in flat.items()
         if isinstance(value, (bool, int, float, str))
-        and not str(key).startswith("_")
+        and not key.startswith("_")
         and key not in ("dtype", "inference_mode", "torch_dtype", "transformers_version")
     }

@@ -14,6 +14,7 @@ __all__ = [
     "HYPERPARAMETERS",
     "SCHEDULE",
     "STEPS",
+    "changed_config",
     "changed_settings",
     "describe_change",
     "find_refusals",
@@ -100,18 +101,23 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
     return {name: values for name, values in changed if name not in _SAYS_NOTHING}
 
 
-def describe_change(name: str, *, begins_data_anew: bool) -> str | None:
+def describe_change(
+    name: str, *, begins_data_anew: bool, restores_optimizer: bool = False
+) -> str | None:
     """Return what holds of a changed setting; None if somebody else refuses it.
 
     Args:
         name: The setting.
         begins_data_anew: ``ignore_data_skip``: no position in the data is gone on from.
+        restores_optimizer: The engine restores its optimizer by itself, as DeepSpeed does.
 
     >>> describe_change("max_grad_norm", begins_data_anew=False)
     'takes effect from here'
     """
     if name in _IN_MEMBERSHIP and not begins_data_anew:
         return None
+    if restores_optimizer and name in (*HYPERPARAMETERS, "optim_args"):
+        return "no effect: DeepSpeed restores its optimizer as it was saved"
     if name in _CUTS:
         return "takes effect from here: other micro-batches, the same updates"
     if name == "seed":
@@ -119,6 +125,19 @@ def describe_change(name: str, *, begins_data_anew: bool) -> str | None:
     if name in _BEST:
         return "takes effect from here, and the best checkpoint is looked for anew"
     return "takes effect from here"
+
+
+def changed_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs in the configuration of a model whose weights have the same shapes.
+
+    Args:
+        then: The model as `describe_layout` recorded it with the checkpoint.
+        now: The model that is there.
+    """
+    if not then.get("config") or not now.get("config"):
+        return {}
+    changed = sorted(differing(then["config"], now["config"]).items())
+    return {f"model.{name}": values for name, values in changed if name != "use_cache"}
 
 
 def options_named_in(optim_args: str | None) -> tuple[str, ...]:

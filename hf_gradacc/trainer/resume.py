@@ -19,6 +19,7 @@ from hf_gradacc.safety.resume_rules import (
     HYPERPARAMETERS,
     SCHEDULE,
     STEPS,
+    changed_config,
     changed_settings,
     describe_change,
     find_refusals,
@@ -45,6 +46,7 @@ class Beginning:
 
     def __post_init__(self) -> None:
         self._then: dict[str, Any] = {}
+        self._model: dict[str, Any] = {}
         self._changed: dict[str, tuple[Any, Any]] = {}
         self._arguments: dict[str, Any] = {}  # as asked for: the stock loop sees others
 
@@ -62,7 +64,7 @@ class Beginning:
             return
         self._then = read_record(checkpoint)
         self._changed = changed_settings(self._then.get("arguments") or {}, self._arguments)
-        now = describe_layout(trainer.model)
+        now = self._model = describe_layout(trainer.model)
         refusals = list(find_refusals(self._then.get("model") or _seen_in(checkpoint, now), now))
         if refusals:
             raise _refusal(checkpoint, "; ".join(refusals))
@@ -152,8 +154,13 @@ class Beginning:
         if self.start.checkpoint is None or not trainer.is_world_process_zero():
             return
         lines = []
-        for name, (then, now) in self._changed.items():
-            told = describe_change(name, begins_data_anew=trainer.args.ignore_data_skip)
+        of_model = changed_config(self._then.get("model") or {}, self._model)
+        for name, (then, now) in {**self._changed, **of_model}.items():
+            told = describe_change(
+                name,
+                begins_data_anew=trainer.args.ignore_data_skip,
+                restores_optimizer=trainer.is_deepspeed_enabled,
+            )
             if told is not None:
                 lines.append(f"  {name}: {then} before, {now} now: {told}")
         if lines:

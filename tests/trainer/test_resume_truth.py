@@ -138,6 +138,19 @@ def test_an_adapter_is_not_put_onto_another_base(tmp_path):
         make_trainer(tmp_path, ROWS, model=adapted(1), **JOB).train(resume_from_checkpoint=True)
 
 
+def test_a_changed_configuration_of_the_model_is_listed(tmp_path, begun, said):
+    model = tiny_llama(rms_norm_eps=0.001)
+    trainer = make_trainer(tmp_path, ROWS, model=model, **JOB | {"max_steps": 3})
+    trainer.train(resume_from_checkpoint=begun)
+    assert "model.rms_norm_eps: 1e-06 before, 0.001 now: takes effect from here" in said()
+
+
+def test_an_engine_that_restores_its_optimizer_is_not_said_to_change_it():
+    told = describe_change("weight_decay", begins_data_anew=False, restores_optimizer=True)
+    assert told is not None
+    assert "no effect" in told
+
+
 def test_weights_alone_are_refused_to_auto_and_said_otherwise(tmp_path, said):
     options = {"save_only_model": True, "num_train_epochs": 1}
     train_and_report(str(tmp_path), stop=2, **options)
