@@ -7,9 +7,9 @@ The disturbed run meets, at random moments: allocators that give up (in forward,
 evaluation; in the words of several backends), rows whose loss or gradient is NaN (the undisturbed
 run has those too: they are in the data), files that cannot grow, a tracker that raises. In its
 first half it is also ended again and again: SIGTERM and SIGINT in an update, in an evaluation, in a
-save, SIGKILL, a loader worker that is killed, a dataset that cannot be read. Each time it is
-started anew with ``resume_from_checkpoint="auto"``. Its second half is one process, whose memory is
-watched.
+save, SIGUSR1, SIGHUP, SIGKILL, a loader worker that is killed, a dataset that cannot be read. Its
+own files are damaged then, and it is started anew with ``resume_from_checkpoint="auto"``. Its
+second half is one process, whose memory is watched.
 
 No dropout: another cut would draw other masks. Then a run's end is a matter of rounding alone.
 """
@@ -59,7 +59,10 @@ ENDS = (
     "SIGINT in a save",
     "a row that cannot be read",
     "SIGTERM in an evaluation",
+    "SIGUSR1 in an update",
+    "SIGHUP in an evaluation",
 )
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9, "SIGHUP": 129, "SIGUSR1": 138}
 
 
 def make_rows() -> list[dict[str, list[int]]]:
@@ -142,6 +145,8 @@ class Trouble(TrainerCallback):
             return
         if self.end == "SIGTERM in an update":
             self._die(signal.SIGTERM)
+        elif self.end == "SIGUSR1 in an update":
+            self._die(signal.SIGUSR1)
         elif self.end == "SIGKILL":
             self._die(signal.SIGKILL)
         elif self.end == "a loader worker killed":
@@ -157,6 +162,8 @@ class Trouble(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_due and self.end == "SIGTERM in an evaluation":
             self._die(signal.SIGTERM)
+        elif self._is_due and self.end == "SIGHUP in an evaluation":
+            self._die(signal.SIGHUP)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         import wandb
@@ -281,9 +288,10 @@ def soak(folder: Path, updates: int) -> tuple[list[list[str]], bool]:
         if end is None or (rough / "result.pickle").exists():
             assert code == 0, _tail(rough)
             break
-        expected = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}.get(end.split()[0], 2)
+        expected = CODES.get(end.split()[0], 2)
         assert code == expected, f"{end}: exit code {code}\n{_tail(rough)}"
         codes[f"{end} (exit code {137 if code == -9 else code})"] += 1
+        codes[_damage(rough, life)] += 1
     results = [pickle.loads((out / "result.pickle").read_bytes()) for out in (calm, rough)]
     weights, rows = compare(*results)
     counts: Counter[str] = Counter()
@@ -306,6 +314,19 @@ def soak(folder: Path, updates: int) -> tuple[list[list[str]], bool]:
         ["updates of that process", f"{50 * len(pages):,}"],
     ]
     return lines, weights < 1e-7 and rows < 1e-7 and grown < 16
+
+
+def _damage(out: Path, life: int) -> str:
+    """Damage a file of ours between two processes, as a power cut may; say which."""
+    log = out / "gradacc_log.jsonl"
+    if life % 3 == 0:
+        log.write_bytes(log.read_bytes()[:-200])
+        return "the log's last rows lost"
+    if life % 3 == 1:
+        log.write_bytes(b"")
+        return "the log empty"
+    (out / "gradacc_run.json").write_bytes(b"\xff\xfe{")
+    return "gradacc_run.json no text"
 
 
 def _tail(out: Path) -> str:
