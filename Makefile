@@ -21,7 +21,8 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo real environments test test-fast test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
-CORE := tests/test_compat.py tests/trainer tests/safety tests/updates \
+CORE := tests/test_compat.py tests/trainer tests/safety \
+	$(patsubst %,tests/updates/test_%.py,collator draws loader stream update) \
 	tests/promise/test_stock_contract.py tests/promise/test_exactness.py
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.

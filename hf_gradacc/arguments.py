@@ -89,7 +89,7 @@ class GradAccOptions:
             "'micro_batch' weighs all micro-batches alike, as stock does."
         },
     )
-    update_passes: Literal["auto"] | int = field(
+    update_passes: Literal["auto", 1, 2] = field(
         default="auto",
         metadata={
             "help": "Passes over an update. 2 gather first what couples its rows (the load of "

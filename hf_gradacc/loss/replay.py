@@ -42,7 +42,8 @@ class Replay:
     def __init__(self, what: Recording, *, numbers_per_row: int) -> None:
         self.what = what
         self.note = (
-            f"the loss compares rows with each other, so it is taken once over all rows of an "
+            f"the loss compares rows with each other, or adds up means over other things than rows "
+            f"(LossTerms would do in one pass), so it is taken once over all rows of an "
             f"update, on all ranks. A first pass without gradients keeps {numbers_per_row:,} "
             f"numbers of each row for it; a second computes the gradient of the whole update, in "
             f"the memory of one micro-batch. update_passes = 1 saves the first, and compares only "

@@ -162,7 +162,7 @@ class RouterOrigins:
         if isinstance(origin, _Constant):
             return origin.value
         if isinstance(origin, _Input):
-            return self._seen.inputs[origin.call][origin.name]
+            return self._seen.inputs[origin.call].get(origin.name)  # packed rows have no mask
         return found[origin]
 
     @contextlib.contextmanager

@@ -95,13 +95,14 @@ def _choose(args: Any, asked: str | bool | None, holder: str | None) -> Start:
     complete_model(args.output_dir)
     if not asked:
         return Start()
+    is_edited = False
     if asked is True or asked == "auto":
         path = _newest(args.output_dir, is_auto=asked == "auto")
     else:
-        path = _named(asked)
+        path, is_edited = _named(asked)
     if path is None:
         return Start()
-    if not holds_optimizer(path):
+    if not (is_edited or holds_optimizer(path)):
         _tell_weights_alone(path, is_auto=asked == "auto")
     saved = RunIdentity.of(read_record(path).get("run"))
     others = [(run_of(p), step_of(p)) for p in list_checkpoints(args.output_dir)]
@@ -122,7 +123,8 @@ def _refuse_or_share(args: Any, holder: str) -> None:
     )
 
 
-def _named(asked: str | bool) -> Path:
+def _named(asked: str | bool) -> tuple[Path, bool]:
+    """Return the folder that was named, and whether somebody has edited it, which is told."""
     path = Path(str(asked))
     damage, edits = find_edits(path) if path.is_dir() else ("there is no such folder", [])
     if damage is not None:
@@ -132,7 +134,7 @@ def _named(asked: str | bool) -> Path:
         )
     if edits:
         logger.warning(f"{path.name} is not as it was written: {'; '.join(edits)}.")
-    return path
+    return path, bool(edits)
 
 
 def _newest(output_dir: str, *, is_auto: bool) -> Path | None:

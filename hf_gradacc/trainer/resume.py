@@ -26,6 +26,7 @@ from hf_gradacc.safety.resume_rules import (
     options_named_in,
 )
 from hf_gradacc.safety.run_state import keep
+from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.tracking.run_facts import versions
 from hf_gradacc.trainer.choosing import Start, read_record
 
@@ -207,8 +208,9 @@ def _class_of(optimizer: Any) -> str:
 
 
 def _recorded_arguments(args: Any) -> dict[str, Any]:
-    """Return the arguments as JSON values; of others their text counts."""
-    kept: dict[str, Any] = json.loads(json.dumps(args.to_dict(), default=_plain))
+    """Return the arguments as JSON values, without secrets; of others their text counts."""
+    with shown_without_secrets(args):
+        kept: dict[str, Any] = json.loads(json.dumps(args.to_dict(), default=_plain))
     return kept
 
 

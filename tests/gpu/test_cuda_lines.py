@@ -12,6 +12,7 @@ from support.pretend_cuda import CUDA, PACKAGE, PEAK_BYTES, cuda_lines, lines_ru
 from support.tiny import log_rows, make_trainer, pad, ragged_rows, tiny_llama
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
+from hf_gradacc.loss.absent import Absent
 from hf_gradacc.recipe import plan_screen
 from hf_gradacc.safety.out_of_memory import free_memory
 from hf_gradacc.safety.rollback import RandomState
@@ -50,6 +51,12 @@ def a_run(out):
     assert stand_ins["reset_peak_memory_stats"].call_args.args == (CUDA,)
     facts = json.loads((out / "gradacc_run.json").read_text())
     assert "cuda" in json.dumps(facts)
+
+
+def a_tensor_without_values(out):
+    """It stays where it stands, whatever a loss moves it to."""
+    absent = Absent.like(torch.ones(2), device=torch.device("cpu"))
+    assert absent.cuda() is absent
 
 
 def a_budget_that_tunes_itself(out):
@@ -141,6 +148,7 @@ RUNS = (
     what_a_machine_has,
     pinned_updates,
     a_device_torch_knows_nothing_of,
+    a_tensor_without_values,
 )
 
 

@@ -91,8 +91,11 @@ def test_what_the_checks_do_on_a_device_alone_runs_too(tmp_path, monkeypatch):
             "set_per_process_memory_fraction": None,
             "set_sync_debug_mode": None,
         }.items():
-            stand_in = mock.create_autospec(getattr(torch.cuda, name), return_value=answer)
+            stand_in = getattr(torch.cuda, name)
+            if not hasattr(stand_in, "mock"):  # pretended already
+                stand_in = mock.create_autospec(stand_in)
             monkeypatch.setattr(torch.cuda, name, stand_in)
+            stand_in.side_effect, stand_in.return_value = None, answer
         monkeypatch.setattr(torch.autocast, "__init__", on_the_host)
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
         # It looks for a device by itself, and ends Python with a segmentation fault without one.

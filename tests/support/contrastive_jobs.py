@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ class Embedder(nn.Module):
         super().__init__()
         self.bert = tiny_bert(dropout=dropout)
         self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-        self.fails, self.num_failures = fails, 0
+        self.fails = fails
+        # No plain number: that would be put back with all that a first pass leaves behind.
+        self.failures = SimpleNamespace(count=0)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         is_failing = self.fails == ("second" if torch.is_grad_enabled() else "first")
         if is_failing and self.training and len(input_ids) > 2:
-            self.num_failures += 1
+            self.failures.count += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         vectors = self.bert(input_ids, attention_mask=attention_mask).pooler_output
         return {"vectors": vectors, "scale": self.scale}
@@ -100,7 +103,7 @@ def train(
         ],
         "updates": trainer.get_train_dataloader().updates.batch_sampler.membership(0),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "failures": model.num_failures,
+        "failures": model.failures.count,
         "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
         "notes": trainer.facts.notes,
     }

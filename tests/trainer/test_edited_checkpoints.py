@@ -50,7 +50,7 @@ def test_a_checkpoint_changed_on_purpose_is_resumed_by_name_only(
     with pytest.raises(CheckpointError, match=r"was changed since it was written.*by name"):
         train_and_report(str(tmp_path), resume=True)
     said = []
-    monkeypatch.setattr("hf_gradacc.trainer.saving.logger.warning", said.append)
+    monkeypatch.setattr("hf_gradacc.trainer.choosing.logger.warning", said.append)
     report = train_and_report(str(tmp_path), resume=str(tmp_path / "checkpoint-2"), stop=4)
     assert report["step"] == 4
     assert [line.count(words) for line in said] == [1]

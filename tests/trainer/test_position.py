@@ -264,7 +264,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monk
     weights.write_bytes(bytes(damaged))
     os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns))  # nobody wrote it: it rotted
     said = []
-    monkeypatch.setattr("hf_gradacc.trainer.saving.logger.warning", said.append)
+    monkeypatch.setattr("hf_gradacc.trainer.choosing.logger.warning", said.append)
     again = train_and_report(str(tmp_path), stop=8, resume=True)
     assert said[0] == (
         "checkpoint-8 is damaged: model.safetensors holds other bytes than were written. "
@@ -385,4 +385,4 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path, world_size,
     assert results[0]["found"] == ["checkpoint-2", "checkpoint-6"]
     assert find_damage(tmp_path / "checkpoint-2") is None
     (said,) = re.findall("could not be saved.*", (tmp_path / "gradacc_log.jsonl").read_text())
-    assert "bytes are free on that disk" in said
+    assert "bytes free on that disk" in said

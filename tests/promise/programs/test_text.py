@@ -389,8 +389,7 @@ PROGRAMS = {
         TwoHeads,
         texts(label=token_classes, intent=classes),
         by_tokens,
-        ours="as stock",
-        says="differs from the weighted mean",
+        says="taken once over all rows",
     ),
     "multi-task over rows": Program(
         TwoRowTasks, texts(label=classes, score=lambda i, row: i / 9), padded
@@ -400,16 +399,14 @@ PROGRAMS = {
         texts(),
         padded,
         SimCSE,
-        ours="named",
-        says="influence each other",
+        says="taken once over all rows",
     ),
     "centers of classes": Program(
         bert(T.BertModel),
         sorted_rows,
         padded,
         Contextual,
-        ours="named",
-        says="influence each other",
+        says="taken once over all rows",
     ),
     "reward of pairs": Program(
         bert(T.BertForSequenceClassification, num_labels=1), pairs, collate_pairs, Pairs
