@@ -103,10 +103,12 @@ def distance(gradients, expected):
     return error**0.5 / size
 
 
-def gradient_of_rank(folder, kind):
-    """Train on this rank; return the gradient and the rows of the log."""
-    trainer, keeper = make(
-        folder, {"named": Named, "counted": Counted}[kind], per_device_train_batch_size=2
-    )
+def gradients_of_rank(folder):
+    """Train both kinds on this rank; return the gradient and the rows of the log of each."""
+    return [_of_rank(f"{folder}/{kind.__name__}", kind) for kind in (Named, Counted)]
+
+
+def _of_rank(folder, kind):
+    trainer, keeper = make(folder, kind, per_device_train_batch_size=2)
     trainer.train()
     return [g.tolist() for g in keeper.gradients[0]], trainer.state.log_history
