@@ -122,7 +122,7 @@ def test_the_first_losses_are_those_of_trl(trained, smollm2, tmp_path):
         model=model,
         args=trl.SFTConfig(
             output_dir=str(tmp_path),
-            max_steps=2,
+            max_steps=4,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             learning_rate=1e-3,
