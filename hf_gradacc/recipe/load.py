@@ -3,8 +3,8 @@
     recipe = load_recipe("recipes/quickstart.yaml", overrides=["peft=lora"])
     arguments = recipe_arguments(recipe)
 
-Reading is in `recipe_source`, the keys in `recipe_sections` and `recipe_train`, checking in
-`recipe_check`, `recipe_paths`, `recipe_values` and `recipe_machine`, wording in `recipe_report`.
+Reading is in `source` and `reading`, what is interpolated in `interpolation`, the keys in
+`sections`, checking in `checks` and `values`, wording in `problems`.
 Everything wrong with a file is found in one go and said in one error.
 """
 
