@@ -25,13 +25,14 @@ WANDB_VARIABLES = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "RUN_ID", "RESUME",
 
 
 def end_wandb_run() -> None:
-    """End a run that a test left open, even one that W&B's own end fails for: it would be the next
-    test's run.
+    """End a run that a test left open, even one that W&B's own end fails for, and forget the
+    settings: both would be the next test's.
     """
     if wandb.run is not None:
         with contextlib.suppress(Exception):
             wandb.finish()
         unset_globals()
+    wandb.teardown()
 
 
 def no_wandb_login(tmp_path, monkeypatch):
@@ -47,7 +48,6 @@ def no_wandb_login(tmp_path, monkeypatch):
     wandb.teardown()
     yield folder
     end_wandb_run()
-    wandb.teardown()
 
 
 def tracked_trainer(out, **options):
