@@ -62,3 +62,15 @@ def _no_account(monkeypatch, tmp_path):
         from support.tracked import end_wandb_run
 
         end_wandb_run()
+
+
+@pytest.fixture
+def in_float64():
+    """Run a test without the float32 of norms and softmaxes.
+
+    They sum a row in an order that hangs on the processor and on the width it is padded to.
+    """
+    from support.reference import float64_everywhere
+
+    with float64_everywhere():
+        yield

@@ -20,6 +20,8 @@ from hf_gradacc.loss.class_weights import ClassWeights, WeightedCalls
 from hf_gradacc.loss.probe import probe_loss
 from hf_gradacc.updates.targets import TargetRule
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-10
 
 

@@ -21,6 +21,8 @@ from transformers import Trainer
 
 from hf_gradacc import ConfigError, LossError, LossTerm, LossTerms
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-12
 
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from hf_gradacc import GradAccMixin
 
+from .reference import float64_everywhere
 from .tiny import make_trainer, pad, ragged_rows, tiny_llama
 
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
@@ -124,5 +125,6 @@ def trained(tmp_path, case, *, size, rows=None, **options):
 
 def weights_of_rank(folder):
     """Train on this rank; return the weights."""
-    trainer = trained(Path(folder), "rows", size=2)
+    with float64_everywhere():
+        trainer = trained(Path(folder), "rows", size=2)
     return [p.detach().tolist() for p in trainer.model.parameters()]

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_gradacc import GradAccMixin, LossTerm, LossTerms
 
+from .reference import float64_everywhere
 from .tiny import make_trainer, pad, ragged_rows, tiny_llama
 
 ROWS = ragged_rows(13, seed=3)
@@ -109,6 +110,7 @@ def gradients_of_rank(folder):
 
 
 def _of_rank(folder, kind):
-    trainer, keeper = make(folder, kind, per_device_train_batch_size=2)
-    trainer.train()
+    with float64_everywhere():
+        trainer, keeper = make(folder, kind, per_device_train_batch_size=2)
+        trainer.train()
     return [g.tolist() for g in keeper.gradients[0]], trainer.state.log_history
