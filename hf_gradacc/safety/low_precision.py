@@ -80,9 +80,13 @@ class LowPrecisionUpdates:
         try:
             yield
         finally:
-            for name, low in self._low.items():
-                self.weights[name].data = low
-            self._low.clear()
+            self.undo()
+
+    def undo(self) -> None:
+        """Give weights back the values and the type they had before a step that failed."""
+        for name, low in self._low.items():
+            self.weights[name].data = low
+        self._low.clear()
 
     def masters(self) -> dict[str, Tensor]:
         """Return the float32 value of every weight, by name."""

@@ -95,6 +95,15 @@ class OptimizerSteps:
             seed=lambda: trainer.args.seed * 1_000_003 + trainer.state.global_step,
         )
 
+    @contextlib.contextmanager
+    def undoing_failed_step(self) -> Iterator[None]:
+        """Leave no weight in float32 when an error inside a step ends the run."""
+        try:
+            yield
+        finally:
+            if self._updates is not None:
+                self._updates.undo()
+
     def _end(self) -> None:
         if self._updates is not None:
             self._updates.detach()

@@ -290,7 +290,7 @@ class GradAccMixin(Trainer):
         settle_drawn_size(self.args, before=before)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with stock_loop_sees_one_batch(self.args):
+        with stock_loop_sees_one_batch(self.args), self.optimizer_steps.undoing_failed_step():
             return self._stopping.run_loop(self, super()._inner_training_loop, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:

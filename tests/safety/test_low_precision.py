@@ -1,5 +1,6 @@
 """Steps on bfloat16 and float16 weights: kept in float32, rounded at random, or said to be lost."""
 
+import importlib
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import make_trainer, ragged_rows, tiny_llama
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradacc import ConfigError
 from hf_gradacc.safety.lost_step import measure_lost_share
@@ -108,6 +109,40 @@ def share_moved(trainer):
     after = trainer.model.state_dict()
     differ = sum(int((after[name] != value).sum()) for name, value in before.items())
     return differ / sum(value.numel() for value in before.values())
+
+
+@pytest.mark.parametrize("mode", ["master", "stochastic"])
+def test_a_step_that_fails_leaves_weights_of_their_type_as_they_were(tmp_path, mode, monkeypatch):
+    functions = importlib.import_module("torch.optim.adam")
+    step, steps, before = functions.adam, [], {}
+
+    def failing(weights, *args, **kwargs):
+        step(weights, *args, **kwargs)
+        steps.append(weights)
+        if len(steps) == 2:
+            raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(functions, "adam", failing)
+    trainer = make_trainer(
+        tmp_path,
+        ROWS,
+        model=tiny_llama(dtype=torch.bfloat16),
+        effective_batch_size=4,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        low_precision_updates=mode,
+    )
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, *args, model, **kwargs):
+            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    trainer.add_callback(Keep())
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        trainer.train()
+    for name, weight in trainer.model.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, before[name])
 
 
 @pytest.fixture(scope="module")
