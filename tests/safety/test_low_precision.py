@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.low_precision_jobs import step_on_copies, step_on_parts
+from support.ranks import run_ranks
 from support.tiny import make_trainer, ragged_rows, tiny_llama
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -275,3 +277,26 @@ def test_an_optimizer_that_exchanges_weights_itself_is_left_alone_or_refused(tmp
     assert trained("auto").optimizer_steps.rounding == "plain"
     with pytest.raises(ConfigError, match="EvaluatingSGD exchanges the weights itself"):
         trained("master")
+
+
+@pytest.mark.slow
+def test_ranks_step_alike_on_the_weights_they_all_hold(tmp_path):
+    one = run_ranks(step_on_copies, 1, out=str(tmp_path / "one"))[0]
+    ranks = run_ranks(step_on_copies, 2, out=str(tmp_path / "two"))
+    for mode, weights in one.items():
+        for name in weights:
+            assert torch.equal(*(rank[mode][name] for rank in ranks))
+    began = tiny_llama(dtype=torch.bfloat16).state_dict()
+    masters = one["master, float32"]
+    off = sum(float((ranks[0]["master, float32"][n] - m).abs().sum()) for n, m in masters.items())
+    moved = sum(float((m - began[n].float()).abs().sum()) for n, m in masters.items())
+    assert moved > 0
+    assert off < 0.02 * moved  # gradients in bfloat16, summed in another order
+
+
+@pytest.mark.slow
+def test_split_weights_of_low_precision_are_stepped_as_they_are_with_a_line(tmp_path):
+    for told in run_ranks(step_on_parts, 2, out=str(tmp_path)):
+        assert "steps on low-precision weights as they are: they are split" in told["auto"]
+        assert told["master"].startswith("refused: low_precision_updates = 'master'")
+        assert "Load the model in float32 and set bf16 = True" in told["master"]
