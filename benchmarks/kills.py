@@ -53,12 +53,13 @@ def main() -> None:
         straight = train_and_report(f"{folder}/straight", dropout=0.2, **job)
         out, result = Path(folder, "killed"), Path(folder, "result")
         kills = while_saving = 0
-        longest = 8.0 if options.workers else 1.0  # workers take seconds to start
         while not result.exists():
             code = run_and_kill(
                 train_until_killed,
                 begun=Path(folder, "begun"),
-                delay=draw.uniform(0.0, longest) if kills < options.kills else None,
+                # By progress, since a busy machine may take seconds to start its loader workers.
+                begins_after=draw.randrange(7),
+                delay=draw.uniform(0.0, 0.3) if kills < options.kills else None,
                 out=str(out),
                 result=str(result),
                 started=f"{folder}/begun",

@@ -52,12 +52,14 @@ class Watch:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process and of its children that have ended; where nobody says, the clock."""
+    """CPU time of a process and of its children, ended or not; where nobody says, the clock."""
     if not Path("/proc/self/stat").exists():
         return time.monotonic()
     try:
         # The name in parentheses may hold anything; then state is the first field.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(_cpu_seconds(int(child)) for child in children)

@@ -125,6 +125,8 @@ def _be_rank(
         import torch
         import torch.distributed as dist
 
+        # As in a process that a user starts; ours would start a fork server for its loader workers.
+        multiprocessing.set_start_method("fork", force=True)
         torch.set_num_threads(1)
         try:
             result = job(**kwargs)

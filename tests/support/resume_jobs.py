@@ -105,23 +105,35 @@ def train_and_report(
 
 
 def train_until_killed(
-    out: str, result: str, started: str, pause: float = 0.0, **options: Any
+    out: str,
+    result: str,
+    started: str,
+    pause: float = 0.0,
+    begins_after: int = 0,
+    **options: Any,
 ) -> None:
     """Train from the newest checkpoint there is, and write the result if nobody kills us.
 
     Args:
         out: Folder of the checkpoints.
         result: File for the pickled report.
-        started: File made when training begins.
+        started: File made when training begins, or when it has come as far as `begins_after`.
         pause: Seconds to wait after each update, so that a fast machine is not done too soon.
+        begins_after: Updates of this process before `started` is made.
         **options: Of the training.
     """
 
     class Started(TrainerCallback):
+        updates = 0
+
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            Path(started).touch()
+            if not begins_after:
+                Path(started).touch()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.updates += 1
+            if self.updates == begins_after:
+                Path(started).touch()
             time.sleep(pause)
 
     report = train_and_report(out, resume="auto", callbacks=[Started()], dropout=0.2, **options)
