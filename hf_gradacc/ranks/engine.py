@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError
@@ -177,6 +178,10 @@ class Engine:
     def reduce(self) -> None:
         """Sum the update's gradients over ranks, unless a backward has done that."""
 
+    def gathering_whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Let the stock code save a whole model."""
+        return contextlib.nullcontext()
+
     def clip(self, model: nn.Module, stock_clip: Callable[[nn.Module], Any]) -> Any:
         """Clip the update's gradient."""
         return stock_clip(model)
@@ -280,6 +285,20 @@ class FullySharded(Engine):
     def find_notes(self) -> Iterator[str]:
         """Yield nothing: ``sync_each_batch`` is heard."""
         yield from ()
+
+    @contextlib.contextmanager
+    def gathering_whole_weights(self) -> Iterator[None]:
+        """Let ``Trainer.save_model`` gather the weights also where checkpoints are in parts.
+
+        With ``state_dict_type="SHARDED_STATE_DICT"`` it saves no model, without a word
+        (transformers 5.23.0).
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        asked, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            plugin.state_dict_type = asked
 
     def hold_gradients(
         self, model: nn.Module, *, is_last: bool

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.fsdp import StateDictType
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
@@ -29,7 +28,6 @@ from hf_gradacc.safety.identity import RunIdentity
 from hf_gradacc.safety.run_state import kept
 from hf_gradacc.safety.storage_errors import find_storage_fault
 from hf_gradacc.tracking.install import flush_log, record_event
-from hf_gradacc.trainer.as_requested import changed
 
 __all__ = ["CheckpointWriter", "rotate", "save_aside"]
 
@@ -188,8 +186,7 @@ def save_aside(trainer: Any, folder: str | Path) -> Iterator[Path]:
     """Give a folder to save a model into outside of checkpoints; see `written_aside`.
 
     Where each rank holds all weights, rank 0 may save alone, so nobody waits for the others. Where
-    FSDP writes checkpoints in parts, the model is saved whole all the same: the stock code would
-    save none, without a word (transformers 5.23.0, ``Trainer.save_model``).
+    checkpoints are written in parts, the model is saved whole all the same.
 
     Raises:
         CheckpointError: If the disk fails; it says where the weights can still be found.
@@ -204,16 +201,9 @@ def save_aside(trainer: Any, folder: str | Path) -> Iterator[Path]:
             is_first_here=together and args.local_process_index == 0,
             wait=wait_for_ranks if together else _wait_for_nobody,
         ) as staged,
-        _gathered_whole(trainer),
+        trainer._rank_engine.gathering_whole_weights(),
     ):
         yield staged
-
-
-def _gathered_whole(trainer: Any) -> contextlib.AbstractContextManager[None]:
-    if not trainer.is_fsdp_enabled:
-        return contextlib.nullcontext()
-    plugin = trainer.accelerator.state.fsdp_plugin
-    return changed(plugin, state_dict_type=StateDictType.FULL_STATE_DICT)
 
 
 def _wait_for_nobody() -> None:
