@@ -73,6 +73,7 @@ def summed_cross_entropy(model, inputs):
     )
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_sum_is_the_sum_over_the_whole_update_however_it_is_cut(tmp_path):
     class Own(with_loss(summed_cross_entropy)):
         pass
