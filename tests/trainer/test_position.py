@@ -49,12 +49,12 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     straight = train_and_report(str(tmp_path / "straight"), dropout=0.2, **job)
     draw, kills, result = random.Random(0), 0, tmp_path / "result"
     while not result.exists():
-        # 36 updates pause for 1.8 s in all, so all four kills come before the end.
-        delay = draw.uniform(0.02, 0.4) if kills < NUM_KILLS else None
+        # At most 7 updates and what 0.2 s hold: all four kills come before the end of 36.
         code = run_and_kill(
             train_until_killed,
             begun=tmp_path / "started",
-            delay=delay,
+            begins_after=draw.randrange(7),
+            delay=draw.uniform(0, 0.2) if kills < NUM_KILLS else None,
             out=str(tmp_path / "killed"),
             result=str(result),
             started=str(tmp_path / "started"),
