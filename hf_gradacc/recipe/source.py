@@ -140,6 +140,7 @@ def _read_with_bases(
             [Problem("base", "inherits itself", f"break the circle: {loop}", Origin(str(path)))]
         )
     values, lines = read_yaml(path)
+    is_whole = values.get("peft") == "none"  # it turns off what the base says, to the last key
     _expand_short_forms(values)
     base = values.pop("base", None)
     if base is not None:
@@ -156,6 +157,8 @@ def _read_with_bases(
             why = f"is the {_MOST_BASES}th recipe above another"
             raise RecipeError([Problem("base", why, fix, origin, base)])
         below = _read_with_bases(parent, origins, (*seen, path.resolve()))
+        if is_whole:
+            below.pop("peft", None)
         values = _merge(below, values)
     origins.update(lines)
     return values
@@ -180,7 +183,10 @@ def _merge(below: Any, above: Any) -> Any:
 
 
 def _expand_short_forms(values: dict[str, Any]) -> None:
-    """`peft: lora` sets the method and leaves the section's other keys to base and overrides."""
+    """`peft: lora` sets the method and leaves the section's other keys to base and overrides.
+
+    `peft: none` leaves nothing of them.
+    """
     peft = values.get("peft")
     if isinstance(peft, str) and "${" not in peft:
         values["peft"] = {"method": peft}
@@ -195,8 +201,17 @@ def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> 
         shown = name if equals and SECRET_KEY.search(name) else text
         return Problem(shown[:200], "is not an override", "write key.sub=value", origin)
     key: Key = tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\w+", name))
+    if not value.strip():
+        why = "has no value, as if a variable of the shell were not set"
+        fix = f"write {name}=null for the default"
+        return Problem(name, why, fix, origin)
     try:
-        _set(values, key, parse_value(value))
+        parsed = parse_value(value)
+        if key == ("peft",) and parsed == "none":
+            values.pop("peft", None)  # not a key of it is left
+        elif key == ("peft",) and isinstance(parsed, str) and "${" not in parsed:
+            key = ("peft", "method")
+        _set(values, key, parsed)
     except ValueError as error:
         fix = "check the key, and quote values with brackets"
         shown_value = ... if SECRET_KEY.search(name) else value

@@ -183,6 +183,27 @@ def test_overrides_win_over_the_file_and_null_takes_a_value_back(write):
     assert recipe.train["eval_strategy"] == "no"
 
 
+def test_an_override_of_the_method_keeps_the_other_keys_of_the_file(write):
+    file = write(GOOD + "peft: {method: lora, r: 4}\n")
+    for asked in ("peft=dora", "peft.method=dora"):
+        recipe = load_recipe(file, overrides=[asked])
+        assert (recipe.peft.method, recipe.peft.r) == ("dora", 4)
+
+
+def test_peft_none_turns_off_all_that_a_file_says_of_it(write):
+    file = write(GOOD + "peft: {method: lora, r: 4}\n", "base.yaml")
+    assert load_recipe(file, overrides=["peft=none"]).peft.r == 16
+    assert load_recipe(write("base: base.yaml\npeft: none\n")).peft.r == 16
+    assert load_recipe(write("base: base.yaml\npeft: null\n")).peft.method == "none"
+
+
+def test_an_override_from_an_unset_variable_of_the_shell_is_an_error(write):
+    (found,) = problems(write(GOOD), "train.max_steps=")
+    assert (found.key, found.origin.file) == ("train.max_steps", "command line")
+    assert "shell" in found.why
+    assert "train.max_steps=null" in found.fix
+
+
 def test_a_recipe_inherits_and_its_lines_are_those_of_the_file_that_said_it(write):
     write(GOOD + "  warmup_stepz: 3\n", "base.yaml")
     file = write("base: base.yaml\ntrain:\n  max_steps: 9\n  bogus_key: 1\n")
