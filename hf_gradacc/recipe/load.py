@@ -24,6 +24,7 @@ from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.together import check_together, drop_overridden
 from hf_gradacc.recipe.values import check_values, machine_problems
 from hf_gradacc.safety.withheld import name_values
 
@@ -68,6 +69,7 @@ def load_recipe(
     faulty = {part[1] for part in parts if part[0] == "train" and len(part) > 1}
     paths, missing = resolve_paths(source)
     problems += missing + check_values(source, faulty=faulty)
+    problems += check_together(source, paths, reported={problem.key for problem in problems})
     if problems:
         raise RecipeError(map(source.by_name, problems))
     recipe = Recipe.model_validate(values)
@@ -75,8 +77,11 @@ def load_recipe(
     for key, place in paths.items():
         if key[0] == "data":
             getattr(recipe.data, str(key[1]))[key[2]].path = place
+        elif key[0] == "train":
+            recipe.train[str(key[1])] = place
         else:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
+    drop_overridden(recipe)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     recipe.keep_from_environment(source.from_environment)
