@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.data.chat_templates import check_template_options
 from hf_gradacc.data.classes import find_classes
 from hf_gradacc.data.encode import (
     CACHE_VERSION,
@@ -67,9 +68,11 @@ def prepare_data(
         vocab_size: Entries of the model's vocabulary, which may be more than the tokenizer has.
 
     Raises:
+        ConfigError: If an option is for a chat template, and there is none that reads it.
         DataError: If a source cannot be read, lacks a column, or holds a malformed row; the
             message names file, line and column.
     """
+    check_template_options(tokenizer, section)
     load = partial(load_source, streaming=section.streaming, document=section.document)
     train_raw = [load(source) for source in section.train]
     eval_raw = [load(source) for source in section.eval]

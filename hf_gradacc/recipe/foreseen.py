@@ -26,6 +26,14 @@ _EVALUATED = ("loss", "perplexity", "runtime", "samples_per_second", "steps_per_
 """What an evaluation of a recipe measures."""
 
 
+_SIZES = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+    *("n_embd", "n_head", "n_layer", "n_positions", "d_model", "d_ff", "num_heads", "num_layers"),
+}
+"""Keys of model configs that are sizes in every config that has them."""
+
+
 def find_foreseen(sections: ReadableSections) -> Iterator[Finding]:
     """Yield the keys that a run would fail on after it has loaded something.
 
@@ -38,6 +46,7 @@ def find_foreseen(sections: ReadableSections) -> Iterator[Finding]:
         why = "makes a new model, which has no tokenizer"
         fix = "set tokenizer.train.vocab_size to train one on the data, or tokenizer.name"
         yield ("model", "config"), why, fix
+    yield from _of_sizes(sections)
     yield from _of_evaluation(sections)
     yield from _of_stream(sections)
     yield from _of_words(sections)
@@ -48,6 +57,16 @@ def find_foreseen(sections: ReadableSections) -> Iterator[Finding]:
         why = "measures the model on rows before training, which a recipe does not do"
         fix = "use pissa or olora, or peft's own functions in a script"
         yield ("peft", "options", "init_lora_weights"), why, fix
+
+
+def _of_sizes(sections: ReadableSections) -> Iterator[Finding]:
+    """Sizes below 1; how they go together is asked of the model, in `sizes`."""
+    for part in ("config", "overrides"):
+        values = getattr(sections.model, part, None) or {}
+        for name in _SIZES.intersection(values):
+            value = values[name]
+            if value is not None and (type(value) is not int or value < 1):
+                yield ("model", part, name), "is no size", "use a whole number of at least 1"
 
 
 def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:

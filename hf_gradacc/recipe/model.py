@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.data.section import ModelSection
-from hf_gradacc.errors import ConfigError
+from hf_gradacc.errors import ConfigError, GradAccError
 from hf_gradacc.recipe.adapter_layers import check_layer_names
 from hf_gradacc.recipe.adapter_start import keep_start, needs_weights, plain_when_saved
 from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
 from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
+from hf_gradacc.recipe.sizes import check_sizes
 from hf_gradacc.text import SECRET_KEY, nearest
 
 __all__ = [
@@ -53,6 +54,7 @@ def load_model(
     Raises:
         ConfigError: If it cannot be loaded; only safetensors weights are read.
     """
+    import torch
     import transformers
 
     head = getattr(transformers, f"AutoModel{HEADS[section.task]}")
@@ -82,8 +84,10 @@ def load_model(
             trust_remote_code=section.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"model.name = {section.name!r} cannot be loaded ({why}): check the name and task, "
             "that it has safetensors weights, that you are online or have it cached, and "
@@ -113,6 +117,7 @@ def check_model(
         ConfigError: If model, head, attention or adapter do not fit.
     """
     model = empty_model(section, tokenizer=tokenizer, here=here)
+    check_sizes(model, section, tokenizer=tokenizer)
     return apply_peft(model, peft, task=section.task)
 
 
@@ -294,7 +299,7 @@ def model_config(
             config = AutoConfig.for_model(model_type, **sizes)
     except ConfigError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # each config checks its sizes, or divides by them, in its own way
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         value = section.name if section.name is not None else section.config
         raise ConfigError(
@@ -339,8 +344,10 @@ def empty_model(
     try:
         with torch.device("meta"), _unsharded():
             return head.from_config(config, **options)
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
+    except GradAccError:
+        raise
+    except Exception as error:  # sizes that go nowhere fail in as many ways as there are models
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         name = "name" if section.config is None else "config"
         raise ConfigError(
             f"model.{name} = {getattr(section, name)!r} does not make a model ({why}): check its "
