@@ -76,6 +76,7 @@ def prepare_data(
     load = partial(load_source, streaming=section.streaming, document=section.document)
     train_raw = [load(source) for source in section.train]
     eval_raw = [load(source) for source in section.eval]
+    _check_turns(section, [*train_raw, *eval_raw])
     labels = find_classes(section, train_raw)
     encode = partial(encode_source, section, tokenizer, labels.ids, vocab_size=vocab_size)
     sources = [
@@ -108,6 +109,21 @@ def prepare_data(
         reports,
         labels.names,
         remarks,
+    )
+
+
+def _check_turns(section: DataSection, raws: list[Any]) -> None:
+    """Refuse a choice between the turns of rows that have one answer each."""
+    if section.assistant_turns == "auto":
+        return
+    for source, raw in zip([*section.train, *section.eval], raws, strict=True):
+        format, columns = source_format(section, source), source_columns(section, source)
+        history = columns.get("history", "history")
+        if format in ("chat", "prompt_completion") or history in (raw.column_names or [history]):
+            return
+    raise DataError(
+        f"data.assistant_turns = {section.assistant_turns!r} chooses between the answers of a row, "
+        f"and no row has more than one, since there is no column 'history': leave it out."
     )
 
 

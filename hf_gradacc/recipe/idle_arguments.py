@@ -25,6 +25,7 @@ _NEVER: dict[str, tuple[str, str]] = {
         "the model would be rounded before it is saved",
         "set bf16, or model.dtype",
     ),
+    "dataloader_in_order": ("updates are trained in the order they were drawn, always", ""),
     "ddp_broadcast_buffers": (_NO_DDP, ""),
     "ddp_find_unused_parameters": (_NO_DDP, ""),
     "ddp_static_graph": (_NO_DDP, ""),
@@ -155,10 +156,12 @@ def _of_size_and_loading(sections: ReadableSections) -> Iterator[_Condition]:
     )
     skips = get("on_non_finite") == "skip"
     yield from _needs("on_non_finite: skip", ("max_skipped_updates_in_a_row",), skips)
-    workers = ("persistent_workers", "in_order", "prefetch_factor", "multiprocessing_context")
+    workers = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
     has_workers = (get("dataloader_num_workers") or 0) > 0
     names = tuple(f"dataloader_{name}" for name in workers)
     yield from _needs("dataloader_num_workers", names, has_workers)
+    why = "nothing is copied to a device with train.use_cpu"
+    yield "dataloader_pin_memory", not get("use_cpu"), why, "leave it out"
     is_stream = sections.data is not None and sections.data.streaming
     why = "a stream is trained in the order it is read"
     yield "train_sampling_strategy", not is_stream, why, "leave it out"

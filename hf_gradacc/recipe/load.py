@@ -110,6 +110,11 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
+    if options.get("ddp_backend") and "LOCAL_RANK" not in os.environ:
+        why = "joins several processes, and this run has one"
+        fix = "start it with `torchrun --nproc-per-node 8 -m hf_gradacc train ...`, or leave it out"
+        here = Origin("this machine")
+        raise RecipeError([Problem("train.ddp_backend", why, fix, here, options["ddp_backend"])])
     try:
         kind = arguments_class()
         arguments = kind(**options_as_installed(options, kind))

@@ -36,6 +36,7 @@ _ON_ANY_MACHINE: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "tf32": None,
+    "ddp_backend": None,
     "fsdp": None,
     "fsdp_config": None,
     "deepspeed": None,
