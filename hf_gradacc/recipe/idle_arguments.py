@@ -6,7 +6,6 @@ Transformers reads some only beside others, and some not at all where this packa
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 from hf_gradacc.recipe.idle_keys import Finding
@@ -72,9 +71,7 @@ def find_idle_arguments(sections: ReadableSections) -> Iterator[Finding]:
         if sections.sets(name):
             yield ("train", name), f"has no effect: {why}", fix or "leave it out"
     for name, is_read, why, fix in _conditions(sections):
-        # What is wrong by itself may be what this one belongs to.
-        causes = re.findall(r"train\.(\w+)", f"{why} {fix}")
-        if not is_read and sections.sets(name) and not any(map(sections.is_unclear, causes)):
+        if not is_read and sections.sets(name):
             yield ("train", name), f"has no effect: {why}", fix
     accelerator = sections.trains_with("accelerator_config")
     for name in accelerator if isinstance(accelerator, dict) else ():
@@ -137,13 +134,10 @@ def _of_saving_and_logging(sections: ReadableSections) -> Iterator[_Condition]:
 
 
 def _of_size_and_loading(sections: ReadableSections) -> Iterator[_Condition]:
-    get, source = sections.trains_with, sections.source
+    get = sections.trains_with
     by_updates = (get("max_steps") or -1) > 0
-    # An override of max_steps is meant to win over the file; two lines of one file are a slip.
-    files = {source.origin(("train", name)).file for name in ("max_steps", "num_train_epochs")}
-    is_slip = by_updates and len(files) == 1
     why = "train.max_steps says when to end"
-    yield "num_train_epochs", not is_slip, why, "keep one of them"
+    yield "num_train_epochs", not by_updates, why, "keep one of them"
     has_budget = get("max_tokens_per_micro_batch") is not None
     sized = get("effective_batch_size") is not None or get("tokens_per_update") is not None
     why = "train.max_tokens_per_micro_batch cuts by tokens"
@@ -163,10 +157,12 @@ def _of_size_and_loading(sections: ReadableSections) -> Iterator[_Condition]:
     why = "nothing is copied to a device with train.use_cpu"
     yield "dataloader_pin_memory", not get("use_cpu"), why, "leave it out"
     is_stream = sections.data is not None and sections.data.streaming
-    why = "a stream is trained in the order it is read"
+    why = "the rows of data.streaming are trained in the order they are read"
     yield "train_sampling_strategy", not is_stream, why, "leave it out"
     by_length = get("train_sampling_strategy") not in ("random", "sequential")
-    why = "every update draws its rows at random, and its micro-batches hold rows of like length"
+    why = (
+        "every update draws its rows by train.seed, and its micro-batches hold rows of like length"
+    )
     yield "train_sampling_strategy", not by_length, why, "use random or sequential"
 
 

@@ -16,10 +16,10 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.recipe.problems import Key
 from hf_gradacc.recipe.readable import ReadableSections, differs
 
-__all__ = ["Finding", "columns_read", "find_idle_keys"]
+__all__ = ["Finding", "find_idle_keys"]
 
 Finding = tuple[Key, str, str]
-"""A key, why it has no effect, and what to do."""
+"""A key, why it has no effect, and what to do. The texts name the keys it depends on in full."""
 
 _DIALOGUES: set[Format] = {"chat", "instruction", "question_answer", "prompt_completion"}
 
@@ -135,7 +135,7 @@ def _of_data(sections: ReadableSections) -> Iterator[Finding]:
     for name, readers in _READ_BY.items():
         if differs(data, name) and not formats & readers:
             fix = f"leave it out, or use data.format {' or '.join(sorted(readers))}"
-            yield ("data", name), f"is not read by format {named}", fix
+            yield ("data", name), f"is not read by data.format {named}", fix
     own = [source for _, source, _ in sections.sources]
     for name in ("format", "columns"):
         if differs(data, name) and all(getattr(source, name) is not None for source in own):
@@ -181,37 +181,29 @@ def _of_sources(sections: ReadableSections) -> Iterator[Finding]:
                 why = "belongs to a set of the hub, and this one lies on this machine"
                 yield (*key, name), why, "leave it out"
         if differs(source, "weight") and (key[1] == "eval" or len(data.train) == 1):
-            why = "is a share of a mix: " + (
-                "held-out rows are all read" if key[1] == "eval" else "data.train is one source"
-            )
+            is_held = key[1] == "eval"
+            why = "held-out rows are all read" if is_held else "data.train is one source"
+            why = f"is a share of a mix: {why}"
             yield (*key, "weight"), why, "leave it out"
         if source.columns is not None:
             yield from _of_columns(
                 (*key, "columns"), source.columns, {source.format or data.format}
             )
     shared = {s.format or data.format for _, s, _ in sections.sources if s.columns is None}
-    # A base may bring columns of another format: a child cannot take single ones back.
-    origin, place = sections.source.origin, sections.source.origin(("data", "format")).file
-    own = {n: c for n, c in data.columns.items() if origin(("data", "columns", n)).file == place}
     if shared:
-        yield from _of_columns(("data", "columns"), own, shared)
+        yield from _of_columns(("data", "columns"), data.columns, shared)
 
 
-def columns_read(formats: set[Format]) -> set[str]:
-    """The columns that some row of one of these formats may have, by their own names."""
-    return {
+def _of_columns(key: Key, columns: dict[str, str], formats: set[Format]) -> Iterator[Finding]:
+    read = {
         name
         for format in formats
         for names in (FORMAT_COLUMNS[format], OPTIONAL_COLUMNS.get(format, ()))
         for name in (*names, *_MORE_COLUMNS.get(format, ()))
     }
-
-
-def _of_columns(key: Key, columns: dict[str, str], formats: set[Format]) -> Iterator[Finding]:
-    read = columns_read(formats)
     for name, column in columns.items():
         if name not in read and name != column:
-            why = f"is no column of format {' and '.join(sorted(formats))}"
+            why = f"is no column of data.format {' and '.join(sorted(formats))}"
             yield (*key, name), why, f"it reads {', '.join(sorted(read))}"
 
 
@@ -228,9 +220,9 @@ def _of_peft(sections: ReadableSections) -> Iterator[Finding]:
     for name, methods in _METHODS.items():
         if differs(peft, name) and peft.method not in methods:
             fix = f"leave it out; it belongs to {', '.join(methods)}"
-            yield ("peft", name), f"is not read by method {peft.method}", fix
+            yield ("peft", name), f"is not read by peft.method {peft.method}", fix
     if peft.options and peft.method == "none":
-        yield ("peft", "options"), "is not read by method none", "leave it out"
+        yield ("peft", "options"), "is not read by peft.method none", "leave it out"
     for name in peft.options:
         own = _PEFT_OWN.get(name, name)
         if own in _METHODS and peft.method in _METHODS[own]:

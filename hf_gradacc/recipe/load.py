@@ -24,7 +24,7 @@ from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
-from hf_gradacc.recipe.together import check_together, drop_overridden
+from hf_gradacc.recipe.together import check_together, drop_keys
 from hf_gradacc.recipe.values import check_values, machine_problems
 from hf_gradacc.safety.withheld import name_values
 
@@ -69,7 +69,9 @@ def load_recipe(
     faulty = {part[1] for part in parts if part[0] == "train" and len(part) > 1}
     paths, missing = resolve_paths(source)
     problems += missing + check_values(source, faulty=faulty)
-    problems += check_together(source, paths, reported={problem.key for problem in problems})
+    reported = {problem.key for problem in problems}
+    found, turned_off = check_together(source, paths, reported=reported)
+    problems += found
     if problems:
         raise RecipeError(map(source.by_name, problems))
     recipe = Recipe.model_validate(values)
@@ -81,7 +83,7 @@ def load_recipe(
             recipe.train[str(key[1])] = place
         else:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
-    drop_overridden(recipe)
+    drop_keys(recipe, turned_off)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     recipe.keep_from_environment(source.from_environment)
