@@ -1,7 +1,8 @@
 """The command line: train, plan, verify, report, recipes, schema.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
-1 a check failed, 2 the recipe, data or options need a correction, 130 interrupted.
+1 a check failed, 2 the recipe, data or options need a correction, 70 a fault of ours, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hf_gradacc import __version__
 from hf_gradacc.errors import GradAccError
 from hf_gradacc.recipe.shipped import find_recipe, recipes_app
 from hf_gradacc.safety.storage_errors import find_errno
+from hf_gradacc.safety.unexpected import UNEXPECTED_EXIT_CODE, explain_unexpected
 from hf_gradacc.text import printable
 
 if TYPE_CHECKING:
@@ -257,7 +259,10 @@ def schema(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake prints a message and exits with 2, no traceback."""
+    """Run the command line; a user's mistake prints a message and exits with 2, no traceback.
+
+    An error that nobody foresaw is one line, too, and exits with 70; its traceback is in a file.
+    """
     try:
         app(prog_name="hf-gradacc")
     except GradAccError as error:
@@ -271,10 +276,10 @@ def main() -> None:
         sys.exit(0)
     except Exception as error:
         text = _explain_files(error)
-        if text is None:
-            raise
+        code = 2 if text is not None else UNEXPECTED_EXIT_CODE
+        text = text or explain_unexpected(error, sys.argv)
         print(f"error: {printable(text)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
 
 
 def _message_of(error: GradAccError) -> str:

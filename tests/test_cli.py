@@ -227,6 +227,14 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
     assert "of 100 MB on the GPU" in out
 
 
+def test_plan_of_a_stream_is_made_of_its_first_rows(run, recipe):
+    streamed = ["data.streaming=true", "data.holdout=null", "--show-rows", "1"]
+    code, out, err = run("plan", recipe, *streamed)
+    assert code == 0, err
+    assert "a sample of 20 rows of the stream" in out
+    assert re.search(r"longest rows:\n  \d+ tokens: 19\?", out)
+
+
 def test_plan_counts_by_hand(run, recipe):
     from rich.console import Console
 
@@ -458,6 +466,29 @@ def test_a_full_disk_a_closed_folder_or_ctrl_c_is_a_message(
     found, _, err = run("train", recipe)
     assert found == code
     assert message in err
+
+
+def test_an_error_nobody_foresaw_is_one_line_and_its_traceback_a_file(
+    run, recipe, monkeypatch, tmp_path
+):
+    def fail(*_args, **_kwargs):
+        raise KeyError("what nobody foresaw")
+
+    monkeypatch.setattr("hf_gradacc.recipe.run.prepare_data", fail)
+    code, _, err = run("train", recipe, "wandb.notes=auth_token=hf_SECRET")
+    assert code == 70, err
+    assert "Traceback" not in err
+    (line,) = re.findall(r"^error: .*", err, re.MULTILINE)
+    assert "KeyError: 'what nobody foresaw'" in line
+    (file,) = tmp_path.glob("gradacc_error_*.txt")
+    assert str(file) in line
+    told = file.read_text()
+    assert "Traceback (most recent call last)" in told
+    assert "in fail" in told
+    assert "torch 2" in told
+    assert "hf_SECRET" not in told
+    monkeypatch.setenv("HF_GRADACC_DEBUG", "1")
+    assert "in fail" in run("train", recipe)[2]
 
 
 NAMED = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null", "output.dir=other"]

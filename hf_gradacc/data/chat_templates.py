@@ -13,10 +13,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hf_gradacc.data.section import DataSection
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.text import nearest
 
-__all__ = ["is_template_path", "set_chat_template", "shipped_template", "shipped_templates"]
+__all__ = [
+    "check_template_options",
+    "is_template_path",
+    "set_chat_template",
+    "shipped_template",
+    "shipped_templates",
+]
 
 _NEEDS = re.compile(r"\{#- needs: (.*?) -#\}")
 _SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
@@ -69,6 +76,39 @@ def set_chat_template(tokenizer: Any, wanted: str) -> None:
         tokenizer.chat_template = template
     else:
         tokenizer.chat_template = _read_file(wanted, [*sorted(own), *shipped_templates()])
+
+
+def check_template_options(tokenizer: Any, section: DataSection) -> None:
+    """Refuse what only a chat template reads, if there is none or it does not read it.
+
+    Args:
+        tokenizer: The tokenizer of the run.
+        section: The recipe's `data`.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        fields = type(section).model_fields
+        for name in ("template_options", "assistant_turns", "roles_to_train"):
+            default = fields[name].get_default(call_default_factory=True)
+            if getattr(section, name) != default:
+                raise ConfigError(
+                    f"data.{name} = {getattr(section, name)!r} belongs to a chat template, and the "
+                    "tokenizer has none: set tokenizer.chat_template, or leave it out."
+                )
+        return
+    text = template if isinstance(template, str) else " ".join(template.values())
+    words = set(re.findall(r"\w+", text))
+    for name in section.template_options:
+        if name not in words:
+            guess = nearest(name, words)
+            hint = f"did you mean {guess}?" if guess else "leave it out."
+            raise ConfigError(
+                f"data.template_options.{name} = {section.template_options[name]!r} is not read by "
+                f"the chat template: {hint}"
+            )
 
 
 def _check_tokens(tokenizer: Any, name: str, template: str) -> None:

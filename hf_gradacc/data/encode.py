@@ -221,6 +221,13 @@ def _check_columns(
     """Report what a format needs and the data has, before the first row is read."""
     if not present:
         raise DataError(f"{source.path} has no rows: name a file that has some.")
+    for name, column in reader.columns.items():
+        if name in OPTIONAL_COLUMNS.get(format, ()) and column not in present:
+            guess = nearest(column, present)
+            hint = f"did you mean {guess}?" if guess else f"it has {', '.join(sorted(present))}."
+            raise DataError(
+                f"{source.path} has no column {column!r}, which data.columns.{name} names: {hint}"
+            )
     for name in FORMAT_COLUMNS[format]:
         column = reader.column(name)
         if column not in present:

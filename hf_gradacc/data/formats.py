@@ -173,6 +173,9 @@ def _prompt_completion(reader: RowReader, row: Mapping[str, Any]) -> Encoded | l
         dialogue = read_dialogue(inner, {**row, **turns})
         num_context = len(dialogue.messages) - len(completion)
         return _conversation(reader, row, dialogue, column, context=num_context)
+    if reader.system is not None:
+        column = reader.column("prompt")
+        raise RowError(column, "is plain text, before which data.system has no place; leave it out")
     return _continue(reader, reader.text(row, "prompt"), reader.text(row, "completion"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.data.chat_templates import check_template_options
 from hf_gradacc.data.classes import find_classes
 from hf_gradacc.data.encode import (
     CACHE_VERSION,
@@ -67,12 +68,15 @@ def prepare_data(
         vocab_size: Entries of the model's vocabulary, which may be more than the tokenizer has.
 
     Raises:
+        ConfigError: If an option is for a chat template, and there is none that reads it.
         DataError: If a source cannot be read, lacks a column, or holds a malformed row; the
             message names file, line and column.
     """
+    check_template_options(tokenizer, section)
     load = partial(load_source, streaming=section.streaming, document=section.document)
     train_raw = [load(source) for source in section.train]
     eval_raw = [load(source) for source in section.eval]
+    _check_turns(section, [*train_raw, *eval_raw])
     labels = find_classes(section, train_raw)
     encode = partial(encode_source, section, tokenizer, labels.ids, vocab_size=vocab_size)
     sources = [
@@ -105,6 +109,21 @@ def prepare_data(
         reports,
         labels.names,
         remarks,
+    )
+
+
+def _check_turns(section: DataSection, raws: list[Any]) -> None:
+    """Refuse a choice between the turns of rows that have one answer each."""
+    if section.assistant_turns == "auto":
+        return
+    for source, raw in zip([*section.train, *section.eval], raws, strict=True):
+        format, columns = source_format(section, source), source_columns(section, source)
+        history = columns.get("history", "history")
+        if format in ("chat", "prompt_completion") or history in (raw.column_names or [history]):
+            return
+    raise DataError(
+        f"data.assistant_turns = {section.assistant_turns!r} chooses between the answers of a row, "
+        f"and no row has more than one, since there is no column 'history': leave it out."
     )
 
 

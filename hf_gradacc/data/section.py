@@ -185,7 +185,7 @@ class DataSection(Section):
     """Read while training instead of preparing everything first."""
     num_proc: int | None = Field(default=None, ge=1)
     """Processes that prepare the rows; null means one."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Decides which rows are held out, and the order of a mix."""
 
     @field_validator("template_options")

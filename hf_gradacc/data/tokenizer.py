@@ -51,6 +51,13 @@ def load_tokenizer(
     else:
         tokenizer = _named_tokenizer(section, model)
     if section.add_tokens:
+        known = tokenizer.get_vocab()
+        there = [token for token in section.add_tokens if token in known]
+        if there:
+            raise ConfigError(
+                f"tokenizer.add_tokens = {section.add_tokens!r}: {', '.join(there)} is in the "
+                "vocabulary already, so it would not be new: leave it out."
+            )
         tokenizer.add_tokens(section.add_tokens)
     for name in ("eos_token", "pad_token"):
         word = getattr(section, name)

@@ -224,7 +224,8 @@ def resolve_paths(source: RecipeSource) -> tuple[dict[Key, str], list[Problem]]:
         found[("tokenizer", "chat_template")] = place
     if problem is not None:
         problems.append(problem)
-    return found, problems + _config_files(source)
+    files, wrong = _config_files(source)
+    return found | files, problems + wrong
 
 
 def _template_file(source: RecipeSource) -> tuple[str | None, Problem | None]:
@@ -294,16 +295,27 @@ def _look(
     return None, None
 
 
-def _config_files(source: RecipeSource) -> list[Problem]:
-    """Files of options that the `train` section names; they start at the current folder."""
+def _config_files(source: RecipeSource) -> tuple[dict[Key, str], list[Problem]]:
+    """Files that the `train` section names: options, and the checkpoint to go on from."""
     section: Any = source.values.get("train")
+    found: dict[Key, str] = {}
     problems: list[Problem] = []
-    for name in _CONFIG_FILES if isinstance(section, dict) else ():
-        path = section.get(name)
-        if isinstance(path, str) and path.endswith((".json", ".yaml", ".yml")):
-            place = Path(path).expanduser().absolute()
-            if not place.is_file():
-                fix = f"{place} does not exist"
-                where = source.origin(("train", name))
-                problems.append(Problem(f"train.{name}", "no such file", fix, where, path))
-    return problems
+    for name in (*_CONFIG_FILES, "resume_from_checkpoint") if isinstance(section, dict) else ():
+        path, key = section.get(name), ("train", name)
+        is_checkpoint = name == "resume_from_checkpoint"
+        if not isinstance(path, str) or path.lstrip().startswith("{") or path == "auto":
+            continue  # options in place, or no path
+        try:
+            place = (source.folder(key) / Path(path).expanduser()).absolute()
+            exists = place.is_dir() if is_checkpoint else place.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            problems.append(Problem(dotted(key), "is not a path", why, source.origin(key), path))
+            continue
+        if exists:
+            found[key] = str(place)
+        else:
+            why = "no such folder" if is_checkpoint else "no such file"
+            fix = f"{place} does not exist"
+            problems.append(Problem(dotted(key), why, fix, source.origin(key), path))
+    return found, problems

@@ -24,6 +24,7 @@ from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.together import check_together, drop_keys
 from hf_gradacc.recipe.values import check_values, machine_problems
 from hf_gradacc.safety.withheld import name_values
 
@@ -68,6 +69,9 @@ def load_recipe(
     faulty = {part[1] for part in parts if part[0] == "train" and len(part) > 1}
     paths, missing = resolve_paths(source)
     problems += missing + check_values(source, faulty=faulty)
+    reported = {problem.key for problem in problems}
+    found, turned_off = check_together(source, paths, reported=reported)
+    problems += found
     if problems:
         raise RecipeError(map(source.by_name, problems))
     recipe = Recipe.model_validate(values)
@@ -75,8 +79,11 @@ def load_recipe(
     for key, place in paths.items():
         if key[0] == "data":
             getattr(recipe.data, str(key[1]))[key[2]].path = place
+        elif key[0] == "train":
+            recipe.train[str(key[1])] = place
         else:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
+    drop_keys(recipe, turned_off)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     recipe.keep_from_environment(source.from_environment)
@@ -105,6 +112,11 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
+    if options.get("ddp_backend") and "LOCAL_RANK" not in os.environ:
+        why = "joins several processes, and this run has one"
+        fix = "start it with `torchrun --nproc-per-node 8 -m hf_gradacc train ...`, or leave it out"
+        here = Origin("this machine")
+        raise RecipeError([Problem("train.ddp_backend", why, fix, here, options["ddp_backend"])])
     try:
         kind = arguments_class()
         arguments = kind(**options_as_installed(options, kind))

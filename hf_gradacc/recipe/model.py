@@ -6,15 +6,19 @@ The transformers config of a recipe's model, and the model's shape without its w
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hf_gradacc.data.section import ModelSection
-from hf_gradacc.errors import ConfigError
+from hf_gradacc.errors import ConfigError, GradAccError
+from hf_gradacc.recipe.adapter_layers import check_layer_names
+from hf_gradacc.recipe.adapter_start import keep_start, needs_weights, plain_when_saved
 from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
 from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
+from hf_gradacc.recipe.sizes import check_sizes
 from hf_gradacc.text import SECRET_KEY, nearest
 
 __all__ = [
@@ -50,6 +54,7 @@ def load_model(
     Raises:
         ConfigError: If it cannot be loaded; only safetensors weights are read.
     """
+    import torch
     import transformers
 
     head = getattr(transformers, f"AutoModel{HEADS[section.task]}")
@@ -79,8 +84,10 @@ def load_model(
             trust_remote_code=section.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"model.name = {section.name!r} cannot be loaded ({why}): check the name and task, "
             "that it has safetensors weights, that you are online or have it cached, and "
@@ -110,6 +117,7 @@ def check_model(
         ConfigError: If model, head, attention or adapter do not fit.
     """
     model = empty_model(section, tokenizer=tokenizer, here=here)
+    check_sizes(model, section, tokenizer=tokenizer)
     return apply_peft(model, peft, task=section.task)
 
 
@@ -122,7 +130,9 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
     if section.method == "none":
         return model
     import peft
+    import torch
 
+    check_layer_names(model, section)
     common: dict[str, Any] = {"task_type": _TASKS[task], **section.options}
     if section.method in ("lora", "dora", "qlora"):
         config_class = peft.LoraConfig
@@ -135,6 +145,12 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
             "use_dora": section.method == "dora",
             **common,
         }
+        start = common.get("init_lora_weights")
+        if start == "loftq":
+            common.setdefault("loftq_config", {"loftq_bits": 4, "loftq_iter": 1})
+        if needs_weights(start) and model.device.type == "meta":
+            common["init_lora_weights"] = True  # only shapes are asked for
+            common.pop("loftq_config", None)
     elif section.method == "ia3":
         config_class = peft.IA3Config
         common |= given(
@@ -148,12 +164,22 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
         if section.method == "qlora":
             # Recomputing activations is an option of the training arguments, as everywhere.
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        return peft.get_peft_model(model, config_class(**common))
-    except (ValueError, TypeError) as error:
+        with warnings.catch_warnings():
+            # peft says of an option that has no effect that it "will be ignored".
+            warnings.filterwarnings("error", message=".*will be ignored", category=UserWarning)
+            config = config_class(**common)
+        wrapped = peft.get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, RuntimeError, UserWarning) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"peft.method = {section.method!r} does not fit this model ({error}): set "
+            f"peft.method = {section.method!r} does not fit this model ({why}): set "
             "peft.target_modules to layers it has, or check peft.options."
         ) from error
+    if config_class is peft.LoraConfig and model.device.type != "meta":
+        keep_start(wrapped)
+    return wrapped
 
 
 _TASKS = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
@@ -173,11 +199,11 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
 
     folder = Path(trainer.args.output_dir)
     if peft is None or not peft.merge_on_save:
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            if hasattr(model, "peft_config"):
-                save_stop_tokens(model, folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with plain_when_saved(model):
+            trainer.save_model()
+        if trainer.is_world_process_zero() and hasattr(model, "peft_config"):
+            save_stop_tokens(model, folder)
     elif trainer.is_world_process_zero():
         from hf_gradacc.trainer.saved_values import refuse_bad_values
 
@@ -273,7 +299,7 @@ def model_config(
             config = AutoConfig.for_model(model_type, **sizes)
     except ConfigError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # each config checks its sizes, or divides by them, in its own way
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         value = section.name if section.name is not None else section.config
         raise ConfigError(
@@ -318,8 +344,10 @@ def empty_model(
     try:
         with torch.device("meta"), _unsharded():
             return head.from_config(config, **options)
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
+    except GradAccError:
+        raise
+    except Exception as error:  # sizes that go nowhere fail in as many ways as there are models
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         name = "name" if section.config is None else "config"
         raise ConfigError(
             f"model.{name} = {getattr(section, name)!r} does not make a model ({why}): check its "

@@ -80,6 +80,7 @@ class RecipePlan:
         updates_cut: Updates of the epoch whose micro-batches were planned.
         ways: The same updates cut in several ways.
         longest: Row numbers of the longest rows, longest first.
+        starts: The first tokens of each of them.
         max_tokens: `max_tokens_per_micro_batch`, where it is a number.
     """
 
@@ -97,6 +98,7 @@ class RecipePlan:
     updates_cut: int
     ways: tuple[WayToPlan, ...]
     longest: tuple[int, ...]
+    starts: tuple[list[int], ...]
     max_tokens: int | None
 
     @property
@@ -162,6 +164,7 @@ def plan_recipe(
     epochs = arguments.num_train_epochs
     num_updates = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs * per_epoch)
     budget = arguments.max_tokens_per_micro_batch
+    longest = np.argsort(-lengths, kind="stable")[:5].tolist()
     return RecipePlan(
         num_sequences=len(lengths),
         is_sample=is_sample,
@@ -176,7 +179,8 @@ def plan_recipe(
         last_update=len(members[-1]),
         updates_cut=min(per_epoch, MOST_UPDATES_CUT),
         ways=_ways(load, arguments, costs=costs),
-        longest=tuple(np.argsort(-lengths, kind="stable")[:5].tolist()),
+        longest=tuple(longest),
+        starts=tuple(rows[index]["input_ids"][:24] for index in longest),
         max_tokens=budget if isinstance(budget, int) else None,
     )
 

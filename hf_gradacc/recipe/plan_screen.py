@@ -36,6 +36,7 @@ _ON_ANY_MACHINE: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "tf32": None,
+    "ddp_backend": None,
     "fsdp": None,
     "fsdp_config": None,
     "deepspeed": None,
@@ -107,7 +108,7 @@ def show_plan(
     )
     _print_updates(plan, console)
     _print_ways(plan, console)
-    _print_lengths(plan, data.train, tokenizer, console)
+    _print_lengths(plan, tokenizer, console)
     _print_memory(memory, plan, gpu_memory, console)
     advice = list(give_advice(plan, memory=memory, gpu_memory=gpu_memory, peft=recipe.peft.method))
     if advice:
@@ -153,7 +154,7 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
     console.print(table)
 
 
-def _print_lengths(plan: RecipePlan, rows: Any, tokenizer: Any, console: Console) -> None:
+def _print_lengths(plan: RecipePlan, tokenizer: Any, console: Console) -> None:
     console.print("\n[bold]Tokens in a row[/bold]")
     counts, edges = np.histogram(plan.lengths, bins=min(10, len(set(plan.lengths.tolist()))))
     table = _table()
@@ -161,11 +162,9 @@ def _print_lengths(plan: RecipePlan, rows: Any, tokenizer: Any, console: Console
         bar = "█" * round(BAR * count / counts.max()) or ("▏" if count else "")
         table.add_row(f"{low:,.0f} - {high:,.0f}", f"{count:,}", bar)
     console.print(table)
-    if not hasattr(rows, "__getitem__"):
-        return
     console.print("longest rows:", highlight=False)
-    for index in plan.longest[:3]:
-        start = tokenizer.decode(rows[index]["input_ids"][:24], skip_special_tokens=True)
+    for index, tokens in list(zip(plan.longest, plan.starts, strict=True))[:3]:
+        start = tokenizer.decode(tokens, skip_special_tokens=True)
         text = make_visible(" ".join(start.split())[:60])
         console.print(f"  {plan.lengths[index]:,} tokens: {text}…", highlight=False, markup=False)
 

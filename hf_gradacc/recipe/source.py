@@ -33,6 +33,7 @@ class RecipeSource:
         values: Its values, interpolations filled in.
         origins: File and line of each key.
         written: The values before that.
+        files: The recipe and its bases, each before those that inherit it.
         from_environment: The keys that hold something from the environment.
     """
 
@@ -43,12 +44,14 @@ class RecipeSource:
         origins: dict[Key, Origin],
         *,
         written: Mapping[str, Any] | None = None,
+        files: Sequence[str] = (),
         from_environment: Mapping[Key, FromEnvironment] | None = None,
     ) -> None:
         self.path = path
         self.values = values
         self.origins = origins
         self.written = values if written is None else written
+        self.files = list(files)
         self.from_environment = dict(from_environment or {})
 
     def origin(self, key: Sequence[str | int]) -> Origin:
@@ -102,7 +105,8 @@ def read_recipe(
             interpolation leads nowhere or reads what it may not.
     """
     origins: dict[Key, Origin] = {}
-    written = _read_with_bases(path, origins, seen=())
+    files: list[str] = []
+    written = _read_with_bases(path, origins, seen=(), files=files)
     problems = [
         problem
         for override in overrides
@@ -113,7 +117,9 @@ def read_recipe(
     values, from_environment = resolve(
         written, origin_of=lambda key: _origin(path, origins, key), readable=readable
     )
-    return RecipeSource(path, values, origins, written=written, from_environment=from_environment)
+    return RecipeSource(
+        path, values, origins, written=written, files=files, from_environment=from_environment
+    )
 
 
 def flatten_recipe(path: Path) -> str:
@@ -125,21 +131,25 @@ def flatten_recipe(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     comment = re.match(r"(#.*\n)*", text)
     assert comment is not None
-    values = _read_with_bases(path, {}, seen=())
+    values = _read_with_bases(path, {}, seen=(), files=[])
     merged = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"{comment.group()}\n{merged}"
 
 
 def _read_with_bases(
-    path: Path, origins: dict[Key, Origin], seen: tuple[Path, ...]
+    path: Path, origins: dict[Key, Origin], seen: tuple[Path, ...], files: list[str]
 ) -> dict[str, Any]:
-    """One file merged over its `base`; `origins` ends with the line that won for each key."""
+    """One file merged over its `base`; `origins` ends with the line that won for each key.
+
+    `files` gets the names of all of them.
+    """
     if path.resolve() in seen:
         loop = " -> ".join(str(step) for step in (*seen, path.resolve()))
         raise RecipeError(
             [Problem("base", "inherits itself", f"break the circle: {loop}", Origin(str(path)))]
         )
     values, lines = read_yaml(path)
+    is_whole = values.get("peft") == "none"  # it turns off what the base says, to the last key
     _expand_short_forms(values)
     base = values.pop("base", None)
     if base is not None:
@@ -155,9 +165,12 @@ def _read_with_bases(
             fix = "inherit from fewer recipes"
             why = f"is the {_MOST_BASES}th recipe above another"
             raise RecipeError([Problem("base", why, fix, origin, base)])
-        below = _read_with_bases(parent, origins, (*seen, path.resolve()))
+        below = _read_with_bases(parent, origins, (*seen, path.resolve()), files)
+        if is_whole:
+            below.pop("peft", None)
         values = _merge(below, values)
     origins.update(lines)
+    files.append(str(path))
     return values
 
 
@@ -180,7 +193,10 @@ def _merge(below: Any, above: Any) -> Any:
 
 
 def _expand_short_forms(values: dict[str, Any]) -> None:
-    """`peft: lora` sets the method and leaves the section's other keys to base and overrides."""
+    """`peft: lora` sets the method and leaves the section's other keys to base and overrides.
+
+    `peft: none` leaves nothing of them.
+    """
     peft = values.get("peft")
     if isinstance(peft, str) and "${" not in peft:
         values["peft"] = {"method": peft}
@@ -195,8 +211,17 @@ def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> 
         shown = name if equals and SECRET_KEY.search(name) else text
         return Problem(shown[:200], "is not an override", "write key.sub=value", origin)
     key: Key = tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\w+", name))
+    if not value.strip():
+        why = "has no value, as if a variable of the shell were not set"
+        fix = f"write {name}=null for the default"
+        return Problem(name, why, fix, origin)
     try:
-        _set(values, key, parse_value(value))
+        parsed = parse_value(value)
+        if key == ("peft",) and parsed == "none":
+            values.pop("peft", None)  # not a key of it is left
+        elif key == ("peft",) and isinstance(parsed, str) and "${" not in parsed:
+            key = ("peft", "method")
+        _set(values, key, parsed)
     except ValueError as error:
         fix = "check the key, and quote values with brackets"
         shown_value = ... if SECRET_KEY.search(name) else value

@@ -10,6 +10,7 @@ What a recipe needs of the machine it runs on: packages, a device, a folder it m
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hf_gradacc.compat import options_as_installed
+from hf_gradacc.recipe.foreseen import packages_of_optimizer
 from hf_gradacc.recipe.problems import Origin, Problem
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import RecipeSource
@@ -29,22 +31,32 @@ __all__ = ["check_values", "machine_problems"]
 
 _AT_LEAST: dict[str, float] = {
     "adam_epsilon": 0,
+    "data_seed": 0,
     "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "ddp_bucket_cap_mb": 1,
+    "ddp_timeout": 1,
     "eval_delay": 0,
     "eval_steps": 0,
     "learning_rate": 0,
     "logging_steps": 0,
     "max_grad_norm": 0,
-    "num_train_epochs": 0,
+    "neftune_noise_alpha": 0,
     "per_device_eval_batch_size": 1,
     "save_steps": 0,
-    "save_total_limit": 0,
+    "save_total_limit": 1,
+    "seed": 0,
     "weight_decay": 0,
 }
 """Smallest values that mean something; transformers takes any number and fails later, or never."""
 
 
 _SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+
+_STEPS = ("eval_delay", "eval_steps", "logging_steps", "save_steps", "warmup_steps")
+
+_LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
 
 
 class _AllCheckedError(Exception):
@@ -109,9 +121,18 @@ def _out_of_range(values: dict[str, Any]) -> list[tuple[str, str, str]]:
             found.append((name, "is out of range", f"use at least {_AT_LEAST[name]:g}"))
         elif name in _SHARES and not 0 <= value < 1:
             found.append((name, "is out of range", "use at least 0 and less than 1"))
+        elif not math.isfinite(value):
+            found.append((name, "is no number", "use a finite one"))
         elif name == "max_steps" and value < 1 and value != -1:
             fix = "use at least 1, or leave it out and set num_train_epochs"
             found.append((name, "is out of range", fix))
+        elif name == "num_train_epochs" and not value > 0:
+            found.append((name, "trains nothing", "use more than 0"))
+        elif name in ("seed", "data_seed") and value > _LARGEST_SEED:
+            found.append((name, "is out of range", f"use at most {_LARGEST_SEED}"))
+        elif name in _STEPS and value > 1 and value != int(value):
+            fix = "use a whole number, or a share of the run below 1"
+            found.append((name, "is no number of updates", fix))
     return found
 
 
@@ -178,6 +199,18 @@ def machine_problems(recipe: Recipe, arguments: Any) -> Iterator[Problem]:
     if recipe.peft.method == "qlora" and (missing := _missing("bitsandbytes")):
         why = f"loads the model in 4 bits with {missing}, not installed here"
         yield Problem("peft.method", why, "`pip install bitsandbytes`, or use lora", _HERE, "qlora")
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    package = packages_of_optimizer(optimizer)
+    if package is not None and _missing(package):
+        why = f"comes from {package}, not installed here"
+        fix = f"install {package}, or use adamw_torch_fused"
+        yield Problem("train.optim", why, fix, _HERE, optimizer)
+    if recipe.peft.options.get("init_lora_weights") == "loftq":
+        missing = _missing("bitsandbytes")
+        if missing or arguments.device.type == "cpu":
+            why = f"rounds weights with {missing}, not installed here" if missing else "needs a GPU"
+            fix = "run it on a machine that has both, or use pissa or olora"
+            yield Problem("peft.options.init_lora_weights", why, fix, _HERE, "loftq")
     if arguments.fsdp and arguments.world_size == 1:
         why = "spreads a model over several processes, and this run has one"
         fix = (

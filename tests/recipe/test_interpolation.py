@@ -28,7 +28,8 @@ def load(tmp_path, monkeypatch):
 
     def load(text, *overrides, **options):
         file = tmp_path / "mine.yaml"
-        file.write_text(GOOD + text)
+        tokenizer = "" if "tokenizer" in text else "tokenizer: {name: gpt2}\n"
+        file.write_text(GOOD + tokenizer + text)
         return load_recipe(file, overrides=overrides, **options)
 
     return load

@@ -183,6 +183,27 @@ def test_overrides_win_over_the_file_and_null_takes_a_value_back(write):
     assert recipe.train["eval_strategy"] == "no"
 
 
+def test_an_override_of_the_method_keeps_the_other_keys_of_the_file(write):
+    file = write(GOOD + "peft: {method: lora, r: 4}\n")
+    for asked in ("peft=dora", "peft.method=dora"):
+        recipe = load_recipe(file, overrides=[asked])
+        assert (recipe.peft.method, recipe.peft.r) == ("dora", 4)
+
+
+def test_peft_none_turns_off_all_that_a_file_says_of_it(write):
+    file = write(GOOD + "peft: {method: lora, r: 4}\n", "base.yaml")
+    assert load_recipe(file, overrides=["peft=none"]).peft.r == 16
+    assert load_recipe(write("base: base.yaml\npeft: none\n")).peft.r == 16
+    assert load_recipe(write("base: base.yaml\npeft: null\n")).peft.method == "none"
+
+
+def test_an_override_from_an_unset_variable_of_the_shell_is_an_error(write):
+    (found,) = problems(write(GOOD), "train.max_steps=")
+    assert (found.key, found.origin.file) == ("train.max_steps", "command line")
+    assert "shell" in found.why
+    assert "train.max_steps=null" in found.fix
+
+
 def test_a_recipe_inherits_and_its_lines_are_those_of_the_file_that_said_it(write):
     write(GOOD + "  warmup_stepz: 3\n", "base.yaml")
     file = write("base: base.yaml\ntrain:\n  max_steps: 9\n  bogus_key: 1\n")
@@ -481,3 +502,89 @@ def test_any_override_is_applied_or_is_one_report(write, key, value):
     file = write(yaml.safe_dump(FULL))
     report = try_to_load(file, f"{key}={value}")
     assert report is None or report.splitlines()[0].endswith("in this recipe:")
+
+
+def test_a_key_that_a_stronger_place_turned_off_is_no_error_and_not_saved(write, tmp_path):
+    rest = "  save_steps: 1\n  num_train_epochs: 3\n"
+    text = GOOD.replace("  max_steps: 2\n", rest) + "peft: {method: lora, r: 4}\n"
+    base = write(text.replace("_answer", "_answer\n  columns: {question: q}"), "base.yaml")
+    turned = ["train.save_strategy=no", "train.max_steps=2", "peft=ia3", "data.format=chat"]
+    recipe = load_recipe(base, overrides=turned)
+    assert recipe.train == {"learning_rate": 0.001, "save_strategy": "no", "max_steps": 2}
+    assert (recipe.peft.r, recipe.data.columns) == (16, {})
+    assert load_recipe(save_recipe(recipe, tmp_path / "out")) == recipe
+    child = "base: base.yaml\ntrain: {save_strategy: no, max_steps: 2}\npeft: ia3\n"
+    assert load_recipe(write(child)).train == recipe.train
+    write(child.replace("no,", "no, warmup_steps: 1,"), "middle.yaml")
+    again = load_recipe(write("base: middle.yaml\ntrain: {lr_scheduler_type: constant}\n"))
+    assert "warmup_steps" not in again.train
+    (found,) = problems(write(child + "wandb: {}\n").parent / "mine.yaml", "train.save_steps=3")
+    assert found.key == "train.save_steps"
+    assert "save_strategy" in found.why
+
+
+def test_what_is_wrong_by_itself_makes_no_other_key_wrong(write):
+    text = GOOD + "  eval_strategy: stepz\n  eval_steps: 2\n  lr_scheduler_type: constnt\n"
+    found = problems(write(text + "  warmup_steps: 3\n"), "data.holdout=many")
+    wrong = {"data.holdout", "train.eval_strategy", "train.lr_scheduler_type"}
+    assert {p.key for p in found} == wrong
+
+
+FORESEEN = [
+    (["train.eval_strategy=steps"], "train.eval_strategy", "data.holdout"),
+    (["data.streaming=true", "train.max_steps=null"], "data.streaming", "train.max_steps"),
+    (["train.lr_scheduler_type=warmup_stable_decay"], "train.lr_scheduler_type", "kwargs"),
+    (
+        ["train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={num_cycle: 2}"],
+        "train.lr_scheduler_kwargs",
+        "num_cycle",
+    ),
+    (["train.optim=sgd", "train.optim_args='momentun=0.9'"], "train.optim_args", "momentum"),
+    (["train.optim=sgd", "train.optim_args='momentum=much'"], "train.optim_args", "much"),
+    (["train.optim=galore_adamw"], "train.optim", "optim_target_modules"),
+    (["train.seed=-1"], "train.seed", "at least 0"),
+    (["train.seed=99999999999"], "train.seed", "at most 4294967295"),
+    (["data.seed=-1", "data.holdout=2"], "data.seed", "greater than or equal to 0"),
+    (["train.log_level=debgu"], "train.log_level", "debug"),
+    (["train.torch_compile_backend=inducto"], "train.torch_compile_backend", "inductor"),
+    (["model.config.hidden_size=0"], "model.config.hidden_size", "at least 1"),
+    (["train.learning_rate=.inf"], "train.learning_rate", "finite"),
+    (["train.warmup_steps=1.5"], "train.warmup_steps", "whole number"),
+    (["train.num_train_epochs=0", "train.max_steps=null"], "train.num_train_epochs", "more than 0"),
+    (
+        ["train.accelerator_config={even_batchez: true}"],
+        "train.accelerator_config.even_batchez",
+        "even_batches",
+    ),
+    (
+        ["data.holdout=2", "train.eval_strategy=steps", "train.metric_for_best_model=accuracy"],
+        "train.metric_for_best_model",
+        "loss",
+    ),
+    (
+        ["peft=lora", "peft.options={init_lora_weights: eva}"],
+        "peft.options.init_lora_weights",
+        "pissa",
+    ),
+    (["tokenizer.train=null"], "model.config", "tokenizer.name"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "told"), FORESEEN, ids=lambda v: str(v)[:50])
+def test_what_would_end_a_run_later_is_in_the_report(write, overrides, key, told):
+    (found,) = problems(write(GOOD), *overrides)
+    assert found.key == key
+    assert told in f"{found.why} {found.fix}"
+
+
+def test_files_of_options_start_at_the_file_that_names_them(write, tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/options.json").write_text('{"even_batches": false}')
+    (tmp_path / "deep/rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    monkeypatch.chdir("/")
+    text = GOOD + "  accelerator_config: options.json\n"
+    recipe = load_recipe(write(text, "deep/mine.yaml"))
+    assert recipe.train["accelerator_config"] == str(tmp_path / "deep/options.json")
+    assert recipe_arguments(recipe, use_cpu=True).accelerator_config.even_batches is False
+    (found,) = problems(write(text.replace("options", "option"), "deep/mine.yaml"))
+    assert (found.key, found.why) == ("train.accelerator_config", "no such file")

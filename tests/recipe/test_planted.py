@@ -22,9 +22,9 @@ tokenizer:
 data:
   train: rows.jsonl
   format: question_answer
-  source_prefix: "${oc.env:SCRATCH}"
+  roles_to_train: [assistant, "${oc.env:SCRATCH}"]
 train: {max_steps: 1, report_to: wandb, use_cpu: true, save_strategy: steps, save_steps: 1,
-        hub_model_id: "${oc.env:SCRATCH}/model", disable_tqdm: true, effective_batch_size: 4}
+        disable_tqdm: true, effective_batch_size: 4}
 wandb: {mode: offline, tags: ["\\\\${oc.env:HF_TOKEN}"]}
 output: {dir: out}
 """

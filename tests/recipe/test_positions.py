@@ -190,6 +190,6 @@ def test_a_script_that_copies_the_steps_is_told_as_well(load):
 
 
 def test_targets_of_an_encoder_decoder_are_checked_too(load):
-    recipe = load("data.max_target_length=65")
+    recipe = load("data.max_target_length=65", "data.format=seq2seq", "model.task=seq2seq")
     with pytest.raises(ConfigError, match=r"data\.max_target_length = 65"):
         check_max_length(recipe, tiny("bart", "Seq2SeqLM"))
