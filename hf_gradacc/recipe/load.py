@@ -10,7 +10,6 @@ Everything wrong with a file is found in one go and said in one error.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -25,9 +24,10 @@ from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
 from hf_gradacc.recipe.values import check_values, machine_problems
+from hf_gradacc.recipe.wandb import settle_reporters, settle_tracking
 from hf_gradacc.safety.withheld import name_values
 
-__all__ = ["configure_wandb", "load_recipe", "recipe_arguments"]
+__all__ = ["load_recipe", "recipe_arguments"]
 
 
 def load_recipe(
@@ -77,6 +77,7 @@ def load_recipe(
             getattr(recipe.data, str(key[1]))[key[2]].path = place
         else:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
+    settle_reporters(recipe, values)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     recipe.keep_from_environment(source.from_environment)
@@ -112,6 +113,7 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    settle_tracking(arguments)
     fields = {("output", "dir"): "output_dir", ("wandb", "name"): "run_name"}
     fields |= {("wandb", "project"): "project"}
     fields |= {("train", name): name for name in recipe.train if name not in changes}
@@ -125,22 +127,3 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     if problems:
         raise RecipeError(problems)
     return arguments
-
-
-def configure_wandb(recipe: Recipe) -> None:
-    """Pass the recipe's W&B settings to W&B; environment variables win.
-
-    Call it before the trainer is made.
-    """
-    section = recipe.wandb
-    wishes = {
-        "WANDB_PROJECT": section.project,
-        "WANDB_ENTITY": section.entity,
-        "WANDB_RUN_GROUP": section.group,
-        "WANDB_TAGS": ",".join(section.tags),
-        "WANDB_NOTES": section.notes,
-        "WANDB_MODE": section.mode,
-    }
-    for name, value in wishes.items():
-        if value:
-            os.environ.setdefault(name, value)

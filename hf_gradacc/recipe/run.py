@@ -22,11 +22,12 @@ from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.interpolation import escape
-from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
+from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.text import SECRET_KEY, printable
 
@@ -212,8 +213,8 @@ class RecipeCallback(TrainerCallback):
             return
         if self.recipe.output.overwrite and state.global_step == 0:
             clear_folder(args.output_dir)
-        if self._stops is not None:
-            print(printable(self._stops))
+        for line in [*filter(None, [self._stops]), *tracking_remarks(self.recipe, args)]:
+            print(printable(line))
         keep(state, saves_model=True)  # whoever runs a recipe saves the model at its end
         save_recipe(self.recipe, args.output_dir)
         if "wandb" in (args.report_to or []):

@@ -92,7 +92,8 @@ class PeftSection(Section):
 
 
 class WandbSection(Section):
-    """Where Weights & Biases files the run. Without an API key it is kept offline."""
+    """Track the run with Weights & Biases: the section turns it on, unless `train.report_to` says
+    otherwise. Without an API key the run is kept offline."""
 
     project: str = "hf-gradacc"
     """Project."""
