@@ -1,4 +1,4 @@
-"""The command line: train, plan, verify, report, recipes, schema.
+"""The command line: train, plan, verify, sweep, report, recipes, schema.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
 1 a check failed, 2 the recipe, data or options need a correction, 130 interrupted.
@@ -18,16 +18,16 @@ import typer
 from rich.console import Console
 
 from hf_gradacc import __version__
-from hf_gradacc.errors import GradAccError
+from hf_gradacc.errors import ConfigError, GradAccError
 from hf_gradacc.recipe.shipped import find_recipe, recipes_app
 from hf_gradacc.recipe.streams import Output, opened_output
 from hf_gradacc.safety.storage_errors import find_errno
-from hf_gradacc.text import printable
+from hf_gradacc.text import nearest, printable
 
 if TYPE_CHECKING:
     from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["app", "main", "plan", "report", "schema", "train", "verify"]
+__all__ = ["app", "main", "plan", "report", "schema", "sweep", "train", "verify"]
 
 app = typer.Typer(
     name="hf-gradacc",
@@ -44,7 +44,10 @@ RecipeArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, such as train.max_steps=50."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Override keys, such as train.max_steps=50 or --train.max_steps=50.",
+    ),
 ]
 AllowEnv = Annotated[
     list[str] | None,
@@ -76,9 +79,22 @@ Timestamps = Annotated[
 ]
 
 
+_TAKES_KEYS = {"ignore_unknown_options": True}
+"""`--key=value` is an override, which only the recipe knows."""
+
+
 def _load(
     recipe: str, overrides: list[str] | None, allow_env: list[str] | None, *, trusted: bool
 ) -> Recipe:
+    for text in overrides or []:
+        if text.startswith("-") and "=" not in text:
+            guess = nearest(text, _OPTIONS)
+            hint = (
+                f"did you mean {guess}? An override is"
+                if guess
+                else "--help shows all; an override is"
+            )
+            raise ConfigError(f"{text}: no such option: {hint} key=value or --key=value.")
     from hf_gradacc.recipe.load import load_recipe
 
     return load_recipe(
@@ -87,6 +103,13 @@ def _load(
         allow_env=allow_env or [],
         trust_remote_code=trusted,
     )
+
+
+_OPTIONS = [
+    *("--resume", "--overwrite", "--verify", "--allow-env", "--trust-remote-code", "--quiet"),
+    *("--json", "--timestamps", "--world-size", "--gpu-memory", "--png", "--show-rows", "--rows"),
+    *("--preflight", "--no-preflight", "--help"),
+]
 
 
 def _show_version(is_asked: bool) -> None:
@@ -104,7 +127,7 @@ def _options(
 ) -> None: ...
 
 
-@app.command()
+@app.command(context_settings=_TAKES_KEYS)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -171,7 +194,7 @@ def _verify(loaded: Recipe, output: Output, **options: Any) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(context_settings=_TAKES_KEYS)
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -220,7 +243,7 @@ def plan(
         output.row({"kind": "plan", **shown.figures()})
 
 
-@app.command()
+@app.command(context_settings=_TAKES_KEYS)
 def verify(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -248,6 +271,28 @@ def verify(
     with opened_output(quiet=quiet, as_json=as_json, timestamps=timestamps) as output:
         loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
         _verify(loaded, output, num_rows=rows, preflight=preflight)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The YAML file of a W&B sweep.")],
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check every parameter of a W&B sweep against its recipe, and print how to start it.
+
+    **Example**
+
+    - `hf-gradacc sweep mine.yaml mine_sweep.yaml`
+    """
+    from hf_gradacc.recipe.sweep import check_sweep, describe_sweep
+
+    checked = check_sweep(
+        recipe, file, allow_env=allow_env or [], trust_remote_code=trust_remote_code
+    )
+    for line in describe_sweep(checked):
+        print(printable(line))
 
 
 @app.command()

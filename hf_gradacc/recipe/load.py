@@ -23,6 +23,7 @@ from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.sweep import settle_sweep
 from hf_gradacc.recipe.values import check_values, machine_problems
 from hf_gradacc.recipe.wandb import settle_reporters, settle_tracking
 from hf_gradacc.safety.withheld import name_values
@@ -44,7 +45,7 @@ def load_recipe(
 
     Args:
         path: A YAML file.
-        overrides: `key.sub=value`, applied last, in order.
+        overrides: `key.sub=value` or `--key.sub=value`, applied last, in order.
         allow_env: Variables of the environment that the recipe may read beside those that any may.
         trust_remote_code: Let the recipe run code that its model's repository ships, if it asks
             for that.
@@ -80,6 +81,7 @@ def load_recipe(
     settle_reporters(recipe, values)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
+    settle_sweep(recipe)
     recipe.keep_from_environment(source.from_environment)
     if why := find_source_problem(recipe):
         fix = "name a folder of its own, such as runs/mine"

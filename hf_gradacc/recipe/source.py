@@ -94,7 +94,7 @@ def read_recipe(
 
     Args:
         path: The recipe's file.
-        overrides: What is applied last, in order.
+        overrides: What is applied last, in order; each may begin with two hyphens.
         readable: Variables of the environment that it may read.
 
     Raises:
@@ -187,16 +187,18 @@ def _expand_short_forms(values: dict[str, Any]) -> None:
 
 
 def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> Problem | None:
-    """Apply one `key.sub=value` in place; a problem where that cannot be done."""
+    """Apply one `key.sub=value` or `--key.sub=value` in place; a problem if that is impossible."""
     origin = Origin(COMMAND_LINE)
-    name, equals, value = text.partition("=")
+    name, equals, value = text.removeprefix("--").partition("=")
     name = name.strip()
     if not equals or len(name) > 500 or not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", name):
         shown = name if equals and SECRET_KEY.search(name) else text
         return Problem(shown[:200], "is not an override", "write key.sub=value", origin)
     key: Key = tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\w+", name))
     try:
-        _set(values, key, parse_value(value))
+        # Options are written by Python programs, W&B's agent among them, whose null is None.
+        is_none = text.startswith("--") and value == "None"
+        _set(values, key, None if is_none else parse_value(value))
     except ValueError as error:
         fix = "check the key, and quote values with brackets"
         shown_value = ... if SECRET_KEY.search(name) else value

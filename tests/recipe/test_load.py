@@ -298,7 +298,7 @@ def test_the_schema_accepts_what_loads_and_refuses_a_misspelt_key():
     json.dumps(schema)
     validator = jsonschema.Draft202012Validator(schema)
     root = Path(__file__).parents[2] / "recipes"
-    for path in sorted(root.rglob("*.yaml")):
+    for path in sorted(p for p in root.rglob("*.yaml") if p.parent.name != "sweeps"):
         values = yaml.safe_load(path.read_text())
         # YAML 1.1 as PyYAML reads it takes 1e-3 for text; OmegaConf and editors do not.
         values = json.loads(json.dumps(values), object_hook=_numbers)
