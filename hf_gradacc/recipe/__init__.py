@@ -13,6 +13,7 @@ if typing.TYPE_CHECKING:
     from hf_gradacc.recipe.model import apply_peft, load_model, sample_answer, save_model
     from hf_gradacc.recipe.problems import RecipeError
     from hf_gradacc.recipe.run import RecipeCallback, build_trainer, train_recipe
+    from hf_gradacc.recipe.samples import add_samples
     from hf_gradacc.recipe.sections import Recipe
     from hf_gradacc.recipe.wandb import configure_wandb
 
@@ -20,6 +21,7 @@ __all__ = [
     "Recipe",
     "RecipeCallback",
     "RecipeError",
+    "add_samples",
     "apply_peft",
     "build_trainer",
     "claim_folder",
@@ -38,6 +40,7 @@ _MODULES = {
     "model": ("apply_peft", "load_model", "sample_answer", "save_model"),
     "problems": ("RecipeError",),
     "run": ("RecipeCallback", "build_trainer", "train_recipe"),
+    "samples": ("add_samples",),
     "sections": ("Recipe",),
     "wandb": ("configure_wandb",),
 }

@@ -28,6 +28,7 @@ from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
+from hf_gradacc.recipe.samples import add_samples
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
 from hf_gradacc.safety.run_state import keep
@@ -115,6 +116,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         processing_class=tokenizer,
         callbacks=[RecipeCallback(recipe)],
     )
+    add_samples(trainer, recipe)
     if recipe.peft.merge_on_save and trainer.shards_weights:
         raise ConfigError(
             "peft.merge_on_save = true under FSDP or ZeRO-3: merging happens on one rank, which "

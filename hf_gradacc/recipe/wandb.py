@@ -48,6 +48,8 @@ def configure_wandb(recipe: Recipe) -> None:
     Call it before the trainer is made.
     """
     wishes = {name: _as_text(getattr(recipe.wandb, key)) for key, name in _VARIABLES.items()}
+    if recipe.samples is not None and not recipe.wandb.upload_text:
+        wishes["WANDB_CONSOLE"] = "off"  # it would upload what is printed, samples included
     before = dict(_ours)
     for name, own in before.items():
         if os.environ.get(name) == own:
@@ -84,7 +86,7 @@ def tracking_remarks(recipe: Recipe, arguments: Any) -> Iterator[str]:
     """
     section, default = recipe.wandb, WandbSection()
     chosen = [key for key in _VARIABLES if getattr(section, key) != getattr(default, key)]
-    chosen += ["per_rank"] if section.per_rank else []
+    chosen += [key for key in ("per_rank", "upload_text") if getattr(section, key)]
     if "wandb" not in (arguments.report_to or []):
         wanted = "wandb" in _listed(recipe.train.get("report_to"))
         idle = [f"wandb.{key}" for key in chosen if key != "name"]  # which is the run's own

@@ -146,6 +146,10 @@ class TrackingCallback(TrainerCallback):
         self._append({"kind": "event", "event": name, "step": step, "text": text, **data})
         return self._events[name]
 
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a row of some kind of its own, with its "kind" and "step"."""
+        self._append(row)
+
     def flush(self) -> None:
         """Wait until all rows so far are on the disk."""
         if self._file is not None:
