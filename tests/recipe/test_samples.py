@@ -119,6 +119,7 @@ def test_without_leave_no_text_reaches_wandb_not_even_from_the_terminal(folder, 
     changes = ["wandb.upload_text=false", "output.dir=runs/kept", "train.max_steps=1"]
     changes += ["data.holdout=null", "train.save_strategy=no"]
     train_recipe(load_recipe("with.yaml", overrides=changes))
+    assert wandb.run.settings.console == "off", "it would upload what is printed"
     wandb.finish()
     wandb.teardown()
     out = capsys.readouterr().out
