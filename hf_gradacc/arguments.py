@@ -204,6 +204,14 @@ class GradAccOptions:
         },
     )
 
+    wandb_upload_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Upload text to W&B: eight rows of the training data with their targets "
+            "marked. Default: no text of a row leaves the machine."
+        },
+    )
+
     allow_changed_data: bool = field(
         default=False,
         metadata={
@@ -306,7 +314,7 @@ def _find_problems(args: Any) -> Any:
         yield f"update_passes = {args.update_passes!r}: use 'auto', 1 or 2."
     if args.layout not in ("auto", "padded", "packed"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded' or 'packed'."
-    for name in ("wandb_per_rank", "wandb_report", "remember_tuned_budget"):
+    for name in ("wandb_per_rank", "wandb_report", "wandb_upload_text", "remember_tuned_budget"):
         if not isinstance(getattr(args, name), bool):
             yield f"{name} = {getattr(args, name)!r}: use True or False."
     if args.remember_tuned_budget is True and args.max_tokens_per_micro_batch != "auto":

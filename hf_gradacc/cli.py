@@ -1,4 +1,4 @@
-"""The command line: train, plan, verify, report, recipes, schema.
+"""The command line: train, plan, verify, sweep, report, recipes, schema.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
 1 a check failed, 2 the recipe, data or options need a correction, 70 a fault of ours, 130
@@ -7,27 +7,29 @@ interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from hf_gradacc import __version__
-from hf_gradacc.errors import GradAccError
+from hf_gradacc.errors import ConfigError, GradAccError
 from hf_gradacc.recipe.shipped import find_recipe, recipes_app
+from hf_gradacc.recipe.streams import Output, opened_output
 from hf_gradacc.safety.storage_errors import find_errno
 from hf_gradacc.safety.unexpected import UNEXPECTED_EXIT_CODE, explain_unexpected
-from hf_gradacc.text import printable
+from hf_gradacc.text import nearest, printable
 
 if TYPE_CHECKING:
     from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["app", "main", "plan", "report", "schema", "train", "verify"]
+__all__ = ["app", "main", "plan", "report", "schema", "sweep", "train", "verify"]
 
 app = typer.Typer(
     name="hf-gradacc",
@@ -44,7 +46,10 @@ RecipeArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, such as train.max_steps=50."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Override keys, such as train.max_steps=50 or --train.max_steps=50.",
+    ),
 ]
 AllowEnv = Annotated[
     list[str] | None,
@@ -62,9 +67,36 @@ TrustRemoteCode = Annotated[
 ]
 
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Print results, warnings and errors, nothing else.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print results as lines of JSON, and everything else to standard error."
+    ),
+]
+Timestamps = Annotated[
+    bool, typer.Option("--timestamps", help="Begin each line for people with the time.")
+]
+
+
+_TAKES_KEYS = {"ignore_unknown_options": True}
+"""`--key=value` is an override, which only the recipe knows."""
+
+
 def _load(
     recipe: str, overrides: list[str] | None, allow_env: list[str] | None, *, trusted: bool
 ) -> Recipe:
+    for text in overrides or []:
+        if text.startswith("-") and "=" not in text:
+            guess = nearest(text, _OPTIONS)
+            hint = (
+                f"did you mean {guess}? An override is"
+                if guess
+                else "--help shows all; an override is"
+            )
+            raise ConfigError(f"{text}: no such option: {hint} key=value or --key=value.")
     from hf_gradacc.recipe.load import load_recipe
 
     return load_recipe(
@@ -73,6 +105,13 @@ def _load(
         allow_env=allow_env or [],
         trust_remote_code=trusted,
     )
+
+
+_OPTIONS = [
+    *("--resume", "--overwrite", "--verify", "--allow-env", "--trust-remote-code", "--quiet"),
+    *("--json", "--timestamps", "--world-size", "--gpu-memory", "--png", "--show-rows", "--rows"),
+    *("--preflight", "--no-preflight", "--help"),
+]
 
 
 def _show_version(is_asked: bool) -> None:
@@ -90,7 +129,7 @@ def _options(
 ) -> None: ...
 
 
-@app.command()
+@app.command(context_settings=_TAKES_KEYS)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -106,6 +145,9 @@ def train(
     ] = False,
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    timestamps: Timestamps = False,
 ) -> None:
     """Train as a recipe says; save model, tokenizer and the completed recipe.
 
@@ -119,30 +161,42 @@ def train(
 
     - `accelerate launch -m hf_gradacc train qwen3/8b_full_chat_fsdp2 --resume`
     """
-    from hf_gradacc.recipe.folder import claim_folder
-    from hf_gradacc.recipe.run import train_recipe
-    from hf_gradacc.recipe.sections import HEADS
+    with opened_output(quiet=quiet, as_json=as_json, timestamps=timestamps) as output:
+        from hf_gradacc.recipe.folder import claim_folder
+        from hf_gradacc.recipe.run import train_recipe
+        from hf_gradacc.recipe.sections import HEADS
 
-    given = [*(overrides or []), *(["output.overwrite=true"] if overwrite else [])]
-    loaded = _load(recipe, given, allow_env, trusted=trust_remote_code)
-    claim_folder(loaded, resume=resume)
-    if verify_first:
-        from hf_gradacc.recipe.verifying import verify_recipe
-
-        report = verify_recipe(loaded)
-        print(printable(str(report)))
-        if not report.passed:
-            raise typer.Exit(1)
-    result = train_recipe(loaded, resume=resume)
-    if result.trainer.is_world_process_zero():
+        given = [*(overrides or []), *(["output.overwrite=true"] if overwrite else [])]
+        loaded = _load(recipe, given, allow_env, trusted=trust_remote_code)
+        claim_folder(loaded, resume=resume)
+        if verify_first:
+            _verify(loaded, output)
+        result = train_recipe(loaded, resume=resume, on_row=output.row)
+        if not result.trainer.is_world_process_zero():
+            return
         if "eval_loss" in result.metrics:
-            print(f"held-out loss {result.metrics['eval_loss']:.4f}")
-        print(f"saved: {printable(str(result.folder))}")
+            output.say(f"held-out loss {result.metrics['eval_loss']:.4f}")
+        output.say(f"saved: {printable(str(result.folder))}")
         kind = "transformers.AutoModel" if loaded.peft.saves_whole_model else "peft.AutoPeftModel"
-        print(f'load it: {kind}{HEADS[loaded.model.task]}.from_pretrained("{result.folder}")')
+        head = HEADS[loaded.model.task]
+        output.say(f'load it: {kind}{head}.from_pretrained("{result.folder}")')
+        output.row({"kind": "result", "folder": str(result.folder), "metrics": result.metrics})
 
 
-@app.command()
+def _verify(loaded: Recipe, output: Output, **options: Any) -> None:
+    """Check a recipe, say what was found, and end the command with 1 if it failed."""
+    from hf_gradacc.recipe.verifying import verify_recipe
+    from hf_gradacc.tracking.run_files import to_json
+
+    report = verify_recipe(loaded, **options)
+    output.say(printable(str(report)))
+    figures = to_json(dataclasses.asdict(report))
+    output.row({"kind": "verify", "passed": report.passed, **figures})
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=_TAKES_KEYS)
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -160,6 +214,7 @@ def plan(
     ] = 0,
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the updates of a recipe before any weight is loaded, and what to change.
 
@@ -173,22 +228,24 @@ def plan(
 
     - `hf-gradacc plan my.yaml --show-rows 3`
     """
-    from hf_gradacc.recipe.plan_screen import show_plan
+    with opened_output(as_json=as_json) as output:
+        from hf_gradacc.recipe.plan_screen import show_plan
 
-    loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
-    # Without a terminal, as in a pipe or a log, rich would use 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    show_plan(
-        loaded,
-        world_size=world_size,
-        gpu_memory=None if gpu_memory is None else gpu_memory * 1e9,
-        png=png,
-        num_rows=show_rows,
-        console=console,
-    )
+        loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
+        # Without a terminal, as in a pipe or a log, rich would use 80 columns.
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        shown = show_plan(
+            loaded,
+            world_size=world_size,
+            gpu_memory=None if gpu_memory is None else gpu_memory * 1e9,
+            png=png,
+            num_rows=show_rows,
+            console=console,
+        )
+        output.row({"kind": "plan", **shown.figures()})
 
 
-@app.command()
+@app.command(context_settings=_TAKES_KEYS)
 def verify(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -198,6 +255,9 @@ def verify(
     ] = True,
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    timestamps: Timestamps = False,
 ) -> None:
     """Check on your own model and rows that accumulation is exact. Exit code 1 if it is not.
 
@@ -210,13 +270,31 @@ def verify(
 
     - `hf-gradacc verify my.yaml --rows 32 --no-preflight`
     """
-    from hf_gradacc.recipe.verifying import verify_recipe
+    with opened_output(quiet=quiet, as_json=as_json, timestamps=timestamps) as output:
+        loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
+        _verify(loaded, output, num_rows=rows, preflight=preflight)
 
-    loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
-    report = verify_recipe(loaded, num_rows=rows, preflight=preflight)
-    print(printable(str(report)))
-    if not report.passed:
-        raise typer.Exit(1)
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The YAML file of a W&B sweep.")],
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check every parameter of a W&B sweep against its recipe, and print how to start it.
+
+    **Example**
+
+    - `hf-gradacc sweep mine.yaml mine_sweep.yaml`
+    """
+    from hf_gradacc.recipe.sweep import check_sweep, describe_sweep
+
+    checked = check_sweep(
+        recipe, file, allow_env=allow_env or [], trust_remote_code=trust_remote_code
+    )
+    for line in describe_sweep(checked):
+        print(printable(line))
 
 
 @app.command()

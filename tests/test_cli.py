@@ -395,6 +395,7 @@ def test_the_schema_is_json(run, tmp_path):
         (["train", "mine.yaml", "model.attn_implementation=bogus"], "attn_implementation"),
         (["train", "mine.yaml", "train.tokens_per_update=9"], "effective_batch_size"),
         (["train", "mine.yaml", "train.report_to=wandbb"], "did you mean wandb?"),
+        (["train", "mine.yaml", "--resmue"], "no such option: did you mean --resume?"),
         (["train", "mine.yaml", "data.train=empty"], "holds no data files"),
         (["train", "mine.yaml", "data.train=empty", "output.dir=rows.jsonl"], "output.dir = 'rows"),
         (["train", "mine.yaml", "output.dir=rows.jsonl/x"], "output.dir = 'rows.jsonl/x'"),

@@ -1,8 +1,9 @@
-"""A progress bar on a terminal, and nothing where there is none."""
+"""A progress bar on a terminal, and a line every half minute where there is none."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ Item = TypeVar("Item")
 def with_progress(items: Iterable[Item], *, what: str, total: int | None = None) -> Iterator[Item]:
     """Pass items through, with a bar on standard error that is gone afterwards.
 
+    Where standard error is no terminal, a line on standard output says how many have passed: first
+    after two seconds, then every half minute.
+
     Args:
         items: What to pass through.
         what: Words beside the bar.
@@ -28,11 +32,25 @@ def with_progress(items: Iterable[Item], *, what: str, total: int | None = None)
     >>> list(with_progress([1, 2], what="counting"))
     [1, 2]
     """
+    if not sys.stderr.isatty():
+        yield from _with_lines(items, what=what, total=total)
+        return
     yield from track(
         items,
         description=escape(printable(what)),
         total=total,
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
     )
+
+
+_FIRST_SECONDS, _EVERY_SECONDS = 2.0, 30.0
+
+
+def _with_lines(items: Iterable[Item], *, what: str, total: int | None) -> Iterator[Item]:
+    due = time.monotonic() + _FIRST_SECONDS
+    for count, item in enumerate(items):
+        if time.monotonic() >= due:
+            due = time.monotonic() + _EVERY_SECONDS
+            print(f"{printable(what)}: {count:,}{f' of {total:,}' if total else ''}", flush=True)
+        yield item

@@ -24,11 +24,13 @@ from hf_gradacc.recipe.interpolation import allow_variables
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.sweep import settle_sweep
 from hf_gradacc.recipe.together import check_together, drop_keys
 from hf_gradacc.recipe.values import check_values, machine_problems
+from hf_gradacc.recipe.wandb import settle_reporters, settle_tracking
 from hf_gradacc.safety.withheld import name_values
 
-__all__ = ["configure_wandb", "load_recipe", "recipe_arguments"]
+__all__ = ["load_recipe", "recipe_arguments"]
 
 
 def load_recipe(
@@ -45,7 +47,7 @@ def load_recipe(
 
     Args:
         path: A YAML file.
-        overrides: `key.sub=value`, applied last, in order.
+        overrides: `key.sub=value` or `--key.sub=value`, applied last, in order.
         allow_env: Variables of the environment that the recipe may read beside those that any may.
         trust_remote_code: Let the recipe run code that its model's repository ships, if it asks
             for that.
@@ -84,8 +86,10 @@ def load_recipe(
         else:
             setattr(getattr(recipe, str(key[0])), str(key[1]), place)
     drop_keys(recipe, turned_off)
+    settle_reporters(recipe, values)
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
+    settle_sweep(recipe)
     recipe.keep_from_environment(source.from_environment)
     if why := find_source_problem(recipe):
         fix = "name a folder of its own, such as runs/mine"
@@ -108,7 +112,7 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     """
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
-    options |= {"wandb_report": recipe.wandb.report}
+    options |= {"wandb_report": recipe.wandb.report, "wandb_upload_text": recipe.wandb.upload_text}
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
@@ -124,6 +128,7 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    settle_tracking(arguments)
     fields = {("output", "dir"): "output_dir", ("wandb", "name"): "run_name"}
     fields |= {("wandb", "project"): "project"}
     fields |= {("train", name): name for name in recipe.train if name not in changes}
@@ -137,22 +142,3 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     if problems:
         raise RecipeError(problems)
     return arguments
-
-
-def configure_wandb(recipe: Recipe) -> None:
-    """Pass the recipe's W&B settings to W&B; environment variables win.
-
-    Call it before the trainer is made.
-    """
-    section = recipe.wandb
-    wishes = {
-        "WANDB_PROJECT": section.project,
-        "WANDB_ENTITY": section.entity,
-        "WANDB_RUN_GROUP": section.group,
-        "WANDB_TAGS": ",".join(section.tags),
-        "WANDB_NOTES": section.notes,
-        "WANDB_MODE": section.mode,
-    }
-    for name, value in wishes.items():
-        if value:
-            os.environ.setdefault(name, value)

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,17 @@ class RecipePlan:
     def chosen(self) -> WayToPlan:
         """The way the recipe plans."""
         return next(way for way in self.ways if way.chosen)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the plan as plain values, the lengths of rows as their sums."""
+        values = {name: value for name, value in asdict(self).items() if name not in _OF_EACH_ROW}
+        return values | {
+            "num_input_tokens": int(self.lengths.sum()),
+            "num_targets": int(self.targets.sum()),
+        }
+
+
+_OF_EACH_ROW = ("lengths", "targets", "longest")
 
 
 def plan_recipe(

@@ -25,6 +25,7 @@ from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
+from hf_gradacc.safety.waiting import telling
 from hf_gradacc.text import byte_size, printable
 from hf_gradacc.updates.loader import ModelFacts
 
@@ -69,12 +70,13 @@ def show_plan(
         console: Where to print.
     """
     arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
-    texts = iter_texts(recipe.data)
-    tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
-    model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
-    check_max_length(recipe, model)
-    vocab_size = model.get_input_embeddings().num_embeddings
-    data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+    with telling("preparing the data", beside_bars=True):
+        texts = iter_texts(recipe.data)
+        tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
+        model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
+        check_max_length(recipe, model)
+        vocab_size = model.get_input_embeddings().num_embeddings
+        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
     too_long = check_longest_row(recipe, model, data)
     for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
         console.print(printable(str(line)), highlight=False, markup=False, soft_wrap=True)

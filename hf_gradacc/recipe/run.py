@@ -8,7 +8,9 @@ A recipe as it was run, beside the model it made; and the JSON schema editors ch
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,17 @@ from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.interpolation import escape
-from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
+from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
+from hf_gradacc.recipe.samples import add_samples
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
 from hf_gradacc.safety.run_state import keep
+from hf_gradacc.safety.waiting import telling
 from hf_gradacc.text import SECRET_KEY, printable
+from hf_gradacc.tracking.install import listen_to_rows
 
 __all__ = [
     "RecipeCallback",
@@ -78,7 +84,11 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     configure_wandb(recipe)
     arguments = recipe_arguments(recipe, **changes)
     set_seed(arguments.seed)  # before the model: a new head or adapter starts at random
-    with arguments.main_process_first(desc="preparing the data"):
+    is_first = arguments.process_index == 0
+    with (
+        arguments.main_process_first(desc="preparing the data"),
+        telling("preparing the data", beside_bars=True) if is_first else contextlib.nullcontext(),
+    ):
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
@@ -86,15 +96,16 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         vocab_size = empty.get_input_embeddings().num_embeddings
         data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
     too_long = check_longest_row(recipe, empty, data)
-    if arguments.process_index == 0:
+    if is_first:
         for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
             print(printable(str(line)))
-    model = load_model(
-        recipe.model,
-        tokenizer=tokenizer,
-        label_names=data.label_names,
-        quantize=recipe.peft.method == "qlora",
-    )
+    with telling("loading the model", beside_bars=True) if is_first else contextlib.nullcontext():
+        model = load_model(
+            recipe.model,
+            tokenizer=tokenizer,
+            label_names=data.label_names,
+            quantize=recipe.peft.method == "qlora",
+        )
     model = apply_peft(model, recipe.peft, task=recipe.model.task)
     trainer = GradAccTrainer(
         model=model,
@@ -105,6 +116,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         processing_class=tokenizer,
         callbacks=[RecipeCallback(recipe)],
     )
+    add_samples(trainer, recipe)
     if recipe.peft.merge_on_save and trainer.shards_weights:
         raise ConfigError(
             "peft.merge_on_save = true under FSDP or ZeRO-3: merging happens on one rank, which "
@@ -114,12 +126,19 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     return trainer, data
 
 
-def train_recipe(recipe: Recipe, *, resume: bool | str = False, **changes: Any) -> RunResult:
+def train_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool | str = False,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+    **changes: Any,
+) -> RunResult:
     """Train as a recipe says, evaluate on held-out rows, save model, tokenizer and recipe.
 
     Args:
         recipe: A checked recipe.
         resume: Go on from the last checkpoint in the output folder, or from the one named.
+        on_row: Called on rank 0 with each row of the run's log, as JSON takes it.
         changes: Training arguments to set on top of the recipe.
 
     Raises:
@@ -127,6 +146,8 @@ def train_recipe(recipe: Recipe, *, resume: bool | str = False, **changes: Any) 
     """
     claim_folder(recipe, resume=resume)
     trainer, data = build_trainer(recipe, **changes)
+    if on_row is not None:
+        listen_to_rows(trainer, on_row)
     trainer.train(resume_from_checkpoint=resume or trainer.args.resume_from_checkpoint)
     metrics: dict[str, float] = {}
     if data.eval is not None:
@@ -212,8 +233,8 @@ class RecipeCallback(TrainerCallback):
             return
         if self.recipe.output.overwrite and state.global_step == 0:
             clear_folder(args.output_dir)
-        if self._stops is not None:
-            print(printable(self._stops))
+        for line in [*filter(None, [self._stops]), *tracking_remarks(self.recipe, args)]:
+            print(printable(line))
         keep(state, saves_model=True)  # whoever runs a recipe saves the model at its end
         save_recipe(self.recipe, args.output_dir)
         if "wandb" in (args.report_to or []):

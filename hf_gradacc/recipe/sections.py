@@ -37,6 +37,7 @@ __all__ = [
     "OutputSection",
     "PeftSection",
     "Recipe",
+    "SamplesSection",
     "WandbSection",
     "arguments_class",
     "train_section",
@@ -92,7 +93,8 @@ class PeftSection(Section):
 
 
 class WandbSection(Section):
-    """Where Weights & Biases files the run. Without an API key it is kept offline."""
+    """Track the run with Weights & Biases: the section turns it on, unless `train.report_to` says
+    otherwise. Without an API key the run is kept offline."""
 
     project: str = "hf-gradacc"
     """Project."""
@@ -110,8 +112,23 @@ class WandbSection(Section):
     """Also a run for every rank, with its own figures, in one group."""
     report: bool = False
     """Write the report when training ends, and upload it as an artifact."""
+    upload_text: bool = False
+    """Upload text of rows: eight of the training set with their targets marked, and `samples`."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """null means online with an API key, and offline without."""
+
+
+class SamplesSection(Section):
+    """Let the model answer a few prompts while it trains. Training is the same without."""
+
+    every: int = Field(default=100, ge=1)
+    """Updates between two looks; there is one after the last update, too."""
+    count: int = Field(default=4, ge=1, le=64)
+    """Prompts: of the first held-out rows, or of the first rows of `data.train` if none are."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 writes the likeliest token each time; above, tokens are drawn, from the same seed."""
 
 
 class OutputSection(Section):
@@ -139,6 +156,7 @@ class Recipe(Section):
     train: dict[str, Any] = Field(default_factory=dict)
     """Any field of GradAccArguments, so any field of transformers.TrainingArguments."""
     wandb: WandbSection = WandbSection()
+    samples: SamplesSection | None = None
     output: OutputSection = OutputSection()
     _from_environment: dict[Key, FromEnvironment] = PrivateAttr(default_factory=dict)
 
@@ -174,6 +192,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _samples_are_written(self) -> Recipe:
+        if self.samples is not None and self.model.task == "classification":
+            raise ValueError("samples are texts that a model writes, and a classifier writes none")
+        return self
+
+    @model_validator(mode="after")
     def _weights_to_quantize(self) -> Recipe:
         if self.peft.method == "qlora" and self.model.name is None:
             raise ValueError(
@@ -200,6 +224,7 @@ RESERVED = {
     "project": "set wandb.project",
     "wandb_per_rank": "set wandb.per_rank",
     "wandb_report": "set wandb.report",
+    "wandb_upload_text": "set wandb.upload_text",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a recipe holds no secret",
     "local_rank": "leave it to the launcher",
 }

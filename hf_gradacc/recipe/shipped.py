@@ -39,7 +39,8 @@ def recipes_folder() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, such as `qwen3/4b_lora_chat`."""
     folder = recipes_folder()
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    names = (str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("sweeps/"))
 
 
 def find_recipe(name: str) -> Path:
@@ -110,12 +111,34 @@ def copy_recipe(
         raise ConfigError(
             f"target = {str(place)!r} is there already: use another name, or --force."
         )
+    sweep = _sweep_of(source)
+    beside = place.with_name(f"{place.stem}_sweep.yaml")
+    if sweep is not None and beside.exists() and not force:
+        raise ConfigError(
+            f"target = {str(place)!r}: the sweep that ships with it would go to {str(beside)!r}, "
+            f"which is there already: use another name, or --force."
+        )
     place.parent.mkdir(parents=True, exist_ok=True)
     text = _read(source)
     if "\nbase:" in f"\n{text}":
         text = flatten_recipe(source)
     place.write_text(_move_paths(text, source.parent, place.parent), encoding="utf-8")
     print(f"copied: {place}")
+    if sweep is not None:
+        shipped = f"sweep {source.stem} recipes/sweeps/{source.stem}.yaml"
+        text = _read(sweep).replace(shipped, f"sweep {place} {beside}")
+        text = text.replace(f"train, {source.stem},", f"train, {place},")
+        beside.write_text(text, encoding="utf-8")
+        print(f"copied: {beside}, a sweep of it; `hf-gradacc sweep {place} {beside}` checks it")
+
+
+def _sweep_of(recipe: Path) -> Path | None:
+    """The sweep that ships with a shipped recipe; None if there is none."""
+    folder = recipes_folder().resolve()
+    if not recipe.resolve().is_relative_to(folder):
+        return None
+    sweep = folder / "sweeps" / recipe.resolve().relative_to(folder)
+    return sweep if sweep.is_file() else None
 
 
 def _read(path: Path) -> str:

@@ -97,7 +97,7 @@ def read_recipe(
 
     Args:
         path: The recipe's file.
-        overrides: What is applied last, in order.
+        overrides: What is applied last, in order; each may begin with two hyphens.
         readable: Variables of the environment that it may read.
 
     Raises:
@@ -203,9 +203,9 @@ def _expand_short_forms(values: dict[str, Any]) -> None:
 
 
 def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> Problem | None:
-    """Apply one `key.sub=value` in place; a problem where that cannot be done."""
+    """Apply one `key.sub=value` or `--key.sub=value` in place; a problem if that is impossible."""
     origin = Origin(COMMAND_LINE)
-    name, equals, value = text.partition("=")
+    name, equals, value = text.removeprefix("--").partition("=")
     name = name.strip()
     if not equals or len(name) > 500 or not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", name):
         shown = name if equals and SECRET_KEY.search(name) else text
@@ -216,7 +216,9 @@ def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> 
         fix = f"write {name}=null for the default"
         return Problem(name, why, fix, origin)
     try:
-        parsed = parse_value(value)
+        # Options are written by Python programs, W&B's agent among them, whose null is None.
+        is_none = text.startswith("--") and value == "None"
+        parsed = None if is_none else parse_value(value)
         if key == ("peft",) and parsed == "none":
             values.pop("peft", None)  # not a key of it is left
         elif key == ("peft",) and isinstance(parsed, str) and "${" not in parsed:

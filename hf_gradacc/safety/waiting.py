@@ -1,16 +1,18 @@
-"""Say so, while a wait takes long; the wait itself goes on."""
+"""Say so, while a wait or a check takes long; it goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from transformers.utils import logging
 
-from hf_gradacc.text import printable
+from hf_gradacc.text import duration, printable
 
-__all__ = ["TellOfWait"]
+__all__ = ["TellOfWait", "silenced", "telling"]
 
 logger = logging.get_logger(__name__)
 
@@ -61,3 +63,55 @@ class TellOfWait:
             if line is not None and self._since == since:
                 logger.warning(printable(line))
                 self._next = 2 * waited
+
+
+@contextlib.contextmanager
+def telling(
+    what: str, *, after: float = 2.0, every: float = 30.0, beside_bars: bool = False
+) -> Iterator[None]:
+    """Write to standard error what a block does if it takes long, and later that it still does.
+
+    Args:
+        what: What it does: "comparing gradients".
+        after: Seconds until the first line.
+        every: Seconds between the lines that follow.
+        beside_bars: The block draws bars of its own where standard error is a terminal; there they
+            tell.
+
+    >>> with contextlib.redirect_stderr(sys.stdout), telling("adding up", after=0.02):
+    ...     time.sleep(0.2)
+    adding up ...
+    """
+    is_done = threading.Event()
+
+    def watch() -> None:
+        waited, pause = 0.0, after
+        while not is_done.wait(pause):
+            waited, pause = waited + pause, every
+            so_far = f" {duration(waited)} so far" if waited > after else ""
+            print(f"{printable(what)} ...{so_far}", file=sys.stderr, flush=True)
+
+    if _is_silenced or (beside_bars and sys.stderr.isatty()):
+        yield
+        return
+    watcher = threading.Thread(target=watch, name="telling", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        watcher.join()
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Let `telling` write nothing for a while."""
+    global _is_silenced
+    before, _is_silenced = _is_silenced, True
+    try:
+        yield
+    finally:
+        _is_silenced = before
+
+
+_is_silenced = False

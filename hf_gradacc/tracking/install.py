@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hf_gradacc.safety.run_state import VERDICT, keep, kept
 from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.tracking.report import build_report
 from hf_gradacc.tracking.run_facts import describe_run
-from hf_gradacc.tracking.run_files import RunFile, kind_of, read_log
+from hf_gradacc.tracking.run_files import RunFile, kind_of, read_log, to_json
 from hf_gradacc.tracking.terminal import RowPrinter, ShowPlan, ShowSummary, UpdateProgress
 from hf_gradacc.tracking.wandb import GradAccWandbCallback
 from hf_gradacc.tracking.wandb_ranks import RankRuns, find_rank_runs
@@ -31,6 +32,7 @@ __all__ = [
     "attach_report",
     "flush_log",
     "install_tracking",
+    "listen_to_rows",
     "record_event",
 ]
 
@@ -51,6 +53,11 @@ class TrackingCallback(TrainerCallback):
         self._written: set[tuple[str, int]] = set()
         self._unwritten: list[dict[str, Any]] = []
         self._has_warned = False
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
+
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> None:
+        """Hand every row to a function, too, as it is written."""
+        self._listeners.append(listener)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the files, or cut them back to the checkpoint that training goes on from."""
@@ -139,6 +146,10 @@ class TrackingCallback(TrainerCallback):
         self._append({"kind": "event", "event": name, "step": step, "text": text, **data})
         return self._events[name]
 
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a row of some kind of its own, with its "kind" and "step"."""
+        self._append(row)
+
     def flush(self) -> None:
         """Wait until all rows so far are on the disk."""
         if self._file is not None:
@@ -146,7 +157,10 @@ class TrackingCallback(TrainerCallback):
 
     def _append(self, row: dict[str, Any]) -> None:
         whose = {} if self._run is None else {"run": self._run}
-        self._unwritten.append({**row, "time": round(time.time(), 3), **whose})
+        row = {**row, "time": round(time.time(), 3), **whose}
+        for listener in self._listeners:
+            listener(to_json(row))
+        self._unwritten.append(row)
         self._write()
 
     def _write(self) -> None:
@@ -211,6 +225,18 @@ class ReportAtTheEnd(TrainerCallback):
             attach_report(self.trainer)
         except Exception as error:  # whatever is wrong with a page, the run is done
             logger.warning(f"wandb_report: no report was written ({error}).")
+
+
+def listen_to_rows(trainer: Any, listener: Callable[[dict[str, Any]], None]) -> None:
+    """Hand each row of `gradacc_log.jsonl` to a function as well, on rank 0 and as JSON takes it.
+
+    Args:
+        trainer: The trainer, before it trains.
+        listener: Called with the row.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackingCallback):
+            callback.listen(listener)
 
 
 def flush_log(trainer: Any) -> None:

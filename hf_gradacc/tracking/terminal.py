@@ -16,11 +16,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from hf_gradacc.safety.run_state import VERDICT, kept
 from hf_gradacc.text import count_updates, duration, quantity
 from hf_gradacc.tracking.parity_file import describe_parity
+from hf_gradacc.tracking.progress import ProgressLines, has_terminal
 from hf_gradacc.tracking.run_facts import describe_run
 from hf_gradacc.tracking.run_files import RUN_NAME, RunFile, kind_of
 from hf_gradacc.updates.fingerprint import count_rows_of
@@ -104,35 +105,79 @@ class RowPrinter(PrinterCallback):
 
 
 class UpdateProgress(ProgressCallback):
-    """The stock progress bar, with loss and speed in it, and log rows a person can read."""
+    """The stock progress bar, with loss and speed in it, and log rows a person can read.
 
-    on_prediction_step = _if_it_can_be_written(ProgressCallback.on_prediction_step)
-    on_evaluate = _if_it_can_be_written(ProgressCallback.on_evaluate)
-    on_predict = _if_it_can_be_written(ProgressCallback.on_predict)
+    Without a terminal there is no bar, whose every move would stay in a log file, but a line of
+    progress every half minute.
+    """
 
-    @_if_it_can_be_written
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar, where there is one."""
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    @_if_it_can_be_written
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar, where there is one."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+    def __init__(self, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self._lines: ProgressLines | None = None
+        self._is_training = False
 
     @_if_it_can_be_written
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count updates, and after a resume only those to come for the time left."""
         self.current_step = state.global_step
-        if state.is_world_process_zero:
+        self._is_training = bool(state.is_world_process_zero)
+        self._lines = None
+        if not has_terminal():
+            self._lines = ProgressLines(state.max_steps, done=state.global_step)
+        elif state.is_world_process_zero:
             self.training_bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
                 unit=" update",
                 dynamic_ncols=True,
             )
+
+    @_if_it_can_be_written
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of an update that takes long."""
+        if self._lines is not None and self._is_training:
+            self._tell(self._lines.at(state.global_step))
+
+    @_if_it_can_be_written
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar, where there is one."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+        elif self._lines is not None and self._is_training:
+            self._tell(self._lines.at(state.global_step))
+
+    @_if_it_can_be_written
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar, where there is one."""
+        self._is_training = False
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    @_if_it_can_be_written
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Move the bar of an evaluation, or tell how far it is."""
+        if has_terminal():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        elif state.is_world_process_zero:
+            self._lines = self._lines or ProgressLines(0, done=0)  # no training was before
+            size = len(eval_dataloader) if has_length(eval_dataloader) else None
+            self._tell(self._lines.evaluating(size))
+
+    @_if_it_can_be_written
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar of an evaluation."""
+        super().on_evaluate(args, state, control, **kwargs)
+        if self._lines is not None:
+            self._lines.end_evaluation()
+
+    @_if_it_can_be_written
+    def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar of a prediction."""
+        super().on_predict(args, state, control, **kwargs)
+        if self._lines is not None:
+            self._lines.end_evaluation()
 
     @_if_it_can_be_written
     def on_log(
@@ -145,21 +190,33 @@ class UpdateProgress(ProgressCallback):
     ) -> None:
         """Write training and evaluation rows as one line each; the summary tells the totals."""
         kind = kind_of(logs) if logs else "other"
-        if not state.is_world_process_zero or self.training_bar is None or kind == "end":
+        if not logs or not self._is_training or kind == "end":
             return
-        if logs is None or kind == "other":
-            super().on_log(args, state, control, logs=logs, **kwargs)
+        if kind == "other":
+            if self.training_bar is not None:
+                super().on_log(args, state, control, logs=logs, **kwargs)
+            else:
+                print({key: value for key, value in logs.items() if key != "total_flos"})
         elif kind == "eval":
             self._write(describe_evaluation(logs, step=state.global_step))
         else:
             speed = logs.get("target_tokens_per_second")
             text = f"loss {number(logs['loss'])}"
             text += f", {quantity(speed)} tokens/s" if speed else ""
-            self.training_bar.set_postfix_str(text, refresh=False)
+            if self.training_bar is not None:
+                self.training_bar.set_postfix_str(text, refresh=False)
             self._write(describe_row(logs, step=state.global_step))
 
+    def _tell(self, line: str | None) -> None:
+        if line is not None:
+            self._write(line)
+
     def _write(self, row: str) -> None:
-        self.training_bar.write(fold(row, width=terminal_width(), indent=2))
+        text = fold(row, width=terminal_width(), indent=2)
+        if self.training_bar is not None:
+            self.training_bar.write(text)
+        else:
+            print(text, flush=True)
 
 
 def _is_verbose(args: Any) -> bool:

@@ -83,14 +83,14 @@ class GradAccWandbCallback(WandbCallback):
         run.define_metric("train/target_tokens_seen")
         if state.global_step == 0:
             try:
-                self._log_preview(run, getattr(model, "config", None), **kwargs)
+                self._log_preview(run, args, getattr(model, "config", None), **kwargs)
             except Exception as error:  # a dataset's own; not worth the run's numbers
                 why = printable(f"{type(error).__name__}: {error}")
                 logger.warning(f"W&B: no preview of the rows ({why}).")
 
-    def _log_preview(self, run: Any, config: Any, **kwargs: Any) -> None:
+    def _log_preview(self, run: Any, args: Any, config: Any, **kwargs: Any) -> None:
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        table = preview_rows(
+        table = args.wandb_upload_text and preview_rows(
             dataset,
             tokenizer=kwargs.get("processing_class"),
             is_seq2seq=bool(getattr(config, "is_encoder_decoder", False)),
@@ -100,6 +100,10 @@ class GradAccWandbCallback(WandbCallback):
         preview: dict[str, Any] = {}
         if table:
             preview["data/rows"] = self._wandb.Table(columns=PREVIEW_COLUMNS, data=table)
+            print(
+                f"W&B: {len(table)} rows of the training data go along as text (data/rows); "
+                "wandb_upload_text = False, in a recipe wandb.upload_text, keeps them here."
+            )
         if lengths:
             preview["data/input_tokens"] = self._wandb.Histogram(lengths)
         if preview:
@@ -162,6 +166,14 @@ class GradAccWandbCallback(WandbCallback):
         if run is not None:
             run.alert(title=title, text=text, level=level, wait_duration=60)
             run.summary[count_key] = count
+
+    @_never_fail
+    def log_table(self, key: str, *, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """Send a table, drawn over updates like every other row."""
+        run = self._wandb.run
+        if run is not None:
+            table = self._wandb.Table(columns=columns, data=rows)
+            run.log({key: table, "train/global_step": step})
 
     @_never_fail
     def log_files(self, paths: list[Path]) -> None:

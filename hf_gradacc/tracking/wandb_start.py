@@ -18,6 +18,7 @@ from hf_gradacc.tracking.run_files import LOG_NAME
 __all__ = [
     "ensure_wandb_mode",
     "has_wandb_credentials",
+    "is_in_sweep",
     "start_rank_run",
     "start_run",
     "sync_folder",
@@ -91,7 +92,9 @@ def start_run(args: Any, state: Any) -> None:
     import wandb
 
     mode = ensure_wandb_mode(args)
-    options: dict[str, Any] = {"project": os.getenv("WANDB_PROJECT", "huggingface")}
+    options: dict[str, Any] = {}
+    if not is_in_sweep():  # its agent says where a run belongs, and wandb warns of other words
+        options["project"] = os.getenv("WANDB_PROJECT", "huggingface")
     if state.trial_name is not None:
         options |= {"name": state.trial_name, "group": args.run_name or args.output_dir}
     elif args.run_name is not None:
@@ -102,9 +105,11 @@ def start_run(args: Any, state: Any) -> None:
         options |= {"id": saved["wandb_run_id"], "resume": "allow"}
     if getattr(args, "wandb_per_rank", False) and "group" not in options:
         # The id makes the group this run's own, whatever else bears its name.
-        options.setdefault("id", os.getenv("WANDB_RUN_ID") or secrets.token_hex(4))
+        run_id = options.get("id") or os.getenv("WANDB_RUN_ID") or secrets.token_hex(4)
         name = args.run_name or Path(args.output_dir).name
-        options["group"] = os.getenv("WANDB_RUN_GROUP") or f"{name}-{options['id']}"
+        if not is_in_sweep():
+            options["id"] = run_id
+        options["group"] = os.getenv("WANDB_RUN_GROUP") or f"{name}-{run_id}"
     timeouts = _timeouts()
     try:
         if mode == "online":
@@ -146,6 +151,8 @@ def start_rank_run(args: Any, *, run_id: str, name: str, group: str, config: dic
     import wandb
 
     mode = ensure_wandb_mode(args)
+    if is_in_sweep():  # where every process of this run would get the id of the first
+        wandb.setup().settings.sweep_id = None
     run = wandb.init(
         project=os.getenv("WANDB_PROJECT", "huggingface"),
         id=f"{run_id}-rank{args.process_index}",
@@ -159,6 +166,11 @@ def start_rank_run(args: Any, *, run_id: str, name: str, group: str, config: dic
     if mode == "offline" and _DECIDED:
         print(f"W&B: rank {args.process_index} likewise; to upload: wandb sync {sync_folder(run)}")
     return run
+
+
+def is_in_sweep() -> bool:
+    """Whether an agent of a W&B sweep has started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def _timeouts() -> dict[str, Any]:

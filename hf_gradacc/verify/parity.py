@@ -20,6 +20,7 @@ from hf_gradacc.errors import ConfigError, DataError, LossError
 from hf_gradacc.loss.asking import has_router_loss
 from hf_gradacc.loss.facts import rounding_of
 from hf_gradacc.safety.out_of_memory import free_memory, is_out_of_memory
+from hf_gradacc.safety.waiting import telling
 from hf_gradacc.trainer.mixin import GradAccTrainer
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.verify.conditions import (
@@ -111,7 +112,8 @@ def verify_parity(
         facts["dtype"] = str(dtype).removeprefix("torch.")
         facts["tolerance"] = rounding_of(dtype, "update_gradient")
         try:
-            ours = accumulate(trainer_class, model, rows, plain, parts)
+            with telling(f"verify: the gradient of {len(rows)} rows in micro-batches"):
+                ours = accumulate(trainer_class, model, rows, plain, parts)
         except LossError as error:
             return ParityReport((str(error),), **facts)
         if ours is None:
@@ -119,9 +121,14 @@ def verify_parity(
                 f"no row of the {len(rows)} has a target: all their labels are -100 (or, in a "
                 f"causal LM, all but the first). Look at how the labels were made."
             )
-        expected = None if reference == "rows" else _at_once(ours.trainer, rows, reference)
-        facts["reference"] = "whole batch" if expected else "single rows"
-        expected = expected or differentiate(ours.trainer, collate_by_row(ours.trainer, rows))
+        expected = None
+        if reference != "rows":
+            with telling(f"verify: the gradient of the {len(rows)} rows at once"):
+                expected = _at_once(ours.trainer, rows, reference)
+        facts["reference"] = "single rows" if expected is None else "whole batch"
+        if expected is None:
+            with telling(f"verify: the gradients of the {len(rows)} rows, one by one"):
+                expected = differentiate(ours.trainer, collate_by_row(ours.trainer, rows))
         facts |= {
             "warnings": ours.warnings,
             "num_targets": ours.num_targets,
@@ -136,13 +143,15 @@ def verify_parity(
             shares = differentiate(ours.trainer, ours.pieces).gradient
             facts["share_error"] = relative_error(ours.gradient, shares)
         if compare_with_stock:
-            facts |= _measure_stock(trainer_class, model, rows, plain, parts, expected.gradient)
+            with telling("verify: what the stock Trainer gives for the same rows"):
+                facts |= _measure_stock(trainer_class, model, rows, plain, parts, expected.gradient)
     counts_targets = ours.trainer.facts.is_plain or has_router_loss(model)
     problems += _find_problems(facts, ours.rule, counts_targets=counts_targets)
     if preflight_rows is not None:
-        preflight, problem = run_preflight(
-            trainer_class, model, list(preflight_rows) or rows, arguments, parts
-        )
+        with telling("verify: the largest micro-batch of the longest rows, to measure it"):
+            preflight, problem = run_preflight(
+                trainer_class, model, list(preflight_rows) or rows, arguments, parts
+            )
         facts["preflight"] = preflight
         problems += [problem] if problem else []
     free_memory(model)

@@ -12,7 +12,8 @@ from hf_gradacc.recipe.load import load_recipe
 from hf_gradacc.recipe.run import train_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SWEEPS = ROOT / "recipes" / "sweeps"
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent != SWEEPS)
 NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
 EXPECTED_NUMBER = 24
 

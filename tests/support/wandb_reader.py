@@ -28,7 +28,12 @@ class WandbRun:
     """What one ``.wandb`` file says about its run."""
 
     run_id: str = ""
+    name: str = ""
     project: str = ""
+    entity: str = ""
+    notes: str = ""
+    tags: list[str] = field(default_factory=list)
+    sweep_id: str = ""
     group: str = ""
     resume: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +61,9 @@ def read_wandb_file(path: Path) -> WandbRun:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.run_id, run.project = record.run.run_id, record.run.project
-            run.group = record.run.run_group
+            run.group, run.name = record.run.run_group, record.run.display_name
+            run.entity, run.notes = record.run.entity, record.run.notes
+            run.tags, run.sweep_id = list(record.run.tags), record.run.sweep_id
             run.config.update(_items(record.run.config.update))
         elif kind == "config":
             run.config.update(_items(record.config.update))

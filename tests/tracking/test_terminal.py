@@ -15,6 +15,7 @@ import pytest
 from support.patience import HUNG_AFTER_SECONDS
 from support.tracked import tracked_trainer
 
+from hf_gradacc.tracking import progress
 from hf_gradacc.tracking.report.data import load_runs
 
 TESTS = Path(__file__).parents[1]
@@ -90,17 +91,17 @@ def test_a_quiet_log_level_silences_plan_and_summary(tmp_path, capsys):
     assert "Trained" not in printed
 
 
-def test_the_progress_bar_writes_rows_a_person_can_read(tmp_path, capsys):
+def test_rows_are_such_that_a_person_can_read_them(tmp_path, capsys):
     options = {"max_steps": 2, "disable_tqdm": False, "eval_strategy": "steps", "eval_steps": 2}
     tracked_trainer(tmp_path / "out", report_to="none", **options).train()
     printed = capsys.readouterr()
     rows = [line for line in printed.out.splitlines() if "loss" in line]
     number = r"[\d.]+"
+    assert "\r" not in printed.err, "no bar where it would stay"
     assert re.search(rf"update 1: loss {number} \| \d+ target tokens, 6 sequences, ", rows[0])
     assert re.search(rf"held out after update 2: loss {number}, perplexity {number}$", rows[2])
     assert rows[3].startswith("Trained 2 updates")
     assert "{'" not in printed.out, "no dictionary"
-    assert re.search(rf"loss {number}, [\d,.]+k? tokens/s", printed.err), "in the bar itself"
 
 
 @pytest.mark.slow
@@ -121,6 +122,7 @@ def test_on_a_terminal_the_plan_stands_before_the_bar_and_no_word_is_broken(tmp_
     assert re.search(r"^  out of memory +2 times; see the report$", first, re.M)
     assert "2/4" in second.split("update 3:")[0], "a resumed bar begins where the run goes on"
     assert "0/4" not in second
+    assert re.search(r"loss [\d.]+, [\d,.]+k? tokens/s", first), "in the bar itself"
     assert re.search(r" update/s|\ds/ update", first), "on a busy machine its inverse"
 
 
@@ -129,3 +131,14 @@ def test_a_file_gets_each_row_in_one_line(tmp_path, capsys):
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("update 1:"))
     assert len(row) > 80
     assert row.endswith("tokens/s")
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    options = {"max_steps": 2, "disable_tqdm": False, "eval_strategy": "steps", "eval_steps": 2}
+    tracked_trainer(tmp_path / "out", report_to="none", **options).train()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert any(line.startswith("at update 1 of 2 (50%) after ") for line in lines)
+    assert any(line.startswith("evaluating: batch 1 of 1") for line in lines)

@@ -111,8 +111,12 @@ def test_config_tells_the_batch_as_requested_and_as_it_came_out(wandb_dir, tmp_p
     assert facts["updates"] == 4
 
 
-def test_rows_are_previewed_with_their_targets_marked(wandb_dir, tmp_path):
-    run_to_end(tracked_trainer(tmp_path / "out"))
+def test_rows_are_previewed_with_their_targets_marked_if_that_is_wanted(
+    wandb_dir, tmp_path, capsys
+):
+    run_to_end(tracked_trainer(tmp_path / "out", wandb_upload_text=True))
+    told = "W&B: 8 rows of the training data go along as text (data/rows); wandb_upload_text"
+    assert told in capsys.readouterr().out
     run = only_run(wandb_dir)
     (table,) = run.rows_with("data/rows/path")
     (path,) = find_wandb_files(wandb_dir)
@@ -124,12 +128,21 @@ def test_rows_are_previewed_with_their_targets_marked(wandb_dir, tmp_path):
     assert sum(lengths["data/input_tokens/values"]) == 24
 
 
+def test_unless_it_is_wanted_no_text_of_a_row_leaves_the_machine(wandb_dir, tmp_path, capsys):
+    run_to_end(tracked_trainer(tmp_path / "out", max_steps=1))
+    run = only_run(wandb_dir)
+    assert not run.rows_with("data/rows/path")
+    assert run.rows_with("data/input_tokens/values"), "lengths are no text"
+    assert not list(wandb_dir.rglob("*.table.json"))
+    assert "go along as text" not in capsys.readouterr().out
+
+
 def test_a_preview_that_fails_costs_only_itself(wandb_dir, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("this row lies on a disk that is gone")
 
     monkeypatch.setattr(tracking_wandb, "preview_rows", fail)
-    run_to_end(tracked_trainer(tmp_path / "out", max_steps=2))
+    run_to_end(tracked_trainer(tmp_path / "out", max_steps=2, wandb_upload_text=True))
     run = only_run(wandb_dir)
     assert len(run.rows_with("train/loss")) == 2
     assert not run.rows_with("data/rows/path")
@@ -168,7 +181,7 @@ def test_without_w_and_b_the_report_is_written_all_the_same(tmp_path):
 
 
 def test_a_resumed_run_is_the_same_wandb_run(wandb_dir, tmp_path, capsys):
-    saving = {"save_strategy": "steps", "save_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 2, "wandb_upload_text": True}
     run_to_end(tracked_trainer(tmp_path / "out", **saving))
     trainer = tracked_trainer(tmp_path / "out", **saving)
     run_to_end(trainer, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))

@@ -164,6 +164,12 @@ class ReportRun:
             if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
         ]
 
+    def samples(self) -> list[tuple[int, dict[str, str]]]:
+        """Return answers with the update they came after: the first look, and the last three."""
+        looks = self.of_kind("samples")
+        shown = looks if len(looks) <= 4 else [looks[0], *looks[-3:]]
+        return [(look["step"], sample) for look in shown for sample in look["samples"]]
+
     def events(self) -> list[tuple[float, dict[str, Any]]]:
         """Return events and resumes, each with its place on the axis."""
         rows = [row for row in self.of_kind("event") if row.get("event") != VERDICT]
