@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.compat import options_as_installed
+from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
 from hf_gradacc.recipe.folder import find_source_problem
 from hf_gradacc.recipe.interpolation import allow_variables
+from hf_gradacc.recipe.pairs import is_trl_installed, options_of_pairs
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
@@ -102,11 +104,16 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
     options |= {"wandb_report": recipe.wandb.report}
+    kind = arguments_class()
+    if recipe.model.task in PAIR_TASKS and is_trl_installed():  # a plan does without
+        from hf_gradacc.recipe.pair_trainers import defaults_of_ours
+
+        kind = arguments_class(recipe.model.task)
+        options |= defaults_of_ours(kind) | options_of_pairs(recipe)
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
     try:
-        kind = arguments_class()
         arguments = kind(**options_as_installed(options, kind))
     except (ValueError, TypeError, ImportError) as error:
         why = str(error).strip().splitlines()[0]

@@ -26,6 +26,7 @@ from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
 from hf_gradacc.text import byte_size, printable
+from hf_gradacc.tracking.preview import first_ids
 from hf_gradacc.updates.loader import ModelFacts
 
 __all__ = ["draw_plan", "give_advice", "show_plan"]
@@ -73,7 +74,8 @@ def show_plan(
     model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
     check_max_length(recipe, model)
     vocab_size = model.get_input_embeddings().num_embeddings
-    data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+    task = recipe.model.task
+    data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size, task=task)
     too_long = check_longest_row(recipe, model, data)
     for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
         console.print(printable(str(line)), highlight=False, markup=False, soft_wrap=True)
@@ -82,14 +84,14 @@ def show_plan(
             data.train,
             num_rows=num_rows,
             tokenizer=tokenizer,
-            task=recipe.model.task,
+            task=task,
             label_names=data.label_names,
             console=console,
         )
     plan = plan_recipe(
         data.train,
         arguments=arguments,
-        task=recipe.model.task,
+        task=task,
         model=ModelFacts.of(model),
         world_size=world_size,
         on_accelerator=not recipe.train.get("use_cpu"),
@@ -165,7 +167,7 @@ def _print_lengths(plan: RecipePlan, rows: Any, tokenizer: Any, console: Console
         return
     console.print("longest rows:", highlight=False)
     for index in plan.longest[:3]:
-        start = tokenizer.decode(rows[index]["input_ids"][:24], skip_special_tokens=True)
+        start = tokenizer.decode(first_ids(rows[index])[:24], skip_special_tokens=True)
         text = make_visible(" ".join(start.split())[:60])
         console.print(f"  {plan.lengths[index]:,} tokens: {text}…", highlight=False, markup=False)
 
@@ -187,6 +189,8 @@ def _print_memory(
     table.add_row("weights", byte_size(memory.weights / memory.shards), parameters + sharded)
     sums = f"{byte_size(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
     in_float32 = sums if memory.float32_sums else ""
+    if memory.reference:
+        table.add_row("reference", byte_size(memory.reference / memory.shards), "frozen, of dpo")
     table.add_row("gradients", byte_size(memory.gradients / memory.shards), in_float32)
     table.add_row("optimizer", byte_size(memory.optimizer / memory.shards), "")
     if memory.masters:

@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
+from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
@@ -66,7 +67,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         changes: Training arguments to set on top of it.
 
     Returns:
-        The `GradAccTrainer`, and the rows it will train on.
+        The `GradAccTrainer`, or one of TRL's with `GradAccMixin`, and the rows it will train on.
 
     Raises:
         ConfigError, DataError: If model, tokenizer, options or data do not work.
@@ -84,7 +85,9 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
         check_max_length(recipe, empty)
         vocab_size = empty.get_input_embeddings().num_embeddings
-        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+        data = prepare_data(
+            recipe.data, tokenizer=tokenizer, vocab_size=vocab_size, task=recipe.model.task
+        )
     too_long = check_longest_row(recipe, empty, data)
     if arguments.process_index == 0:
         for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
@@ -96,15 +99,22 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         quantize=recipe.peft.method == "qlora",
     )
     model = apply_peft(model, recipe.peft, task=recipe.model.task)
-    trainer = GradAccTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        data_collator=make_collator(recipe.model.task, tokenizer=tokenizer, model=model),
-        processing_class=tokenizer,
-        callbacks=[RecipeCallback(recipe)],
-    )
+    parts: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": tokenizer,
+        "callbacks": [RecipeCallback(recipe)],
+    }
+    trainer: Any
+    if recipe.model.task in PAIR_TASKS:
+        from hf_gradacc.recipe.pair_trainers import make_pair_trainer
+
+        trainer = make_pair_trainer(recipe, **parts)
+    else:
+        collator = make_collator(recipe.model.task, tokenizer=tokenizer, model=model)
+        trainer = GradAccTrainer(data_collator=collator, **parts)
     if recipe.peft.merge_on_save and trainer.shards_weights:
         raise ConfigError(
             "peft.merge_on_save = true under FSDP or ZeRO-3: merging happens on one rank, which "

@@ -27,8 +27,16 @@ from pydantic import (
 )
 
 from hf_gradacc.compat import RENAMED_OPTIONS
-from hf_gradacc.data.section import DataSection, ModelSection, Section, Task, TokenizerSection
+from hf_gradacc.data.section import (
+    PAIR_TASKS,
+    DataSection,
+    ModelSection,
+    Section,
+    Task,
+    TokenizerSection,
+)
 from hf_gradacc.recipe.interpolation import FromEnvironment
+from hf_gradacc.recipe.pairs import DpoSection, RewardSection, contradictions_of_pairs
 from hf_gradacc.recipe.problems import Key
 
 __all__ = [
@@ -46,6 +54,8 @@ HEADS: dict[Task, str] = {
     "causal_lm": "ForCausalLM",
     "seq2seq": "ForSeq2SeqLM",
     "classification": "ForSequenceClassification",
+    "dpo": "ForCausalLM",
+    "reward": "ForSequenceClassification",
 }
 """How the Auto classes of transformers and peft that load a task's model end."""
 
@@ -138,6 +148,8 @@ class Recipe(Section):
     peft: Annotated[PeftSection, BeforeValidator(_method)] = PeftSection()
     train: dict[str, Any] = Field(default_factory=dict)
     """Any field of GradAccArguments, so any field of transformers.TrainingArguments."""
+    dpo: DpoSection = DpoSection()
+    reward: RewardSection = RewardSection()
     wandb: WandbSection = WandbSection()
     output: OutputSection = OutputSection()
     _from_environment: dict[Key, FromEnvironment] = PrivateAttr(default_factory=dict)
@@ -163,14 +175,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _task_fits_format(self) -> Recipe:
-        own = {"seq2seq": "seq2seq", "classification": "classification"}
+        own: dict[str, list[Task]] = {
+            "seq2seq": ["seq2seq"],
+            "classification": ["classification"],
+            "preference": [*PAIR_TASKS],
+        }
         for source in [*self.data.train, *self.data.eval]:
             format = source.format or self.data.format
-            if own.get(format, "causal_lm") != self.model.task:
+            tasks = own.get(format, ["causal_lm"])
+            if self.model.task not in tasks:
                 raise ValueError(
                     f"model.task = {self.model.task} cannot learn from data.format = {format}: "
-                    f"set model.task to {own.get(format, 'causal_lm')}, or another format"
+                    f"set model.task to {' or '.join(tasks)}, or another format"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_hold_together(self) -> Recipe:
+        if problems := list(contradictions_of_pairs(self)):
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")
@@ -206,8 +229,15 @@ RESERVED = {
 """Fields that another section owns, and what to write instead."""
 
 
-def arguments_class() -> type[Any]:
-    """GradAccArguments, imported late because torch and transformers take seconds to load."""
+def arguments_class(task: Task = "causal_lm") -> type[Any]:
+    """The arguments of a task: GradAccArguments, or those of TRL with its options.
+
+    Imported late because torch and transformers take seconds to load.
+    """
+    if task in PAIR_TASKS:
+        from hf_gradacc.recipe import pair_trainers
+
+        return pair_trainers.DPOArguments if task == "dpo" else pair_trainers.RewardArguments
     from hf_gradacc.arguments import GradAccArguments
 
     return GradAccArguments

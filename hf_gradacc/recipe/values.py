@@ -20,6 +20,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from hf_gradacc.compat import options_as_installed
+from hf_gradacc.data.section import PAIR_TASKS
+from hf_gradacc.recipe.pairs import is_trl_installed
 from hf_gradacc.recipe.problems import Origin, Problem
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import RecipeSource
@@ -178,6 +180,11 @@ def machine_problems(recipe: Recipe, arguments: Any) -> Iterator[Problem]:
     if recipe.peft.method == "qlora" and (missing := _missing("bitsandbytes")):
         why = f"loads the model in 4 bits with {missing}, not installed here"
         yield Problem("peft.method", why, "`pip install bitsandbytes`, or use lora", _HERE, "qlora")
+    if recipe.model.task in PAIR_TASKS and not is_trl_installed():
+        fix = "`pip install 'hf_gradacc[trl]'`"
+        yield Problem(
+            "model.task", "trains with TRL, not installed here", fix, _HERE, recipe.model.task
+        )
     if arguments.fsdp and arguments.world_size == 1:
         why = "spreads a model over several processes, and this run has one"
         fix = (
