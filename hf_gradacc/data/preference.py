@@ -24,7 +24,7 @@ class Pair:
     """The two answers of a row.
 
     Attributes:
-        prompt: What both answer, where answers are texts; empty if both begin with it.
+        prompt: What both answer, where answers are texts.
         chosen: The better answer: a text, or the whole conversation that ends with it.
         rejected: The other one.
         num_context: Turns that both conversations begin with.
@@ -48,7 +48,12 @@ def read_pair(reader: RowReader, row: Mapping[str, Any]) -> Pair:
             column = reader.column("chosen")
             raise RowError(column, f"is {kind_of(answers[0])} behind a prompt of turns")
         chosen, rejected = (reader.text(row, name) for name in ("chosen", "rejected"))
-        return Pair(reader.text(row, "prompt", optional=True), chosen, rejected)
+        prompt = reader.text(row, "prompt", optional=True)
+        if not prompt:
+            # A blank before a word is a part of its token in most vocabularies.
+            prompt = chosen[: common_length(chosen, rejected)].removesuffix(" ")
+            chosen, rejected = (text[len(prompt) :] for text in (chosen, rejected))
+        return Pair(prompt, chosen, rejected)
     sides = [_read_side(reader, row, name, prompt) for name in ("chosen", "rejected")]
     turns = [side.messages for side in sides]
     column = reader.column("rejected")
@@ -69,6 +74,8 @@ def _read_side(reader: RowReader, row: Mapping[str, Any], name: str, prompt: Any
     answer = row.get(column)
     if not isinstance(answer, list):
         raise RowError(column, f"is {kind_of(answer)}, and the other answer a list of turns")
+    if not answer:
+        raise RowError(column, "is a list without a turn, so there is nothing to learn")
     before: list[Any] = []
     if isinstance(prompt, list):
         before = [] if answer[: len(prompt)] == prompt else prompt
@@ -106,9 +113,7 @@ def join_sides(
         return empty if reader.task == "reward" else {"prompt_ids": [], **empty}
     if reader.task == "reward":
         return {"chosen_ids": sides[0], "rejected_ids": sides[1], **_margin(reader, row)}
-    start = common_length(*sides)
-    if pair.prompt or isinstance(pair.chosen, Dialogue):
-        start = min(start, *(_first_target(side) for side in (chosen, rejected)))
+    start = min(common_length(*sides), *(_first_target(side) for side in (chosen, rejected)))
     if isinstance(pair.chosen, Dialogue) and isinstance(pair.rejected, Dialogue):
         counts = [len(side.messages) - pair.num_context for side in (pair.chosen, pair.rejected)]
         reader.notes["long_answers"] += max(counts) > 1

@@ -25,8 +25,8 @@ from hf_gradacc.safety.low_precision import choose_rounding, state_values
 
 __all__ = ["MemoryEstimate", "anonymous_bytes", "estimate_memory"]
 
-_TRL_CHUNK = 256
-"""Positions whose logits TRL's loss of pairs holds at a time."""
+_TRL_TILE = (4096, 32768)
+"""Positions and words whose logits TRL's loss of pairs holds at a time, at most."""
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -144,7 +144,9 @@ def estimate_memory(
         kept = largest * config.hidden_size * compute * layers
     task = recipe.model.task
     classes = config.vocab_size if task not in ("classification", "reward") else 0
-    at_once = min(largest, _TRL_CHUNK) if task == "dpo" else largest
+    at_once = largest
+    if task == "dpo":
+        at_once, classes = min(largest, _TRL_TILE[0]), min(classes, _TRL_TILE[1])
     copies = task == "dpo" and recipe.peft.method == "none"
     if task == "causal_lm" and arguments.chunked_loss is not False:
         device_type = arguments.device.type

@@ -30,8 +30,9 @@ __all__ = [
     "make_pair_trainer",
 ]
 
-# TRL asks for the attribute by its old name in every forward.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+# TRL asks for the attribute by its old name in every forward, and `verify` asks for outputs.
+for _start in ("`is_gradient_checkpointing`", "`return_outputs=True`"):
+    warnings.filterwarnings("ignore", message=_start, category=FutureWarning)
 
 _REFERENCE = "ref"
 """What TRL calls the copy of an adapter that it compares with."""

@@ -167,6 +167,9 @@ def resolved_recipe(recipe: Recipe, *, escaped: bool = False) -> dict[str, Any]:
     """
     values: dict[str, Any] = _written(recipe.model_dump(), (), recipe, escaped=escaped)
     values["output"].pop("overwrite", None)  # who runs it again is asked again
+    for section in PAIR_TASKS:
+        if section != recipe.model.task:  # it would say nothing, and a recipe is refused for that
+            values.pop(section)
     return values
 
 

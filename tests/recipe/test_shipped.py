@@ -14,7 +14,7 @@ from hf_gradacc.recipe.run import train_recipe
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
-EXPECTED_NUMBER = 24
+EXPECTED_NUMBER = 26
 
 # What a CPU on its own cannot do; everything else of the recipe is run as written.
 ON_A_CPU = {
@@ -33,6 +33,8 @@ _AUTO = {
     "causal_lm": transformers.AutoModelForCausalLM,
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "classification": transformers.AutoModelForSequenceClassification,
+    "dpo": transformers.AutoModelForCausalLM,
+    "reward": transformers.AutoModelForSequenceClassification,
 }
 
 
