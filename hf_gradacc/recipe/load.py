@@ -22,6 +22,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
 from hf_gradacc.recipe.folder import find_source_problem
 from hf_gradacc.recipe.interpolation import allow_variables
+from hf_gradacc.recipe.metrics import find_metric_problem, is_lower_better
 from hf_gradacc.recipe.pairs import is_trl_installed, options_of_pairs
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
@@ -82,6 +83,10 @@ def load_recipe(
     recipe.output.dir = recipe.output.dir or f"runs/{Path(path).stem}"
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     recipe.keep_from_environment(source.from_environment)
+    if unknown := find_metric_problem(recipe):
+        where = source.origin(("train", "metric_for_best_model"))
+        asked = recipe.train["metric_for_best_model"]
+        raise RecipeError([Problem("train.metric_for_best_model", *unknown, where, asked)])
     if why := find_source_problem(recipe):
         fix = "name a folder of its own, such as runs/mine"
         origin = source.origin(("output", "dir"))
@@ -110,6 +115,12 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
 
         kind = arguments_class(recipe.model.task)
         options |= defaults_of_ours(kind) | options_of_pairs(recipe)
+    if recipe.evaluation.early_stopping_patience is not None:
+        # The model that it stops for, unless the recipe says otherwise.
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    best = recipe.train.get("metric_for_best_model")
+    if best is not None:  # stock takes all that is no loss for better when higher
+        options["greater_is_better"] = not is_lower_better(best)
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes

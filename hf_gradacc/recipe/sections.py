@@ -35,6 +35,7 @@ from hf_gradacc.data.section import (
     Task,
     TokenizerSection,
 )
+from hf_gradacc.recipe.evaluation import EvaluationSection, contradictions_of_evaluation
 from hf_gradacc.recipe.interpolation import FromEnvironment
 from hf_gradacc.recipe.pairs import DpoSection, RewardSection, contradictions_of_pairs
 from hf_gradacc.recipe.problems import Key
@@ -150,6 +151,7 @@ class Recipe(Section):
     """Any field of GradAccArguments, so any field of transformers.TrainingArguments."""
     dpo: DpoSection = DpoSection()
     reward: RewardSection = RewardSection()
+    evaluation: EvaluationSection = EvaluationSection()
     wandb: WandbSection = WandbSection()
     output: OutputSection = OutputSection()
     _from_environment: dict[Key, FromEnvironment] = PrivateAttr(default_factory=dict)
@@ -191,8 +193,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs_hold_together(self) -> Recipe:
-        if problems := list(contradictions_of_pairs(self)):
+    def _task_and_evaluation_hold_together(self) -> Recipe:
+        problems = [*contradictions_of_pairs(self), *contradictions_of_evaluation(self)]
+        if problems:
             raise ValueError("; ".join(problems))
         return self
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from hf_gradacc.compat import options_as_installed
 from hf_gradacc.data.section import PAIR_TASKS
+from hf_gradacc.recipe.evaluation import is_rouge_installed
 from hf_gradacc.recipe.pairs import is_trl_installed
 from hf_gradacc.recipe.problems import Origin, Problem
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
@@ -185,6 +186,9 @@ def machine_problems(recipe: Recipe, arguments: Any) -> Iterator[Problem]:
         yield Problem(
             "model.task", "trains with TRL, not installed here", fix, _HERE, recipe.model.task
         )
+    if "rouge" in recipe.evaluation.metrics and not is_rouge_installed():
+        why, fix = "needs rouge_score, not installed here", "`pip install 'hf_gradacc[metrics]'`"
+        yield Problem("evaluation.metrics", why, fix, _HERE, "rouge")
     if arguments.fsdp and arguments.world_size == 1:
         why = "spreads a model over several processes, and this run has one"
         fix = (
