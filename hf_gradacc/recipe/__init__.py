@@ -12,6 +12,7 @@ if typing.TYPE_CHECKING:
     from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
     from hf_gradacc.recipe.model import apply_peft, load_model, sample_answer, save_model
     from hf_gradacc.recipe.problems import RecipeError
+    from hf_gradacc.recipe.quality import add_metrics
     from hf_gradacc.recipe.run import RecipeCallback, build_trainer, train_recipe
     from hf_gradacc.recipe.sections import Recipe
 
@@ -19,6 +20,7 @@ __all__ = [
     "Recipe",
     "RecipeCallback",
     "RecipeError",
+    "add_metrics",
     "apply_peft",
     "build_trainer",
     "claim_folder",
@@ -36,6 +38,7 @@ _MODULES = {
     "load": ("configure_wandb", "load_recipe", "recipe_arguments"),
     "model": ("apply_peft", "load_model", "sample_answer", "save_model"),
     "problems": ("RecipeError",),
+    "quality": ("add_metrics",),
     "run": ("RecipeCallback", "build_trainer", "train_recipe"),
     "sections": ("Recipe",),
 }

@@ -75,10 +75,8 @@ def contradictions_of_evaluation(recipe: Recipe) -> Iterator[str]:
         if name in GENERATED and task not in ("causal_lm", "seq2seq"):
             yield f"evaluation.metrics: {name} compares texts, and {task} generates none"
         elif name not in GENERATED and task != "classification":
-            rows = (
-                "its pairs are compared in any case" if task in PAIR_TASKS else "it has no classes"
-            )
-            yield f"evaluation.metrics: {name} is of a classification, and this is {task}: {rows}"
+            why = "has its own in any case" if task in PAIR_TASKS else "has no classes"
+            yield f"evaluation.metrics: {name} is of a classification, and {task} {why}"
     wants_rows = section.metrics or section.early_stopping_patience is not None
     if wants_rows and not has_rows:
         key = "metrics" if section.metrics else "early_stopping_patience"

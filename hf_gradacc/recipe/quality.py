@@ -12,7 +12,7 @@ from hf_gradacc.recipe.generating import AnswerMetrics
 from hf_gradacc.recipe.scoring import class_accuracy, macro_f1
 from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["EarlyStopping", "add_metrics", "parts_for_quality"]
+__all__ = ["EarlyStopping", "add_metrics"]
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -32,46 +32,34 @@ class EarlyStopping(EarlyStoppingCallback):
             super().on_train_begin(args, state, control, **kwargs)
 
 
-def parts_for_quality(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """The arguments of a trainer that measures classes and stops early.
+def add_metrics(trainer: Any, recipe: Recipe, data: PreparedData) -> None:
+    """Let a trainer measure what its recipe's `evaluation` asks for, and stop as it says.
 
     Args:
+        trainer: The trainer, before training.
         recipe: A checked recipe.
         data: Its rows.
 
     Raises:
-        ConfigError: If there are no classes to measure.
+        ConfigError, DataError: If answers cannot be generated or scored, or there are no classes.
     """
-    section = recipe.evaluation
-    parts: dict[str, Any] = {}
-    if recipe.model.task == "classification" and section.metrics:
-        if not data.label_names:
-            raise ConfigError(
-                f"evaluation.metrics = {section.metrics}: the labels are decimal numbers, so the "
-                "model learns a regression and there are no classes to count: leave it out, or "
-                "write classes as whole numbers or words."
-            )
-        parts["compute_metrics"] = _ClassMetrics(section.metrics)
-        parts["preprocess_logits_for_metrics"] = _largest
+    section, tokenizer = recipe.evaluation, trainer.processing_class
     if section.early_stopping_patience is not None:
-        parts["early_stopping"] = EarlyStopping(
-            section.early_stopping_patience, section.early_stopping_threshold
+        patience, threshold = section.early_stopping_patience, section.early_stopping_threshold
+        trainer.add_callback(EarlyStopping(patience, threshold))
+    if section.generated and data.eval is not None:
+        answers = AnswerMetrics(section, data.eval, task=recipe.model.task, tokenizer=tokenizer)
+        answers.check(trainer)
+        trainer.eval_metrics.append(answers)
+    elif section.metrics and not data.label_names:
+        raise ConfigError(
+            f"evaluation.metrics = {section.metrics}: the labels are decimal numbers, so the model "
+            "learns a regression and there are no classes to count: leave it out, or write classes "
+            "as whole numbers or words."
         )
-    return parts
-
-
-def add_metrics(trainer: Any, recipe: Recipe, data: PreparedData, *, tokenizer: Any) -> None:
-    """Let a trainer score generated answers in each evaluation, if its recipe asks for that.
-
-    Raises:
-        ConfigError, DataError: If they cannot be generated or scored.
-    """
-    section = recipe.evaluation
-    if not section.generated or data.eval is None:
-        return
-    answers = AnswerMetrics(section, data.eval, task=recipe.model.task, tokenizer=tokenizer)
-    answers.check(trainer)
-    trainer.eval_metrics.append(answers)
+    elif section.metrics:
+        trainer.compute_metrics = _ClassMetrics(section.metrics)
+        trainer.preprocess_logits_for_metrics = _largest
 
 
 class _ClassMetrics:

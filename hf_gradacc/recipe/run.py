@@ -27,7 +27,7 @@ from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
-from hf_gradacc.recipe.quality import add_metrics, parts_for_quality
+from hf_gradacc.recipe.quality import add_metrics
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.text import SECRET_KEY, printable
@@ -100,16 +100,13 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         quantize=recipe.peft.method == "qlora",
     )
     model = apply_peft(model, recipe.peft, task=recipe.model.task)
-    quality = parts_for_quality(recipe, data)
-    stopping = quality.pop("early_stopping", None)
     parts: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "train_dataset": data.train,
         "eval_dataset": data.eval,
         "processing_class": tokenizer,
-        "callbacks": [RecipeCallback(recipe), *([] if stopping is None else [stopping])],
-        **quality,
+        "callbacks": [RecipeCallback(recipe)],
     }
     trainer: Any
     if recipe.model.task in PAIR_TASKS:
@@ -119,7 +116,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
     else:
         collator = make_collator(recipe.model.task, tokenizer=tokenizer, model=model)
         trainer = GradAccTrainer(data_collator=collator, **parts)
-    add_metrics(trainer, recipe, data, tokenizer=tokenizer)
+    add_metrics(trainer, recipe, data)
     if recipe.peft.merge_on_save and trainer.shards_weights:
         raise ConfigError(
             "peft.merge_on_save = true under FSDP or ZeRO-3: merging happens on one rank, which "

@@ -160,5 +160,7 @@ def put_stand_ins(recipe: Recipe, folder: Path) -> None:
         elif source.path.endswith(".jsonl"):
             source.split = "train[:40]"
     recipe.data.num_proc = None
+    if recipe.evaluation.generated:
+        recipe.evaluation.generate.max_new_tokens = 4
     if isinstance(recipe.data.holdout, int):
         recipe.data.holdout = 0.25
