@@ -30,8 +30,8 @@ __all__ = [
     "make_pair_trainer",
 ]
 
-# TRL asks for the attribute by its old name in every forward, and `verify` asks for outputs.
-for _start in ("`is_gradient_checkpointing`", "`return_outputs=True`"):
+# TRL knows recomputing by its old names, in every forward; and `verify` asks for outputs.
+for _start in ("`(is_)?gradient_checkpointing", "`return_outputs=True`"):
     warnings.filterwarnings("ignore", message=_start, category=FutureWarning)
 
 _REFERENCE = "ref"
@@ -144,7 +144,7 @@ def make_pair_trainer(recipe: Recipe, *, model: Any, args: Any, **parts: Any) ->
         **parts: Further arguments of the trainer.
 
     Raises:
-        ConfigError: If TRL refuses what the recipe asks for.
+        ConfigError: If TRL or stock refuse what the recipe asks for.
     """
     is_dpo = recipe.model.task == "dpo"
     if is_dpo and recipe.peft.method == "none" and not recipe.dpo.precompute_ref_log_probs:
@@ -158,8 +158,7 @@ def make_pair_trainer(recipe: Recipe, *, model: Any, args: Any, **parts: Any) ->
     except (ValueError, TypeError, NotImplementedError) as error:
         why = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.task = {recipe.model.task!r}: TRL does not train this ({why}): change what it "
-            "names."
+            f"model.task = {recipe.model.task!r}: the trainer refuses this: {why.rstrip('.')}."
         ) from error
 
 

@@ -138,6 +138,8 @@ def contradictions_of_pairs(recipe: Recipe) -> Iterator[str]:
     for name, instead in _ELSEWHERE.items():
         if recipe.train.get(name):
             yield f"train.{name} has no effect on model.task = {task}{instead[task]}"
+    if recipe.train.get("layout") == "packed":
+        yield f"train.layout = packed lays rows end to end, and {task} compares two: leave it out"
     if task == "dpo" and recipe.dpo.sync_ref_model and recipe.peft.method != "none":
         yield "dpo.sync_ref_model needs a whole model as reference: leave out peft, or the key"
     start = str(options.get("init_lora_weights", "")).lower()

@@ -178,7 +178,7 @@ def plan_recipe(
         inputs_per_update=Spread.of([lengths[update].sum() for update in members]),
         last_update=len(members[-1]),
         updates_cut=min(per_epoch, MOST_UPDATES_CUT),
-        ways=_ways(load, arguments, costs=costs, tokens=tokens),
+        ways=_ways(load, arguments, costs=costs, tokens=tokens, packs=pairs is None),
         longest=tuple(np.argsort(-lengths, kind="stable")[:5].tolist()),
         max_tokens=budget if isinstance(budget, int) else None,
     )
@@ -198,8 +198,9 @@ def _ways(
     *,
     costs: np.ndarray,
     tokens: np.ndarray,
+    packs: bool = True,
 ) -> tuple[WayToPlan, ...]:
-    """Cut the updates as the stock Trainer does, and in each way this package knows."""
+    """Cut the updates as the stock Trainer does, and in each way that their rows allow."""
     size = arguments.per_device_train_batch_size
     budget, packed = arguments.max_tokens_per_micro_batch, arguments.layout == "packed"
     padded = {"layout": "padded"}
@@ -214,14 +215,17 @@ def _ways(
     if budget == "auto":
         limit = f"{limit} (then tuned)"
     packed_limit = f"{size} rows" if packed and budget is None else limit
-    return (
+    ways = (
         _way(f"{size} rows, as drawn (stock)", _cut_like_stock(by_size, costs, tokens, size=size)),
         _way(f"{size} rows, sorted", ours, chosen=budget is None and not packed),
         _way(
             f"{limit}, sorted", _cut(by_tokens, costs, tokens), chosen=bool(budget) and not packed
         ),
-        _way(f"{packed_limit}, packed", _cut(laid_out, costs, tokens), chosen=packed, packed=True),
     )
+    if not packs:
+        return ways
+    laid_end_to_end = _cut(laid_out, costs, tokens)
+    return (*ways, _way(f"{packed_limit}, packed", laid_end_to_end, chosen=packed, packed=True))
 
 
 Cut = list[tuple[list[int], list[list[int]], int]]

@@ -153,6 +153,7 @@ def test_a_plan_of_pairs_counts_pairs_and_the_padding_within_them(folder, tmp_pa
     trainer, data = build_trainer(recipe)
     plan = plan_recipe(data.train, arguments=trainer.args, task="dpo")
     assert plan.targets_per_update.most == 6
+    assert not any("packed" in way.name for way in plan.ways)
     update = next(iter(trainer.get_train_dataloader().updates))
     computed = sum(mb.inputs["input_ids"].numel() for mb in update)
     real = sum(int(mb.inputs["attention_mask"].sum()) for mb in update)
@@ -202,6 +203,7 @@ def test_a_key_that_is_left_out_means_what_it_means_for_other_tasks(folder, tmp_
         (["model.task=causal_lm"], ["set model.task to dpo or reward"]),
         (["data.format=chat"], ["set model.task to causal_lm"]),
         (["train.label_smoothing_factor=0.1"], ["set dpo.label_smoothing"]),
+        (["train.layout=packed"], ["lays rows end to end, and dpo compares two"]),
         (
             ["peft=lora", "peft.options={init_lora_weights: pissa}"],
             ["init_lora_weights = pissa changes the base weights"],
