@@ -14,6 +14,7 @@ from hf_gradacc import GradAccError, GradAccTrainer
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.recipe import (
     RecipeCallback,
+    add_metrics,
     apply_peft,
     claim_folder,
     configure_wandb,
@@ -52,6 +53,7 @@ def main(path: str, overrides: list[str]) -> None:
         compute_metrics=accuracy if data.label_names else None,
         callbacks=[RecipeCallback(recipe)],
     )
+    add_metrics(trainer, recipe, data)  # what `evaluation` asks for
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if data.eval is not None:
         metrics = trainer.evaluate()

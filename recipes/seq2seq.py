@@ -14,6 +14,7 @@ from hf_gradacc import GradAccError, GradAccTrainer
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.recipe import (
     RecipeCallback,
+    add_metrics,
     add_samples,
     apply_peft,
     claim_folder,
@@ -54,6 +55,7 @@ def main(path: str, overrides: list[str]) -> None:
         callbacks=[RecipeCallback(recipe)],
     )
     add_samples(trainer, recipe)  # answers while it trains, if the recipe asks for them
+    add_metrics(trainer, recipe, data)  # what `evaluation` asks for
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if data.eval is not None:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}")

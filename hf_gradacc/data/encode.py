@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_gradacc.data.faults import explain_failure, locate_row
 from hf_gradacc.data.formats import encode_rows
-from hf_gradacc.data.lengths import fit_length
+from hf_gradacc.data.lengths import fit_length, measure_pairs
 from hf_gradacc.data.reader import Encoded, RowError, RowReader
 from hf_gradacc.data.report import NOTES, Fate, StreamReport
 from hf_gradacc.data.section import (
@@ -19,6 +19,7 @@ from hf_gradacc.data.section import (
     DataSection,
     Format,
     SourceSection,
+    Task,
 )
 from hf_gradacc.data.sources import ExplainedStream
 from hf_gradacc.errors import DataError
@@ -33,7 +34,7 @@ __all__ = [
     "source_format",
 ]
 
-CACHE_VERSION = 3  # raise it whenever encoded rows would differ
+CACHE_VERSION = 4  # raise it whenever encoded rows would differ
 
 _NOTE_NAMES = list(NOTES)
 
@@ -56,6 +57,7 @@ def encode_source(
     raw: Any,
     *,
     vocab_size: int | None = None,
+    task: Task = "causal_lm",
     report: StreamReport | None = None,
 ) -> Any:
     """Read every row of a source.
@@ -67,12 +69,14 @@ def encode_source(
         source: The source.
         raw: Its rows, loaded.
         vocab_size: Entries of the model's vocabulary; by default those of the tokenizer.
+        task: What the rows are for.
         report: Counts what a stream leaves out.
 
     Returns:
-        Sequences `{input_ids, labels}`. Those of a set that is read whole also have `row`, the
-        number of the row they are made of, `fate`, what was decided about them, `notes`, numbers
-        of what happened to the row, and `why` it cannot be used. A stream drops rows as it goes.
+        Sequences `{input_ids, labels}`, or pairs, see `reader.Encoded`. Those of a set that is read
+        whole also have `row`, the number of the row they are made of, `fate`, what was decided
+        about them, `notes`, numbers of what happened to the row, and `why` it cannot be used. A
+        stream drops rows as it goes.
 
     Raises:
         DataError: If a column is missing or a row malformed, naming file, line and column.
@@ -88,6 +92,7 @@ def encode_source(
         section.assistant_turns,
         section.roles_to_train,
         vocab_size,
+        task,
     )
     present = _columns_of(source, raw)
     _check_columns(source, format, reader, present)
@@ -131,7 +136,8 @@ def _encode_batch(
     report: StreamReport | None = None,
 ) -> dict[str, list[Any]]:
     """A module-level function, so that worker processes can be sent it."""
-    result: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+    empty = _empty_row(reader, format, list(batch))
+    result: dict[str, list[Any]] = {name: [] for name in empty}
     if report is None:
         result |= {"row": [], "fate": [], "notes": [], "why": []}
     names = list(batch)
@@ -145,8 +151,8 @@ def _encode_batch(
             report.add(1, [fate for _, fate in made], notes, why)
             made = [(encoded, fate) for encoded, fate in made if not fate.is_left_out]
         for place, (encoded, fate) in enumerate(made):
-            result["input_ids"].append(encoded["input_ids"])
-            result["labels"].append(encoded["labels"])
+            for name, value in empty.items():
+                result[name].append(encoded.get(name, value))
             if report is None:
                 happened = [_NOTE_NAMES.index(name) for name in notes.elements() if name in NOTES]
                 result["row"].append(index)
@@ -154,6 +160,16 @@ def _encode_batch(
                 result["notes"].append(happened if place == 0 else [])
                 result["why"].append(why)
     return result
+
+
+def _empty_row(reader: RowReader, format: Format, columns: list[str]) -> Encoded:
+    """What every encoded row of a source has, as it stands in a row that is left out."""
+    if format != "preference":
+        return {"input_ids": [], "labels": 0 if format == "classification" else []}
+    pair: Encoded = {"chosen_ids": [], "rejected_ids": []}
+    if reader.task != "reward":
+        return {"prompt_ids": [], **pair}
+    return {**pair, "margin": 0.0} if reader.column("margin") in columns else pair
 
 
 def _sequences_of(
@@ -186,19 +202,23 @@ def _sequences_of(
         where = f"{locate_row(source, index)}: {error}"
         if section.unusable == "drop":
             reader.notes.clear()
-            labels: Any = 0 if format == "classification" else []
-            return [({"input_ids": [], "labels": labels}, Fate.UNUSABLE)], where
+            return [({}, Fate.UNUSABLE)], where
         raise DataError(
             f"{where}: correct the row, leave it out, or set data.unusable to drop."
         ) from None
     for encoded, fate in found:
         if fate is Fate.TOO_LONG and section.too_long == "error":
             raise DataError(
-                f"{locate_row(source, index)}: {len(encoded['input_ids'])} tokens exceed "
+                f"{locate_row(source, index)}: {_longest(encoded)} tokens exceed "
                 f"data.max_length = {section.max_length}: raise it, or set data.too_long to "
                 '"truncate" or "drop".'
             )
     return found, ""
+
+
+def _longest(encoded: Encoded) -> int:
+    pairs = measure_pairs([encoded])
+    return len(encoded["input_ids"]) if pairs is None else int(pairs.max())
 
 
 def count_notes(rows: Any) -> Counter[str]:
@@ -207,11 +227,14 @@ def count_notes(rows: Any) -> Counter[str]:
     return Counter({_NOTE_NAMES[number]: count for number, count in numbers.items()})
 
 
-def find_unused_columns(section: DataSection, source: SourceSection, raw: Any) -> list[str]:
-    """The columns of a source that its format does not read, in their order."""
+def find_unused_columns(
+    section: DataSection, source: SourceSection, raw: Any, *, task: Task = "causal_lm"
+) -> list[str]:
+    """The columns of a source that its format does not read for a task, in their order."""
     format, columns = source_format(section, source), source_columns(section, source)
     names = [*FORMAT_COLUMNS[format], *OPTIONAL_COLUMNS.get(format, ())]
-    used = {columns.get(name, name) for name in names}
+    of_another_task = {"margin"} if task != "reward" else set()
+    used = {columns.get(name, name) for name in names if name not in of_another_task}
     return [name for name in raw.column_names or [] if name not in used]
 
 
@@ -265,7 +288,7 @@ def _fingerprint(section: DataSection, source: SourceSection, reader: RowReader,
                 section.model_dump_json(include=_DECIDING),
                 json.dumps([source_format(section, source), dict(reader.columns)]),
                 json.dumps([reader.system, reader.source_prefix, dict(reader.template_options)]),
-                json.dumps([reader.label_ids, reader.vocab_size]),
+                json.dumps([reader.label_ids, reader.vocab_size, reader.task]),
             ]
         )
     )

@@ -9,6 +9,7 @@
 | text | text | every token, EOS after each document |
 | classification | text, label | the label |
 | seq2seq | source, target | the target and EOS |
+| preference | chosen, rejected; prompt, tools, system, chat_template_kwargs, margin | the pair |
 | tokens | input_ids; labels | the labels that are not -100; every token without labels |
 
 Question/answer and instruction rows become chats if the tokenizer has a chat template, so that
@@ -25,6 +26,7 @@ from typing import Any
 from hf_gradacc.data.chat import split_chat
 from hf_gradacc.data.joined import join_and_encode
 from hf_gradacc.data.messages import Dialogue, past_turns, read_dialogue, system_of
+from hf_gradacc.data.preference import Pair, join_sides, read_pair
 from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of, read_json
 from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.data.section import Format
@@ -237,6 +239,27 @@ def _tokens(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     return {"input_ids": ids, "labels": labels}
 
 
+def _preference(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
+    pair = read_pair(reader, row)
+    sides = (_answer(reader, row, pair, name) for name in ("chosen", "rejected"))
+    return join_sides(reader, row, pair, *sides)
+
+
+def _answer(reader: RowReader, row: Mapping[str, Any], pair: Pair, name: str) -> Encoded:
+    """One answer of a pair behind its prompt, as a row of its own."""
+    answer = getattr(pair, name)
+    if isinstance(answer, str):
+        input_ids, labels, _ = join_and_encode(reader.tokenizer, pair.prompt, answer)
+        return {"input_ids": input_ids, "labels": labels}
+    turns = [message["role"] for message in answer.messages[pair.num_context :]]
+    # An answer of one turn is learned behind what generation will be prompted with. A score is
+    # given to the conversation as the template writes it.
+    alone = turns == ["assistant"] and reader.task != "reward"
+    one = replace(reader, assistant_turns="last" if alone else "together")
+    column = reader.column(name)
+    return _conversation(one, row, answer, column, context=pair.num_context)[0]
+
+
 def _numbers(reader: RowReader, row: Mapping[str, Any], name: str) -> list[int]:
     column = reader.column(name)
     value = row.get(column)
@@ -257,5 +280,6 @@ _FORMATS: dict[str, Callable[[RowReader, Mapping[str, Any]], Encoded | list[Enco
     "text": _text,
     "classification": _classification,
     "seq2seq": _seq2seq,
+    "preference": _preference,
     "tokens": _tokens,
 }

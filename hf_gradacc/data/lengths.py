@@ -19,12 +19,13 @@ import numpy as np
 from hf_gradacc.data.progress import with_progress
 from hf_gradacc.data.reader import Encoded
 from hf_gradacc.data.report import Fate
-from hf_gradacc.data.section import Format, Task
+from hf_gradacc.data.section import PAIR_TASKS, Format, Task
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = [
     "fit_length",
     "measure_lengths",
+    "measure_pairs",
     "measure_targets",
     "pack_blocks",
 ]
@@ -45,6 +46,8 @@ def fit_length(
     `truncate` keeps the first tokens. An answer cut so has no EOS: the model does not learn to
     stop in mid-sentence. An encoder's input keeps its closing token, which belongs to the format.
     """
+    if format == "preference":
+        return _fit_pair(encoded, max_length=max_length, too_long=too_long)
     input_ids, labels = encoded["input_ids"], encoded["labels"]
     if not input_ids:  # an empty document
         return encoded, Fate.NO_TARGET
@@ -68,6 +71,25 @@ def fit_length(
     return {"input_ids": input_ids, "labels": labels}, fate
 
 
+def _fit_pair(
+    encoded: Encoded, *, max_length: int | None, too_long: TooLong
+) -> tuple[Encoded, Fate]:
+    """Apply the length policy to both answers of a pair, each with the prompt before it."""
+    prompt = encoded.get("prompt_ids", [])
+    sides = {name: encoded[name] for name in ("chosen_ids", "rejected_ids")}
+    if sides["chosen_ids"] == sides["rejected_ids"]:
+        return encoded, Fate.NO_TARGET
+    if max_length is None or len(prompt) + max(map(len, sides.values())) <= max_length:
+        return encoded, Fate.KEPT
+    if too_long != "truncate":
+        return encoded, Fate.TOO_LONG
+    room = max_length - len(prompt)
+    cut = {name: ids[: max(room, 0)] for name, ids in sides.items()}
+    # Answers that differ behind the cut alone are the same now.
+    left = cut["chosen_ids"] != cut["rejected_ids"] and ("prompt_ids" not in encoded or room > 0)
+    return {**encoded, **cut}, Fate.TRUNCATED if left else Fate.NO_TARGET
+
+
 def _no_target(labels: list[int]) -> bool:
     # Nothing predicts the first token of a row, so its label is no target.
     return all(label == IGNORE_INDEX for label in labels[1:])
@@ -76,16 +98,41 @@ def _no_target(labels: list[int]) -> bool:
 _ROWS_AT_ONCE = 10_000
 
 
-def measure_lengths(rows: Any, *, column: str = "input_ids") -> np.ndarray:
-    """Count the tokens of each row.
+def measure_pairs(rows: Any) -> np.ndarray | None:
+    """Count the tokens of both answers of each pair, with the prompt before each.
 
     Args:
         rows: A `datasets.Dataset`, or a list of rows.
-        column: Which column holds them.
+
+    Returns:
+        An int64 array ``[rows, 2]``; None if the rows are no pairs.
+
+    >>> measure_pairs([{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": []}])
+    array([[3, 1]])
+    """
+    names = rows.column_names if hasattr(rows, "with_format") else [*rows[0]] if len(rows) else []
+    if "chosen_ids" not in names:
+        return None
+    answers = [_count_tokens(rows, name) for name in ("chosen_ids", "rejected_ids")]
+    prompt = _count_tokens(rows, "prompt_ids") if "prompt_ids" in names else 0
+    return np.stack(answers, axis=1) + np.reshape(prompt, (-1, 1))
+
+
+def measure_lengths(rows: Any, *, column: str = "input_ids") -> np.ndarray:
+    """Count the tokens of each row; of a pair, those of both answers.
+
+    Args:
+        rows: A `datasets.Dataset`, or a list of rows.
+        column: Which column holds them, if they are no pairs.
 
     Returns:
         An int64 array with one number for each row.
     """
+    pairs = measure_pairs(rows)
+    return _count_tokens(rows, column) if pairs is None else pairs.sum(axis=1)
+
+
+def _count_tokens(rows: Any, column: str) -> np.ndarray:
     if not hasattr(rows, "with_format"):
         return np.asarray([len(row[column]) for row in rows], dtype=np.int64)
     found = [np.zeros(0, dtype=np.int64)]
@@ -99,7 +146,7 @@ def measure_targets(rows: Any, *, task: Task) -> np.ndarray:
 
     Args:
         rows: A `datasets.Dataset`, or a list of rows.
-        task: A causal LM predicts nothing at the first position; a class is one target.
+        task: A causal LM predicts nothing at the first position; a class or a pair is one target.
 
     Returns:
         An int64 array with one number for each row.
@@ -109,7 +156,7 @@ def measure_targets(rows: Any, *, task: Task) -> np.ndarray:
     >>> measure_targets([{"labels": [5, -100, 7]}], task="seq2seq")
     array([2])
     """
-    if task == "classification":
+    if task == "classification" or task in PAIR_TASKS:
         return np.ones(len(rows), dtype=np.int64)
     first = 1 if task == "causal_lm" else 0
     if not hasattr(rows, "with_format"):

@@ -25,10 +25,10 @@ from hf_gradacc.data.encode import (
     source_columns,
     source_format,
 )
-from hf_gradacc.data.lengths import measure_lengths, pack_blocks
+from hf_gradacc.data.lengths import measure_lengths, measure_pairs, pack_blocks
 from hf_gradacc.data.reader import RowReader
 from hf_gradacc.data.report import Fate, LengthReport, StreamReport, explain_nothing_left
-from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, SourceSection
+from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, SourceSection, Task
 from hf_gradacc.data.sources import ExplainedStream, load_source
 from hf_gradacc.errors import DataError
 
@@ -43,7 +43,7 @@ class PreparedData:
     """Rows ready for a trainer.
 
     Attributes:
-        train: Rows `{input_ids, labels}`.
+        train: Rows `{input_ids, labels}`, or pairs, see `reader.Encoded`.
         eval: Held-out rows, or None.
         reports: What was cut or dropped, one for each set; none for streams.
         label_names: Classification: the classes in order of their ids; empty for regression.
@@ -58,7 +58,11 @@ class PreparedData:
 
 
 def prepare_data(
-    section: DataSection, *, tokenizer: Any, vocab_size: int | None = None
+    section: DataSection,
+    *,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    task: Task = "causal_lm",
 ) -> PreparedData:
     """Load, read, fit, hold out, pack and mix.
 
@@ -66,6 +70,7 @@ def prepare_data(
         section: The recipe's `data`.
         tokenizer: A transformers tokenizer with EOS and padding tokens.
         vocab_size: Entries of the model's vocabulary, which may be more than the tokenizer has.
+        task: The recipe's `model.task`, which decides what becomes of a pair.
 
     Raises:
         ConfigError: If an option is for a chat template, and there is none that reads it.
@@ -78,12 +83,14 @@ def prepare_data(
     eval_raw = [load(source) for source in section.eval]
     _check_turns(section, [*train_raw, *eval_raw])
     labels = find_classes(section, train_raw)
-    encode = partial(encode_source, section, tokenizer, labels.ids, vocab_size=vocab_size)
+    encode = partial(
+        encode_source, section, tokenizer, labels.ids, vocab_size=vocab_size, task=task
+    )
     sources = [
         *zip(section.train, train_raw, strict=True),
         *zip(section.eval, eval_raw, strict=True),
     ]
-    remarks = [*labels.remarks, *_unused_columns(section, sources)]
+    remarks = [*labels.remarks, *_unused_columns(section, sources, task)]
     if section.streaming:
         mix = partial(_mix, section)
         train_stream = _stream(section, encode, sources[: len(train_raw)], join=mix)
@@ -128,10 +135,10 @@ def _check_turns(section: DataSection, raws: list[Any]) -> None:
 
 
 def _unused_columns(
-    section: DataSection, sources: list[tuple[SourceSection, Any]]
+    section: DataSection, sources: list[tuple[SourceSection, Any]], task: Task
 ) -> Iterator[str]:
     for source, raw in sources:
-        names = find_unused_columns(section, source, raw)
+        names = find_unused_columns(section, source, raw, task=task)
         if names:
             format = source_format(section, source)
             yield f"{source.path}: format {format!r} does not read the columns {', '.join(names)}"
@@ -160,8 +167,9 @@ def iter_texts(section: DataSection) -> Iterator[str]:
     """Every text in the training rows, for training a tokenizer."""
     for source in section.train:
         reader = RowReader(tokenizer=None, columns=source_columns(section, source))
-        names = [reader.column(name) for name in FORMAT_COLUMNS[source_format(section, source)]]
-        names.append(reader.column("input"))
+        format = source_format(section, source)
+        names = [reader.column(name) for name in FORMAT_COLUMNS[format]]
+        names.append(reader.column("prompt" if format == "preference" else "input"))
         for row in load_source(source, streaming=section.streaming, document=section.document):
             for name in names:
                 value = row.get(name)
@@ -220,7 +228,7 @@ def _finish(
         rows = _pack(rows, section.max_length or BLOCK_SIZE)
     if len(rows) == 0:
         raise explain_nothing_left(source.path, counts, section, why=why)
-    lengths = measure_lengths(rows)
+    lengths, pairs = measure_lengths(rows), measure_pairs(rows)
     report = LengthReport(
         name=name if len(section.train) == 1 else f"{name} ({source.path.rsplit('/', 1)[-1]})",
         num_rows=len(np.unique(np.asarray(encoded["row"]))),
@@ -229,7 +237,7 @@ def _finish(
         num_without_target=counts[Fate.NO_TARGET],
         num_sequences=len(rows),
         num_tokens=int(lengths.sum()),
-        longest=int(lengths.max()),
+        longest=int((lengths if pairs is None else pairs).max()),
         num_unusable=counts[Fate.UNUSABLE],
         first_unusable=why,
         notes=count_notes(encoded),

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from hf_gradacc.data.section import AssistantTurns
+from hf_gradacc.data.section import AssistantTurns, Task
 
 __all__ = ["Encoded", "RowError", "RowReader", "kind_of", "read_json"]
 
 Encoded = dict[str, Any]
-"""`input_ids`, and `labels`: one per token (-100 is no target), a target sequence, or a class."""
+"""`input_ids`, and `labels`: one per token (-100 is no target), a target sequence, or a class. Of a
+pair `chosen_ids` and `rejected_ids`, and `prompt_ids` before both for `dpo`, as TRL names them."""
 
 
 class RowError(ValueError):
@@ -43,6 +44,7 @@ class RowReader:
         assistant_turns: Which turns of a conversation share a row.
         roles_to_train: The roles whose turns are learned.
         vocab_size: Token ids from here on do not exist; by default those of the tokenizer.
+        task: What the rows are for; a pair is another one for `reward` than for `dpo`.
         notes: What happened to the rows read so far, see `data.report`.
     """
 
@@ -55,6 +57,7 @@ class RowReader:
     assistant_turns: AssistantTurns = "auto"
     roles_to_train: Sequence[str] = ("assistant",)
     vocab_size: int | None = None
+    task: Task = "causal_lm"
     notes: Counter[str] = field(default_factory=Counter, compare=False)
 
     def column(self, name: str) -> str:

@@ -67,6 +67,15 @@ NOTES: dict[str, str] = {
         "{n} tokens hold the end of a prompt and the beginning of an answer; they count as prompt, "
         "as they do when the model generates"
     ),
+    "same_answers": "{n} pairs have the same answer twice, and teach nothing",
+    "long_answers": (
+        "{n} pairs differ before their last turn: all that follows counts as the answer, turns of "
+        "others too, as in TRL"
+    ),
+    "other_prompt": (
+        "{n} prompts are not said in the turns of their answers, and are not read: the turns that "
+        "both answers begin with are the prompt"
+    ),
 }
 """A name for each thing that happens to rows, and the line that tells how often it did."""
 

@@ -19,6 +19,7 @@ from hf_gradacc.text import nearest
 __all__ = [
     "FORMAT_COLUMNS",
     "OPTIONAL_COLUMNS",
+    "PAIR_TASKS",
     "AssistantTurns",
     "DataSection",
     "DocumentUnit",
@@ -39,6 +40,7 @@ Format = Literal[
     "text",
     "classification",
     "seq2seq",
+    "preference",
     "tokens",
 ]
 
@@ -57,6 +59,7 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
     "classification": ("text", "label"),
     "seq2seq": ("source", "target"),
+    "preference": ("chosen", "rejected"),
     "tokens": ("input_ids",),
 }
 """The columns a format cannot do without."""
@@ -66,6 +69,7 @@ OPTIONAL_COLUMNS: dict[Format, tuple[str, ...]] = {
     "chat": ("tools", "system", "chat_template_kwargs"),
     "instruction": ("input", "system", "history"),
     "question_answer": ("system", "history"),
+    "preference": ("prompt", "tools", "system", "chat_template_kwargs", "margin"),
     "tokens": ("labels",),
 }
 """The columns a format uses where they are there."""
@@ -210,7 +214,11 @@ class DataSection(Section):
         return self
 
 
-Task = Literal["causal_lm", "seq2seq", "classification"]
+Task = Literal["causal_lm", "seq2seq", "classification", "dpo", "reward"]
+
+
+PAIR_TASKS: tuple[Task, ...] = ("dpo", "reward")
+"""The tasks that learn from pairs of answers, a chosen and a rejected one."""
 
 
 class ModelSection(Section):

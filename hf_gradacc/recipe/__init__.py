@@ -12,6 +12,7 @@ if typing.TYPE_CHECKING:
     from hf_gradacc.recipe.load import load_recipe, recipe_arguments
     from hf_gradacc.recipe.model import apply_peft, load_model, sample_answer, save_model
     from hf_gradacc.recipe.problems import RecipeError
+    from hf_gradacc.recipe.quality import add_metrics
     from hf_gradacc.recipe.run import RecipeCallback, build_trainer, train_recipe
     from hf_gradacc.recipe.samples import add_samples
     from hf_gradacc.recipe.sections import Recipe
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "RecipeCallback",
     "RecipeError",
+    "add_metrics",
     "add_samples",
     "apply_peft",
     "build_trainer",
@@ -39,6 +41,7 @@ _MODULES = {
     "load": ("load_recipe", "recipe_arguments"),
     "model": ("apply_peft", "load_model", "sample_answer", "save_model"),
     "problems": ("RecipeError",),
+    "quality": ("add_metrics",),
     "run": ("RecipeCallback", "build_trainer", "train_recipe"),
     "samples": ("add_samples",),
     "sections": ("Recipe",),

@@ -68,13 +68,10 @@ def _problem(
         name = str(key[-1])
         if prefix == ("train",) and name in RESERVED:
             return Problem(full, "belongs elsewhere", RESERVED[name], where, value)
-        guess = _sibling(model, key)
-        if guess is not None:
-            return Problem(
-                full, "no such key", f"did you mean {dotted((*prefix, *guess))}?", where, value
-            )
-        elsewhere = _elsewhere(name)
-        fix = f"did you mean {elsewhere}?" if elsewhere else _known(model, key)
+        # A key of that very name elsewhere is meant sooner than one that is written alike here.
+        elsewhere, guess = _elsewhere(name), _sibling(model, key)
+        meant = elsewhere or (None if guess is None else dotted((*prefix, *guess)))
+        fix = f"did you mean {meant}?" if meant else _known(model, key)
         return Problem(full, "no such key", fix, where, value)
     if kind == "value_error":
         why = details[0]["msg"].removeprefix("Value error, ")

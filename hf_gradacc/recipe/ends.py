@@ -18,8 +18,8 @@ from hf_gradacc.recipe.sections import Recipe
 __all__ = ["add_stop_tokens", "find_turn_end", "save_stop_tokens", "stop_tokens"]
 
 _ANSWER = "Certainly"
-_BY_TEMPLATE = ("chat", "prompt_completion", "instruction", "question_answer")
-_BY_EOS = ("prompt_completion", "text", "seq2seq")  # rows of tokens end as they end
+_BY_TEMPLATE = ("chat", "prompt_completion", "instruction", "question_answer", "preference")
+_BY_EOS = ("prompt_completion", "text", "seq2seq", "preference")  # rows of tokens end as they end
 
 
 def find_turn_end(tokenizer: Any, **options: Any) -> int | None:
@@ -71,7 +71,7 @@ def add_stop_tokens(model: Any, recipe: Recipe, *, tokenizer: Any, folder: str) 
         What was changed and why, in one line; None if nothing was.
     """
     config = getattr(model, "generation_config", None)
-    if config is None or recipe.model.task == "classification":
+    if config is None or recipe.model.task in ("classification", "reward"):
         return None
     before = stop_tokens(model)
     missing = [token for token in _ends(recipe, tokenizer) if token not in before]

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.compat import options_as_installed
+from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
 from hf_gradacc.recipe.folder import find_source_problem
 from hf_gradacc.recipe.interpolation import allow_variables
+from hf_gradacc.recipe.metrics import find_metric_problem, is_lower_better
+from hf_gradacc.recipe.pairs import is_trl_installed, options_of_pairs
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import read_recipe
@@ -91,6 +94,10 @@ def load_recipe(
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     settle_sweep(recipe)
     recipe.keep_from_environment(source.from_environment)
+    if unknown := find_metric_problem(recipe):
+        where = source.origin(("train", "metric_for_best_model"))
+        asked = recipe.train["metric_for_best_model"]
+        raise RecipeError([Problem("train.metric_for_best_model", *unknown, where, asked)])
     if why := find_source_problem(recipe):
         fix = "name a folder of its own, such as runs/mine"
         origin = source.origin(("output", "dir"))
@@ -113,6 +120,18 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
     options |= {"wandb_report": recipe.wandb.report, "wandb_upload_text": recipe.wandb.upload_text}
+    kind = arguments_class()
+    if recipe.model.task in PAIR_TASKS and is_trl_installed():  # a plan does without
+        from hf_gradacc.recipe.pair_trainers import defaults_of_ours
+
+        kind = arguments_class(recipe.model.task)
+        options |= defaults_of_ours(kind) | options_of_pairs(recipe)
+    if recipe.evaluation.early_stopping_patience is not None:
+        # The model that it stops for, unless the recipe says otherwise.
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    best = recipe.train.get("metric_for_best_model")
+    if best is not None:  # stock takes all that is no loss for better when higher
+        options["greater_is_better"] = not is_lower_better(best)
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
@@ -122,7 +141,6 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         here = Origin("this machine")
         raise RecipeError([Problem("train.ddp_backend", why, fix, here, options["ddp_backend"])])
     try:
-        kind = arguments_class()
         arguments = kind(**options_as_installed(options, kind))
     except (ValueError, TypeError, ImportError) as error:
         why = str(error).strip().splitlines()[0]

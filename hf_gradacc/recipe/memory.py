@@ -25,6 +25,9 @@ from hf_gradacc.safety.low_precision import choose_rounding, state_values
 
 __all__ = ["MemoryEstimate", "anonymous_bytes", "estimate_memory"]
 
+_TRL_TILE = (4096, 32768)
+"""Positions and words whose logits TRL's loss of pairs holds at a time, at most."""
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,6 +51,7 @@ class MemoryEstimate:
         float32_sums: Bytes of `gradients` that go beyond the weights' own type.
         step: Bytes the optimizer's step takes beside all that is kept from update to update, when
             there are no activations.
+        reference: Bytes of the frozen copy that a whole model is compared with by DPO.
         shards: Ranks that weights, gradients and optimizer state are spread over.
         recomputed: Whether activations are recomputed in the backward.
     """
@@ -63,13 +67,15 @@ class MemoryEstimate:
     new_gradient: int = 0
     float32_sums: int = 0
     step: int = 0
+    reference: int = 0
     shards: int = 1
     recomputed: bool = False
 
     @property
     def state(self) -> int:
         """What is there through all of an update, on each rank."""
-        return (self.weights + self.gradients + self.optimizer + self.masters) // self.shards
+        kept = self.weights + self.reference + self.gradients + self.optimizer + self.masters
+        return kept // self.shards
 
     @property
     def total(self) -> int:
@@ -136,9 +142,13 @@ def estimate_memory(
     kept, of_layer = _activations(model, config, tokens=largest, compute=compute, layers=layers)
     if recomputed:  # the input of each layer, and one layer anew
         kept = largest * config.hidden_size * compute * layers
-    classes = config.vocab_size if recipe.model.task != "classification" else 0
+    task = recipe.model.task
+    classes = config.vocab_size if task not in ("classification", "reward") else 0
     at_once = largest
-    if recipe.model.task == "causal_lm" and arguments.chunked_loss is not False:
+    if task == "dpo":
+        at_once, classes = min(largest, _TRL_TILE[0]), min(classes, _TRL_TILE[1])
+    copies = task == "dpo" and recipe.peft.method == "none"
+    if task == "causal_lm" and arguments.chunked_loss is not False:
         device_type = arguments.device.type
         at_once = min(largest, rows_per_chunk(classes, device_type=device_type))
     return MemoryEstimate(
@@ -154,6 +164,7 @@ def estimate_memory(
         new_gradient=0 if sharded else largest_weight * (4 if trained_bytes == 4 else 10),
         float32_sums=float32_sums,
         step=trainable * 4 if rounding == "stochastic" else 0,
+        reference=weights if copies and not recipe.dpo.precompute_ref_log_probs else 0,
         shards=world_size if sharded else 1,
         recomputed=recomputed,
     )

@@ -182,7 +182,13 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
     return wrapped
 
 
-_TASKS = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+_TASKS = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "dpo": "CAUSAL_LM",
+    "reward": "SEQ_CLS",
+}
 
 
 @notes_files
@@ -277,6 +283,8 @@ def model_config(
     name = "model.name" if section.name is not None else "model.config"
     if section.task == "classification" and label_names is not None:
         changes |= _label_config(label_names)
+    elif section.task == "reward":
+        changes["num_labels"] = 1
     try:
         if section.name is not None:
             plain = AutoConfig.from_pretrained(

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.data.lengths import measure_lengths, measure_targets
+from hf_gradacc.data.lengths import measure_lengths, measure_pairs, measure_targets
 from hf_gradacc.data.section import Task
+from hf_gradacc.tracking.preview import first_ids
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.planner import plan_micro_batches
 
@@ -69,8 +70,8 @@ class RecipePlan:
         num_sequences: Rows of the training set, or of the sample read from a stream.
         is_sample: Whether they are a sample of a stream.
         world_size: Ranks planned for.
-        lengths: Input tokens of each row.
-        targets: Target tokens (or, for classification, sequences) of each row.
+        lengths: Input tokens of each row; of both answers of a pair.
+        targets: Target tokens of each row; one for a class, and for a pair.
         updates_per_epoch: Updates in the first epoch.
         num_updates: Updates of the whole run.
         sequences_per_update: The effective batch.
@@ -151,6 +152,9 @@ def plan_recipe(
     # An encoder-decoder computes its labels as well.
     costs = lengths + measure_lengths(rows, column="labels") if model.encoder_decoder else lengths
     costs = np.where(targets > 0, costs, 0)  # what has no target is left out of an update
+    tokens, pairs = costs, measure_pairs(rows)
+    if pairs is not None:  # both answers are padded to the longer one
+        costs = 2 * pairs.max(axis=1)
 
     def load(arguments: Any) -> UpdateLoader:
         loader = load_updates(
@@ -189,9 +193,9 @@ def plan_recipe(
         inputs_per_update=Spread.of([lengths[update].sum() for update in members]),
         last_update=len(members[-1]),
         updates_cut=min(per_epoch, MOST_UPDATES_CUT),
-        ways=_ways(load, arguments, costs=costs),
+        ways=_ways(load, arguments, costs=costs, tokens=tokens, packs=pairs is None),
         longest=tuple(longest),
-        starts=tuple(rows[index]["input_ids"][:24] for index in longest),
+        starts=tuple(first_ids(rows[index])[:24] for index in longest),
         max_tokens=budget if isinstance(budget, int) else None,
     )
 
@@ -205,36 +209,47 @@ def _changed(arguments: Any, **changes: Any) -> Any:
 
 
 def _ways(
-    load: Callable[[Any], UpdateLoader], arguments: Any, *, costs: np.ndarray
+    load: Callable[[Any], UpdateLoader],
+    arguments: Any,
+    *,
+    costs: np.ndarray,
+    tokens: np.ndarray,
+    packs: bool = True,
 ) -> tuple[WayToPlan, ...]:
-    """Cut the updates as the stock Trainer does, and in each way this package knows."""
+    """Cut the updates as the stock Trainer does, and in each way that their rows allow."""
     size = arguments.per_device_train_batch_size
     budget, packed = arguments.max_tokens_per_micro_batch, arguments.layout == "packed"
     padded = {"layout": "padded"}
     by_size = load(_changed(arguments, max_tokens_per_micro_batch=None, **padded))
-    ours = _cut(by_size, costs)
-    tokens = budget or max(size * max(share, default=0) for share, _ in ours)
-    by_tokens = load(_changed(arguments, max_tokens_per_micro_batch=tokens, **padded))
+    ours = _cut(by_size, costs, tokens)
+    max_tokens = budget or max(size * max(share, default=0) for share, _, _ in ours)
+    by_tokens = load(_changed(arguments, max_tokens_per_micro_batch=max_tokens, **padded))
     # A packed recipe without a budget counts rows.
-    as_asked = {} if packed else {"max_tokens_per_micro_batch": tokens, "layout": "packed"}
+    as_asked = {} if packed else {"max_tokens_per_micro_batch": max_tokens, "layout": "packed"}
     laid_out = load(_changed(arguments, **as_asked))
     limit = f"{by_tokens.collator.max_tokens:,} tokens"
     if budget == "auto":
         limit = f"{limit} (then tuned)"
     packed_limit = f"{size} rows" if packed and budget is None else limit
-    return (
-        _way(f"{size} rows, as drawn (stock)", _cut_like_stock(by_size, costs, size=size)),
+    ways = (
+        _way(f"{size} rows, as drawn (stock)", _cut_like_stock(by_size, costs, tokens, size=size)),
         _way(f"{size} rows, sorted", ours, chosen=budget is None and not packed),
-        _way(f"{limit}, sorted", _cut(by_tokens, costs), chosen=bool(budget) and not packed),
-        _way(f"{packed_limit}, packed", _cut(laid_out, costs), chosen=packed, packed=True),
+        _way(
+            f"{limit}, sorted", _cut(by_tokens, costs, tokens), chosen=bool(budget) and not packed
+        ),
     )
+    if not packs:
+        return ways
+    laid_end_to_end = _cut(laid_out, costs, tokens)
+    return (*ways, _way(f"{packed_limit}, packed", laid_end_to_end, chosen=packed, packed=True))
 
 
-Cut = list[tuple[list[int], list[list[int]]]]
-"""For each rank in each update: what its rows cost, and which of them share a micro-batch."""
+Cut = list[tuple[list[int], list[list[int]], int]]
+"""For each rank in each update: what its rows cost, which of them share a micro-batch, and how many
+tokens they hold."""
 
 
-def _cut(loader: UpdateLoader, costs: np.ndarray) -> Cut:
+def _cut(loader: UpdateLoader, costs: np.ndarray, tokens: np.ndarray) -> Cut:
     """Cut the first updates of all ranks as the workers of their loaders will."""
     sampler: Any = loader.batch_sampler
     collator = loader.collator
@@ -243,19 +258,23 @@ def _cut(loader: UpdateLoader, costs: np.ndarray) -> Cut:
         for share in shares:
             lengths = [int(cost) for cost in costs[list(share)] if cost]
             at_random = collator.measures_noise(share.update)
-            found.append((lengths, collator.cut(lengths, at_random=at_random)))
+            cut = collator.cut(lengths, at_random=at_random)
+            found.append((lengths, cut, int(tokens[list(share)].sum())))
     return found
 
 
-def _cut_like_stock(loader: UpdateLoader, costs: np.ndarray, *, size: int) -> Cut:
+def _cut_like_stock(
+    loader: UpdateLoader, costs: np.ndarray, tokens: np.ndarray, *, size: int
+) -> Cut:
     """Deal rows to ranks in turn and cut them in the order drawn."""
     sampler: Any = loader.batch_sampler
     found: Cut = []
     for members in sampler.membership(0)[:MOST_UPDATES_CUT]:
         for rank in range(sampler.world_size):
-            lengths = costs[members[rank :: sampler.world_size]].tolist()
+            share = members[rank :: sampler.world_size]
+            lengths = costs[share].tolist()
             plan = plan_micro_batches(lengths, max_sequences=size, keep_order=True)
-            found.append((lengths, plan))
+            found.append((lengths, plan, int(tokens[share].sum())))
     return found
 
 
@@ -264,11 +283,11 @@ def _way(name: str, cut: Cut, *, chosen: bool = False, packed: bool = False) -> 
         lengths = [share[i] for i in piece]
         return sum(lengths) if packed else len(lengths) * max(lengths)
 
-    sizes = [computed(share, piece) for share, plan in cut for piece in plan]
-    real = sum(sum(share) for share, _ in cut)
+    sizes = [computed(share, piece) for share, plan, _ in cut for piece in plan]
+    real = sum(tokens for _, _, tokens in cut)
     return WayToPlan(
         name=name,
-        micro_batches=Spread.of([len(plan) for _, plan in cut]),
+        micro_batches=Spread.of([len(plan) for _, plan, _ in cut]),
         padding_fraction=(sum(sizes) - real) / max(sum(sizes), 1),
         largest=max(sizes, default=0),
         chosen=chosen,

@@ -76,7 +76,8 @@ def show_plan(
         model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
         check_max_length(recipe, model)
         vocab_size = model.get_input_embeddings().num_embeddings
-        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+        task = recipe.model.task
+        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size, task=task)
     too_long = check_longest_row(recipe, model, data)
     for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
         console.print(printable(str(line)), highlight=False, markup=False, soft_wrap=True)
@@ -85,14 +86,14 @@ def show_plan(
             data.train,
             num_rows=num_rows,
             tokenizer=tokenizer,
-            task=recipe.model.task,
+            task=task,
             label_names=data.label_names,
             console=console,
         )
     plan = plan_recipe(
         data.train,
         arguments=arguments,
-        task=recipe.model.task,
+        task=task,
         model=ModelFacts.of(model),
         world_size=world_size,
         on_accelerator=not recipe.train.get("use_cpu"),
@@ -188,6 +189,8 @@ def _print_memory(
     table.add_row("weights", byte_size(memory.weights / memory.shards), parameters + sharded)
     sums = f"{byte_size(memory.float32_sums)} of it to sum in float32 (accumulate_grads_in_fp32)"
     in_float32 = sums if memory.float32_sums else ""
+    if memory.reference:
+        table.add_row("reference", byte_size(memory.reference / memory.shards), "frozen, of dpo")
     table.add_row("gradients", byte_size(memory.gradients / memory.shards), in_float32)
     table.add_row("optimizer", byte_size(memory.optimizer / memory.shards), "")
     if memory.masters:

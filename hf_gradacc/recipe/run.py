@@ -19,6 +19,7 @@ import yaml
 from transformers import TrainerCallback
 
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
+from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
@@ -28,6 +29,7 @@ from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
+from hf_gradacc.recipe.quality import add_metrics
 from hf_gradacc.recipe.samples import add_samples
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
@@ -72,7 +74,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         changes: Training arguments to set on top of it.
 
     Returns:
-        The `GradAccTrainer`, and the rows it will train on.
+        The `GradAccTrainer`, or one of TRL's with `GradAccMixin`, and the rows it will train on.
 
     Raises:
         ConfigError, DataError: If model, tokenizer, options or data do not work.
@@ -94,7 +96,9 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
         check_max_length(recipe, empty)
         vocab_size = empty.get_input_embeddings().num_embeddings
-        data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
+        data = prepare_data(
+            recipe.data, tokenizer=tokenizer, vocab_size=vocab_size, task=recipe.model.task
+        )
     too_long = check_longest_row(recipe, empty, data)
     if is_first:
         for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
@@ -107,15 +111,23 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
             quantize=recipe.peft.method == "qlora",
         )
     model = apply_peft(model, recipe.peft, task=recipe.model.task)
-    trainer = GradAccTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        data_collator=make_collator(recipe.model.task, tokenizer=tokenizer, model=model),
-        processing_class=tokenizer,
-        callbacks=[RecipeCallback(recipe)],
-    )
+    parts: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": tokenizer,
+        "callbacks": [RecipeCallback(recipe)],
+    }
+    trainer: Any
+    if recipe.model.task in PAIR_TASKS:
+        from hf_gradacc.recipe.pair_trainers import make_pair_trainer
+
+        trainer = make_pair_trainer(recipe, **parts)
+    else:
+        collator = make_collator(recipe.model.task, tokenizer=tokenizer, model=model)
+        trainer = GradAccTrainer(data_collator=collator, **parts)
+    add_metrics(trainer, recipe, data)
     add_samples(trainer, recipe)
     if recipe.peft.merge_on_save and trainer.shards_weights:
         raise ConfigError(
@@ -178,6 +190,9 @@ def resolved_recipe(recipe: Recipe, *, escaped: bool = False) -> dict[str, Any]:
     """
     values: dict[str, Any] = _written(recipe.model_dump(), (), recipe, escaped=escaped)
     values["output"].pop("overwrite", None)  # who runs it again is asked again
+    for section in PAIR_TASKS:
+        if section != recipe.model.task:  # it would say nothing, and a recipe is refused for that
+            values.pop(section)
     return values
 
 

@@ -27,8 +27,17 @@ from pydantic import (
 )
 
 from hf_gradacc.compat import RENAMED_OPTIONS
-from hf_gradacc.data.section import DataSection, ModelSection, Section, Task, TokenizerSection
+from hf_gradacc.data.section import (
+    PAIR_TASKS,
+    DataSection,
+    ModelSection,
+    Section,
+    Task,
+    TokenizerSection,
+)
+from hf_gradacc.recipe.evaluation import EvaluationSection, contradictions_of_evaluation
 from hf_gradacc.recipe.interpolation import FromEnvironment
+from hf_gradacc.recipe.pairs import DpoSection, RewardSection, contradictions_of_pairs
 from hf_gradacc.recipe.problems import Key
 
 __all__ = [
@@ -47,6 +56,8 @@ HEADS: dict[Task, str] = {
     "causal_lm": "ForCausalLM",
     "seq2seq": "ForSeq2SeqLM",
     "classification": "ForSequenceClassification",
+    "dpo": "ForCausalLM",
+    "reward": "ForSequenceClassification",
 }
 """How the Auto classes of transformers and peft that load a task's model end."""
 
@@ -155,6 +166,9 @@ class Recipe(Section):
     peft: Annotated[PeftSection, BeforeValidator(_method)] = PeftSection()
     train: dict[str, Any] = Field(default_factory=dict)
     """Any field of GradAccArguments, so any field of transformers.TrainingArguments."""
+    dpo: DpoSection = DpoSection()
+    reward: RewardSection = RewardSection()
+    evaluation: EvaluationSection = EvaluationSection()
     wandb: WandbSection = WandbSection()
     samples: SamplesSection | None = None
     output: OutputSection = OutputSection()
@@ -181,20 +195,32 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _task_fits_format(self) -> Recipe:
-        own = {"seq2seq": "seq2seq", "classification": "classification"}
+        own: dict[str, list[Task]] = {
+            "seq2seq": ["seq2seq"],
+            "classification": ["classification"],
+            "preference": [*PAIR_TASKS],
+        }
         for source in [*self.data.train, *self.data.eval]:
             format = source.format or self.data.format
-            if own.get(format, "causal_lm") != self.model.task:
+            tasks = own.get(format, ["causal_lm"])
+            if self.model.task not in tasks:
                 raise ValueError(
                     f"model.task = {self.model.task} cannot learn from data.format = {format}: "
-                    f"set model.task to {own.get(format, 'causal_lm')}, or another format"
+                    f"set model.task to {' or '.join(tasks)}, or another format"
                 )
         return self
 
     @model_validator(mode="after")
     def _samples_are_written(self) -> Recipe:
-        if self.samples is not None and self.model.task == "classification":
+        if self.samples is not None and self.model.task in ("classification", "reward"):
             raise ValueError("samples are texts that a model writes, and a classifier writes none")
+        return self
+
+    @model_validator(mode="after")
+    def _task_and_evaluation_hold_together(self) -> Recipe:
+        problems = [*contradictions_of_pairs(self), *contradictions_of_evaluation(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")
@@ -231,8 +257,15 @@ RESERVED = {
 """Fields that another section owns, and what to write instead."""
 
 
-def arguments_class() -> type[Any]:
-    """GradAccArguments, imported late because torch and transformers take seconds to load."""
+def arguments_class(task: Task = "causal_lm") -> type[Any]:
+    """The arguments of a task: GradAccArguments, or those of TRL with its options.
+
+    Imported late because torch and transformers take seconds to load.
+    """
+    if task in PAIR_TASKS:
+        from hf_gradacc.recipe import pair_trainers
+
+        return pair_trainers.DPOArguments if task == "dpo" else pair_trainers.RewardArguments
     from hf_gradacc.arguments import GradAccArguments
 
     return GradAccArguments

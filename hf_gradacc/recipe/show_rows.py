@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hf_gradacc.data.section import Task
 from hf_gradacc.text import printable
-from hf_gradacc.tracking.preview import BETWEEN, RowPreview, preview_row
+from hf_gradacc.tracking.preview import BETWEEN, REJECTED, RowPreview, preview_row
 
 __all__ = ["has_colour", "make_visible", "show_rows"]
 
@@ -75,7 +75,7 @@ def make_visible(text: str) -> str:
 def _draw(shown: RowPreview, coloured: bool) -> Text:
     drawn = Text()
     for piece in shown.pieces:
-        text = piece.text if piece.text == BETWEEN else make_visible(piece.text)
+        text = piece.text if piece.text in (BETWEEN, REJECTED) else make_visible(piece.text)
         if piece.is_target and not coloured:
             drawn.append(f"⟦{text}⟧")
         else:

@@ -21,7 +21,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from hf_gradacc.compat import options_as_installed
+from hf_gradacc.data.section import PAIR_TASKS
+from hf_gradacc.recipe.evaluation import is_rouge_installed
 from hf_gradacc.recipe.foreseen import packages_of_optimizer
+from hf_gradacc.recipe.pairs import is_trl_installed
 from hf_gradacc.recipe.problems import Origin, Problem
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.source import RecipeSource
@@ -211,6 +214,14 @@ def machine_problems(recipe: Recipe, arguments: Any) -> Iterator[Problem]:
             why = f"rounds weights with {missing}, not installed here" if missing else "needs a GPU"
             fix = "run it on a machine that has both, or use pissa or olora"
             yield Problem("peft.options.init_lora_weights", why, fix, _HERE, "loftq")
+    if recipe.model.task in PAIR_TASKS and not is_trl_installed():
+        fix = "`pip install 'hf_gradacc[trl]'`"
+        yield Problem(
+            "model.task", "trains with TRL, not installed here", fix, _HERE, recipe.model.task
+        )
+    if "rouge" in recipe.evaluation.metrics and not is_rouge_installed():
+        why, fix = "needs rouge_score, not installed here", "`pip install 'hf_gradacc[metrics]'`"
+        yield Problem("evaluation.metrics", why, fix, _HERE, "rouge")
     if arguments.fsdp and arguments.world_size == 1:
         why = "spreads a model over several processes, and this run has one"
         fix = (

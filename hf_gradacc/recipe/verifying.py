@@ -11,6 +11,7 @@ from hf_gradacc.data.lengths import measure_lengths
 from hf_gradacc.recipe.run import build_trainer
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.tracking.parity_file import record_parity
+from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.verify.conditions import own_log_level
 from hf_gradacc.verify.parity import verify_parity
 from hf_gradacc.verify.result import ParityReport
@@ -50,6 +51,8 @@ def verify_recipe(recipe: Recipe, *, num_rows: int = 16, preflight: bool = True)
         data_collator=trainer.data_collator,
         processing_class=trainer.processing_class,
         arguments=trainer.args,
+        trainer_class=type(trainer),
+        trainer_parts=_parts_of(trainer),
         preflight_rows=longest if preflight else None,
     )
     record_parity(report, output_dir=trainer.args.output_dir, model=trainer.model)
@@ -61,4 +64,10 @@ def _most_rows(arguments: Any, order: list[int], rows: Any) -> int:
     budget = arguments.max_tokens_per_micro_batch
     if not isinstance(budget, int):
         return int(arguments.per_device_train_batch_size)
-    return max(1, budget // len(rows[order[-1]]["input_ids"]))
+    return max(1, budget // measure_length(rows[order[-1]]))
+
+
+def _parts_of(trainer: Any) -> dict[str, Any]:
+    """What a trainer was made with that no other has: the reference of DPO."""
+    reference = getattr(trainer, "ref_model", None)
+    return {} if reference is None else {"ref_model": reference}

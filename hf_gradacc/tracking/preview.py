@@ -14,8 +14,10 @@ from torch.utils.data import IterableDataset
 __all__ = [
     "BETWEEN",
     "PREVIEW_COLUMNS",
+    "REJECTED",
     "Piece",
     "RowPreview",
+    "first_ids",
     "mark_targets",
     "preview_row",
     "preview_rows",
@@ -26,6 +28,8 @@ IGNORE_INDEX = -100
 PREVIEW_COLUMNS = ["row", "text, targets in ⟦ ⟧", "input tokens", "target tokens"]
 BETWEEN = " → "
 """Stands between a source and its target, and belongs to neither."""
+REJECTED = "\n✗ "
+"""Stands before the rejected answer of a pair."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class RowPreview:
 
     Attributes:
         pieces: Its text in order; for an encoder-decoder the source, then the target; for a
-            classification the text, then the class.
+            classification the text, then the class; for a pair the prompt, the chosen answer and
+            the rejected one.
         num_inputs: Input tokens.
         num_targets: Targets; None if the row's labels are of a kind not known here.
     """
@@ -70,7 +75,8 @@ def preview_row(
     """Describe one row.
 
     Args:
-        row: `{input_ids, labels}`; labels as long as the input, a target sequence, or one label.
+        row: `{input_ids, labels}`; labels as long as the input, a target sequence, or one label. Or
+            a pair, `{prompt_ids, chosen_ids, rejected_ids}` or the latter two alone.
         tokenizer: Decodes the ids; without it the ids themselves are shown.
         is_seq2seq: Whether the labels are a sequence of their own.
         label_names: Classification: names of the classes.
@@ -78,6 +84,8 @@ def preview_row(
     Returns:
         Its preview; None if it has no token ids.
     """
+    if isinstance(row, Mapping) and "chosen_ids" in row:
+        return _preview_pair(row, tokenizer)
     ids = _ids(row)
     if ids is None:
         return None
@@ -97,6 +105,22 @@ def preview_row(
         return RowPreview((Piece(_decode(tokenizer, ids), False),), len(ids), None)
     num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
     return RowPreview(_pieces(ids, labels, tokenizer), len(ids), num_targets)
+
+
+def _preview_pair(row: Mapping[str, Any], tokenizer: Any) -> RowPreview:
+    prompt, chosen, rejected = (
+        list(row.get(f"{name}_ids") or []) for name in ("prompt", "chosen", "rejected")
+    )
+    pieces = [Piece(_decode(tokenizer, prompt), False)] if prompt else []
+    pieces += [Piece(_decode(tokenizer, chosen), True), Piece(REJECTED, False)]
+    pieces.append(Piece(_decode(tokenizer, rejected), True))
+    return RowPreview(tuple(pieces), 2 * len(prompt) + len(chosen) + len(rejected), 1)
+
+
+def first_ids(row: Mapping[str, Any]) -> list[int]:
+    """The token ids that a row begins with: of a pair the prompt, or else the chosen answer."""
+    names = ("input_ids", "prompt_ids", "chosen_ids")
+    return next((list(row[name]) for name in names if row.get(name)), [])
 
 
 def mark_targets(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any = None) -> str:
@@ -137,8 +161,8 @@ def preview_rows(
 
 def sampled_lengths(dataset: Any, *, num_rows: int = 256) -> list[int]:
     """Measure the input tokens of at most `num_rows` rows spread evenly over a map dataset."""
-    ids = (_ids(dataset[index]) for index in _spread(dataset, num_rows))
-    return [len(row) for row in ids if row is not None]
+    rows = (preview_row(dataset[index]) for index in _spread(dataset, num_rows))
+    return [row.num_inputs for row in rows if row is not None]
 
 
 def _pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> tuple[Piece, ...]:

@@ -86,12 +86,14 @@ class Evaluation:
                 share_running_statistics(trainer.model)
             with _each_row_once(trainer):
                 output = stock_loop()
+                more = _more_metrics(trainer, prefix)
             terms = [] if trainer.facts is None else [term.name for term in trainer.facts.terms]
             means = self._loss.means(terms or [_WHOLE], device=trainer.args.device)
         finally:
             self._loss = None
             if trainer.is_in_train:
                 before.restore()
+        output.metrics.update(more)
         if means and f"{prefix}_loss" in output.metrics:
             output.metrics[f"{prefix}_loss"] = loss = sum(means.values())
             if terms:
@@ -257,6 +259,14 @@ class Evaluation:
         if trainer.facts.class_weights is not None:
             return float(trainer.facts.class_weights.total(part, trainer.facts.rule))
         return count_targets(part, trainer.facts.rule, num_sequences=num_sequences)
+
+
+def _more_metrics(trainer: Any, prefix: str) -> dict[str, float]:
+    """What the trainer's `eval_metrics` measure in an evaluation; nothing in a prediction."""
+    found: dict[str, float] = {}
+    for measure in trainer.eval_metrics if prefix == "eval" else ():
+        found |= {f"{prefix}_{name}": value for name, value in measure(trainer).items()}
+    return found
 
 
 @contextlib.contextmanager

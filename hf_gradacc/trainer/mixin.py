@@ -170,6 +170,7 @@ class GradAccMixin(Trainer):
         token_budget: The tokens a micro-batch may compute.
         stop_signals: Which signal the run stops for.
         optimizer_steps: How the optimizer steps on weights of low precision.
+        eval_metrics: Functions of the trainer whose figures join those of each evaluation.
     """
 
     control: Any
@@ -193,6 +194,7 @@ class GradAccMixin(Trainer):
         self._loss_settler = LossSettler()
         self._gradient_gate = GradientGate(self._foreign_metrics)
         self._exact_evaluation = Evaluation()
+        self.eval_metrics: list[Callable[[Any], dict[str, float]]] = []
         self._checkpoint_writer = CheckpointWriter()
         self.optimizer_steps = OptimizerSteps()
         self._training_data = TrainingData()
@@ -243,6 +245,10 @@ class GradAccMixin(Trainer):
     def shards_weights(self) -> bool:
         """Whether each rank holds only a part of the weights."""
         return bool(self._rank_engine.shards_weights)
+
+    def check_for_stop(self) -> None:
+        """Check for a signal in an evaluation; all ranks have to call it equally often."""
+        self._stopping.check_evaluation(self.args)
 
     @property
     def rank_layout(self) -> RankLayout:

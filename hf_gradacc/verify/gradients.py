@@ -17,7 +17,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.trainer.asking import prepared
-from hf_gradacc.updates.batch import slice_rows
+from hf_gradacc.trainer.mixin import GradAccMixin
+from hf_gradacc.updates.batch import count_rows, slice_rows
 from hf_gradacc.updates.targets import TargetRule, count_targets
 from hf_gradacc.updates.update import Update
 
@@ -121,13 +122,11 @@ def copy_gradient(model: nn.Module) -> Gradient:
 
 
 def stock_class_of(trainer_class: type[Any]) -> type[Any]:
-    """The nearest base class of a trainer that is not ours."""
+    """The nearest base class of a trainer that accumulates as the stock Trainer does."""
     return next(
         base
         for base in trainer_class.__mro__
-        if issubclass(base, Trainer)
-        and not base.__module__.startswith("hf_gradacc")
-        and not any(b.__module__.startswith("hf_gradacc") for b in base.__mro__)
+        if issubclass(base, Trainer) and not issubclass(base, GradAccMixin)
     )
 
 
@@ -243,7 +242,14 @@ def collate_at_once(trainer: Any, rows: list[Any]) -> dict[str, Any]:
 def collate_by_row(trainer: Any, rows: list[Any]) -> list[dict[str, Any]]:
     """The same padding, one row each."""
     collated = collate_at_once(trainer, rows)
-    return [slice_rows(collated, [i]) for i in range(len(rows))]
+    per_sequence = _rows_per_sequence(trainer)
+    return [slice_rows(collated, [i], rows_per_sequence=per_sequence) for i in range(len(rows))]
+
+
+def _rows_per_sequence(trainer: Any) -> int:
+    """Collated rows of each sequence: two for a pair of answers."""
+    collator = trainer.update_collator
+    return 1 if collator is None else collator.rows_per_sequence or 1
 
 
 def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentiated:
@@ -259,7 +265,8 @@ def differentiate(trainer: Any, pieces: Sequence[dict[str, Any]]) -> Differentia
     losses, counts, seen = [], [], []
     is_sum = trainer.facts.weighing == "sum"
     for piece in pieces:
-        count = count_targets(piece, trainer.facts.rule)
+        num_sequences = count_rows(piece) // _rows_per_sequence(trainer)
+        count = count_targets(piece, trainer.facts.rule, num_sequences=num_sequences)
         if not count:
             continue
         model.zero_grad(set_to_none=True)
@@ -306,4 +313,8 @@ def _backward(
     # [rows, seq, vocabulary] of a token level loss; any other has one target per row.
     level = 2 if trainer.facts.rule is not TargetRule.SEQUENCE else 1
     touched = logits.grad.ne(0).flatten(level).any(-1) if logits.ndim > level else None
-    return float(loss.detach()), None if touched is None else int(touched.sum())
+    if touched is None:
+        return float(loss.detach()), None
+    # One target of a pair is reached by the scores of both its answers.
+    per_target = _rows_per_sequence(trainer) if level == 1 else 1
+    return float(loss.detach()), int(touched.sum()) // per_target

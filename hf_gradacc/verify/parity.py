@@ -9,7 +9,7 @@ where rounding hides less.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ def verify_parity(
     arguments: Any = None,
     compute_loss_func: Any = None,
     trainer_class: type[Any] = GradAccTrainer,
+    trainer_parts: Mapping[str, Any] | None = None,
     reference: str = "auto",
     compare_with_stock: bool = True,
     preflight_rows: Sequence[Any] | None = None,
@@ -73,6 +74,7 @@ def verify_parity(
             update is that of `rows`. Default: a quarter of the rows in a micro-batch.
         compute_loss_func: As for the trainer.
         trainer_class: Any class with `GradAccMixin`.
+        trainer_parts: What else its constructor takes, such as TRL's `ref_model`.
         reference: ``whole`` batch at once, single ``rows`` padded alike and weighted by their
             targets, or ``auto``: rows where the whole runs out of memory.
         compare_with_stock: Also measure what the stock Trainer would have given.
@@ -104,7 +106,8 @@ def verify_parity(
     parts = {
         "data_collator": data_collator,
         "processing_class": processing_class,
-        "compute_loss_func": compute_loss_func,
+        **({} if compute_loss_func is None else {"compute_loss_func": compute_loss_func}),
+        **(trainer_parts or {}),
     }
     facts: dict[str, Any] = {"num_sequences": len(rows)}
     problems: list[str] = []

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT / "recipes" / "sweeps"
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent != SWEEPS)
 NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
-EXPECTED_NUMBER = 24
+EXPECTED_NUMBER = 26
 
 # What a CPU on its own cannot do; everything else of the recipe is run as written.
 ON_A_CPU = {
@@ -34,6 +34,8 @@ _AUTO = {
     "causal_lm": transformers.AutoModelForCausalLM,
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "classification": transformers.AutoModelForSequenceClassification,
+    "dpo": transformers.AutoModelForCausalLM,
+    "reward": transformers.AutoModelForSequenceClassification,
 }
 
 

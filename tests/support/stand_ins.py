@@ -66,6 +66,8 @@ _HEADS = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForMaskedLM",
     "causal_lm": "AutoModelForCausalLM",
+    "dpo": "AutoModelForCausalLM",
+    "reward": "AutoModelForCausalLM",
 }
 
 _STORY = "Ada has 3 plums and buys 4 more. "
@@ -97,6 +99,15 @@ def _row(path: str, i: int) -> dict[str, Any]:
         "HuggingFaceFW/fineweb-edu": {"text": said + answer, "id": str(i), "score": 3.1},
         "abisee/cnn_dailymail": {"article": said, "highlights": answer, "id": str(i)},
         "fancyzhx/ag_news": {"text": said, "label": i % 4},
+        "HuggingFaceH4/ultrafeedback_binarized": {
+            "prompt": said,
+            "prompt_id": str(i),
+            "chosen": messages[:2],
+            "rejected": [messages[0], {"role": "assistant", "content": "No. " * (1 + i % 3)}],
+            "messages": messages[:2],
+            "score_chosen": 8.0,
+            "score_rejected": 3.5,
+        },
     }
     return rows[path]
 
@@ -149,5 +160,7 @@ def put_stand_ins(recipe: Recipe, folder: Path) -> None:
         elif source.path.endswith(".jsonl"):
             source.split = "train[:40]"
     recipe.data.num_proc = None
+    if recipe.evaluation.generated:
+        recipe.evaluation.generate.max_new_tokens = 4
     if isinstance(recipe.data.holdout, int):
         recipe.data.holdout = 0.25
