@@ -1,4 +1,4 @@
-"""The command line: train, plan, verify, report, recipes, schema.
+"""The command line: train, plan, verify, report, recipes, schema, chat.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
 1 a check failed, 2 the recipe, data or options need a correction, 130 interrupted.
@@ -25,7 +25,7 @@ from hf_gradacc.text import printable
 if TYPE_CHECKING:
     from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["app", "main", "plan", "report", "schema", "train", "verify"]
+__all__ = ["app", "chat", "main", "plan", "report", "schema", "train", "verify"]
 
 app = typer.Typer(
     name="hf-gradacc",
@@ -39,6 +39,9 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="The folder of a run, a checkpoint or a saved model.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -233,6 +236,51 @@ def report(
 
     build_report(runs, html=html, png=png)
     print(f"written: {html}" + (f", {png}" if png else ""))
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this one, and exit.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system turn in place of the recipe's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: the likeliest token each time. Default: as the model is set."),
+    ] = None,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a trained model, asked as its rows were written.
+
+    Takes the folder of a run, an adapter's too, or of one of its checkpoints. A model that
+    classifies prints its classes with their probabilities. A text that is piped in is one prompt.
+
+    **Examples**
+
+    - `hf-gradacc chat runs/quickstart`
+
+    - `hf-gradacc chat runs/mine/checkpoint-200 --system "Be brief." --temperature 0`
+
+    - `hf-gradacc chat runs/summaries < article.txt > summary.txt`
+    """
+    from hf_gradacc.after.chat import chat_with
+
+    ended = chat_with(
+        run,
+        prompt=prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        allow_env=allow_env or [],
+        trust_remote_code=trust_remote_code,
+    )
+    if not ended:
+        raise typer.Exit(130)
 
 
 @app.command()

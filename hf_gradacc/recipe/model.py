@@ -178,6 +178,8 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
             model = trainer.accelerator.unwrap_model(trainer.model)
             if hasattr(model, "peft_config"):
                 save_stop_tokens(model, folder)
+                if model.active_peft_config.task_type == _TASKS["classification"]:
+                    model.config.save_pretrained(folder)  # the only place that names the classes
     elif trainer.is_world_process_zero():
         from hf_gradacc.trainer.saved_values import refuse_bad_values
 
