@@ -1,4 +1,4 @@
-"""The command line: train, plan, verify, report, recipes, schema, chat.
+"""The command line: train, plan, verify, report, recipes, schema, chat, merge, import.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
 1 a check failed, 2 the recipe, data or options need a correction, 130 interrupted.
@@ -25,7 +25,18 @@ from hf_gradacc.text import printable
 if TYPE_CHECKING:
     from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["app", "chat", "main", "plan", "report", "schema", "train", "verify"]
+__all__ = [
+    "app",
+    "chat",
+    "import_recipe",
+    "main",
+    "merge",
+    "plan",
+    "report",
+    "schema",
+    "train",
+    "verify",
+]
 
 app = typer.Typer(
     name="hf-gradacc",
@@ -281,6 +292,67 @@ def chat(
     )
     if not ended:
         raise typer.Exit(130)
+
+
+@app.command()
+def merge(
+    run: RunArgument,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="The folder to make; default: RUN-merged."),
+    ] = None,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Merge a run's adapter into its base: one model that transformers loads alone.
+
+    What was trained by QLoRA is merged into the base as it was before 4 bits. The saved model is
+    read back and compared with the adapter. Nothing is overwritten.
+
+    **Example**
+
+    - `hf-gradacc merge runs/mine models/mine`
+    """
+    from hf_gradacc.after.merge import merge_run
+
+    merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
+    if merged.was_quantized:
+        print(
+            "merged into the base without quantization: answers differ by what 4 bits had rounded"
+        )
+    print(f"its logits differ from the adapter's by {merged.difference:.1g} ({merged.dtype})")
+    print(f"saved: {printable(str(merged.folder))}")
+
+
+@app.command("import")
+def import_recipe(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of Axolotl or LLaMA-Factory.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The recipe to write; default: FILE's name, here."),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that FILE was used with, to count an update's rows."),
+    ] = None,
+) -> None:
+    """Make a recipe of a file that Axolotl or LLaMA-Factory trains from.
+
+    A comment says what became of each key without a counterpart. Secrets are not copied.
+
+    **Examples**
+
+    - `hf-gradacc import axolotl.yml -o mine.yaml`
+
+    - `hf-gradacc import examples/train_lora/llama3_lora_sft.yaml --world-size 8`
+    """
+    from hf_gradacc.elsewhere.importing import import_file
+
+    out = output or Path(f"{file.stem}.recipe.yaml")
+    imported = import_file(file, out, world_size=world_size)
+    print(printable(imported.describe(out)))
+    if imported.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

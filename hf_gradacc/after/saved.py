@@ -26,7 +26,14 @@ from hf_gradacc.text import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SavedModel", "find_saved", "load_adapter", "load_saved", "load_tokenizer_of"]
+__all__ = [
+    "SavedModel",
+    "find_saved",
+    "load_adapter",
+    "load_saved",
+    "load_tokenizer_of",
+    "loading_quietly",
+]
 
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
@@ -200,7 +207,7 @@ def load_saved(saved: SavedModel, *, tokenizer: Any) -> PreTrainedModel:
 
     from hf_gradacc.recipe.ends import add_stop_tokens
 
-    with _quietly():
+    with loading_quietly():
         if saved.is_adapter:
             quantize = saved.is_quantized and importlib.util.find_spec("bitsandbytes") is not None
             model = load_adapter(saved, tokenizer=tokenizer, quantize=quantize)
@@ -232,7 +239,7 @@ def _load_whole(saved: SavedModel) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def loading_quietly() -> Iterator[None]:
     """Load without a report of what the head of a base lacks, and without bars in a log."""
     from transformers.utils import logging
 

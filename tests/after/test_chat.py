@@ -99,7 +99,7 @@ def test_classes_come_with_probabilities_and_no_control_characters(command, runs
     code, out, err = command("chat", runs / "classes", "--prompt", "b")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert [line.split()[1] for line in lines][0] == r"y\x1b[0m"
+    assert lines[0].split()[1] == r"y\x1b[0m"
     assert float(lines[0].split()[0]) > 0.9
     assert sum(float(line.split()[0]) for line in lines) == pytest.approx(1, abs=1e-3)
     saved = find_saved(runs / "classes")
