@@ -1,4 +1,4 @@
-"""The command line: train, plan, verify, report, recipes, schema, chat, merge, import.
+"""The command line: train, plan, verify, report, recipes, schema, chat, merge, push, import.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
 1 a check failed, 2 the recipe, data or options need a correction, 130 interrupted.
@@ -32,6 +32,7 @@ __all__ = [
     "main",
     "merge",
     "plan",
+    "push",
     "report",
     "schema",
     "train",
@@ -317,11 +318,36 @@ def merge(
 
     merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
     if merged.was_quantized:
-        print(
-            "merged into the base without quantization: answers differ by what 4 bits had rounded"
-        )
+        print("merged into the base before 4 bits: answers differ by what these had rounded")
     print(f"its logits differ from the adapter's by {merged.difference:.1g} ({merged.dtype})")
     print(f"saved: {printable(str(merged.folder))}")
+
+
+@app.command()
+def push(
+    run: RunArgument,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Such as me/my-model.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository, if there is none.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch of it; default: main.")] = None,
+    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the model",
+) -> None:
+    """Push a run's model to the Hugging Face Hub, with its card and recipe.
+
+    Weights, tokenizer, configs, card, plot and recipe are pushed, and nothing else: no checkpoint,
+    optimizer, pickle, log or file of W&B. Log in with `hf auth login`, or set HF_TOKEN.
+
+    **Example**
+
+    - `hf-gradacc push runs/mine me/mine --private`
+    """
+    from hf_gradacc.recipe.pushing import push_folder
+
+    url = push_folder(
+        Path(run), repository, private=private or None, revision=revision, message=message
+    )
+    print(f"pushed: {printable(url)}")
 
 
 @app.command("import")

@@ -25,6 +25,8 @@ from hf_gradacc.after.saved import (
 )
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.folder import RECIPE_NAME
+from hf_gradacc.recipe.sections import HEADS
+from hf_gradacc.tracking.card import CARD_NAME, PLOT_NAME, as_merged, is_own_card
 
 __all__ = ["Merged", "merge_run"]
 
@@ -93,6 +95,7 @@ def merge_run(
     staged = Path(tempfile.mkdtemp(prefix=".merging-", dir=folder.parent))
     try:
         _save(merged, saved, staged, tokenizer)
+        _save_card(saved, staged, name=folder.name)
         dtype = str(merged.dtype).removeprefix("torch.")
         del model, merged
         difference = _compare(saved, staged, tokenizer, expected, dtype)
@@ -138,6 +141,19 @@ def _save(merged: Any, saved: SavedModel, folder: Path, tokenizer: Any) -> None:
         if saved.recipe is not None and (place / RECIPE_NAME).is_file():
             shutil.copyfile(place / RECIPE_NAME, folder / RECIPE_NAME)
             break
+
+
+def _save_card(saved: SavedModel, folder: Path, *, name: str) -> None:
+    """Take the card of the run along, with how to load what is merged now."""
+    path = saved.folder / CARD_NAME
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not is_own_card(card):
+        return
+    head = f"AutoModel{HEADS[saved.task]}"
+    load = f'from transformers import {head}\n\nmodel = {head}.from_pretrained("{name}")'
+    (folder / CARD_NAME).write_text(as_merged(card, load), encoding="utf-8")
+    if (saved.folder / PLOT_NAME).is_file():
+        shutil.copyfile(saved.folder / PLOT_NAME, folder / PLOT_NAME)
 
 
 def _compare(saved: SavedModel, staged: Path, tokenizer: Any, expected: Any, dtype: str) -> float:

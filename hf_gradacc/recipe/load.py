@@ -105,6 +105,8 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes
+    if options.get("push_to_hub"):  # a model that is half trained is pushed if a recipe says so
+        options.setdefault("hub_strategy", "end")
     try:
         kind = arguments_class()
         arguments = kind(**options_as_installed(options, kind))

@@ -16,6 +16,7 @@ from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
 from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
 from hf_gradacc.text import SECRET_KEY, nearest
+from hf_gradacc.tracking.card import CARD_NAME
 
 __all__ = [
     "apply_peft",
@@ -173,7 +174,7 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
 
     folder = Path(trainer.args.output_dir)
     if peft is None or not peft.merge_on_save:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # pushed below, once everything is there
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)
             if hasattr(model, "peft_config"):
@@ -186,8 +187,13 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
         refuse_bad_values(trainer, folder, is_checkpoint=False)
         model = trainer.accelerator.unwrap_model(trainer.model)
         with save_aside(trainer, folder) as staged:
-            model.merge_and_unload().save_pretrained(staged)
+            whole = model.merge_and_unload()
+            whole.save_pretrained(staged)
             trainer.processing_class.save_pretrained(staged)
+    try:
+        trainer.create_model_card()
+    except OSError as error:  # the model is saved, which is what counts
+        print(f"no {CARD_NAME} was written: {error}")
     return folder
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.card import add_recipe_facts
 from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
 from hf_gradacc.recipe.hub import telling_of_hub
@@ -26,9 +27,11 @@ from hf_gradacc.recipe.load import configure_wandb, recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
+from hf_gradacc.recipe.pushing import make_repository, push_trained
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.text import SECRET_KEY, printable
+from hf_gradacc.tracking.card import CardFacts
 
 __all__ = [
     "RecipeCallback",
@@ -77,6 +80,9 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
 
     configure_wandb(recipe)
     arguments = recipe_arguments(recipe, **changes)
+    if arguments.push_to_hub and arguments.process_index == 0:
+        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        make_repository(name, private=arguments.hub_private_repo, token=arguments.hub_token)
     set_seed(arguments.seed)  # before the model: a new head or adapter starts at random
     with arguments.main_process_first(desc="preparing the data"):
         texts = iter_texts(recipe.data)
@@ -132,6 +138,8 @@ def train_recipe(recipe: Recipe, *, resume: bool | str = False, **changes: Any) 
     if data.eval is not None:
         metrics = _metrics_of_last_update(trainer) or trainer.evaluate()
     folder = save_model(trainer, peft=recipe.peft)
+    if trainer.args.push_to_hub:
+        push_trained(trainer, folder)
     return RunResult(trainer, data, metrics, folder)
 
 
@@ -205,6 +213,10 @@ class RecipeCallback(TrainerCallback):
             self._stops = add_stop_tokens(
                 model, self.recipe, tokenizer=tokenizer, folder=args.output_dir
             )
+
+    def describe_for_card(self, facts: CardFacts) -> None:
+        """Add what the recipe says to the card of the model."""
+        add_recipe_facts(facts, self.recipe)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it on the first rank only, into a folder that is this run's."""

@@ -23,7 +23,8 @@ def runs(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     make_base(folder / "base", template=templates.CHATML, tokens=templates.CHATML_TOKENS)
     saving = {"max_steps": 60, "save_strategy": "steps", "save_steps": 30}
-    train_rows(folder, "run", ROWS, train=saving, data={"holdout": None})
+    saving |= {"logging_steps": 10}
+    train_rows(folder, "run", ROWS, train=saving, data={"eval": "run.jsonl"})
     on_run = {"model": {"name": str(folder / "run")}, "train": {"max_steps": 60}}
     turned = [{**row, "answer": ROWS[i - 1]["answer"]} for i, row in enumerate(ROWS)]
     train_rows(folder, "adapter", turned, peft={"method": "lora", "r": 16}, **on_run)
