@@ -1,4 +1,4 @@
-"""Axolotl's keys, and what becomes of each (read in its `utils/schemas`, 2026-11)."""
+"""Axolotl's keys, and what becomes of each. Defaults are those of its `utils/schemas` of 2025."""
 
 from __future__ import annotations
 
@@ -71,13 +71,14 @@ def _put_adapter(draft: Draft) -> None:
 
 
 def _put_precision(draft: Draft) -> None:
-    bf16, fp16 = draft.get("bf16", False), draft.get("fp16", False)
+    others = ("fp16", "bfloat16", "float16", "float32")
+    default = False if any(draft.get(name, False) for name in others) else "auto"
+    bf16, fp16 = draft.get("bf16", default), draft.get("fp16", False)
     if bf16 or draft.get("bfloat16", False):
         draft.put("model.dtype", "bfloat16")
-        if bf16 is True:
+        if bf16:
             draft.put("train.bf16", True)
-        elif bf16 == "auto":
-            draft.put("train.bf16", True)
+        if draft.get("bf16") == "auto":
             draft.note("bf16", "taken as true: Axolotl would look at the GPU", changes=False,
                        carried=True)  # fmt: skip
     elif fp16:
@@ -90,10 +91,10 @@ def _put_precision(draft: Draft) -> None:
 
 def _put_size(draft: Draft) -> None:
     """Axolotl packs rows, so a batch is a number of blocks; else it is a number of rows."""
-    rows, times = (
-        draft.number("micro_batch_size", 1),
-        draft.number("gradient_accumulation_steps", 1),
-    )
+    rows = draft.number("micro_batch_size", 1)
+    whole = draft.number("batch_size", 0)
+    times = draft.number("gradient_accumulation_steps", max(1, whole // rows))
+    draft.put("train.per_device_eval_batch_size", draft.number("eval_batch_size", rows))
     length = draft.number("sequence_len", 512)
     world = draft.world_size
     if draft.get("sample_packing", False) and not draft.get("pretraining_dataset"):
@@ -274,7 +275,9 @@ AXOLOTL: dict[str, Key] = {
     "eager_attention": _attention("eager"),
     "adapter": _elsewhere("peft.method"),
     "load_in_4bit": _elsewhere("peft.method: qlora"),
-    "load_in_8bit": _elsewhere(""),
+    "load_in_8bit": Key(
+        why="the base is loaded whole", changes=True, read=lambda draft, value: None
+    ),
     "peft_use_dora": _elsewhere("peft.method: dora"),
     "lora_r": Key("peft.r"),
     "lora_alpha": Key("peft.alpha"),
@@ -303,7 +306,8 @@ AXOLOTL: dict[str, Key] = {
     "sample_packing": _elsewhere("train.tokens_per_update, train.max_tokens_per_micro_batch"),
     "micro_batch_size": _elsewhere("train.per_device_train_batch_size"),
     "gradient_accumulation_steps": _elsewhere("train.gradient_accumulation_steps"),
-    "eval_batch_size": Key("train.per_device_eval_batch_size"),
+    "batch_size": _elsewhere("train.gradient_accumulation_steps"),
+    "eval_batch_size": _elsewhere("train.per_device_eval_batch_size"),
     "num_epochs": _elsewhere("train.num_train_epochs"),
     "max_steps": Key("train.max_steps"),
     "learning_rate": Key("train.learning_rate"),
@@ -325,11 +329,13 @@ AXOLOTL: dict[str, Key] = {
     "fp16": _elsewhere("train.fp16"),
     "bfloat16": _elsewhere("model.dtype"),
     "float16": _elsewhere("model.dtype"),
+    "float32": _elsewhere("model.dtype"),
     "tf32": Key("train.tf32"),
     "gradient_checkpointing": Key("train.activation_checkpointing", read=_checkpointing),
     "gradient_checkpointing_kwargs": Key("train.activation_checkpointing_kwargs"),
     "torch_compile": Key("train.torch_compile"),
     "torch_compile_backend": Key("train.torch_compile_backend"),
+    "torch_compile_mode": Key("train.torch_compile_mode"),
     "plugins": Key("train.use_liger_kernel", read=_plugins),
     "liger_fused_linear_cross_entropy": Key("train.use_liger_kernel", read=_liger),
     "liger_rope": Key("train.use_liger_kernel", read=_liger),
@@ -352,7 +358,10 @@ AXOLOTL: dict[str, Key] = {
     "dataloader_num_workers": Key("train.dataloader_num_workers"),
     "dataloader_pin_memory": Key("train.dataloader_pin_memory"),
     "dataloader_prefetch_factor": Key("train.dataloader_prefetch_factor"),
+    "dataloader_drop_last": Key("train.dataloader_drop_last"),
     "ddp_timeout": Key("train.ddp_timeout"),
+    "ddp_bucket_cap_mb": Key("train.ddp_bucket_cap_mb"),
+    "ddp_find_unused_parameters": Key("train.ddp_find_unused_parameters"),
     "deepspeed": _elsewhere("train.deepspeed"),
     "fsdp": _elsewhere("train.fsdp"),
     "fsdp_config": _elsewhere("train.fsdp_config"),

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's keys, and what becomes of each (read in its `hparams`, 2026-11)."""
+"""LLaMA-Factory's keys, and what becomes of each. Defaults are those of its `hparams` of 2025."""
 
 from __future__ import annotations
 

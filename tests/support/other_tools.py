@@ -177,6 +177,8 @@ datasets: [{path: a/b, type: sharegpt}]
             "peft": {"method": "dora", "r": 4, "alpha": 8, "options": {"use_rslora": True}},
             "data.columns": {"messages": "conversations"},
             "train.num_train_epochs": 1,
+            "model.dtype": "bfloat16",
+            "train.bf16": True,
             "train.optim_args": "foo=1",
         },
         changing={"optimizer"},
@@ -486,7 +488,7 @@ fp16: true
     ),
     "a stream of text": Shape(
         "model_name_or_path: a/m\nstage: pt\ndataset: corpus\nstreaming: true\nmax_steps: 100\n"
-        "finetuning_type: full\npure_bf16: true\nbf16: true\nmax_samples: 5\n",
+        "finetuning_type: full\npure_bf16: true\nbf16: true\n",
         {
             "data.train": {"path": "a/corpus", "name": "en"},
             "data.format": "text",
@@ -495,20 +497,18 @@ fp16: true
             "model.dtype": "bfloat16",
         },
     ),
-    "packing, history masked, prompts trained": Shape(
+    "packing, and prompts trained": Shape(
         START + """\
 dataset: chats
 neat_packing: true
 packing: true
 cutoff_len: 1024
-mask_history: true
 train_on_prompt: true
 per_device_train_batch_size: 2
 gradient_accumulation_steps: 4
 default_system: Be kind.
 """,
         {
-            "data.assistant_turns": "last",
             "data.roles_to_train": ["system", "user", "assistant"],
             "data.system": "Be kind.",
             "train.tokens_per_update": 2 * 4 * 1024 * 2,
@@ -541,12 +541,13 @@ default_system: Be kind.
     ),
     "evaluation on a set of its own": Shape(
         START + "dataset: chats\neval_dataset: renamed\neval_strategy: epoch\n"
-        "weight_decay: 0.1\noptim: adamw_mini\nenable_liger_kernel: true\n",
+        "mask_history: true\nweight_decay: 0.1\noptim: adamw_mini\nenable_liger_kernel: true\n",
         {
             "data.eval": [{
                 "path": "a/renamed", "split": "train[:50]", "format": "instruction",
                 "columns": {"instruction": "q", "output": "a", "system": "sys", "history": "past"},
             }],
+            "data.assistant_turns": "last",
             "train.eval_strategy": "epoch",
             "train.weight_decay": 0.1,
             "train.use_liger_kernel": True,
