@@ -6,9 +6,6 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from hf_gradacc.elsewhere.axolotl import read_axolotl
 from hf_gradacc.elsewhere.draft import Draft, Note
@@ -18,6 +15,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.load import load_recipe
 from hf_gradacc.recipe.problems import Problem, RecipeError
 from hf_gradacc.recipe.reading import read_yaml
+from hf_gradacc.recipe.source import write_values
 
 __all__ = ["Imported", "detect_tool", "import_file"]
 
@@ -124,7 +122,7 @@ def _write(draft: Draft, tool: str, name: str) -> str:
         "a comment at the end says what became of each.",
         "",
     ]
-    body = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    body = write_values(values)
     body = re.sub(r"^(?=\w)", "\n", body, flags=re.MULTILINE).lstrip("\n")
     lines: list[str] = []
     for title, held in (
@@ -140,10 +138,3 @@ def _write(draft: Draft, tool: str, name: str) -> str:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Without aliases, which nobody reads."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True

@@ -11,6 +11,7 @@ from hf_gradacc.elsewhere.draft import is_recipe_key, show_value
 from hf_gradacc.elsewhere.importing import import_file
 from hf_gradacc.elsewhere.llamafactory import LLAMAFACTORY as LLAMAFACTORY_KEYS
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.load import load_recipe
 from hf_gradacc.recipe.reading import read_yaml
 
 CASES = {f"Axolotl: {name}": shape for name, shape in shapes.AXOLOTL.items()}
@@ -93,6 +94,16 @@ def test_secrets_are_copied_nowhere(folder, capsys):
     said = imported.describe(folder / "mine.yaml") + (folder / "mine.yaml").read_text()
     assert not [secret for secret in secrets if secret in said]
     assert said.count("(not copied)") >= 5
+
+
+def test_what_looks_like_a_reference_is_only_text(folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/of/somebody")
+    (folder / "theirs.yml").write_text(
+        shapes.SMALL + "datasets: [{path: a/b, type: chat_template}]\n"
+        "default_system_message: Dear ${oc.env:HOME}\n"
+    )
+    import_file(folder / "theirs.yml", folder / "mine.yaml")
+    assert load_recipe(folder / "mine.yaml").data.system == "Dear ${oc.env:HOME}"
 
 
 def test_a_value_of_many_lines_stays_in_its_comment(folder):
