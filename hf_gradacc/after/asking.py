@@ -111,10 +111,10 @@ def choose_asking(saved: SavedModel, *, tokenizer: Any, system: str | None = Non
         format = source_format(data, data.train[0])
         templated = tokenizer.chat_template is not None
         is_turns = format == "prompt_completion" and templated and _are_turns(data)
-        if format in ("text", "tokens", "prompt_completion") and not is_turns:
-            kind = "text"
-        elif format in ("question_answer", "instruction") and not templated:
+        if format in ("question_answer", "instruction") and not templated:
             kind = format.removesuffix("_answer")
+        elif not templated or (format in ("text", "tokens", "prompt_completion") and not is_turns):
+            kind = "text"
         else:
             kind = "turns"
     if system is not None and kind in ("source", "text"):
