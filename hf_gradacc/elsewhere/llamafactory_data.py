@@ -111,7 +111,7 @@ def _format(draft: Draft, name: str, entry: dict[str, Any], stage: str) -> dict[
     if stage in ("dpo", "rm") or entry.get("ranking"):
         names = {"prompt": columns.get("prompt", "instruction")}
         names |= {part: columns.get(part, part) for part in ("chosen", "rejected")}
-        draft.note("dataset", f"pairs of {name} are read from {', '.join(names.values())}",
+        draft.note("dataset", f"the pairs of {name} are in the columns {', '.join(names.values())}",
                    carried=True)  # fmt: skip
         return {"format": "preference", **_renamed(names)}
     if stage == "pt":

@@ -1,11 +1,13 @@
 """`hf-gradacc import`: what other tools' files say is what the recipe says, or a note tells."""
 
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 from support import other_tools as shapes
 
+from hf_gradacc.data.section import Task
 from hf_gradacc.elsewhere.axolotl import AXOLOTL as AXOLOTL_KEYS
 from hf_gradacc.elsewhere.draft import is_recipe_key, show_value
 from hf_gradacc.elsewhere.importing import import_file
@@ -52,6 +54,26 @@ def test_a_file_becomes_a_recipe_that_means_the_same(folder, name):
         assert f"{note.key}: {note.value}\n" in imported.text
     left = sum(not note.carried for note in imported.notes)
     assert f"# {left} key" in imported.text
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "beta"),
+    [
+        (shapes.SMALL + "rl: dpo\nrl_beta: 0.2\ndatasets: [{path: a/b}]\n", "dpo", 0.2),
+        (shapes.START.replace("sft", "dpo") + "dataset: pairs\npref_beta: 0.3\n", "dpo", 0.3),
+        (shapes.START.replace("sft", "rm") + "dataset: pairs\n", "reward", None),
+    ],
+)
+def test_pairs_are_trained_if_recipes_can_and_refused_if_not(folder, text, task, beta):
+    (folder / "theirs.yml").write_text(text)
+    if task not in get_args(Task):
+        with pytest.raises(ConfigError, match="train no pairs"):
+            import_file(folder / "theirs.yml", folder / "mine.yaml")
+        return
+    assert import_file(folder / "theirs.yml", folder / "mine.yaml").problems == []
+    values, _ = read_yaml(folder / "mine.yaml")
+    assert (values["model"]["task"], values["data"]["format"]) == (task, "preference")
+    assert values.get("dpo", {}).get("beta") == beta
 
 
 def test_there_are_twenty_shapes():
