@@ -26,6 +26,7 @@ def runs(tmp_path_factory):
     saving |= {"logging_steps": 10}
     train_rows(folder, "run", ROWS, train=saving, data={"eval": "run.jsonl"})
     on_run = {"model": {"name": str(folder / "run")}, "train": {"max_steps": 60}}
+    on_run["train"] |= {"save_strategy": "steps", "save_steps": 60}
     turned = [{**row, "answer": ROWS[i - 1]["answer"]} for i, row in enumerate(ROWS)]
     train_rows(folder, "adapter", turned, peft={"method": "lora", "r": 16}, **on_run)
     train_rows(

@@ -32,8 +32,9 @@ def test_a_text_that_is_piped_in_is_one_prompt(command, runs):
     assert (code, out) == (0, "Seven.\n")
 
 
-def test_an_adapter_answers_on_its_base_and_stops_where_its_rows_end(command, runs):
-    code, out, err = command("chat", runs / "adapter", "--prompt", "a")
+@pytest.mark.parametrize("name", ["adapter", "adapter/checkpoint-60"])
+def test_an_adapter_answers_on_its_base_and_stops_where_its_rows_end(command, runs, name):
+    code, out, err = command("chat", runs / name, "--prompt", "a")
     assert (code, out, err) == (0, "Seven.\n", "")
 
 
@@ -150,7 +151,7 @@ def test_a_model_that_lacks_weights_is_not_filled_up_at_random(runs, tmp_path):
 
 
 def test_code_of_a_model_needs_the_command_line_too(runs, tmp_path):
-    for path in (runs / "adapter").iterdir():
+    for path in (runs / "adapter").glob("*.*"):
         shutil.copy(path, tmp_path)
     recipe = (tmp_path / "recipe.yaml").read_text()
     changed = recipe.replace("trust_remote_code: false", "trust_remote_code: true")

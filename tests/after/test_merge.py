@@ -42,7 +42,7 @@ def test_the_merged_model_is_the_adapter_on_its_base(command, runs, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "far"), [("bfloat16", 0.1), ("float16", 0.02)])
 def test_it_keeps_the_type_of_the_base(runs, tmp_path, dtype, far):
-    for path in (runs / "adapter").iterdir():
+    for path in (runs / "adapter").glob("*.*"):
         shutil.copy(path, tmp_path)
     recipe = (tmp_path / "recipe.yaml").read_text().replace("dtype: auto", f"dtype: {dtype}")
     (tmp_path / "recipe.yaml").write_text(recipe)
@@ -103,7 +103,7 @@ def test_a_model_that_answers_otherwise_is_not_left_behind(runs, tmp_path, monke
 
 
 def test_an_adapter_of_qlora_goes_into_the_base_before_4_bits(runs, tmp_path, command):
-    for path in (runs / "adapter").iterdir():
+    for path in (runs / "adapter").glob("*.*"):
         shutil.copy(path, tmp_path)
     recipe = (tmp_path / "recipe.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(recipe.replace("method: lora", "method: qlora"))
