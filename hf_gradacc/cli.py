@@ -1,4 +1,4 @@
-"""The command line: train, plan, verify, sweep, report, recipes, schema.
+"""The command line: train, plan, verify, sweep, report, recipes, schema, chat, merge, push, import.
 
 Heavy imports are inside the commands, so that `--help` answers at once. Exit codes: 0 done,
 1 a check failed, 2 the recipe, data or options need a correction, 70 a fault of ours, 130
@@ -29,7 +29,20 @@ from hf_gradacc.text import nearest, printable
 if TYPE_CHECKING:
     from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["app", "main", "plan", "report", "schema", "sweep", "train", "verify"]
+__all__ = [
+    "app",
+    "chat",
+    "import_recipe",
+    "main",
+    "merge",
+    "plan",
+    "push",
+    "report",
+    "schema",
+    "sweep",
+    "train",
+    "verify",
+]
 
 app = typer.Typer(
     name="hf-gradacc",
@@ -43,6 +56,9 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="The folder of a run, a checkpoint or a saved model.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -313,6 +329,137 @@ def report(
 
     build_report(runs, html=html, png=png)
     print(f"written: {html}" + (f", {png}" if png else ""))
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this one, and exit.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system turn in place of the recipe's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: the likeliest token each time. Default: as the model is set."),
+    ] = None,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a trained model, asked as its rows were written.
+
+    Takes the folder of a run, an adapter's too, or of one of its checkpoints. A model that
+    classifies prints its classes with their probabilities. A text that is piped in is one prompt.
+
+    **Examples**
+
+    - `hf-gradacc chat runs/quickstart`
+
+    - `hf-gradacc chat runs/mine/checkpoint-200 --system "Be brief." --temperature 0`
+
+    - `hf-gradacc chat runs/summaries < article.txt > summary.txt`
+    """
+    from hf_gradacc.after.chat import chat_with
+
+    ended = chat_with(
+        run,
+        prompt=prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        allow_env=allow_env or [],
+        trust_remote_code=trust_remote_code,
+    )
+    if not ended:
+        raise typer.Exit(130)
+
+
+@app.command()
+def merge(
+    run: RunArgument,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="The folder to make; default: RUN-merged."),
+    ] = None,
+    allow_env: AllowEnv = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Merge a run's adapter into its base: one model that transformers loads alone.
+
+    What was trained by QLoRA is merged into the base as it was before 4 bits. The saved model is
+    read back and compared with the adapter. Nothing is overwritten.
+
+    **Example**
+
+    - `hf-gradacc merge runs/mine models/mine`
+    """
+    from hf_gradacc.after.merge import merge_run
+
+    merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
+    if merged.was_quantized:
+        print("merged into the base before 4 bits: answers differ by what these had rounded")
+    print(f"its logits differ from the adapter's by {merged.difference:.1g} ({merged.dtype})")
+    print(f"saved: {printable(str(merged.folder))}")
+
+
+@app.command()
+def push(
+    run: RunArgument,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Such as me/my-model.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository, if there is none.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch of it; default: main.")] = None,
+    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the model",
+) -> None:
+    """Push a run's model to the Hugging Face Hub, with its card and recipe.
+
+    Weights, tokenizer, configs, card, plot and recipe are pushed, and nothing else: no checkpoint,
+    optimizer, pickle, log or file of W&B. Log in with `hf auth login`, or set HF_TOKEN.
+
+    **Example**
+
+    - `hf-gradacc push runs/mine me/mine --private`
+    """
+    from hf_gradacc.recipe.pushing import push_folder
+
+    url = push_folder(
+        Path(run), repository, private=private or None, revision=revision, message=message
+    )
+    print(f"pushed: {printable(url)}")
+
+
+@app.command("import")
+def import_recipe(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of Axolotl or LLaMA-Factory.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The recipe to write; default: FILE's name, here."),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that FILE was used with, to count an update's rows."),
+    ] = None,
+) -> None:
+    """Make a recipe of a file that Axolotl or LLaMA-Factory trains from.
+
+    A comment says what became of each key without a counterpart. Secrets are not copied.
+
+    **Examples**
+
+    - `hf-gradacc import axolotl.yml -o mine.yaml`
+
+    - `hf-gradacc import examples/train_lora/llama3_lora_sft.yaml --world-size 8`
+    """
+    from hf_gradacc.elsewhere.importing import import_file
+
+    out = output or Path(f"{file.stem}.recipe.yaml")
+    imported = import_file(file, out, world_size=world_size)
+    print(printable(imported.describe(out)))
+    if imported.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

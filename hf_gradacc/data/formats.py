@@ -24,8 +24,9 @@ from dataclasses import replace
 from typing import Any
 
 from hf_gradacc.data.chat import split_chat
-from hf_gradacc.data.joined import join_and_encode
+from hf_gradacc.data.joined import join_and_encode, with_eos
 from hf_gradacc.data.messages import Dialogue, past_turns, read_dialogue, system_of
+from hf_gradacc.data.plain import gap_behind, plain_instruction, plain_prompt, plain_question
 from hf_gradacc.data.preference import Pair, join_sides, read_pair
 from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of, read_json
 from hf_gradacc.data.rendering import ChatError
@@ -118,28 +119,19 @@ def _template_values(reader: RowReader, row: Mapping[str, Any]) -> dict[str, Any
 
 def _question_answer(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
     question, answer = reader.text(row, "question"), reader.text(row, "answer")
-    return _ask(reader, row, question, answer, _plain_question, "answer")
+    return _ask(reader, row, question, answer, plain_question, "answer")
 
 
 def _instruction(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
     instruction, output = reader.text(row, "instruction"), reader.text(row, "output")
     context = reader.text(row, "input", optional=True)
     question = f"{instruction}\n\n{context}" if context else instruction
-    given = f"### Input:\n{context}\n\n" if context else ""
 
     def plain(asked: str) -> str:
         own = asked == question
-        return (
-            f"### Instruction:\n{instruction if own else asked}\n\n{given if own else ''}"
-            "### Response:\n"
-        )
+        return plain_instruction(instruction, context) if own else plain_instruction(asked)
 
     return _ask(reader, row, question, output, plain, "output")
-
-
-def _plain_question(question: str) -> str:
-    # No blank behind the colon: with the answer's first letter it would make another token.
-    return f"Question: {question}\nAnswer:"
 
 
 def _ask(
@@ -153,10 +145,10 @@ def _ask(
     """A question and its answer, behind those that the row has had before."""
     system, past = system_of(reader, row), past_turns(reader, row)
     if reader.tokenizer.chat_template is None:
-        gap = "" if plain(question).endswith("\n") else " "
-        before = "" if system is None else f"{system}\n\n"
-        before += "".join(f"{plain(asked)}{gap}{said}\n\n" for asked, said in past)
-        return _continue(reader, before + plain(question), gap + answer)
+        asked = plain(question)
+        earlier = [(plain(text), said) for text, said in past]
+        prompt = plain_prompt(asked, past=earlier, system=system)
+        return _continue(reader, prompt, gap_behind(asked) + answer)
     turns = [] if system is None else [("system", system)]
     for asked, said in [*past, (question, answer)]:
         turns += [("user", asked), ("assistant", said)]
@@ -191,7 +183,7 @@ def _text(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     text = reader.text(row, "text")
     if not text:  # an EOS alone would teach to end before anything is said
         return {"input_ids": [], "labels": []}
-    ids = _with_eos(reader.tokenizer, reader.tokenizer(text)["input_ids"])
+    ids = with_eos(reader.tokenizer, reader.tokenizer(text)["input_ids"])
     return {"input_ids": ids, "labels": list(ids)}
 
 
@@ -200,8 +192,8 @@ def _seq2seq(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     source = reader.source_prefix + reader.text(row, "source")
     target = reader.text(row, "target")
     labels = tokenizer(text_target=target)["input_ids"]
-    input_ids = _with_eos(tokenizer, tokenizer(source)["input_ids"])
-    return {"input_ids": input_ids, "labels": _with_eos(tokenizer, labels)}
+    input_ids = with_eos(tokenizer, tokenizer(source)["input_ids"])
+    return {"input_ids": input_ids, "labels": with_eos(tokenizer, labels)}
 
 
 def _classification(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
@@ -266,10 +258,6 @@ def _numbers(reader: RowReader, row: Mapping[str, Any], name: str) -> list[int]:
     if not isinstance(value, list) or any(type(number) is not int for number in value):
         raise RowError(column, f"is {kind_of(value)}, not a list of whole numbers")
     return value
-
-
-def _with_eos(tokenizer: Any, ids: list[int]) -> list[int]:
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 _FORMATS: dict[str, Callable[[RowReader, Mapping[str, Any]], Encoded | list[Encoded]]] = {

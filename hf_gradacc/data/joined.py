@@ -11,7 +11,7 @@ from typing import Any
 from hf_gradacc.text import common_length
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
-__all__ = ["join_and_encode", "without_eos"]
+__all__ = ["join_and_encode", "with_eos", "without_eos"]
 
 
 def join_and_encode(
@@ -49,3 +49,8 @@ def join_and_encode(
 def without_eos(tokenizer: Any, ids: list[int]) -> list[int]:
     """Remove the EOS that some tokenizers put after a text."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def with_eos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Put EOS behind a text where the tokenizer does not."""
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]

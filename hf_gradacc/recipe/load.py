@@ -140,6 +140,8 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         fix = "start it with `torchrun --nproc-per-node 8 -m hf_gradacc train ...`, or leave it out"
         here = Origin("this machine")
         raise RecipeError([Problem("train.ddp_backend", why, fix, here, options["ddp_backend"])])
+    if options.get("push_to_hub"):  # a model that is half trained is pushed if a recipe says so
+        options.setdefault("hub_strategy", "end")
     try:
         arguments = kind(**options_as_installed(options, kind))
     except (ValueError, TypeError, ImportError) as error:

@@ -20,6 +20,7 @@ from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
 from hf_gradacc.recipe.sizes import check_sizes
 from hf_gradacc.text import SECRET_KEY, nearest
+from hf_gradacc.tracking.card import CARD_NAME
 
 __all__ = [
     "apply_peft",
@@ -207,17 +208,24 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     if peft is None or not peft.merge_on_save:
         model = trainer.accelerator.unwrap_model(trainer.model)
         with plain_when_saved(model):
-            trainer.save_model()
+            trainer.save_model(_internal_call=True)  # pushed below, once everything is there
         if trainer.is_world_process_zero() and hasattr(model, "peft_config"):
             save_stop_tokens(model, folder)
+            if model.active_peft_config.task_type == _TASKS["classification"]:
+                model.config.save_pretrained(folder)  # the only place that names the classes
     elif trainer.is_world_process_zero():
         from hf_gradacc.trainer.saved_values import refuse_bad_values
 
         refuse_bad_values(trainer, folder, is_checkpoint=False)
         model = trainer.accelerator.unwrap_model(trainer.model)
         with save_aside(trainer, folder) as staged:
-            model.merge_and_unload().save_pretrained(staged)
+            whole = model.merge_and_unload()
+            whole.save_pretrained(staged)
             trainer.processing_class.save_pretrained(staged)
+    try:
+        trainer.create_model_card()
+    except OSError as error:  # the model is saved, which is what counts
+        print(f"no {CARD_NAME} was written: {error}")
     return folder
 
 

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_collator, prepare_data
 from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.card import add_recipe_facts
 from hf_gradacc.recipe.ends import add_stop_tokens
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
 from hf_gradacc.recipe.hub import telling_of_hub
@@ -29,6 +30,7 @@ from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
+from hf_gradacc.recipe.pushing import make_repository, push_trained
 from hf_gradacc.recipe.quality import add_metrics
 from hf_gradacc.recipe.samples import add_samples
 from hf_gradacc.recipe.sections import Recipe
@@ -36,6 +38,7 @@ from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.waiting import telling
 from hf_gradacc.text import SECRET_KEY, printable
+from hf_gradacc.tracking.card import CardFacts
 from hf_gradacc.tracking.install import listen_to_rows
 
 __all__ = [
@@ -85,6 +88,9 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
 
     configure_wandb(recipe)
     arguments = recipe_arguments(recipe, **changes)
+    if arguments.push_to_hub and arguments.process_index == 0:
+        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        make_repository(name, private=arguments.hub_private_repo, token=arguments.hub_token)
     set_seed(arguments.seed)  # before the model: a new head or adapter starts at random
     is_first = arguments.process_index == 0
     with (
@@ -165,6 +171,8 @@ def train_recipe(
     if data.eval is not None:
         metrics = _metrics_of_last_update(trainer) or trainer.evaluate()
     folder = save_model(trainer, peft=recipe.peft)
+    if trainer.args.push_to_hub:
+        push_trained(trainer, folder)
     return RunResult(trainer, data, metrics, folder)
 
 
@@ -241,6 +249,10 @@ class RecipeCallback(TrainerCallback):
             self._stops = add_stop_tokens(
                 model, self.recipe, tokenizer=tokenizer, folder=args.output_dir
             )
+
+    def describe_for_card(self, facts: CardFacts) -> None:
+        """Add what the recipe says to the card of the model."""
+        add_recipe_facts(facts, self.recipe)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it on the first rank only, into a folder that is this run's."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from hf_gradacc.recipe.interpolation import READABLE_VARIABLES, FromEnvironment, resolve
+from hf_gradacc.recipe.interpolation import READABLE_VARIABLES, FromEnvironment, escape, resolve
 from hf_gradacc.recipe.problems import Key, Origin, Problem, RecipeError, dotted
 from hf_gradacc.recipe.reading import parse_value, read_yaml
 from hf_gradacc.text import SECRET_KEY
 
-__all__ = ["COMMAND_LINE", "RecipeSource", "flatten_recipe", "read_recipe"]
+__all__ = ["COMMAND_LINE", "RecipeSource", "flatten_recipe", "read_recipe", "write_values"]
 
 COMMAND_LINE = "command line"
 
@@ -134,6 +134,34 @@ def flatten_recipe(path: Path) -> str:
     values = _read_with_bases(path, {}, seen=(), files=[])
     merged = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"{comment.group()}\n{merged}"
+
+
+def write_values(values: Mapping[str, Any]) -> str:
+    """Write values as the YAML of a recipe that holds just these: no reference in them is read.
+
+    >>> print(write_values({"data": {"system": "${HOME}", "seed": 1}}), end="")
+    data:
+      system: \\${HOME}
+      seed: 1
+    """
+    return yaml.dump(
+        _escaped(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _escaped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return escape(value) if isinstance(value, str) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Without aliases, which nobody reads."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _read_with_bases(

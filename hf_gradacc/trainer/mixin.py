@@ -62,6 +62,7 @@ from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
 from hf_gradacc.trainer.asking import ask_trainer, quietly, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
+from hf_gradacc.trainer.card import write_trainer_card
 from hf_gradacc.trainer.choosing import Start, choose_start, hold_run_folder
 from hf_gradacc.trainer.contract import tell_what_moved
 from hf_gradacc.trainer.data import TrainingData
@@ -157,6 +158,7 @@ class GradAccMixin(Trainer):
     ``_push_from_checkpoint``                uploads whole checkpoints only
     ``save_model``                           refuses NaN; says where weights still are if the
                                              disk fails
+    ``create_model_card``                    writes figures, data and a plot of the run
     ``_save_optimizer_and_scheduler``        holds back a disk error until all ranks know of it
     ``_save_scaler``                         likewise
     ``_save_rng_state``                      likewise
@@ -679,6 +681,35 @@ class GradAccMixin(Trainer):
             save(str(staged), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write a card with figures, settings and a plot, see `tracking.card`."""
+        if not self.is_world_process_zero():
+            return
+        write_trainer_card(
+            self,
+            self.args.output_dir,
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+        )
 
     def _saving_to(self, folder: str | Path) -> contextlib.ExitStack:
         """Save arguments without secrets, and the weights of a model split in loading together."""

@@ -29,7 +29,7 @@ from hf_gradacc.safety.run_state import kept
 from hf_gradacc.safety.storage_errors import find_storage_fault
 from hf_gradacc.tracking.install import flush_log, record_event
 
-__all__ = ["CheckpointWriter", "rotate", "save_aside"]
+__all__ = ["CheckpointWriter", "finish_pushes", "rotate", "save_aside"]
 
 logger = logging.get_logger(__name__)
 
@@ -204,6 +204,11 @@ def save_aside(trainer: Any, folder: str | Path) -> Iterator[Path]:
         trainer._rank_engine.gathering_whole_weights(),
     ):
         yield staged
+
+
+def finish_pushes(trainer: Any) -> None:
+    """Wait for the checkpoints that are being uploaded."""
+    trainer._finish_current_push()
 
 
 def _wait_for_nobody() -> None:

@@ -25,7 +25,8 @@ ROOMS["tracking"] = ROOMS["loss"] | {"ranks", "safety"}
 ROOMS["trainer"] = ROOMS["safety"] | {"safety", "tracking"}
 ROOMS["verify"] = ROOMS["trainer"] | {"trainer"}
 ROOMS["recipe"] = ROOMS["verify"] | {"verify", "data"}
-ROOMS["cli"] = ROOMS["recipe"] | {"recipe", "__version__"}
+ROOMS["after"] = ROOMS["elsewhere"] = ROOMS["recipe"] | {"recipe"}
+ROOMS["cli"] = ROOMS["after"] | {"after", "elsewhere", "__version__"}
 ROOMS["__main__"] = {"cli"}
 DOORS = ("data", "recipe", "tracking", "verify")
 for _door in DOORS:
