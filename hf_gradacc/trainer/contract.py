@@ -39,6 +39,7 @@ HOOKS = {
     "_evaluate": Hook("trial ignore_keys_for_eval skip_scheduler", ("_maybe_log_save_evaluate",)),
     "_finalize_training": Hook("trial num_train_samples start_time", ("_inner_training_loop",)),
     "_get_grad_norm": Hook("model grad_norm", ("_run_epoch",)),
+    "_get_learning_rate": Hook("", ("_run_epoch",)),
     "_get_num_items_in_batch": Hook("batch_samples device", ("prediction_step",)),
     "_get_output_dir": Hook("trial", ("_save_checkpoint", "_finalize_training")),
     "_hp_search_setup": Hook("trial", ("train",)),
@@ -74,6 +75,7 @@ HOOKS = {
     "compute_loss": Hook(
         "model inputs return_outputs num_items_in_batch", ("training_step", "prediction_step")
     ),
+    "create_optimizer": Hook("model", ("_prepare_for_training",)),
     "evaluation_loop": Hook(
         "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         ("evaluate", "predict"),

@@ -77,6 +77,7 @@ from hf_gradacc.trainer.overrides import (
     plain_for_steps_behind,
     refuse_old_signature,
 )
+from hf_gradacc.trainer.parameter_groups import ParameterGroups
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
 from hf_gradacc.trainer.resume import Beginning
 from hf_gradacc.trainer.row_parts import (
@@ -131,6 +132,7 @@ class GradAccMixin(Trainer):
     ``set_initial_training_values``          counts the updates of each epoch
     ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
+    ``create_optimizer``                     gives parameters learning rates of their own
     ``_load_from_checkpoint``                reads the weights of a model that was split in loading
     ``_load_optimizer_and_scheduler``        reads their state of such a model; lets changed
                                              settings take effect
@@ -145,6 +147,7 @@ class GradAccMixin(Trainer):
     ``_track_num_input_tokens``              takes the count from the update's only collective
     ``_clip_grad_norm``                      leaves out updates without targets
     ``_get_grad_norm``                       keeps NaN and infinity from the optimizer
+    ``_get_learning_rate``                   reads the rates of all groups
     ``_maybe_log_save_evaluate``             adds the update to the log row; acts on signals
     ``log``                                  adds what the updates consumed to training rows
     ``_evaluate``                            breaks off on a signal
@@ -169,6 +172,7 @@ class GradAccMixin(Trainer):
         token_budget: The tokens a micro-batch may compute.
         stop_signals: Which signal the run stops for.
         optimizer_steps: How the optimizer steps on weights of low precision.
+        parameter_groups: Which parameters learn at rates of their own.
     """
 
     control: Any
@@ -194,6 +198,7 @@ class GradAccMixin(Trainer):
         self._exact_evaluation = Evaluation()
         self._checkpoint_writer = CheckpointWriter()
         self.optimizer_steps = OptimizerSteps()
+        self.parameter_groups = ParameterGroups()
         self._training_data = TrainingData()
         self._beginning = Beginning(Start())
         self._is_asking = False
@@ -339,6 +344,7 @@ class GradAccMixin(Trainer):
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        self.parameter_groups.check(self)
         self.optimizer_steps.begin(self)
         self._beginning.tell(self)
         has_own_step = find_own_step(type(self)) is not None
@@ -356,6 +362,12 @@ class GradAccMixin(Trainer):
         begin_epoch(self, self.ledger, kwargs)
         if self._stopping.make_up_for_evaluation(self, kwargs):
             super()._run_epoch(**kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the stock optimizer, with a group for each learning rate that was asked for."""
+        behind: Any = super().create_optimizer
+        stock = behind if model is None else functools.partial(behind, model)
+        return self.parameter_groups.create(self, stock, model)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -558,6 +570,10 @@ class GradAccMixin(Trainer):
             self, self._update_runner, self._last_update, model, grad_norm, stock_norm
         )
 
+    def _get_learning_rate(self) -> float:
+        self.parameter_groups.note(self.optimizer)
+        return super()._get_learning_rate()
+
     # ---- the log -------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(
@@ -586,6 +602,7 @@ class GradAccMixin(Trainer):
         self._log_book.complete(logs, self.ledger.window, trainer=self)
         if is_training_row(logs):
             logs.update(self._noise_listener.metrics())
+            logs.update(self.parameter_groups.metrics())
         super().log(logs, *args, **kwargs)
 
     # ---- evaluation ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hf_gradacc.safety.resume_rules import (
     changed_config,
     changed_settings,
     describe_change,
+    find_other_groups,
     find_refusals,
     options_named_in,
 )
@@ -122,6 +123,9 @@ class Beginning:
         name, saved_name = _class_of(optimizer), self._then.get("optimizer")
         if saved_name not in (None, name):
             raise _refusal(checkpoint, f"the optimizer: {saved_name} before, {name} now")
+        groups = trainer.parameter_groups.describe()
+        if self._then and (why := find_other_groups(self._then.get("optimizer_groups"), groups)):
+            raise _refusal(checkpoint, why)
         fresh_rates = list(getattr(schedule, "base_lrs", ()))
         fresh = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         kinds = self._changed.get("lr_scheduler_type", ("", ""))
@@ -143,6 +147,7 @@ class Beginning:
         if moves and self._then:
             _move_schedule(optimizer, schedule, fresh, fresh_rates, step=trainer.state.global_step)
         changed_groups = {key for n in self._changed for key in HYPERPARAMETERS.get(n, ())}
+        changed_groups.add("label")  # patterns may be written in another way
         if "optim_args" in self._changed:
             changed_groups |= set(options_named_in(trainer.args.optim_args))
         for group, now in zip(optimizer.param_groups, fresh, strict=False):
@@ -151,7 +156,11 @@ class Beginning:
     def tell(self, trainer: Any) -> None:
         """Say what changed since the checkpoint, and what holds; record the optimizer."""
         if trainer.optimizer is not None:
-            keep(trainer.state, optimizer=_class_of(trainer.optimizer))
+            keep(
+                trainer.state,
+                optimizer=_class_of(trainer.optimizer),
+                optimizer_groups=trainer.parameter_groups.describe(),
+            )
         if self.start.checkpoint is None or not trainer.is_world_process_zero():
             return
         lines = []
