@@ -377,12 +377,14 @@ def _find_rate_problems(args: Any) -> Any:
         rates = None
     for pattern, rate in (rates or {}).items():
         if not _is_number(rate) or not rate >= 0:
-            yield f"learning_rates[{pattern!r}] = {rate!r}: use a number of at least 0."
+            yield (
+                f"learning_rates gives {pattern!r} the rate {rate!r}: use a number of at least 0."
+            )
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             yield (
-                f"learning_rates: {pattern!r} is no regular expression ({error}): write a part of "
+                f"learning_rates has {pattern!r}, no regular expression ({error}): write a part of "
                 f"a parameter's name."
             )
     ratio = args.loraplus_ratio

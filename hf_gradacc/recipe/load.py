@@ -101,7 +101,7 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     """
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
-    options |= {"wandb_report": recipe.wandb.report}
+    options |= {"wandb_report": recipe.wandb.report, "loraplus_ratio": recipe.peft.loraplus_ratio}
     # null takes an inherited value back: the default holds.
     options |= {name: value for name, value in recipe.train.items() if value is not None}
     options |= changes

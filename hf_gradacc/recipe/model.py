@@ -58,13 +58,14 @@ def load_model(
         dtype = "float32" if section.dtype == "auto" else section.dtype
         options = given(attn_implementation=section.attn_implementation)
         try:
-            return head.from_config(config, dtype=dtype, **options)
+            model = head.from_config(config, dtype=dtype, **options)
         except (ValueError, TypeError, ImportError) as error:
             why = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"model.config = {section.config!r} does not make a model ({why}): check its "
                 "sizes, model.task and model.attn_implementation."
             ) from error
+        return _as_trained(model, section)
     options = given(
         revision=section.revision,
         attn_implementation=section.attn_implementation,
@@ -89,6 +90,14 @@ def load_model(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         # New rows start at the mean of the old ones, which keeps the first losses sane.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    return _as_trained(model, section)
+
+
+def _as_trained(model: Any, section: ModelSection) -> Any:
+    if section.unfrozen_parameters:
+        from hf_gradacc.recipe.trained import freeze_others
+
+        freeze_others(model, section.unfrozen_parameters)
     return model
 
 
@@ -317,7 +326,7 @@ def empty_model(
     )
     try:
         with torch.device("meta"), _unsharded():
-            return head.from_config(config, **options)
+            model = head.from_config(config, **options)
     except (ValueError, TypeError, ImportError, KeyError) as error:
         why = str(error).strip().splitlines()[0]
         name = "name" if section.config is None else "config"
@@ -325,6 +334,7 @@ def empty_model(
             f"model.{name} = {getattr(section, name)!r} does not make a model ({why}): check its "
             "sizes, model.task and model.attn_implementation."
         ) from error
+    return _as_trained(model, section)
 
 
 def _check_known(config: Any, changes: dict[str, Any], *, key: str) -> None:

@@ -25,6 +25,7 @@ from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
+from hf_gradacc.recipe.trained import check_trained, describe_rates
 from hf_gradacc.text import byte_size, printable
 from hf_gradacc.updates.loader import ModelFacts
 
@@ -71,6 +72,7 @@ def show_plan(
     texts = iter_texts(recipe.data)
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
     model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
+    check_trained(recipe, model, arguments)
     check_max_length(recipe, model)
     vocab_size = model.get_input_embeddings().num_embeddings
     data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)
@@ -106,6 +108,7 @@ def show_plan(
         available=gpu_memory,
     )
     _print_updates(plan, console)
+    _print_rates(model, arguments, console)
     _print_ways(plan, console)
     _print_lengths(plan, data.train, tokenizer, console)
     _print_memory(memory, plan, gpu_memory, console)
@@ -131,6 +134,17 @@ def _print_updates(plan: RecipePlan, console: Console) -> None:
     table.add_row("input_tokens_per_update", _spread(plan.inputs_per_update))
     table.add_row("micro_batches_per_update", f"{_spread(plan.chosen.micro_batches)} on each rank")
     table.add_row("padding_fraction", f"{plan.chosen.padding_fraction:.1%}")
+    console.print(table)
+
+
+def _print_rates(model: Any, arguments: Any, console: Console) -> None:
+    groups = list(describe_rates(model, arguments))
+    if len(groups) == 1 and not groups[0][0]:
+        return
+    console.print("\n[bold]Learning rates[/bold] at their peak")
+    table = _table()
+    for label, rate, size in groups:
+        table.add_row(label or "learning_rate", f"{rate:g}", f"{size:,} weights")
     console.print(table)
 
 

@@ -27,6 +27,7 @@ from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_mo
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.problems import Key
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.trained import check_trained
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.text import SECRET_KEY, printable
 
@@ -82,6 +83,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
+        check_trained(recipe, empty, arguments)
         check_max_length(recipe, empty)
         vocab_size = empty.get_input_embeddings().num_embeddings
         data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size)

@@ -23,6 +23,7 @@ __all__ = [
     "ParameterGroups",
     "all_names",
     "assign_rates",
+    "assign_rates_as_asked",
     "group_label",
     "split_groups",
 ]
@@ -126,6 +127,16 @@ def assign_rates(
     return assigned
 
 
+def assign_rates_as_asked(model: nn.Module, args: Any) -> dict[int, GroupRate]:
+    """Return what `assign_rates` does for training arguments."""
+    return assign_rates(
+        model,
+        learning_rate=args.learning_rate,
+        learning_rates=args.learning_rates,
+        loraplus_ratio=args.loraplus_ratio,
+    )
+
+
 def _labels(patterns: dict[str, float]) -> dict[str, str]:
     """Name each pattern for the log; no two alike."""
     labels: dict[str, str] = {}
@@ -192,12 +203,7 @@ class ParameterGroups:
         return optimizer
 
     def _split_groups(self, optimizer: Any, model: nn.Module, args: Any) -> None:
-        assigned = assign_rates(
-            model,
-            learning_rate=args.learning_rate,
-            learning_rates=args.learning_rates,
-            loraplus_ratio=args.loraplus_ratio,
-        )
+        assigned = assign_rates_as_asked(model, args)
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not stepped >= set(assigned):
             name = getattr(args.optim, "value", args.optim)
