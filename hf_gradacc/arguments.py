@@ -203,6 +203,14 @@ class GradAccOptions:
         },
     )
 
+    lr_decay_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Updates over which warmup_stable_decay lets the learning rate fall at its "
+            "end; below 1 a share of the run. Default: 0.2."
+        },
+    )
+
     noise_scale_every: int | None = field(
         default=None,
         metadata={
@@ -363,6 +371,7 @@ def _find_problems(args: Any) -> Any:
             f"{args.max_tokens_per_micro_batch!r} tunes nothing: set it to 'auto'."
         )
     yield from _find_rate_problems(args)
+    yield from _find_schedule_problems(args)
     yield from _find_transaction_problems(args)
 
 
@@ -390,6 +399,38 @@ def _find_rate_problems(args: Any) -> Any:
     ratio = args.loraplus_ratio
     if ratio is not None and (not _is_number(ratio) or ratio < 1):
         yield f"loraplus_ratio = {ratio!r}: use a number of at least 1, such as 16."
+
+
+def _find_schedule_problems(args: Any) -> Any:
+    """Yield the problems of the decay that ends a schedule."""
+    steps = args.lr_decay_steps
+    if steps is None:
+        return
+    if not _is_number(steps) or steps <= 0 or (steps >= 1 and steps != int(steps)):
+        yield (
+            f"lr_decay_steps = {steps!r}: use a whole number of updates, or a share of the run "
+            f"below 1."
+        )
+        return
+    kind = getattr(args, "lr_scheduler_type", None)
+    kind = getattr(kind, "value", kind)
+    if kind != "warmup_stable_decay":
+        yield (
+            f"lr_decay_steps = {steps} has no effect with lr_scheduler_type = {kind!r}: set that "
+            f"to 'warmup_stable_decay', or leave lr_decay_steps out."
+        )
+    options = getattr(args, "lr_scheduler_kwargs", None)
+    if isinstance(options, dict) and "num_decay_steps" in options:
+        yield (
+            f"lr_decay_steps = {steps} and num_decay_steps = {options['num_decay_steps']} in "
+            f"lr_scheduler_kwargs both say how long the decay is: leave one of them out."
+        )
+    warmup = getattr(args, "warmup_steps", 0)
+    if steps < 1 and warmup < 1 and steps + warmup > 1:
+        yield (
+            f"lr_decay_steps = {steps} and warmup_steps = {warmup} are shares of one run, and more "
+            f"than all of it: take less of one."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -30,6 +30,7 @@ COMPARED = (
     "logging_steps",
     "logging_strategy",
     "loraplus_ratio",
+    "lr_decay_steps",
     "lr_scheduler_kwargs",
     "lr_scheduler_type",
     "max_grad_norm",

@@ -26,6 +26,7 @@ SCHEDULE = (
     "learning_rate",
     "learning_rates",
     "loraplus_ratio",
+    "lr_decay_steps",
     "lr_scheduler_kwargs",
     "lr_scheduler_type",
     "max_steps",

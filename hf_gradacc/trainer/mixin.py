@@ -88,6 +88,7 @@ from hf_gradacc.trainer.row_parts import (
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saved_values import refuse_bad_values
 from hf_gradacc.trainer.saving import CheckpointWriter, rotate, save_aside
+from hf_gradacc.trainer.schedule import complete_schedule
 from hf_gradacc.trainer.settle import LossSettler, settled
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
@@ -133,6 +134,7 @@ class GradAccMixin(Trainer):
     ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
     ``create_optimizer``                     gives parameters learning rates of their own
+    ``create_scheduler``                     counts the updates of a decay
     ``_load_from_checkpoint``                reads the weights of a model that was split in loading
     ``_load_optimizer_and_scheduler``        reads their state of such a model; lets changed
                                              settings take effect
@@ -368,6 +370,12 @@ class GradAccMixin(Trainer):
         behind: Any = super().create_optimizer
         stock = behind if model is None else functools.partial(behind, model)
         return self.parameter_groups.create(self, stock, model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the stock schedule, whose decay may be left to us to count."""
+        options = complete_schedule(self.args, num_training_steps)
+        with changed(self.args, lr_scheduler_kwargs=options):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

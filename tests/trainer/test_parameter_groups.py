@@ -260,8 +260,8 @@ def test_impossible_rates_are_told_together(tmp_path):
     rates = {"q_proj": -1, "k_proj": math.nan, "v_proj": "1e-5", "(": 0.1}
     with pytest.raises(ConfigError) as error:
         GradAccArguments(str(tmp_path), learning_rates=rates, loraplus_ratio=0.5)
-    for told in ("'q_proj' the rate -1", "'k_proj' the rate nan", "'v_proj' the rate '1e-5'", "'(', no",
-                 "loraplus_ratio = 0.5"):  # fmt: skip
+    for told in ("'q_proj' the rate -1", "'k_proj' the rate nan", "'v_proj' the rate '1e-5'",
+                 "'(', no regular expression", "loraplus_ratio = 0.5"):  # fmt: skip
         assert told in str(error.value)
 
 
