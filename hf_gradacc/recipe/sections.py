@@ -238,12 +238,16 @@ def arguments_class() -> type[Any]:
 @cache
 def train_section() -> type[BaseModel]:
     """A pydantic model with a field for each option; only those set are passed on."""
+    from hf_gradacc.arguments import OUR_OPTIMIZERS
+
     arguments = arguments_class()
     hints = typing.get_type_hints(arguments)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(arguments):
         # Declared as text for the command line's sake; what it wants is a boolean.
         plain = bool | str if field.name == "fsdp" else _plain(hints[field.name])
+        if field.name == "optim":
+            plain = Literal[(*typing.get_args(plain), *OUR_OPTIMIZERS)]
         if field.init and field.name not in RESERVED and plain is not None:
             described = Field(default=None, description=field.metadata.get("help"))
             fields[field.name] = (plain | None, described)

@@ -14,6 +14,7 @@ from torch import nn
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.text import nearest
+from hf_gradacc.trainer.muon import muon_options, refuse_muon
 from hf_gradacc.trainer.parameter_groups import GroupRate, all_names, assign_rates_as_asked
 
 __all__ = ["check_trained", "describe_rates", "freeze_others"]
@@ -64,10 +65,14 @@ def check_trained(recipe: Recipe, model: Any, arguments: Any) -> None:
         arguments: Its `GradAccArguments`.
 
     Raises:
-        ConfigError: If a pattern has no effect, or if frozen embeddings would lose gradients or new
-            tokens.
+        ConfigError: If a pattern has no effect, if Muon cannot step on the model, or if frozen
+            embeddings would lose gradients or new tokens.
     """
     assign_rates_as_asked(model, arguments)
+    if arguments.optim == "muon":
+        muon_options(arguments.optim_args)
+        splits = (name for name in ("fsdp", "deepspeed") if recipe.train.get(name))
+        refuse_muon(model, sharded_by=next(splits, None))
     if not recipe.model.unfrozen_parameters:
         return
     embeddings = model.get_input_embeddings().weight

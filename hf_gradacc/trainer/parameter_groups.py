@@ -8,7 +8,7 @@ its own. So every optimizer can have them, and the schedule scales all groups al
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn import Parameter
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.safety.identity import digest_of
 from hf_gradacc.text import nearest
+from hf_gradacc.trainer.as_requested import changed
+from hf_gradacc.trainer.muon import MuonWithAdamW, find_hidden_matrices, muon_options, refuse_muon
 
 __all__ = [
     "GroupRate",
@@ -197,12 +199,32 @@ class ParameterGroups:
         if trainer.optimizer is not None:  # the user's own, or that of the last call of train()
             return stock()
         model = trainer.model if model is None else model
-        optimizer = stock()
-        if self.are_asked_for(trainer.args):
-            self._split_groups(optimizer, model, trainer.args)
+        if not _steps_with_muon(trainer):
+            optimizer = stock()
+            if self.are_asked_for(trainer.args):
+                self._split_groups(optimizer, model, trainer.args)
+            return optimizer
+        args = trainer.args
+        refuse_muon(model, sharded_by=_splitting(trainer))
+        options = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "muon": muon_options(args.optim_args),
+        }
+        with changed(trainer, optimizer_cls_and_kwargs=(MuonWithAdamW, options)):
+            optimizer = stock()
+        self._split_groups(optimizer, model, args, matrices=find_hidden_matrices(model))
         return optimizer
 
-    def _split_groups(self, optimizer: Any, model: nn.Module, args: Any) -> None:
+    def _split_groups(
+        self,
+        optimizer: Any,
+        model: nn.Module,
+        args: Any,
+        *,
+        matrices: Collection[int] = (),
+    ) -> None:
         assigned = assign_rates_as_asked(model, args)
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not stepped >= set(assigned):
@@ -212,7 +234,7 @@ class ParameterGroups:
                 f"parameters in groups, and optim = {name!r} does not: use another, or leave them "
                 f"out."
             )
-        split_groups(optimizer, assigned)
+        split_groups(optimizer, assigned, matrices=matrices)
         names = all_names(model)
         self._split = optimizer
         self._described = [
@@ -233,11 +255,16 @@ class ParameterGroups:
         optimizer = trainer.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        if self.are_asked_for(trainer.args) and optimizer is not self._split:
+        asked = [
+            name for name in ("learning_rates", "loraplus_ratio") if getattr(trainer.args, name)
+        ]
+        if _steps_with_muon(trainer):
+            asked.append("optim = 'muon'")
+        if asked and optimizer is not self._split:
             raise ConfigError(
-                "learning_rates and loraplus_ratio have no effect: the optimizer was passed to the "
-                "trainer, or made by DeepSpeed or by a create_optimizer that does not call ours. "
-                "Give its groups their rates there, and leave both out here."
+                f"{' and '.join(asked)}: no effect, for the optimizer was passed to the trainer, "
+                f"or made by DeepSpeed or by a create_optimizer that does not call ours. Say it "
+                f"there, and leave it out here."
             )
 
     def describe(self) -> list[list[Any]] | None:
@@ -259,24 +286,46 @@ class ParameterGroups:
         return {f"learning_rate/{label}": rate for label, rate in self.rates.items()}
 
 
-def split_groups(optimizer: Any, assigned: dict[int, GroupRate]) -> None:
+def split_groups(
+    optimizer: Any, assigned: dict[int, GroupRate], *, matrices: Collection[int] = ()
+) -> None:
     """Split an optimizer's groups by learning rate, in place.
 
     What has no rate of its own stays where it was, in front: the first group's rate is the one that
     stock logs as ``learning_rate``.
+
+    Args:
+        optimizer: Just made.
+        assigned: The rate of each parameter, by its id.
+        matrices: Ids of parameters that Muon steps on; the optimizer is a `MuonWithAdamW` then.
     """
     kept, split = [], []
     for group in optimizer.param_groups:
-        parts: dict[GroupRate, list[Parameter]] = {}
-        for parameter in group["params"]:
-            parts.setdefault(assigned[id(parameter)], []).append(parameter)
-        own = {rate: parts.pop(rate) for rate in list(parts) if not rate.label}
-        group["params"] = [p for parameters in own.values() for p in parameters]
+        parts: dict[tuple[GroupRate, bool], list[Parameter]] = {}
+        for p in group["params"]:
+            parts.setdefault((assigned[id(p)], id(p) in matrices), []).append(p)
+        left = [key for key in parts if not key[0].label and not key[1]]
+        group["params"] = [p for key in left for p in parts.pop(key)]
         group["label"] = ""
         kept.append(group)
-        for (label, rate), parameters in parts.items():
+        for ((label, rate), is_matrix), parameters in parts.items():
             part = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
             lr = part["lr"]
             part["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
+            if is_matrix:
+                optimizer.use_muon(part)
             split.append(part | {"params": parameters, "label": label})
     optimizer.param_groups[:] = [*kept, *split]
+
+
+def _steps_with_muon(trainer: Any) -> bool:
+    return trainer.args.optim == "muon" and trainer.optimizer_cls_and_kwargs is None
+
+
+def _splitting(trainer: Any) -> str | None:
+    """Name what splits weights or the optimizer between ranks."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "deepspeed" if trainer.is_deepspeed_enabled else "fsdp"
+    if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):
+        return "distributed_config"
+    return None

@@ -252,7 +252,7 @@ def test_rates_that_nobody_applies_are_an_error(tmp_path):
             return self.optimizer
 
     options = JOB | {"learning_rates": RATES}
-    with pytest.raises(ConfigError, match="have no effect: the optimizer was passed"):
+    with pytest.raises(ConfigError, match="learning_rates: no effect, for the optimizer was"):
         make_trainer(tmp_path, ROWS, trainer_class=Own, **options).train()
 
 
