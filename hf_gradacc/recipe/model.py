@@ -188,8 +188,10 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
             if hasattr(model, "peft_config"):
                 save_stop_tokens(model, folder)
     elif trainer.is_world_process_zero():
+        from hf_gradacc.trainer.package_optimizers import use_averages
         from hf_gradacc.trainer.saved_values import refuse_bad_values
 
+        use_averages(trainer.optimizer)
         refuse_bad_values(trainer, folder, is_checkpoint=False)
         model = trainer.accelerator.unwrap_model(trainer.model)
         with save_aside(trainer, folder) as staged:

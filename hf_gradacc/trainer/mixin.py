@@ -77,6 +77,7 @@ from hf_gradacc.trainer.overrides import (
     plain_for_steps_behind,
     refuse_old_signature,
 )
+from hf_gradacc.trainer.package_optimizers import use_averages
 from hf_gradacc.trainer.parameter_groups import ParameterGroups
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
 from hf_gradacc.trainer.resume import Beginning
@@ -159,8 +160,8 @@ class GradAccMixin(Trainer):
     ``_save_checkpoint``                     checks values, writes to a staging folder, renames
     ``_get_output_dir``                      returns that folder meanwhile
     ``_push_from_checkpoint``                uploads whole checkpoints only
-    ``save_model``                           refuses NaN; says where weights still are if the
-                                             disk fails
+    ``save_model``                           refuses NaN; saves a schedule-free optimizer's
+                                             averages; says where weights are if the disk fails
     ``_save_optimizer_and_scheduler``        holds back a disk error until all ranks know of it
     ``_save_scaler``                         likewise
     ``_save_rng_state``                      likewise
@@ -396,6 +397,7 @@ class GradAccMixin(Trainer):
             self._beginning.load_optimizer(self, load)
 
     def _load_best_model(self) -> None:
+        use_averages(self.optimizer)
         if is_split(self.model) and self.state.best_model_checkpoint is not None:
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
@@ -692,6 +694,7 @@ class GradAccMixin(Trainer):
             with self._checkpoint_writer.inside_checkpoint(), self._saving_to(folder):
                 save(output_dir, _internal_call=_internal_call)
             return
+        use_averages(self.optimizer)
         refuse_bad_values(self, folder, is_checkpoint=False)
         with save_aside(self, folder) as staged, self._saving_to(staged):
             save(str(staged), _internal_call=True)

@@ -30,6 +30,7 @@ from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.tracking.run_facts import versions
 from hf_gradacc.trainer.choosing import Start, read_record
+from hf_gradacc.trainer.package_optimizers import projectors_readable, refuse_lost_state
 
 __all__ = ["Beginning"]
 
@@ -123,6 +124,7 @@ class Beginning:
         name, saved_name = _class_of(optimizer), self._then.get("optimizer")
         if saved_name not in (None, name):
             raise _refusal(checkpoint, f"the optimizer: {saved_name} before, {name} now")
+        refuse_lost_state(name, checkpoint)
         groups = trainer.parameter_groups.describe()
         if self._then and (why := find_other_groups(self._then.get("optimizer_groups"), groups)):
             raise _refusal(checkpoint, why)
@@ -133,7 +135,8 @@ class Beginning:
         try:
             if has_other_state:
                 trainer.lr_scheduler = _Ignored()
-            load()
+            with projectors_readable():
+                load()
         except (KeyError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
