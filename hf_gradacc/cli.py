@@ -156,6 +156,13 @@ def plan(
         int,
         typer.Option(min=0, metavar="N", help="Also show the first N rows, their targets marked."),
     ] = 0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train 3 updates here, to tell how long a run takes.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="PRICE", help="What the machine costs; tells the run's cost."),
+    ] = None,
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -170,6 +177,8 @@ def plan(
     - `hf-gradacc plan my.yaml peft=lora --gpu-memory 24`
 
     - `hf-gradacc plan my.yaml --show-rows 3`
+
+    - `hf-gradacc plan my.yaml --measure --price-per-hour 2.5`
     """
     from hf_gradacc.recipe.plan_screen import show_plan
 
@@ -182,6 +191,8 @@ def plan(
         gpu_memory=None if gpu_memory is None else gpu_memory * 1e9,
         png=png,
         num_rows=show_rows,
+        measures=measure,
+        price_per_hour=price_per_hour,
         console=console,
     )
 

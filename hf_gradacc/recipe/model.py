@@ -304,6 +304,7 @@ def empty_model(
     tokenizer: Any,
     label_names: list[str] | None = None,
     here: bool = True,
+    device: str = "meta",
 ) -> Any:
     """The model's shape without its weights: parameters on torch's meta device.
 
@@ -312,6 +313,7 @@ def empty_model(
         tokenizer: Its tokenizer; decides the vocabulary of a model from a config.
         label_names: Classification: the classes.
         here: Whether it will run on this machine, which then has to have what its attention needs.
+        device: Another device to make it on, with random weights.
 
     Raises:
         ConfigError: If there is no such model, or this machine cannot run it.
@@ -327,7 +329,7 @@ def empty_model(
         trust_remote_code=section.trust_remote_code or None,
     )
     try:
-        with torch.device("meta"), _unsharded():
+        with torch.device(device), _unsharded():
             model = head.from_config(config, **options)
     except (ValueError, TypeError, ImportError, KeyError) as error:
         why = str(error).strip().splitlines()[0]

@@ -19,6 +19,12 @@ from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
+from hf_gradacc.recipe.measure import (
+    Measurement,
+    describe_time,
+    measure_updates,
+    read_earlier_run,
+)
 from hf_gradacc.recipe.memory import MemoryEstimate, anonymous_bytes, estimate_memory
 from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
@@ -56,6 +62,8 @@ def show_plan(
     gpu_memory: float | None = None,
     png: Path | None = None,
     num_rows: int = 0,
+    measures: bool = False,
+    price_per_hour: float | None = None,
     console: Console,
 ) -> RecipePlan:
     """Tokenize the data, plan the updates, and print both.
@@ -66,6 +74,8 @@ def show_plan(
         gpu_memory: Bytes of the GPU it is for; by default those of the first one here.
         png: Also draw it into this file.
         num_rows: How many prepared rows to show, with their targets marked.
+        measures: Train a few updates to tell how long the run will take.
+        price_per_hour: What the machine costs, in any currency.
         console: Where to print.
     """
     arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
@@ -112,6 +122,16 @@ def show_plan(
     _print_ways(plan, console)
     _print_lengths(plan, data.train, tokenizer, console)
     _print_memory(memory, plan, gpu_memory, console)
+    measured = (
+        measure_updates(recipe, data, tokenizer=tokenizer)
+        if measures
+        else read_earlier_run(
+            recipe.output.dir or ".",
+            num_parameters=memory.num_parameters,
+            world_size=world_size,
+        )
+    )
+    _print_time(measured, plan, price_per_hour, console)
     advice = list(give_advice(plan, memory=memory, gpu_memory=gpu_memory, peft=recipe.peft.method))
     if advice:
         console.print("\n[bold]What to change[/bold]")
@@ -214,6 +234,20 @@ def _print_memory(
     table.add_row("together", byte_size(memory.total), of)
     if gpu_memory is None and (held := anonymous_bytes()):
         table.add_row("beside them", byte_size(held), "Python, libraries, tokenizer and rows, here")
+    console.print(table)
+
+
+def _print_time(
+    measured: Measurement | None, plan: RecipePlan, price_per_hour: float | None, console: Console
+) -> None:
+    if measured is None:
+        if price_per_hour is not None:
+            console.print("\n[bold]Time[/bold] and cost are not known: add --measure.")
+        return
+    console.print(f"\n[bold]Time[/bold] ({measured.source})", highlight=False)
+    table = _table()
+    for name, text in describe_time(measured, plan, price_per_hour=price_per_hour):
+        table.add_row(name, text)
     console.print(table)
 
 
