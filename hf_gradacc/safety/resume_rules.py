@@ -163,8 +163,11 @@ def find_other_groups(then: Any, now: Any) -> str | None:
 
 
 def _describe_groups(groups: Any) -> str:
-    own = [(label, count) for label, count, _ in groups or [] if label]
-    counted = [f"{label} ({n} parameter{'s' if n != 1 else ''})" for label, n in own]
+    own: dict[str, int] = {}
+    for label, count, _ in groups or []:
+        if label:  # twice, if some of its parameters decay and others do not
+            own[label] = own.get(label, 0) + count
+    counted = [f"{label} ({n} parameter{'s' if n != 1 else ''})" for label, n in own.items()]
     return ", ".join(counted) or "none"
 
 

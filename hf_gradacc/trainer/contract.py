@@ -39,7 +39,6 @@ HOOKS = {
     "_evaluate": Hook("trial ignore_keys_for_eval skip_scheduler", ("_maybe_log_save_evaluate",)),
     "_finalize_training": Hook("trial num_train_samples start_time", ("_inner_training_loop",)),
     "_get_grad_norm": Hook("model grad_norm", ("_run_epoch",)),
-    "_get_learning_rate": Hook("", ("_run_epoch",)),
     "_get_num_items_in_batch": Hook("batch_samples device", ("prediction_step",)),
     "_get_output_dir": Hook("trial", ("_save_checkpoint", "_finalize_training")),
     "_hp_search_setup": Hook("trial", ("train",)),

@@ -150,7 +150,6 @@ class GradAccMixin(Trainer):
     ``_track_num_input_tokens``              takes the count from the update's only collective
     ``_clip_grad_norm``                      leaves out updates without targets
     ``_get_grad_norm``                       keeps NaN and infinity from the optimizer
-    ``_get_learning_rate``                   reads the rates of all groups
     ``_maybe_log_save_evaluate``             adds the update to the log row; acts on signals
     ``log``                                  adds what the updates consumed to training rows
     ``_evaluate``                            breaks off on a signal
@@ -370,7 +369,9 @@ class GradAccMixin(Trainer):
         """Make the stock optimizer, with a group for each learning rate that was asked for."""
         behind: Any = super().create_optimizer
         stock = behind if model is None else functools.partial(behind, model)
-        return self.parameter_groups.create(self, stock, model)
+        optimizer = self.parameter_groups.create(self, stock, model)
+        self._beginning.check_optimizer(optimizer, self.parameter_groups.describe())
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the stock schedule, whose decay may be left to us to count."""
@@ -462,6 +463,8 @@ class GradAccMixin(Trainer):
         facts = self.facts or self._ask(model, agree_on_inputs(update))
         runner = self._update_runner = self._update_runner or self._make_runner(model)
         self._gradient_gate.begin_update(self)
+        if self.parameter_groups.are_split:
+            self.parameter_groups.note(self.optimizer)
         if self.neftune_noise_alpha is not None:
             self._micro_batch_step.noise.take_over(self)
         is_tuning = self.token_budget.tuner is not None
@@ -580,10 +583,6 @@ class GradAccMixin(Trainer):
             self, self._update_runner, self._last_update, model, grad_norm, stock_norm
         )
 
-    def _get_learning_rate(self) -> float:
-        self.parameter_groups.note(self.optimizer)
-        return super()._get_learning_rate()
-
     # ---- the log -------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(
@@ -612,7 +611,8 @@ class GradAccMixin(Trainer):
         self._log_book.complete(logs, self.ledger.window, trainer=self)
         if is_training_row(logs):
             logs.update(self._noise_listener.metrics())
-            logs.update(self.parameter_groups.metrics())
+            if self.parameter_groups.are_split:
+                logs.update(self.parameter_groups.metrics())
         super().log(logs, *args, **kwargs)
 
     # ---- evaluation ----------------------------------------------------------------------------

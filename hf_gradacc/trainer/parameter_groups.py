@@ -169,10 +169,12 @@ class ParameterGroups:
     """Splits the groups of a run's optimizer, and follows their learning rates.
 
     Attributes:
+        are_split: Whether the run's optimizer has groups beside those of stock.
         rates: The learning rate of each group that has one of its own, in the last update.
     """
 
     def __init__(self) -> None:
+        self.are_split = False
         self.rates: dict[str, float] = {}
         self._split: Any = None  # the optimizer whose groups were split
         self._described: list[list[Any]] | None = None
@@ -236,7 +238,7 @@ class ParameterGroups:
             )
         split_groups(optimizer, assigned, matrices=matrices)
         names = all_names(model)
-        self._split = optimizer
+        self._split, self.are_split = optimizer, True
         self._described = [
             [
                 group["label"],
@@ -272,9 +274,7 @@ class ParameterGroups:
         return self._described
 
     def note(self, optimizer: Any) -> None:
-        """Read the rate of each group: stock does so of the first, before the schedule moves on."""
-        if self._split is None:
-            return
+        """Read the rate that each group is about to be stepped with; stock logs the first's."""
         self.rates = {
             group["label"]: float(group["lr"])
             for group in optimizer.param_groups

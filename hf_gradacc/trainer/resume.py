@@ -72,6 +72,28 @@ class Beginning:
         if refusals:
             raise _refusal(checkpoint, "; ".join(refusals))
 
+    def check_optimizer(self, optimizer: Any, groups: list[list[Any]] | None) -> None:
+        """Compare the optimizer that was made, and its groups, with those of the checkpoint.
+
+        DeepSpeed loads its state as soon as it has the model, so this comes before.
+
+        Args:
+            optimizer: Just made, in no wrapper or any.
+            groups: As `ParameterGroups.describe` gives them.
+
+        Raises:
+            CheckpointError: If it is another, or parameters stand in other groups.
+        """
+        checkpoint = self.start.checkpoint
+        if checkpoint is None or not self._then or optimizer is None:
+            return
+        name, saved_name = _class_of(optimizer), self._then.get("optimizer")
+        refuse_lost_state(name, checkpoint)
+        if saved_name not in (None, name):
+            return  # refused by name, once an engine that wraps it has done so
+        if why := find_other_groups(self._then.get("optimizer_groups"), groups):
+            raise _refusal(checkpoint, why)
+
     # ---- in the order of the stock code --------------------------------------------------------
 
     def begin(self, trainer: Any, membership: dict[str, Any]) -> None:
@@ -124,10 +146,6 @@ class Beginning:
         name, saved_name = _class_of(optimizer), self._then.get("optimizer")
         if saved_name not in (None, name):
             raise _refusal(checkpoint, f"the optimizer: {saved_name} before, {name} now")
-        refuse_lost_state(name, checkpoint)
-        groups = trainer.parameter_groups.describe()
-        if self._then and (why := find_other_groups(self._then.get("optimizer_groups"), groups)):
-            raise _refusal(checkpoint, why)
         fresh_rates = list(getattr(schedule, "base_lrs", ()))
         fresh = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         kinds = self._changed.get("lr_scheduler_type", ("", ""))

@@ -149,8 +149,8 @@ def test_a_changed_rate_takes_effect_from_the_checkpoint(trained, tmp_path):
 @pytest.mark.parametrize(
     ("rates", "told"),
     [
-        (None, "embed_tokens_lm_head (2 parameters), layers_0 (7 parameters), layers_0 (2"),
-        ({"embed": 0.5, r"layers\.0\.": 0}, "embed (1 parameter), layers_0 (7 parameters)"),
+        (None, "embed_tokens_lm_head (2 parameters), layers_0 (9 parameters) before, none now"),
+        ({"embed": 0.5, r"layers\.0\.": 0}, "embed (1 parameter), layers_0 (9 parameters) now"),
         ({"q_proj": 0.5, r"layers\.[01]\.": 0}, "q_proj (2 parameters)"),
     ],
     ids=["none", "fewer", "others"],
