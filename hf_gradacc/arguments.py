@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -13,6 +16,7 @@ from transformers import TrainingArguments
 from hf_gradacc.errors import ConfigError
 
 __all__ = [
+    "OUR_OPTIMIZERS",
     "GradAccArguments",
     "GradAccOptions",
     "LowPrecisionMode",
@@ -29,6 +33,9 @@ MeanOver = Literal["auto", "target_tokens", "tokens", "sequences", "micro_batch"
 
 LowPrecisionMode = Literal["auto", "master", "stochastic", "plain"]
 """How an optimizer may be made to step on bfloat16 and float16 weights."""
+
+OUR_OPTIMIZERS = ("muon",)
+"""Values of ``optim`` beside those that transformers knows."""
 
 
 @dataclass
@@ -180,6 +187,30 @@ class GradAccOptions:
         metadata={"help": "Stop with an error after skipping so many updates one after another."},
     )
 
+    learning_rates: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates of some parameters at their peak, by regular expressions that "
+            "are searched for in parameter names: {'embed_tokens|lm_head': 1e-5}. The first that "
+            "matches holds; parameters without one have learning_rate. One schedule scales all."
+        },
+    )
+    loraplus_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA+: how many times learning_rate the B matrices of LoRA learn with, such "
+            "as 16. Adapters of embeddings then learn with 1e-6. learning_rates comes first."
+        },
+    )
+
+    lr_decay_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Updates over which warmup_stable_decay lets the learning rate fall at its "
+            "end; below 1 a share of the run. Default: 0.2."
+        },
+    )
+
     noise_scale_every: int | None = field(
         default=None,
         metadata={
@@ -225,9 +256,12 @@ class GradAccOptions:
         budget = self.max_tokens_per_micro_batch
         if isinstance(budget, str) and budget.isdecimal():
             self.max_tokens_per_micro_batch = int(budget)  # from the command line
+        if isinstance(self.learning_rates, str):  # likewise
+            self.learning_rates = _parsed(self.learning_rates)
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
-            parent.__post_init__()
+            with _named_like_stock(self):
+                parent.__post_init__()
         check_options(self)
 
     @property
@@ -250,6 +284,28 @@ class GradAccOptions:
         per_device: int = getattr(self, "per_device_train_batch_size", 1)
         steps: int = getattr(self, "gradient_accumulation_steps", 1)
         return per_device * steps * world_size
+
+
+def _parsed(text: str) -> Any:
+    """Return what a text of JSON says; the text itself if it is none, for the check to refuse."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@contextlib.contextmanager
+def _named_like_stock(arguments: Any) -> Iterator[None]:
+    """Let stock code see an optimizer it knows: it looks names up, and fails on ours."""
+    name = getattr(arguments, "optim", None)
+    if name not in OUR_OPTIMIZERS:
+        yield
+        return
+    arguments.optim = "adamw_torch"
+    try:
+        yield
+    finally:
+        arguments.optim = name
 
 
 _SIZES = (
@@ -322,7 +378,71 @@ def _find_problems(args: Any) -> Any:
             f"remember_tuned_budget = True, but max_tokens_per_micro_batch = "
             f"{args.max_tokens_per_micro_batch!r} tunes nothing: set it to 'auto'."
         )
+    yield from _find_rate_problems(args)
+    yield from _find_schedule_problems(args)
     yield from _find_transaction_problems(args)
+
+
+def _find_rate_problems(args: Any) -> Any:
+    """Yield the problems of the learning rates of groups."""
+    rates = args.learning_rates
+    if rates is not None and (not isinstance(rates, dict) or not rates):
+        yield (
+            f"learning_rates = {rates!r}: write patterns with their rates, such as "
+            f"{{'embed_tokens|lm_head': 1e-5}}, or leave it out."
+        )
+        rates = None
+    for pattern, rate in (rates or {}).items():
+        if not _is_number(rate) or not rate >= 0:
+            yield (
+                f"learning_rates gives {pattern!r} the rate {rate!r}: use a number of at least 0."
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            yield (
+                f"learning_rates has {pattern!r}, no regular expression ({error}): write a part of "
+                f"a parameter's name."
+            )
+    ratio = args.loraplus_ratio
+    if ratio is not None and (not _is_number(ratio) or ratio < 1):
+        yield f"loraplus_ratio = {ratio!r}: use a number of at least 1, such as 16."
+
+
+def _find_schedule_problems(args: Any) -> Any:
+    """Yield the problems of the decay that ends a schedule."""
+    steps = args.lr_decay_steps
+    if steps is None:
+        return
+    if not _is_number(steps) or steps <= 0 or (steps >= 1 and steps != int(steps)):
+        yield (
+            f"lr_decay_steps = {steps!r}: use a whole number of updates, or a share of the run "
+            f"below 1."
+        )
+        return
+    kind = getattr(args, "lr_scheduler_type", None)
+    kind = getattr(kind, "value", kind)
+    if kind != "warmup_stable_decay":
+        yield (
+            f"lr_decay_steps = {steps} has no effect with lr_scheduler_type = {kind!r}: set that "
+            f"to 'warmup_stable_decay', or leave lr_decay_steps out."
+        )
+    options = getattr(args, "lr_scheduler_kwargs", None)
+    if isinstance(options, dict) and "num_decay_steps" in options:
+        yield (
+            f"lr_decay_steps = {steps} and num_decay_steps = {options['num_decay_steps']} in "
+            f"lr_scheduler_kwargs both say how long the decay is: leave one of them out."
+        )
+    warmup = getattr(args, "warmup_steps", 0)
+    if steps < 1 and warmup < 1 and steps + warmup > 1:
+        yield (
+            f"lr_decay_steps = {steps} and warmup_steps = {warmup} are shares of one run, and more "
+            f"than all of it: take less of one."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _find_transaction_problems(args: Any) -> Any:
@@ -381,7 +501,10 @@ def options_apart(values: Iterable[Any]) -> Iterator[dict[str, Any]]:
     ours: list[Any] = [value for value in values if type(value) is GradAccArguments]
     names = [option.name for option in fields(GradAccOptions)]
     apart = [{name: vars(arguments).pop(name) for name in names} for arguments in ours]
-    for arguments in ours:
+    for arguments, options in zip(ours, apart, strict=True):
+        if arguments.optim in OUR_OPTIMIZERS:
+            options["optim"] = arguments.optim
+            arguments.optim = "adamw_torch"
         arguments.__class__ = TrainingArguments
     try:
         yield apart[0] if apart else {}
@@ -443,6 +566,7 @@ def add_options(arguments: TrainingArguments, options: Mapping[str, Any] | None 
             assert option.default is not MISSING
             value = (options or {}).get(option.name, option.default)
             vars(arguments).setdefault(option.name, value)
+        arguments.optim = (options or {}).get("optim", arguments.optim)
         arguments.__class__ = wider
     check_options(arguments)
 

@@ -228,6 +228,13 @@ def plan(
         int,
         typer.Option(min=0, metavar="N", help="Also show the first N rows, their targets marked."),
     ] = 0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train 3 updates here, to tell how long a run takes.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="PRICE", help="What the machine costs; tells the run's cost."),
+    ] = None,
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -243,6 +250,8 @@ def plan(
     - `hf-gradacc plan my.yaml peft=lora --gpu-memory 24`
 
     - `hf-gradacc plan my.yaml --show-rows 3`
+
+    - `hf-gradacc plan my.yaml --measure --price-per-hour 2.5`
     """
     with opened_output(as_json=as_json) as output:
         from hf_gradacc.recipe.plan_screen import show_plan
@@ -256,6 +265,8 @@ def plan(
             gpu_memory=None if gpu_memory is None else gpu_memory * 1e9,
             png=png,
             num_rows=show_rows,
+            measures=measure,
+            price_per_hour=price_per_hour,
             console=console,
         )
         output.row({"kind": "plan", **shown.figures()})

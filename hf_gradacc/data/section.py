@@ -240,6 +240,8 @@ class ModelSection(Section):
     """For example `sdpa`, `flash_attention_2`, `eager`; null lets transformers choose."""
     trust_remote_code: bool = False
     """Run Python code that the hub repository ships. Off unless you know its authors."""
+    unfrozen_parameters: list[str] | None = Field(default=None, min_length=1)
+    """Train only parameters whose name holds one of these regular expressions; null trains all."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:

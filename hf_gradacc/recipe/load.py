@@ -120,6 +120,7 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
     options: dict[str, Any] = {"output_dir": recipe.output.dir, "run_name": recipe.wandb.name}
     options |= {"project": recipe.wandb.project, "wandb_per_rank": recipe.wandb.per_rank}
     options |= {"wandb_report": recipe.wandb.report, "wandb_upload_text": recipe.wandb.upload_text}
+    options |= {"loraplus_ratio": recipe.peft.loraplus_ratio}
     kind = arguments_class()
     if recipe.model.task in PAIR_TASKS and is_trl_installed():  # a plan does without
         from hf_gradacc.recipe.pair_trainers import defaults_of_ours

@@ -22,6 +22,7 @@ from hf_gradacc.recipe.activations import kept_for_backward
 from hf_gradacc.recipe.model import apply_peft, empty_model
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.safety.low_precision import choose_rounding, state_values
+from hf_gradacc.trainer.muon import find_hidden_matrices
 
 __all__ = ["MemoryEstimate", "anonymous_bytes", "estimate_memory"]
 
@@ -130,6 +131,11 @@ def estimate_memory(
             rounding = choose_rounding(num_weights=trainable, optimizer=optimizer, free_bytes=free)
     if rounding != "plain":
         float32_sums = trainable * (4 - trained_bytes)
+    states = trainable * state_values(optimizer)
+    if optimizer == "muon":
+        matrices = find_hidden_matrices(model)
+        rest = (p for p in model.parameters() if p.requires_grad and id(p) not in matrices)
+        states += sum(p.numel() for p in rest)
     state_bytes = 1 if "8bit" in optimizer else trained_bytes if rounding == "plain" else 4
     largest_weight = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     compute = 2 if recipe.train.get("bf16") or recipe.train.get("fp16") else bytes_each
@@ -156,7 +162,7 @@ def estimate_memory(
         num_trainable=trainable,
         weights=weights,
         gradients=trainable * trained_bytes + float32_sums,
-        optimizer=trainable * state_values(optimizer) * state_bytes,
+        optimizer=states * state_bytes,
         masters=trainable * 4 if rounding == "master" else 0,
         activations=kept + of_layer,
         # The logits in the model's type, and in float32 for the loss with their gradient.

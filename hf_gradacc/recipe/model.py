@@ -64,13 +64,14 @@ def load_model(
         dtype = "float32" if section.dtype == "auto" else section.dtype
         options = given(attn_implementation=section.attn_implementation)
         try:
-            return head.from_config(config, dtype=dtype, **options)
+            model = head.from_config(config, dtype=dtype, **options)
         except (ValueError, TypeError, ImportError) as error:
             why = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"model.config = {section.config!r} does not make a model ({why}): check its "
                 "sizes, model.task and model.attn_implementation."
             ) from error
+        return _as_trained(model, section)
     options = given(
         revision=section.revision,
         attn_implementation=section.attn_implementation,
@@ -97,6 +98,14 @@ def load_model(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         # New rows start at the mean of the old ones, which keeps the first losses sane.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    return _as_trained(model, section)
+
+
+def _as_trained(model: Any, section: ModelSection) -> Any:
+    if section.unfrozen_parameters:
+        from hf_gradacc.recipe.trained import freeze_others
+
+        freeze_others(model, section.unfrozen_parameters)
     return model
 
 
@@ -214,8 +223,10 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
             if model.active_peft_config.task_type == _TASKS["classification"]:
                 model.config.save_pretrained(folder)  # the only place that names the classes
     elif trainer.is_world_process_zero():
+        from hf_gradacc.trainer.package_optimizers import use_averages
         from hf_gradacc.trainer.saved_values import refuse_bad_values
 
+        use_averages(trainer.optimizer)
         refuse_bad_values(trainer, folder, is_checkpoint=False)
         model = trainer.accelerator.unwrap_model(trainer.model)
         with save_aside(trainer, folder) as staged:
@@ -335,6 +346,7 @@ def empty_model(
     tokenizer: Any,
     label_names: list[str] | None = None,
     here: bool = True,
+    device: str = "meta",
 ) -> Any:
     """The model's shape without its weights: parameters on torch's meta device.
 
@@ -343,6 +355,7 @@ def empty_model(
         tokenizer: Its tokenizer; decides the vocabulary of a model from a config.
         label_names: Classification: the classes.
         here: Whether it will run on this machine, which then has to have what its attention needs.
+        device: Another device to make it on, with random weights.
 
     Raises:
         ConfigError: If there is no such model, or this machine cannot run it.
@@ -358,8 +371,8 @@ def empty_model(
         trust_remote_code=section.trust_remote_code or None,
     )
     try:
-        with torch.device("meta"), _unsharded():
-            return head.from_config(config, **options)
+        with torch.device(device), _unsharded():
+            model = head.from_config(config, **options)
     except GradAccError:
         raise
     except Exception as error:  # sizes that go nowhere fail in as many ways as there are models
@@ -369,6 +382,7 @@ def empty_model(
             f"model.{name} = {getattr(section, name)!r} does not make a model ({why}): check its "
             "sizes, model.task and model.attn_implementation."
         ) from error
+    return _as_trained(model, section)
 
 
 def _check_known(config: Any, changes: dict[str, Any], *, key: str) -> None:

@@ -19,12 +19,19 @@ from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
+from hf_gradacc.recipe.measure import (
+    Measurement,
+    describe_time,
+    measure_updates,
+    read_earlier_run,
+)
 from hf_gradacc.recipe.memory import MemoryEstimate, anonymous_bytes, estimate_memory
 from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
+from hf_gradacc.recipe.trained import check_trained, describe_rates
 from hf_gradacc.safety.waiting import telling
 from hf_gradacc.text import byte_size, printable
 from hf_gradacc.updates.loader import ModelFacts
@@ -57,6 +64,8 @@ def show_plan(
     gpu_memory: float | None = None,
     png: Path | None = None,
     num_rows: int = 0,
+    measures: bool = False,
+    price_per_hour: float | None = None,
     console: Console,
 ) -> RecipePlan:
     """Tokenize the data, plan the updates, and print both.
@@ -67,6 +76,8 @@ def show_plan(
         gpu_memory: Bytes of the GPU it is for; by default those of the first one here.
         png: Also draw it into this file.
         num_rows: How many prepared rows to show, with their targets marked.
+        measures: Train a few updates to tell how long the run will take.
+        price_per_hour: What the machine costs, in any currency.
         console: Where to print.
     """
     arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
@@ -74,6 +85,7 @@ def show_plan(
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer, here=False)
+        check_trained(recipe, model, arguments)
         check_max_length(recipe, model)
         vocab_size = model.get_input_embeddings().num_embeddings
         task = recipe.model.task
@@ -110,9 +122,20 @@ def show_plan(
         available=gpu_memory,
     )
     _print_updates(plan, console)
+    _print_rates(model, arguments, console)
     _print_ways(plan, console)
     _print_lengths(plan, tokenizer, console)
     _print_memory(memory, plan, gpu_memory, console)
+    measured = (
+        measure_updates(recipe, data, tokenizer=tokenizer)
+        if measures
+        else read_earlier_run(
+            recipe.output.dir or ".",
+            num_parameters=memory.num_parameters,
+            world_size=world_size,
+        )
+    )
+    _print_time(measured, plan, price_per_hour, console)
     advice = list(give_advice(plan, memory=memory, gpu_memory=gpu_memory, peft=recipe.peft.method))
     if advice:
         console.print("\n[bold]What to change[/bold]")
@@ -135,6 +158,17 @@ def _print_updates(plan: RecipePlan, console: Console) -> None:
     table.add_row("input_tokens_per_update", _spread(plan.inputs_per_update))
     table.add_row("micro_batches_per_update", f"{_spread(plan.chosen.micro_batches)} on each rank")
     table.add_row("padding_fraction", f"{plan.chosen.padding_fraction:.1%}")
+    console.print(table)
+
+
+def _print_rates(model: Any, arguments: Any, console: Console) -> None:
+    groups = list(describe_rates(model, arguments))
+    if len(groups) == 1 and not groups[0][0]:
+        return
+    console.print("\n[bold]Learning rates[/bold] at their peak")
+    table = _table()
+    for label, rate, size in groups:
+        table.add_row(label or "learning_rate", f"{rate:g}", f"{size:,} weights")
     console.print(table)
 
 
@@ -204,6 +238,20 @@ def _print_memory(
     table.add_row("together", byte_size(memory.total), of)
     if gpu_memory is None and (held := anonymous_bytes()):
         table.add_row("beside them", byte_size(held), "Python, libraries, tokenizer and rows, here")
+    console.print(table)
+
+
+def _print_time(
+    measured: Measurement | None, plan: RecipePlan, price_per_hour: float | None, console: Console
+) -> None:
+    if measured is None:
+        if price_per_hour is not None:
+            console.print("\n[bold]Time[/bold] and cost are not known: add --measure.")
+        return
+    console.print(f"\n[bold]Time[/bold] ({measured.source})", highlight=False)
+    table = _table()
+    for name, text in describe_time(measured, plan, price_per_hour=price_per_hour):
+        table.add_row(name, text)
     console.print(table)
 
 

@@ -34,6 +34,7 @@ from hf_gradacc.recipe.pushing import make_repository, push_trained
 from hf_gradacc.recipe.quality import add_metrics
 from hf_gradacc.recipe.samples import add_samples
 from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.trained import check_trained
 from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.waiting import telling
@@ -100,6 +101,7 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         texts = iter_texts(recipe.data)
         tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=texts)
         empty = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)  # before what is slow
+        check_trained(recipe, empty, arguments)
         check_max_length(recipe, empty)
         vocab_size = empty.get_input_embeddings().num_embeddings
         data = prepare_data(

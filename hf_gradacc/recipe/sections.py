@@ -81,6 +81,8 @@ class PeftSection(Section):
     """Layers trained in full and saved along, such as a new head."""
     num_virtual_tokens: int = Field(default=16, ge=1)
     """Length of the learned prompt or prefix."""
+    loraplus_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+: how many times `train.learning_rate` the B matrices learn with, such as 16."""
     merge_on_save: bool = False
     """Save the whole model with the update merged in, rather than the adapter."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -90,6 +92,15 @@ class PeftSection(Section):
     def saves_whole_model(self) -> bool:
         """Whether a run leaves a model that transformers loads alone, not an adapter to one."""
         return self.method == "none" or self.merge_on_save
+
+    @model_validator(mode="after")
+    def _has_matrices(self) -> PeftSection:
+        if self.loraplus_ratio is not None and self.method not in ("lora", "dora", "qlora"):
+            raise ValueError(
+                f"`loraplus_ratio` is about the matrices of LoRA, and method {self.method} has "
+                f"none: set `method` to lora, dora or qlora, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mergeable(self) -> PeftSection:
@@ -233,6 +244,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_thing_trains(self) -> Recipe:
+        if self.model.unfrozen_parameters and self.peft.method != "none":
+            raise ValueError(
+                f"model.unfrozen_parameters and peft.method = {self.peft.method} both say what is "
+                f"trained: leave one of them out; beside an adapter, peft.modules_to_save trains "
+                f"layers in full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _added_tokens_are_learned(self) -> Recipe:
         frozen = self.peft.method != "none" and not self.peft.modules_to_save
         if self.tokenizer.add_tokens and frozen:
@@ -252,6 +273,7 @@ RESERVED = {
     "wandb_report": "set wandb.report",
     "wandb_upload_text": "set wandb.upload_text",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a recipe holds no secret",
+    "loraplus_ratio": "set peft.loraplus_ratio",
     "local_rank": "leave it to the launcher",
 }
 """Fields that another section owns, and what to write instead."""
@@ -274,12 +296,16 @@ def arguments_class(task: Task = "causal_lm") -> type[Any]:
 @cache
 def train_section() -> type[BaseModel]:
     """A pydantic model with a field for each option; only those set are passed on."""
+    from hf_gradacc.arguments import OUR_OPTIMIZERS
+
     arguments = arguments_class()
     hints = typing.get_type_hints(arguments)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(arguments):
         # Declared as text for the command line's sake; what it wants is a boolean.
         plain = bool | str if field.name == "fsdp" else _plain(hints[field.name])
+        if field.name == "optim":
+            plain = Literal[(*typing.get_args(plain), *OUR_OPTIMIZERS)]
         if field.init and field.name not in RESERVED and plain is not None:
             described = Field(default=None, description=field.metadata.get("help"))
             fields[field.name] = (plain | None, described)

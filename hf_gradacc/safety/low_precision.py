@@ -29,6 +29,7 @@ _LARGEST_SHARE = 0.5
 
 # Optimizer state per trainable weight, in values; Adam keeps two moments.
 _STATES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
+_STATES["muon"] = 1  # of matrices; it steps on the others as AdamW does
 
 
 class LowPrecisionUpdates:

@@ -17,12 +17,16 @@ __all__ = [
     "changed_config",
     "changed_settings",
     "describe_change",
+    "find_other_groups",
     "find_refusals",
     "options_named_in",
 ]
 
 SCHEDULE = (
     "learning_rate",
+    "learning_rates",
+    "loraplus_ratio",
+    "lr_decay_steps",
     "lr_scheduler_kwargs",
     "lr_scheduler_type",
     "max_steps",
@@ -138,6 +142,33 @@ def changed_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
         return {}
     changed = sorted(differing(then["config"], now["config"]).items())
     return {f"model.{name}": values for name, values in changed if name != "use_cache"}
+
+
+def find_other_groups(then: Any, now: Any) -> str | None:
+    """Say how the groups of an optimizer differ from those of a checkpoint; None if they do not.
+
+    Args:
+        then: Label, number of parameters and digest of their names of each group, as recorded with
+            the checkpoint; None if no parameter had a learning rate of its own.
+        now: Of the optimizer that is there.
+
+    >>> find_other_groups([["", 4, "a"]], [["", 3, "b"], ["head", 1, "c"]])
+    'the groups of learning rates: none before, head (1 parameter) now'
+    """
+    if [group[1:] for group in then or []] == [group[1:] for group in now or []]:
+        return None
+    told = [_describe_groups(groups) for groups in (then, now)]
+    others = ", of other parameters" if told[0] == told[1] else ""
+    return f"the groups of learning rates: {told[0]} before, {told[1]} now{others}"
+
+
+def _describe_groups(groups: Any) -> str:
+    own: dict[str, int] = {}
+    for label, count, _ in groups or []:
+        if label:  # twice, if some of its parameters decay and others do not
+            own[label] = own.get(label, 0) + count
+    counted = [f"{label} ({n} parameter{'s' if n != 1 else ''})" for label, n in own.items()]
+    return ", ".join(counted) or "none"
 
 
 def options_named_in(optim_args: str | None) -> tuple[str, ...]:

@@ -66,10 +66,10 @@ def find_bad_value(tensors: NamedTensors) -> str | None:
     """
     found: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor, bool]]] = {}
     for name, tensor, is_bounded in tensors:
-        local = local_part(tensor).detach()
-        if local.is_floating_point() and local.numel() and local.device.type != "meta":
-            kind = (local.device, local.dtype)
-            found.setdefault(kind, []).append((name, local, is_bounded))
+        for local in _plain_parts(local_part(tensor).detach()):
+            if local.is_floating_point() and local.numel() and local.device.type != "meta":
+                kind = (local.device, local.dtype)
+                found.setdefault(kind, []).append((name, local, is_bounded))
     for named in found.values():
         locals_ = [local for _, local, _ in named]
         largest = torch.stack(list(torch._foreach_norm(locals_, torch.inf)))
@@ -79,6 +79,16 @@ def find_bad_value(tensors: NamedTensors) -> str | None:
             if bad:
                 return f"{name} {_counted(local)}"
     return None
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensor, or those it is made of: torchao's states hold 8 bits and their scales."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def _counted(values: Tensor) -> str:

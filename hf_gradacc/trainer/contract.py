@@ -74,6 +74,8 @@ HOOKS = {
     "compute_loss": Hook(
         "model inputs return_outputs num_items_in_batch", ("training_step", "prediction_step")
     ),
+    "create_optimizer": Hook("model", ("_prepare_for_training",)),
+    "create_scheduler": Hook("num_training_steps optimizer", ("_prepare_for_training",)),
     "evaluation_loop": Hook(
         "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         ("evaluate", "predict"),

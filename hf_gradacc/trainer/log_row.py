@@ -115,6 +115,8 @@ class LogBook:
             # The stock mean counted skipped updates as updates with a loss of 0.
             logs["loss"] *= window.num_updates / num_trained if num_trained else math.nan
         logs.update(window.metrics())
+        left = trainer.state.max_steps - trainer.state.global_step
+        logs["hours_left"] = left * logs["step_seconds"] / 3600
         logs.update(self.losses)
         seconds_by_phase = self.clock.take()
         costs = self._measure_costs(window, trainer)

@@ -79,6 +79,8 @@ from hf_gradacc.trainer.overrides import (
     plain_for_steps_behind,
     refuse_old_signature,
 )
+from hf_gradacc.trainer.package_optimizers import use_averages
+from hf_gradacc.trainer.parameter_groups import ParameterGroups
 from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
 from hf_gradacc.trainer.resume import Beginning
 from hf_gradacc.trainer.row_parts import (
@@ -89,6 +91,7 @@ from hf_gradacc.trainer.row_parts import (
 from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.saved_values import refuse_bad_values
 from hf_gradacc.trainer.saving import CheckpointWriter, rotate, save_aside
+from hf_gradacc.trainer.schedule import complete_schedule
 from hf_gradacc.trainer.settle import LossSettler, settled
 from hf_gradacc.trainer.sharded import (
     holds_split_optimizer,
@@ -133,6 +136,8 @@ class GradAccMixin(Trainer):
     ``set_initial_training_values``          counts the updates of each epoch
     ``_init_training_state``                 takes the position in the data from the ledger
     ``_prepare_for_training``                chooses the engine, asks the model how its loss counts
+    ``create_optimizer``                     gives parameters learning rates of their own
+    ``create_scheduler``                     counts the updates of a decay
     ``_load_from_checkpoint``                reads the weights of a model that was split in loading
     ``_load_optimizer_and_scheduler``        reads their state of such a model; lets changed
                                              settings take effect
@@ -156,8 +161,8 @@ class GradAccMixin(Trainer):
     ``_save_checkpoint``                     checks values, writes to a staging folder, renames
     ``_get_output_dir``                      returns that folder meanwhile
     ``_push_from_checkpoint``                uploads whole checkpoints only
-    ``save_model``                           refuses NaN; says where weights still are if the
-                                             disk fails
+    ``save_model``                           refuses NaN; saves a schedule-free optimizer's
+                                             averages; says where weights are if the disk fails
     ``create_model_card``                    writes figures, data and a plot of the run
     ``_save_optimizer_and_scheduler``        holds back a disk error until all ranks know of it
     ``_save_scaler``                         likewise
@@ -173,6 +178,7 @@ class GradAccMixin(Trainer):
         stop_signals: Which signal the run stops for.
         optimizer_steps: How the optimizer steps on weights of low precision.
         eval_metrics: Functions of the trainer whose figures join those of each evaluation.
+        parameter_groups: Which parameters learn at rates of their own.
     """
 
     control: Any
@@ -199,6 +205,7 @@ class GradAccMixin(Trainer):
         self.eval_metrics: list[Callable[[Any], dict[str, float]]] = []
         self._checkpoint_writer = CheckpointWriter()
         self.optimizer_steps = OptimizerSteps()
+        self.parameter_groups = ParameterGroups()
         self._training_data = TrainingData()
         self._beginning = Beginning(Start())
         self._is_asking = False
@@ -348,6 +355,7 @@ class GradAccMixin(Trainer):
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        self.parameter_groups.check(self)
         self.optimizer_steps.begin(self)
         self._beginning.tell(self)
         has_own_step = find_own_step(type(self)) is not None
@@ -365,6 +373,20 @@ class GradAccMixin(Trainer):
         begin_epoch(self, self.ledger, kwargs)
         if self._stopping.make_up_for_evaluation(self, kwargs):
             super()._run_epoch(**kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the stock optimizer, with a group for each learning rate that was asked for."""
+        behind: Any = super().create_optimizer
+        stock = behind if model is None else functools.partial(behind, model)
+        optimizer = self.parameter_groups.create(self, stock, model)
+        self._beginning.check_optimizer(optimizer, self.parameter_groups.describe())
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the stock schedule, whose decay may be left to us to count."""
+        options = complete_schedule(self.args, num_training_steps)
+        with changed(self.args, lr_scheduler_kwargs=options):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -385,6 +407,7 @@ class GradAccMixin(Trainer):
             self._beginning.load_optimizer(self, load)
 
     def _load_best_model(self) -> None:
+        use_averages(self.optimizer)
         if is_split(self.model) and self.state.best_model_checkpoint is not None:
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
@@ -449,6 +472,8 @@ class GradAccMixin(Trainer):
         facts = self.facts or self._ask(model, agree_on_inputs(update))
         runner = self._update_runner = self._update_runner or self._make_runner(model)
         self._gradient_gate.begin_update(self)
+        if self.parameter_groups.are_split:
+            self.parameter_groups.note(self.optimizer)
         if self.neftune_noise_alpha is not None:
             self._micro_batch_step.noise.take_over(self)
         is_tuning = self.token_budget.tuner is not None
@@ -595,6 +620,8 @@ class GradAccMixin(Trainer):
         self._log_book.complete(logs, self.ledger.window, trainer=self)
         if is_training_row(logs):
             logs.update(self._noise_listener.metrics())
+            if self.parameter_groups.are_split:
+                logs.update(self.parameter_groups.metrics())
         super().log(logs, *args, **kwargs)
 
     # ---- evaluation ----------------------------------------------------------------------------
@@ -676,6 +703,7 @@ class GradAccMixin(Trainer):
             with self._checkpoint_writer.inside_checkpoint(), self._saving_to(folder):
                 save(output_dir, _internal_call=_internal_call)
             return
+        use_averages(self.optimizer)
         refuse_bad_values(self, folder, is_checkpoint=False)
         with save_aside(self, folder) as staged, self._saving_to(staged):
             save(str(staged), _internal_call=True)

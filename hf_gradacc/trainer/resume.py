@@ -22,6 +22,7 @@ from hf_gradacc.safety.resume_rules import (
     changed_config,
     changed_settings,
     describe_change,
+    find_other_groups,
     find_refusals,
     options_named_in,
 )
@@ -29,6 +30,7 @@ from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.tracking.run_facts import versions
 from hf_gradacc.trainer.choosing import Start, read_record
+from hf_gradacc.trainer.package_optimizers import projectors_readable, refuse_lost_state
 
 __all__ = ["Beginning"]
 
@@ -69,6 +71,28 @@ class Beginning:
         refusals = list(find_refusals(self._then.get("model") or _seen_in(checkpoint, now), now))
         if refusals:
             raise _refusal(checkpoint, "; ".join(refusals))
+
+    def check_optimizer(self, optimizer: Any, groups: list[list[Any]] | None) -> None:
+        """Compare the optimizer that was made, and its groups, with those of the checkpoint.
+
+        DeepSpeed loads its state as soon as it has the model, so this comes before.
+
+        Args:
+            optimizer: Just made, in no wrapper or any.
+            groups: As `ParameterGroups.describe` gives them.
+
+        Raises:
+            CheckpointError: If it is another, or parameters stand in other groups.
+        """
+        checkpoint = self.start.checkpoint
+        if checkpoint is None or not self._then or optimizer is None:
+            return
+        name, saved_name = _class_of(optimizer), self._then.get("optimizer")
+        refuse_lost_state(name, checkpoint)
+        if saved_name not in (None, name):
+            return  # refused by name, once an engine that wraps it has done so
+        if why := find_other_groups(self._then.get("optimizer_groups"), groups):
+            raise _refusal(checkpoint, why)
 
     # ---- in the order of the stock code --------------------------------------------------------
 
@@ -129,7 +153,8 @@ class Beginning:
         try:
             if has_other_state:
                 trainer.lr_scheduler = _Ignored()
-            load()
+            with projectors_readable():
+                load()
         except (KeyError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -143,6 +168,7 @@ class Beginning:
         if moves and self._then:
             _move_schedule(optimizer, schedule, fresh, fresh_rates, step=trainer.state.global_step)
         changed_groups = {key for n in self._changed for key in HYPERPARAMETERS.get(n, ())}
+        changed_groups.add("label")  # patterns may be written in another way
         if "optim_args" in self._changed:
             changed_groups |= set(options_named_in(trainer.args.optim_args))
         for group, now in zip(optimizer.param_groups, fresh, strict=False):
@@ -151,7 +177,11 @@ class Beginning:
     def tell(self, trainer: Any) -> None:
         """Say what changed since the checkpoint, and what holds; record the optimizer."""
         if trainer.optimizer is not None:
-            keep(trainer.state, optimizer=_class_of(trainer.optimizer))
+            keep(
+                trainer.state,
+                optimizer=_class_of(trainer.optimizer),
+                optimizer_groups=trainer.parameter_groups.describe(),
+            )
         if self.start.checkpoint is None or not trainer.is_world_process_zero():
             return
         lines = []

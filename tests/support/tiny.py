@@ -16,7 +16,7 @@ from hf_gradacc.tracking.phases import PHASE_KEYS
 Row = dict[str, list[int]]
 
 VOCABULARY = 48
-CLOCK_KEYS = {"target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
+CLOCK_KEYS = {"hours_left", "target_tokens_per_second", "step_seconds", *PHASE_KEYS.values()}
 PLAIN: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
