@@ -425,10 +425,20 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_a_run_with_nothing_to_draw_still_has_a_report(tmp_path):
     run_file = RunFile(tmp_path / "mine")
     run_file.start(step=0)
-    run_file.append({"kind": "eval", "step": 1, "eval_accuracy": 0.5})
+    run_file.append({"kind": "eval", "step": 1, "eval_of_my_own": 0.5})
     build_report([tmp_path / "mine"], html=tmp_path / "page.html", png=tmp_path / "page.png")
     assert plots_of(read(tmp_path / "page.html")) == {}
     assert (tmp_path / "page.png").exists()
+
+
+def test_the_quality_of_held_out_rows_has_a_panel(tmp_path):
+    run_file = RunFile(tmp_path / "mine")
+    run_file.start(step=0)
+    for step in (1, 2):
+        run_file.append({"kind": "eval", "step": step, "eval_f1": step / 4, "eval_rougeL": 0.5})
+    build_report([tmp_path / "mine"], html=tmp_path / "page.html")
+    assert list(plots_of(read(tmp_path / "page.html"))) == ["Quality"]
+    assert "F1, macro" in read(tmp_path / "page.html")
 
 
 def test_no_run_and_no_rows_are_refused(tmp_path):

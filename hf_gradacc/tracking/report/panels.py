@@ -52,6 +52,19 @@ PANELS = (
         "nats per target token",
         (Line("loss", "training"), Line("eval_loss", "held out", kind="eval", dashed=True)),
     ),
+    Panel(
+        "Quality",
+        "fraction of held-out rows",
+        (
+            Line("eval_accuracy", "accuracy", kind="eval"),
+            Line("eval_f1", "F1, macro", kind="eval", dashed=True),
+            Line("eval_final_number", "final number", kind="eval"),
+            Line("eval_exact_match", "exact match", kind="eval", dashed=True),
+            Line("eval_rougeL", "ROUGE-L", kind="eval"),
+            Line("eval_rewards/accuracies", "pairs ranked rightly", kind="eval"),
+        ),
+        from_zero=True,
+    ),
     Panel("Learning rate", "", (Line("learning_rate", "learning rate"),), from_zero=True),
     Panel(
         "Tokens per update",
