@@ -74,6 +74,10 @@ HOOKS = {
     "compute_loss": Hook(
         "model inputs return_outputs num_items_in_batch", ("training_step", "prediction_step")
     ),
+    "create_model_card": Hook(
+        "language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args",
+        ("push_to_hub",),
+    ),
     "evaluation_loop": Hook(
         "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         ("evaluate", "predict"),
@@ -91,6 +95,7 @@ HOOKS = {
 }
 
 USED = (
+    "_finish_current_push",
     "_get_collator_with_removed_columns",
     "_get_train_sampler",
     "_load_rng_state",
