@@ -211,6 +211,7 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
     Returns:
         The folder.
     """
+    from hf_gradacc.trainer.card import write_trainer_card
     from hf_gradacc.trainer.saving import save_aside
 
     folder = Path(trainer.args.output_dir)
@@ -234,7 +235,8 @@ def save_model(trainer: Any, *, peft: PeftSection | None = None) -> Path:
             whole.save_pretrained(staged)
             trainer.processing_class.save_pretrained(staged)
     try:
-        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            write_trainer_card(trainer, folder)
     except OSError as error:  # the model is saved, which is what counts
         print(f"no {CARD_NAME} was written: {error}")
     return folder

@@ -30,9 +30,12 @@ __all__ = [
 CARD_NAME, PLOT_NAME = "README.md", "training.png"
 
 _MARK = "<!-- Written by hf_gradacc. Remove this line, and the file stays as it is. -->"
-_MADE_BY_OTHERS = ("# Model Card for Model ID", "This model card has been generated automatically",
-                   "# Model Card for {{ model_id")  # fmt: skip
-"""What peft and the stock Trainer write; both fill in little."""
+_MADE_BY_OTHERS = (
+    "# Model Card for Model ID",
+    "This model card has been generated automatically",
+    "It has been trained using [TRL]",
+)
+"""What peft, the stock Trainer and TRL write, in the middle of a run too."""
 
 _FEWEST_ROWS = 5
 """Log rows that make a plot worth drawing."""

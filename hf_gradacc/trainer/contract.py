@@ -74,6 +74,10 @@ HOOKS = {
     "compute_loss": Hook(
         "model inputs return_outputs num_items_in_batch", ("training_step", "prediction_step")
     ),
+    "create_model_card": Hook(
+        "language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args",
+        ("push_to_hub",),
+    ),
     "create_optimizer": Hook("model", ("_prepare_for_training",)),
     "create_scheduler": Hook("num_training_steps optimizer", ("_prepare_for_training",)),
     "evaluation_loop": Hook(
@@ -93,6 +97,7 @@ HOOKS = {
 }
 
 USED = (
+    "_finish_current_push",
     "_get_collator_with_removed_columns",
     "_get_train_sampler",
     "_load_rng_state",

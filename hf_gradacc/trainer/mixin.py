@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -710,34 +711,17 @@ class GradAccMixin(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write a card with figures, settings and a plot, see `tracking.card`."""
-        if not self.is_world_process_zero():
-            return
-        write_trainer_card(
-            self,
-            self.args.output_dir,
-            language=language,
-            license=license,
-            tags=tags,
-            model_name=model_name,
-            finetuned_from=finetuned_from,
-            tasks=tasks,
-            dataset_tags=dataset_tags,
-            dataset=dataset,
-            dataset_args=dataset_args,
-        )
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a card with figures, settings and a plot; that of a trainer behind us is its own.
+
+        Takes what the stock method takes, see `tracking.card`.
+        """
+        behind: Any = super().create_model_card
+        if behind.__func__ is not Trainer.create_model_card:
+            behind(*args, **kwargs)
+        elif self.is_world_process_zero():
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs)
+            write_trainer_card(self, self.args.output_dir, **dict([*given.arguments.items()][1:]))
 
     def _saving_to(self, folder: str | Path) -> contextlib.ExitStack:
         """Save arguments without secrets, and the weights of a model split in loading together."""

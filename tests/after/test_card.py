@@ -8,6 +8,7 @@ import transformers
 from huggingface_hub import ModelCard
 from support.tiny import make_trainer, ragged_rows
 
+from hf_gradacc import GradAccMixin
 from hf_gradacc.after.merge import merge_run
 from hf_gradacc.recipe.card import data_lines
 from hf_gradacc.recipe.sections import Recipe
@@ -111,6 +112,18 @@ def test_a_license_is_that_of_the_base(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     assert find_license(str(tmp_path)) == "apache-2.0"
     assert find_license("nobody/offline") is None
+
+
+def test_a_trainer_with_a_card_of_its_own_writes_that(tmp_path):
+    class Own(transformers.Trainer):
+        def create_model_card(self, model_name=None, dataset_name=None):
+            self.written = (model_name, dataset_name)
+
+    class Mixed(GradAccMixin, Own): ...
+
+    trainer = make_trainer(tmp_path / "own", ragged_rows(2), trainer_class=Mixed)
+    trainer.create_model_card(model_name="a", dataset_name="b")
+    assert trainer.written == ("a", "b")
 
 
 def test_your_own_trainer_writes_it_as_stock_does(tmp_path):
