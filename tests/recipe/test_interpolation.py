@@ -74,7 +74,7 @@ def test_a_variable_of_the_list_is_read_and_typed_and_may_have_a_default(load, m
         "output: {dir: '${oc.env:SCRATCH, runs}/${oc.env:USER}-${train.save_steps}'}\n"
         "wandb: {notes: 'costs \\${oc.env:USER}'}\n"
     )
-    assert recipe.train == {"save_steps": 8, "max_steps": 3}
+    assert recipe.train == {"save_steps": 8, "max_steps": 3, "report_to": "wandb"}
     assert recipe.output.dir == "runs/me-8"
     assert recipe.wandb.notes == "costs ${oc.env:USER}"
 
@@ -105,7 +105,7 @@ def test_what_came_from_the_environment_is_written_by_name(load, tmp_path, monke
     assert values["data"]["train"][0]["path"] == f"{tmp_path}/${{oc.env:DATA_DIR}}/rows.jsonl"
     assert values["output"]["dir"] == "out/${oc.env:DATA_DIR}"
     steps = "${oc.env:MODEL_DIR}"
-    assert values["train"] == {"save_steps": steps, "logging_steps": steps}
+    assert values["train"] == {"save_steps": steps, "logging_steps": steps, "report_to": "wandb"}
     assert values["wandb"]["tags"] == ["it is ${x} in ${oc.env:DATA_DIR}"]
     again = load_recipe(save_recipe(recipe, tmp_path / "saved"))
     assert again.model_dump() == recipe.model_dump()

@@ -44,7 +44,8 @@ def module_patch():
 def folder(tmp_path_factory, module_patch):
     folder = tmp_path_factory.mktemp("samples")
     module_patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    module_patch.setattr(os, "environ", os.environ.copy())
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    module_patch.setattr(os, "environ", ours)
     module_patch.chdir(folder)
     rows = [{"question": f"secret {i}?", "answer": "7" * i} for i in range(1, 20)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
