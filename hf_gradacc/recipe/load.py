@@ -124,6 +124,9 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         why = str(error).strip().splitlines()[0]
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
+    from hf_gradacc.loss.refusals import refuse_steps_in_backward
+
+    refuse_steps_in_backward(arguments, num_replicas=1)
     fields = {("output", "dir"): "output_dir", ("wandb", "name"): "run_name"}
     fields |= {("wandb", "project"): "project"}
     fields |= {("train", name): name for name in recipe.train if name not in changes}
