@@ -18,16 +18,14 @@ import copy
 import re
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a recipe is checked with this file, before torch is needed
+    from torch import Tensor
 
 __all__ = ["keep_start", "needs_data", "needs_weights", "plain_when_saved"]
 
-_Start = dict[str, Tensor]
-
-_starts: weakref.WeakKeyDictionary[Any, _Start] = weakref.WeakKeyDictionary()
+_starts: weakref.WeakKeyDictionary[Any, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def needs_weights(kind: Any) -> bool:
@@ -97,8 +95,10 @@ def _is_pissa(kind: str) -> bool:
     return re.fullmatch(r"pissa(_niter_\d+)?", kind) is not None
 
 
-def _beside_start(state: dict[str, Tensor], start: _Start) -> dict[str, Tensor]:
+def _beside_start(state: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
     """Lay each A over A0, and each B beside -B0."""
+    import torch
+
     joined = dict(state)
     for name, first in start.items():
         now = state[name]

@@ -47,6 +47,7 @@ def find_foreseen(sections: ReadableSections) -> Iterator[Finding]:
         fix = "set tokenizer.train.vocab_size to train one on the data, or tokenizer.name"
         yield ("model", "config"), why, fix
     yield from _of_sizes(sections)
+    yield from _of_sharding(sections)
     yield from _of_evaluation(sections)
     yield from _of_stream(sections)
     yield from _of_words(sections)
@@ -67,6 +68,17 @@ def _of_sizes(sections: ReadableSections) -> Iterator[Finding]:
             value = values[name]
             if value is not None and (type(value) is not int or value < 1):
                 yield ("model", part, name), "is no size", "use a whole number of at least 1"
+
+
+def _of_sharding(sections: ReadableSections) -> Iterator[Finding]:
+    get = sections.trains_with
+    asked = [name for name in ("fsdp", "deepspeed") if get(name)]
+    if asked and get("noise_scale_every") is not None:
+        why = f"needs whole gradients, and train.{asked[0]} never has them"
+        yield ("train", "noise_scale_every"), why, "leave it out, or run with DDP"
+    if get("fsdp") and sections.peft is not None and sections.peft.merge_on_save:
+        why = "merges on one rank, and under train.fsdp each holds a part of the weights"
+        yield ("peft", "merge_on_save"), why, "leave it out, and merge the saved adapter with peft"
 
 
 def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:
@@ -114,9 +126,20 @@ def _of_words(sections: ReadableSections) -> Iterator[Finding]:
         guess = nearest(value, words)
         fix = f"did you mean {guess}?" if guess else f"use one of {', '.join(words)}"
         yield ("train", name), "has a wrong value", fix
+    attention = None if sections.model is None else sections.model.attn_implementation
+    if attention is not None and "/" not in attention and attention not in _attentions():
+        guess = nearest(attention, _attentions())
+        fix = f"did you mean {guess}?" if guess else f"use one of {', '.join(_attentions())}"
+        yield ("model", "attn_implementation"), "is no attention of transformers", fix
     options = sections.train.get("accelerator_config")
     if isinstance(options, dict):
         yield from _of_accelerator(options)
+
+
+def _attentions() -> list[str]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
 
 
 def _log_levels() -> list[str]:

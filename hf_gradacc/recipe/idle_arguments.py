@@ -49,7 +49,6 @@ _NEVER: dict[str, tuple[str, str]] = {
 
 _NOT_IN_ACCELERATOR = {
     "split_batches": "every rank loads its own share of each update",
-    "gradient_accumulation_kwargs": "accelerate does not accumulate here",
     "use_seedable_sampler": "rows are drawn by train.seed and train.data_seed",
 }
 

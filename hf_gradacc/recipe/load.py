@@ -150,6 +150,9 @@ def recipe_arguments(recipe: Recipe, *, elsewhere: bool = False, **changes: Any)
         fix = "change the options it names"
         raise RecipeError([Problem("train", why, fix, Origin("recipe"))]) from error
     settle_tracking(arguments)
+    from hf_gradacc.loss.refusals import refuse_steps_in_backward
+
+    refuse_steps_in_backward(arguments, num_replicas=1)
     fields = {("output", "dir"): "output_dir", ("wandb", "name"): "run_name"}
     fields |= {("wandb", "project"): "project"}
     fields |= {("train", name): name for name in recipe.train if name not in changes}

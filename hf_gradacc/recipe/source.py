@@ -178,6 +178,8 @@ def _read_with_bases(
         )
     values, lines = read_yaml(path)
     is_whole = values.get("peft") == "none"  # it turns off what the base says, to the last key
+    if isinstance(values.get("peft"), str) and ("peft",) in lines:
+        lines["peft", "method"] = lines["peft",]
     _expand_short_forms(values)
     base = values.pop("base", None)
     if base is not None:

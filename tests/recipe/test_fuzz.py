@@ -1,10 +1,10 @@
-"""A short part of `benchmarks/fuzz.py`: hostile recipes and damaged run files."""
+"""A short part of `benchmarks/fuzz.py`: hostile and plausible recipes, damaged files."""
 
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from support import fuzzing
+from support import every_key, fuzzing, plausible
 
 from hf_gradacc import GradAccError
 from hf_gradacc.recipe.load import load_recipe
@@ -40,3 +40,19 @@ def test_damaged_run_files_are_read_or_are_one_error(tmp_path):
         except GradAccError:
             ends["refused"] += 1
     assert min(ends["read"], ends["refused"]) > 2
+
+
+def test_plausible_recipes_reach_a_run_or_are_refused_and_no_key_of_theirs_is_idle(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    every_key.make_folder(tmp_path)
+    ends = Counter(plausible.try_plausible(seed, tmp_path) for seed in range(24))
+    assert set(ends) <= {"resolved", "refused", "impossible"}, ends
+    assert min(ends["resolved"], ends["refused"]) > 3
+
+
+def test_damaged_data_files_are_read_or_are_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    ends = Counter(plausible.try_data(seed, tmp_path) for seed in range(40))
+    assert set(ends) == {"read", "refused"}, ends

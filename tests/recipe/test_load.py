@@ -486,7 +486,7 @@ def test_any_override_is_applied_or_is_one_report(write, key, value):
 
 
 def test_a_key_that_a_stronger_place_turned_off_is_no_error_and_not_saved(write, tmp_path):
-    rest = "  save_steps: 1\n  num_train_epochs: 3\n"
+    rest = "  save_steps: 1\n  num_train_epochs: 2\n"
     text = GOOD.replace("  max_steps: 2\n", rest) + "peft: {method: lora, r: 4}\n"
     base = write(text.replace("_answer", "_answer\n  columns: {question: q}"), "base.yaml")
     turned = ["train.save_strategy=no", "train.max_steps=2", "peft=ia3", "data.format=chat"]
@@ -548,6 +548,9 @@ FORESEEN = [
         "pissa",
     ),
     (["tokenizer.train=null"], "model.config", "tokenizer.name"),
+    (["model.attn_implementation=sdap"], "model.attn_implementation", "sdpa"),
+    (["train.fsdp=true", "train.noise_scale_every=5"], "train.noise_scale_every", "DDP"),
+    (["train.fsdp=true", "peft=lora", "peft.merge_on_save=true"], "peft.merge_on_save", "fsdp"),
 ]
 
 
