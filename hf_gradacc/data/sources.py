@@ -72,7 +72,7 @@ def _load(
     if loader == "csv":
         options = _text_cells(files)
     elif loader == "json":
-        _refuse_deep(files)
+        _refuse_crashing(files)
     elif loader == "text":
         options = {"sample_by": _SAMPLE_BY[document]}
     return datasets.load_dataset(
@@ -88,11 +88,15 @@ _DEEPEST = 1000
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
-def _refuse_deep(files: list[Path]) -> None:
-    """Refuse JSON that begins with thousands of brackets: readers of datasets crash the process."""
+def _refuse_crashing(files: list[Path]) -> None:
+    """Refuse JSON on which readers of datasets crash the process: `null`, thousands of brackets."""
     for file in files:
         with file.open("rb") as handle:
             head = handle.read(2**20)
+        if head.lstrip().startswith((b"null", b"true", b"false")):
+            raise DataError(
+                f"{file}:1: a row is a JSON object, not {head.split()[0][:5].decode()}."
+            )
         opened = head.count(b"[") + head.count(b"{") - head.count(b"]") - head.count(b"}")
         depth = 0
         for mark in _BRACKETS.finditer(head) if opened > _DEEPEST else ():

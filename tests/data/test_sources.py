@@ -425,10 +425,13 @@ def read_or_refuse(file, **options):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_json_of_ten_thousand_brackets_is_an_error_not_a_crash(tmp_path, streaming):
+def test_json_that_crashes_a_reader_is_an_error(tmp_path, streaming):
     file = tmp_path / "rows.json"
     file.write_text("[" * 9999)
     with pytest.raises(DataError, match="nested too deeply"):
+        load_source(SourceSection(path=str(file)), streaming=streaming)
+    file.write_text("null")
+    with pytest.raises(DataError, match="not null"):
         load_source(SourceSection(path=str(file)), streaming=streaming)
     row = {"text": "]{[" * 2000 + '"'}
     (tmp_path / "fine.jsonl").write_text(json.dumps(row) + "\n")
