@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def _load(
     options: dict[str, Any] = {}
     if loader == "csv":
         options = _text_cells(files)
+    elif loader == "json":
+        _refuse_crashing(files)
     elif loader == "text":
         options = {"sample_by": _SAMPLE_BY[document]}
     return datasets.load_dataset(
@@ -79,6 +82,27 @@ def _load(
         streaming=streaming,
         **options,
     )
+
+
+_DEEPEST = 1000
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+
+
+def _refuse_crashing(files: list[Path]) -> None:
+    """Refuse JSON on which readers of datasets crash the process: `null`, thousands of brackets."""
+    for file in files:
+        with file.open("rb") as handle:
+            head = handle.read(2**20)
+        if head.lstrip().startswith((b"null", b"true", b"false")):
+            raise DataError(
+                f"{file}:1: a row is a JSON object, not {head.split()[0][:5].decode()}."
+            )
+        opened = head.count(b"[") + head.count(b"{") - head.count(b"]") - head.count(b"}")
+        depth = 0
+        for mark in _BRACKETS.finditer(head) if opened > _DEEPEST else ():
+            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark[0], 0)
+            if depth > _DEEPEST:
+                raise DataError(f"{file} is nested too deeply to be rows.")
 
 
 def _text_cells(files: list[Path]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def read_parity(output_dir: str | Path, *, model: Any = None) -> dict[str, Any] 
     try:
         facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
         checked = facts.pop("checked")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # never checked, or a file that somebody else wrote
     return {**facts, "matches_run": model is None or checked == _fingerprint(model)}
 

@@ -169,7 +169,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found = error
     if isinstance(found, dict):
         return found
@@ -209,7 +209,7 @@ def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _read_state(path: Path) -> dict[str, Any] | None:
     try:
         state = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     rows = state.get("log_history") if isinstance(state, dict) else None
     is_state = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)

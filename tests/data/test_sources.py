@@ -422,3 +422,17 @@ def read_or_refuse(file, **options):
         return list(prepare(file, **options).train), ""
     except DataError as error:
         return [], str(error)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_json_that_crashes_a_reader_is_an_error(tmp_path, streaming):
+    file = tmp_path / "rows.json"
+    file.write_text("[" * 9999)
+    with pytest.raises(DataError, match="nested too deeply"):
+        load_source(SourceSection(path=str(file)), streaming=streaming)
+    file.write_text("null")
+    with pytest.raises(DataError, match="not null"):
+        load_source(SourceSection(path=str(file)), streaming=streaming)
+    row = {"text": "]{[" * 2000 + '"'}
+    (tmp_path / "fine.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(load_source(SourceSection(path=str(tmp_path / "fine.jsonl")))) == 1

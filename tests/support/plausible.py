@@ -29,6 +29,7 @@ _SKIPPED |= {"torch_compile_backend", "torch_compile_mode", "debug"}
 OF_SOME_ROWS = {"data.unusable", "data.too_long", "data.max_length", "data.max_target_length"}
 OF_SOME_ROWS |= {"data.mix", "data.assistant_turns", "data.roles_to_train", "data.seed"}
 OF_SOME_ROWS |= {"data.train[0].weight", "data.train[0].split"}
+OF_SOME_ROWS |= {"train.disable_tqdm"}  # its default is what the log level says
 """Keys that say what happens to rows of a kind: whether there are any, only the rows tell."""
 
 
