@@ -1,7 +1,8 @@
 # Six words: demo, test, lint, docs, bench, gpu. Each but the last sets up what it needs on a fresh machine.
 # `make real` fetches published tokenizers and one small model into a cache outside the checkout; tests/real/ is
 # skipped without them.
-# `make test` runs every test; `make test-fast` leaves out those marked slow, for use while you work.
+# `make test` is what a change must pass; `make test-fast` leaves out the slow ones, for use while you work;
+# `make test-thorough` runs its claims on further cases: before a release, and after a change to ranks or resume.
 # `make gpu` runs what needs an accelerator, with whatever Python and packages are there.
 # `make test-versions` runs the fast tests with each set of releases in constraints/; `make test-oldest` and
 # `make test-newest` run what is at the heart of them with one set.
@@ -18,7 +19,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo real environments test test-fast test-versions lint docs bench gpu
+.PHONY: demo real environments test test-fast test-thorough test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety \
@@ -46,6 +47,9 @@ real: $(VENV)/.ready
 
 test: $(VENV)/.deepspeed
 	$(BIN)/python $(PYTEST)
+
+test-thorough: $(VENV)/.deepspeed
+	$(BIN)/python $(PYTEST) -m thorough
 
 test-fast: $(VENV)/.deepspeed
 	$(BIN)/python $(PYTEST) -m 'not slow'

@@ -32,8 +32,15 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that have slow tests: one that came last would leave a core idle."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out thorough tests unless they are asked for; begin with the files of slow ones.
+
+    A slow file that came last would leave a core idle.
+    """
+    if not config.option.markexpr and not any("::" in argument for argument in config.args):
+        thorough = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=thorough)
+        items[:] = [item for item in items if item not in thorough]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
