@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from hf_gradacc.recipe.idle_keys import Finding
 from hf_gradacc.recipe.readable import ReadableSections
 
-__all__ = ["find_idle_arguments"]
+__all__ = ["NEVER_READ", "find_idle_arguments"]
 
 _NO_METRICS = "a recipe asks an evaluation for its loss, not for predictions"
 _NO_PHASE = "the command says what is done, and that data.eval or data.holdout is evaluated"
 _NO_DDP = "DDP does not sum gradients here: they are summed once an update, outside of it"
 
-_NEVER: dict[str, tuple[str, str]] = {
+NEVER_READ: dict[str, tuple[str, str]] = {
     "average_tokens_across_devices": ("the loss is a mean over all ranks, always", ""),
     "batch_eval_metrics": (_NO_METRICS, ""),
     "bf16_full_eval": (
@@ -66,7 +66,7 @@ def find_idle_arguments(sections: ReadableSections) -> Iterator[Finding]:
     Args:
         sections: The recipe.
     """
-    for name, (why, fix) in _NEVER.items():
+    for name, (why, fix) in NEVER_READ.items():
         if sections.sets(name):
             yield ("train", name), f"has no effect: {why}", fix or "leave it out"
     for name, is_read, why, fix in _conditions(sections):

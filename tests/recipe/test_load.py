@@ -491,7 +491,8 @@ def test_a_key_that_a_stronger_place_turned_off_is_no_error_and_not_saved(write,
     base = write(text.replace("_answer", "_answer\n  columns: {question: q}"), "base.yaml")
     turned = ["train.save_strategy=no", "train.max_steps=2", "peft=ia3", "data.format=chat"]
     recipe = load_recipe(base, overrides=turned)
-    assert recipe.train == {"learning_rate": 0.001, "save_strategy": "no", "max_steps": 2}
+    kept = {"learning_rate": 0.001, "save_strategy": "no", "max_steps": 2}
+    assert recipe.train == {**kept, "report_to": "none"}
     assert (recipe.peft.r, recipe.data.columns) == (16, {})
     assert load_recipe(save_recipe(recipe, tmp_path / "out")) == recipe
     child = "base: base.yaml\ntrain: {save_strategy: no, max_steps: 2}\npeft: ia3\n"
