@@ -125,9 +125,7 @@ def _format(draft: Draft, key: str, kind: Any, entry: dict[str, Any]) -> tuple[s
     return "chat", {}
 
 
-def _columns_of_pairs(
-    draft: Draft, key: str, kind: Any, entry: dict[str, Any]
-) -> dict[str, str]:
+def _columns_of_pairs(draft: Draft, key: str, kind: Any, entry: dict[str, Any]) -> dict[str, str]:
     named = kind if isinstance(kind, dict) else entry
     theirs = {"prompt": "field_prompt", "chosen": "field_chosen", "rejected": "field_rejected"}
     if named is entry:

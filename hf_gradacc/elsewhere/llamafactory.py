@@ -37,9 +37,7 @@ def read_llamafactory(draft: Draft, places: Places) -> None:
     if not draft.get("model_name_or_path"):
         raise ConfigError("model_name_or_path is missing: a recipe needs a model.")
     for name in draft.written:  # whatever else training arguments are called alike
-        if name in NEVER_READ and name not in LLAMAFACTORY:
-            draft.note(name, NEVER_READ[name][0], changes=False)
-        elif name not in LLAMAFACTORY and is_recipe_key(f"train.{name}"):
+        if name not in {*LLAMAFACTORY, *NEVER_READ} and is_recipe_key(f"train.{name}"):
             draft.put(f"train.{name}", draft.written[name])
     known = {name: Key(f"train.{name}") for name in draft.values.get("train", {})}
     known |= {name: Key(why=why) for name, (why, _) in NEVER_READ.items()}

@@ -143,6 +143,8 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
     import torch
 
     check_layer_names(model, section)
+    # peft adds the head of a classifier to the list that it is given.
+    saved = None if section.modules_to_save is None else [*section.modules_to_save]
     common: dict[str, Any] = {"task_type": _TASKS[task], **section.options}
     if section.method in ("lora", "dora", "qlora"):
         config_class = peft.LoraConfig
@@ -151,7 +153,7 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
             "lora_alpha": section.alpha,
             "lora_dropout": section.dropout,
             "target_modules": section.target_modules or "all-linear",
-            "modules_to_save": section.modules_to_save,
+            "modules_to_save": saved,
             "use_dora": section.method == "dora",
             **common,
         }
@@ -163,9 +165,7 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
             common.pop("loftq_config", None)
     elif section.method == "ia3":
         config_class = peft.IA3Config
-        common |= given(
-            target_modules=section.target_modules, modules_to_save=section.modules_to_save
-        )
+        common |= given(target_modules=section.target_modules, modules_to_save=saved)
     else:
         prefix = section.method == "prefix_tuning"
         config_class = peft.PrefixTuningConfig if prefix else peft.PromptTuningConfig

@@ -140,7 +140,7 @@ def test_a_value_of_many_lines_stays_in_its_comment(folder):
         ("model_name_or_path: a/b\nstage: ppo\ndataset: c\n", "stage = 'ppo'"),
         ("model_name_or_path: a/b\nstage: sft\n", "dataset is missing"),
         ("base_model: a/b\nrl: dpoo\nsequence_len: 3\n", "rl = 'dpoo' is not known"),
-        (shapes.START.replace("sft", "dpo") + "dataset: c\npref_loss: orpo\n", "pref_loss = 'orpo'"),
+        (shapes.START + "dataset: c\npref_loss: orpo\n", "pref_loss = 'orpo'"),
         (shapes.SMALL + "datasets: [{path: a}]\nsequence_len: 5\nmicro_batch_size: two\n"
          "sample_packing: true\n", "micro_batch_size = 'two' is not a number"),
         (shapes.SMALL + "datasets: [3]\nsequence_len: 5\n", "not of the kind that Axolotl"),

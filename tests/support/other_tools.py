@@ -189,7 +189,7 @@ rl: ipo
 rl_beta: 0.2
 adapter: lora
 loraplus_lr_ratio: 16
-ddp_find_unused_parameters: false
+ddp_find_unused_parameters: true
 datasets:
   - {path: a/b, type: {field_prompt: question, field_chosen: better, field_rejected: rejected}}
 """,
@@ -417,7 +417,7 @@ pref_beta: 0.3
 pref_loss: hinge
 loraplus_lr_ratio: 8
 use_galore: false
-ddp_find_unused_parameters: false
+ddp_find_unused_parameters: true
 val_size: 0.1
 eval_strategy: steps
 eval_steps: 50
