@@ -26,10 +26,10 @@ _DIALOGUES: set[Format] = {"chat", "instruction", "question_answer", "prompt_com
 _READ_BY: dict[str, set[Format]] = {
     "assistant_turns": _DIALOGUES,
     "max_target_length": {"seq2seq"},
-    "roles_to_train": _DIALOGUES,
+    "roles_to_train": {*_DIALOGUES, "preference"},
     "source_prefix": {"seq2seq"},
-    "system": _DIALOGUES,
-    "template_options": _DIALOGUES,
+    "system": {*_DIALOGUES, "preference"},
+    "template_options": {*_DIALOGUES, "preference"},
 }
 """Which formats read a key of `data`; all of them, if it is not here."""
 
