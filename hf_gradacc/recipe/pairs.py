@@ -130,8 +130,9 @@ _OTHER_REFERENCE = ("pissa", "olora", "loftq", "corda", "eva")
 def contradictions_of_pairs(recipe: Recipe) -> Iterator[str]:
     """Name what of a recipe has no effect on its task, or cannot be trained from pairs."""
     task, options = recipe.model.task, recipe.peft.options
-    for section in PAIR_TASKS:
-        if section in recipe.model_fields_set and section != task:
+    for section in PAIR_TASKS:  # a section that repeats its defaults says nothing
+        written = getattr(recipe, section)
+        if section != task and written != type(written)():
             yield f"`{section}:` has no effect on model.task = {task}: set model.task to {section}"
     if task not in PAIR_TASKS:
         return
