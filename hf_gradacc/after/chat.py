@@ -85,6 +85,12 @@ class Chat:
     ) -> None:
         from hf_gradacc.after.answering import generation_settings
 
+        if saved.task == "reward":
+            raise ConfigError(
+                f"{saved.folder} holds a reward model, which scores a prompt with its answer, and "
+                "chat takes prompts alone: load it with AutoModelForSequenceClassification, and "
+                "give it the tokens of apply_chat_template."
+            )
         if saved.classifies and system is not None:
             raise ConfigError(f"--system = {system!r} has no place: this model gives classes.")
         self.tokenizer = load_tokenizer_of(saved)

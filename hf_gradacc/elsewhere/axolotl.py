@@ -1,4 +1,8 @@
-"""Axolotl's keys, and what becomes of each. Defaults are those of its `utils/schemas` of 2025."""
+"""Axolotl's keys, and what becomes of each.
+
+Core and training keys and their defaults were compared with its `utils/schemas` of 2025; the others
+are written as its documentation has them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from hf_gradacc.errors import ConfigError
 
 __all__ = ["AXOLOTL", "read_axolotl"]
 
-_REFUSED = ("ppo", "grpo", "gdpo", "kto", "orpo", "simpo", "ipo", "ebft")
+_REFUSED = ("ppo", "grpo", "gdpo", "kto", "orpo", "simpo", "ebft")
 
 
 def read_axolotl(draft: Draft, places: Places) -> None:
@@ -31,9 +35,14 @@ def read_axolotl(draft: Draft, places: Places) -> None:
     if draft.get("rl") in _REFUSED:
         raise ConfigError(f"rl = {draft.get('rl')!r}: no recipe trains that way; use TRL.")
     draft.apply(AXOLOTL, left="no counterpart is known")
-    if draft.get("rl") is not None or draft.get("reward_model", False):
-        put_preferences(draft, "rl" if draft.get("rl") else "reward_model",
-                        str(draft.get("rl", "reward")))  # fmt: skip
+    if draft.get("rl") is not None:
+        if draft.get("rl") not in ("dpo", "ipo"):
+            raise ConfigError(f"rl = {draft.get('rl')!r} is not known: use dpo, or ipo.")
+        put_preferences(draft, "dpo")
+        if draft.get("rl") == "ipo":
+            draft.put("dpo.loss_type", ["ipo"])
+    elif draft.get("reward_model", False):
+        put_preferences(draft, "reward")
     if not draft.get("base_model"):
         raise ConfigError("base_model is missing: a recipe needs a model.")
     _put_adapter(draft)
@@ -94,7 +103,6 @@ def _put_size(draft: Draft) -> None:
     rows = draft.number("micro_batch_size", 1)
     whole = draft.number("batch_size", 0)
     times = draft.number("gradient_accumulation_steps", max(1, whole // rows))
-    draft.put("train.per_device_eval_batch_size", draft.number("eval_batch_size", rows))
     length = draft.number("sequence_len", 512)
     world = draft.world_size
     if draft.get("sample_packing", False) and not draft.get("pretraining_dataset"):
@@ -129,6 +137,9 @@ def _put_course(draft: Draft) -> None:
     if not put_warmup(draft):
         draft.put("train.warmup_steps", 0.03)  # Axolotl's, which ends it after 100 updates
     has_eval = bool(draft.values["data"].get("eval") or draft.values["data"].get("holdout"))
+    if has_eval:
+        rows = draft.number("eval_batch_size", draft.number("micro_batch_size", 1))
+        draft.put("train.per_device_eval_batch_size", rows)
     for event, per_epoch in (("eval", "evals_per_epoch"), ("save", "saves_per_epoch")):
         strategy = draft.get(f"{event}_strategy")
         if event == "eval":
@@ -187,6 +198,9 @@ def _optimizer(draft: Draft, value: Any) -> None:
 
 
 def _optimizer_options(draft: Draft, value: Any) -> None:
+    if draft.get("optimizer", "adamw_torch_fused") not in known_optimizers():
+        draft.note("optim_args", "options of an optimizer that is not there")
+        return
     pairs = value.items() if isinstance(value, dict) else ()
     text = ", ".join(f"{name}={inner}" for name, inner in pairs) or str(value)
     draft.put("train.optim_args", text)
@@ -354,6 +368,7 @@ AXOLOTL: dict[str, Key] = {
     "load_best_model_at_end": Key("train.load_best_model_at_end"),
     "metric_for_best_model": Key("train.metric_for_best_model"),
     "greater_is_better": Key("train.greater_is_better"),
+    "early_stopping_patience": Key("evaluation.early_stopping_patience"),
     "seed": Key("train.seed"),
     "dataloader_num_workers": Key("train.dataloader_num_workers"),
     "dataloader_pin_memory": Key("train.dataloader_pin_memory"),
@@ -361,7 +376,6 @@ AXOLOTL: dict[str, Key] = {
     "dataloader_drop_last": Key("train.dataloader_drop_last"),
     "ddp_timeout": Key("train.ddp_timeout"),
     "ddp_bucket_cap_mb": Key("train.ddp_bucket_cap_mb"),
-    "ddp_find_unused_parameters": Key("train.ddp_find_unused_parameters"),
     "deepspeed": _elsewhere("train.deepspeed"),
     "fsdp": _elsewhere("train.fsdp"),
     "fsdp_config": _elsewhere("train.fsdp_config"),
@@ -374,7 +388,7 @@ AXOLOTL: dict[str, Key] = {
     "wandb_entity": Key("wandb.entity"),
     "wandb_name": Key("wandb.name"),
     "wandb_mode": Key("wandb.mode"),
-    "rl": _elsewhere("model.task: dpo"),
+    "rl": _elsewhere("model.task: dpo, dpo.loss_type"),
     "reward_model": _elsewhere("model.task: reward"),
     "rl_beta": Key("dpo.beta"),
     "dpo_beta": Key("dpo.beta"),
@@ -402,9 +416,9 @@ AXOLOTL: dict[str, Key] = {
     "save_safetensors": Key(why="weights are always safetensors"),
     "local_rank": _LAUNCH,
     "ddp": _LAUNCH,
+    "ddp_find_unused_parameters": Key(why="gradients are summed once an update, outside of DDP"),
     "resume_from_checkpoint": Key(why="give --resume"),
     "auto_resume_from_checkpoints": Key(why="give --resume"),
-    "early_stopping_patience": Key(why="a run trains to its end", changes=True),
     "wandb_watch": Key(why="gradient norms are logged with every row"),
     "wandb_log_model": Key(why="upload the folder: train.push_to_hub"),
     "wandb_run_id": Key(why="a resumed run finds its own"),

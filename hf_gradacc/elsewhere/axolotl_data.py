@@ -15,7 +15,7 @@ _READ = {
     "path", "name", "type", "ds_type", "data_files", "split", "revision", "field", "field_messages",
     "message_field_role", "message_field_content", "message_property_mappings", "chat_template",
     "roles_to_train", "train_on_eos", "conversation", "text_column", "trust_remote_code", "roles",
-    "train_on_eot",
+    "train_on_eot", "field_chosen", "field_rejected",
 }  # fmt: skip
 _EVERYONE = ["system", "user", "assistant"]
 
@@ -103,14 +103,12 @@ def _sources(
 
 
 def _format(draft: Draft, key: str, kind: Any, entry: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    if draft.get("rl") or draft.get("reward_model", False):
+        return "preference", _columns_of_pairs(draft, key, kind, entry)
     if isinstance(kind, dict):
         return _own_format(draft, key, kind)
     name, _, _ = str(kind).partition(":")
     name = name.partition(".")[0]
-    if draft.get("rl") or draft.get("reward_model", False):
-        draft.note(f"{key}.type", "pairs are read from `prompt`, `chosen` and `rejected`: set "
-                   "data.columns if they have other names", carried=True)  # fmt: skip
-        return "preference", {}
     if name in ("chat_template", "sharegpt"):
         default = "messages" if name == "chat_template" else "conversations"
         _note_turns(draft, key, entry)
@@ -125,6 +123,21 @@ def _format(draft: Draft, key: str, kind: Any, entry: dict[str, Any]) -> tuple[s
         return "instruction", {}
     draft.note(f"{key}.type", "read as chat with `messages`: set data.format and data.columns")
     return "chat", {}
+
+
+def _columns_of_pairs(draft: Draft, key: str, kind: Any, entry: dict[str, Any]) -> dict[str, str]:
+    named = kind if isinstance(kind, dict) else entry
+    theirs = {"prompt": "field_prompt", "chosen": "field_chosen", "rejected": "field_rejected"}
+    if named is entry:
+        theirs["prompt"] = "field_messages"
+    if not any(named.get(name) for name in theirs.values()):
+        draft.note(f"{key}.type", "pairs are read from `prompt`, `chosen` and `rejected`: set "
+                   "data.columns if they have other names", carried=True)  # fmt: skip
+    return {
+        ours: str(named[name])
+        for ours, name in theirs.items()
+        if named.get(name) and named[name] != ours
+    }
 
 
 def _own_format(draft: Draft, key: str, kind: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -19,7 +19,9 @@ from hf_gradacc.recipe.source import write_values
 
 __all__ = ["Imported", "detect_tool", "import_file"]
 
-_SECTIONS = ("model", "tokenizer", "data", "peft", "train", "wandb", "output")
+_SECTIONS = (
+    *("model", "tokenizer", "data", "peft", "train", "dpo", "evaluation", "wandb", "output"),
+)
 _OWN = {
     "Axolotl": {"base_model", "datasets", "pretraining_dataset", "sequence_len", "adapter",
                 "micro_batch_size", "num_epochs", "sample_packing", "val_set_size"},

@@ -1,4 +1,8 @@
-"""LLaMA-Factory's keys, and what becomes of each. Defaults are those of its `hparams` of 2025."""
+"""LLaMA-Factory's keys, and what becomes of each.
+
+Keys of data and their defaults were compared with its `data_args` and its command line of 2025; the
+others are written as its documentation has them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from hf_gradacc.elsewhere.shared import (
     to_list,
 )
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.idle_arguments import NEVER_READ
 
 __all__ = ["LLAMAFACTORY", "read_llamafactory"]
 
@@ -32,14 +37,13 @@ def read_llamafactory(draft: Draft, places: Places) -> None:
     if not draft.get("model_name_or_path"):
         raise ConfigError("model_name_or_path is missing: a recipe needs a model.")
     for name in draft.written:  # whatever else training arguments are called alike
-        if name not in LLAMAFACTORY and is_recipe_key(f"train.{name}"):
+        if name not in {*LLAMAFACTORY, *NEVER_READ} and is_recipe_key(f"train.{name}"):
             draft.put(f"train.{name}", draft.written[name])
     known = {name: Key(f"train.{name}") for name in draft.values.get("train", {})}
+    known |= {name: Key(why=why) for name, (why, _) in NEVER_READ.items()}
     draft.apply({**known, **LLAMAFACTORY}, left="no counterpart is known")
     if stage in ("dpo", "rm"):
-        put_preferences(draft, "stage", "reward" if stage == "rm" else "dpo")
-        if draft.get("pref_loss", "sigmoid") != "sigmoid":
-            draft.note("pref_loss", "the loss is DPO's own, sigmoid")
+        put_preferences(draft, "reward" if stage == "rm" else "dpo")
     _put_adapter(draft)
     _put_precision(draft)
     _put_size(draft)
@@ -138,6 +142,13 @@ def _thinking(draft: Draft, value: Any) -> None:
     draft.put("data.template_options.enable_thinking", value)
 
 
+def _pair_loss(draft: Draft, value: Any) -> None:
+    if value not in ("sigmoid", "hinge", "ipo"):
+        raise ConfigError(f"pref_loss = {value!r}: no recipe trains that way; use TRL.")
+    if value != "sigmoid" and draft.get("stage") == "dpo":
+        draft.put("dpo.loss_type", [value])
+
+
 def _reporters(draft: Draft, value: Any) -> None:
     names = to_list(value)
     draft.put("train.report_to", names if len(names) > 1 else names[0] if names else "none")
@@ -202,6 +213,8 @@ LLAMAFACTORY: dict[str, Key] = {
     "enable_liger_kernel": Key("train.use_liger_kernel"),
     "deepspeed": _elsewhere("train.deepspeed"),
     "pref_beta": Key("dpo.beta"),
+    "pref_loss": Key("dpo.loss_type", read=_pair_loss),
+    "early_stopping_steps": Key("evaluation.early_stopping_patience"),
     "output_dir": Key("output.dir"),
     "run_name": Key("wandb.name"),
     "report_to": Key("train.report_to", read=_reporters),
@@ -222,7 +235,6 @@ LLAMAFACTORY: dict[str, Key] = {
     "double_quantization": Key(why="qlora always does"),
     "quantization_method": Key(why="qlora uses bitsandbytes"),
     "use_fast_tokenizer": Key(why="the fast tokenizer is used wherever there is one"),
-    "pref_loss": Key(why="the loss is DPO's own, sigmoid"),
     "include_num_input_tokens_seen": Key(why="input tokens are logged with every row"),
     "adapter_name_or_path": Key(why="an adapter starts from zero; merge this one first",
                                 changes=True),

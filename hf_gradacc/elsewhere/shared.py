@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hf_gradacc.data.section import Task
 from hf_gradacc.elsewhere.draft import Draft
@@ -71,7 +71,9 @@ def known_optimizers() -> frozenset[str]:
     """The names that `train.optim` takes."""
     from transformers.training_args import OptimizerNames
 
-    return frozenset(member.value for member in OptimizerNames)
+    from hf_gradacc.arguments import OUR_OPTIMIZERS
+
+    return frozenset([*(member.value for member in OptimizerNames), *OUR_OPTIMIZERS])
 
 
 def to_list(value: Any) -> list[Any]:
@@ -93,14 +95,8 @@ def put_template(draft: Draft, key: str, name: str) -> None:
         draft.note(key, "the tokenizer's own template is used; see tokenizer.chat_template")
 
 
-def put_preferences(draft: Draft, key: str, task: str) -> None:
-    """Train on pairs of answers, a chosen and a rejected one.
-
-    Raises:
-        ConfigError: If recipes cannot.
-    """
-    if task not in get_args(Task):
-        raise ConfigError(f"{key} = {draft.get(key)!r}: recipes of this release train no pairs.")
+def put_preferences(draft: Draft, task: Task) -> None:
+    """Train on pairs of answers, a chosen and a rejected one."""
     draft.put("model.task", task)
     draft.put("data.format", "preference")
 

@@ -39,6 +39,11 @@ def add_recipe_facts(facts: CardFacts, recipe: Recipe) -> None:
         )
     if recipe.peft.method == "qlora":
         facts.method = f"{facts.method}, on the base in 4 bits"
+    if recipe.model.task == "dpo":
+        losses = " and ".join(recipe.dpo.loss_type)
+        facts.method = f"{facts.method}, by DPO ({losses}) with beta = {recipe.dpo.beta:g}"
+    elif recipe.model.task == "reward":
+        facts.method = f"{facts.method}, to score answers"
     if recipe.peft.merge_on_save:
         facts.method = f"{facts.method}, merged into the base"
 

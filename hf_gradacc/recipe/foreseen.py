@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.adapter_start import needs_data
 from hf_gradacc.recipe.idle_keys import Finding
+from hf_gradacc.recipe.metrics import eval_metric_names, find_metric_problem
 from hf_gradacc.recipe.readable import ReadableSections
 from hf_gradacc.text import nearest
 
 __all__ = ["find_foreseen", "packages_of_optimizer"]
-
-_EVALUATED = ("loss", "perplexity", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation of a recipe measures."""
-
 
 _SIZES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -93,21 +91,16 @@ def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:
                 yield ("train", name), why, "set data.eval or data.holdout, or leave it out"
         return
     metric = get("metric_for_best_model")
-    if get("save_strategy") == "best" and metric is None and "save_strategy" in sections.train:
+    is_decided = metric is not None or sections.stops_early
+    if get("save_strategy") == "best" and not is_decided and "save_strategy" in sections.train:
         why = "does not say by which measure"
         yield ("train", "save_strategy"), why, "set train.metric_for_best_model: loss"
-    if not isinstance(metric, str):
+    metrics = sections.metrics
+    if not isinstance(metric, str) or sections.model is None or metrics is None:
         return
-    name = metric.removeprefix("eval_")
-    known = [n for n in _EVALUATED if n != "perplexity" or not _is_classification(sections)]
-    if name not in known and not name.startswith("loss/"):
-        guess = nearest(name, known)
-        fix = f"did you mean {guess}?" if guess else f"use one of {', '.join(known)}"
-        yield ("train", "metric_for_best_model"), "is not measured by an evaluation", fix
-
-
-def _is_classification(sections: ReadableSections) -> bool:
-    return sections.model is not None and sections.model.task == "classification"
+    known = eval_metric_names(sections.model.task, metrics)
+    if unknown := find_metric_problem(metric, known):
+        yield ("train", "metric_for_best_model"), *unknown
 
 
 def _of_stream(sections: ReadableSections) -> Iterator[Finding]:
@@ -188,10 +181,12 @@ _WORDS: dict[str, Callable[[], list[str]]] = {
 
 
 def _of_schedule(sections: ReadableSections) -> Iterator[Finding]:
-    """Build the schedule of a run of a hundred updates, or of as many as the recipe says."""
+    """Build the schedule of a run of as many updates as the recipe says, or of very many."""
     from torch import nn
     from torch.optim import SGD
     from transformers import get_scheduler
+
+    from hf_gradacc.trainer.schedule import complete_schedule
 
     get = sections.trains_with
     name, options = str(get("lr_scheduler_type")), get("lr_scheduler_kwargs")
@@ -200,7 +195,7 @@ def _of_schedule(sections: ReadableSections) -> Iterator[Finding]:
     if not asked or unclear or not isinstance(options, dict | None):
         return
     steps = int(get("max_steps") or -1)
-    steps = steps if steps > 0 else 100
+    steps = steps if steps > 0 else 10**9
     warmup = get("warmup_steps") or 0
     warmup = int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
     optimizer = SGD([nn.Parameter()], lr=1.0)
@@ -208,6 +203,10 @@ def _of_schedule(sections: ReadableSections) -> Iterator[Finding]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            arguments = SimpleNamespace(lr_scheduler_type=name, lr_scheduler_kwargs=options)
+            arguments.lr_decay_steps = get("lr_decay_steps")
+            arguments.get_warmup_steps = lambda count: warmup
+            options = complete_schedule(arguments, steps)
             schedule = get_scheduler(name, optimizer, warmup, steps, options)
             if name not in ("greedy", "reduce_lr_on_plateau"):  # they ask for a measure
                 optimizer.step()
@@ -279,6 +278,9 @@ class _Noting(dict[str, str]):
 
 
 def _of_optimizer(sections: ReadableSections) -> Iterator[Finding]:
+    from hf_gradacc.arguments import OUR_OPTIMIZERS
+    from hf_gradacc.trainer.muon import muon_options
+
     get = sections.trains_with
     name = str(get("optim"))
     if name.startswith(("apollo_", "galore_")) and get("optim_target_modules") is None:
@@ -290,6 +292,13 @@ def _of_optimizer(sections: ReadableSections) -> Iterator[Finding]:
     pairs = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
     if not all(key and equals and value for key, equals, value in pairs) or not pairs:
         yield ("train", "optim_args"), "is not a list of options", "write name=value,name=value"
+        return
+    if name in OUR_OPTIMIZERS:
+        try:
+            muon_options(text)
+        except ConfigError as error:
+            why = str(error).removeprefix("optim_args: ").rstrip(".")
+            yield ("train", "optim_args"), why, f"correct the options of {name}"
         return
     options = _Noting({key: value for key, _, value in pairs})
     given = set(options)

@@ -5,19 +5,22 @@ Transformers reads some only beside others, and some not at all where this packa
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from hf_gradacc.recipe.idle_keys import Finding
 from hf_gradacc.recipe.readable import ReadableSections
 
-__all__ = ["find_idle_arguments"]
+__all__ = ["NEVER_READ", "find_idle_arguments"]
 
-_NO_METRICS = "a recipe asks an evaluation for its loss, not for predictions"
+_NO_METRICS = "evaluation.metrics says what is measured beside the loss, and keeps no logits"
 _NO_PHASE = "the command says what is done, and that data.eval or data.holdout is evaluated"
 _NO_DDP = "DDP does not sum gradients here: they are summed once an update, outside of it"
 
-_NEVER: dict[str, tuple[str, str]] = {
+NEVER_READ: dict[str, tuple[str, str]] = {
     "average_tokens_across_devices": ("the loss is a mean over all ranks, always", ""),
     "batch_eval_metrics": (_NO_METRICS, ""),
     "bf16_full_eval": (
@@ -66,7 +69,7 @@ def find_idle_arguments(sections: ReadableSections) -> Iterator[Finding]:
     Args:
         sections: The recipe.
     """
-    for name, (why, fix) in _NEVER.items():
+    for name, (why, fix) in NEVER_READ.items():
         if sections.sets(name):
             yield ("train", name), f"has no effect: {why}", fix or "leave it out"
     for name, is_read, why, fix in _conditions(sections):
@@ -108,6 +111,7 @@ def _of_evaluation(sections: ReadableSections) -> Iterator[_Condition]:
     judged = ("eval_delay", "metric_for_best_model", "greater_is_better", "load_best_model_at_end")
     yield from _needs("eval_strategy", judged, evaluates or not sections.has_eval)
     has_metric = get("metric_for_best_model") is not None or get("load_best_model_at_end")
+    has_metric = has_metric or sections.stops_early
     has_metric = has_metric or get("lr_scheduler_type") in ("greedy", "reduce_lr_on_plateau")
     yield from _needs("metric_for_best_model", ("greater_is_better",), bool(has_metric))
 
@@ -172,6 +176,11 @@ def _of_optimizer(sections: ReadableSections) -> Iterator[_Condition]:
     why = f"lr_scheduler_type {schedule} has no warmup"
     warms = schedule not in _NO_WARMUP or is_schedule_free
     yield "warmup_steps", warms, why, "use a train.lr_scheduler_type with warmup, or leave it out"
+    deepspeed = sections.paths.get(("train", "deepspeed"), get("deepspeed"))
+    decays = schedule == "warmup_stable_decay"
+    yield from _needs("lr_scheduler_type: warmup_stable_decay", ("lr_decay_steps",), decays)
+    why = "DeepSpeed makes the optimizer that its options name, of all parameters alike"
+    yield "learning_rates", not _makes_optimizer(deepspeed), why, "leave one of them out"
     why = f"train.lr_scheduler_type {schedule} has no options"
     yield "lr_scheduler_kwargs", schedule not in _NO_SCHEDULER_OPTIONS, why, "leave it out"
     why = f"train.optim {optimizer} does not read it"
@@ -183,6 +192,21 @@ def _of_optimizer(sections: ReadableSections) -> Iterator[_Condition]:
     for name in names:
         yield name, False, why, "leave it out; options of its own stand in train.optim_args"
     yield "optim_target_modules", optimizer.startswith(_LOW_RANK), why, "leave it out"
+
+
+def _makes_optimizer(deepspeed: Any) -> bool:
+    """Whether options of DeepSpeed, or a file of them, have an optimizer of their own."""
+    if isinstance(deepspeed, str) and not deepspeed.lstrip().startswith("{"):
+        try:
+            deepspeed = Path(deepspeed).read_text(encoding="utf-8")
+        except (OSError, ValueError):  # it is missed elsewhere
+            return False
+    if isinstance(deepspeed, str):
+        try:
+            deepspeed = json.loads(deepspeed)
+        except ValueError:
+            return False
+    return isinstance(deepspeed, dict) and "optimizer" in deepspeed
 
 
 def _of_model(sections: ReadableSections) -> Iterator[_Condition]:

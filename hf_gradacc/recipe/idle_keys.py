@@ -1,4 +1,4 @@
-"""Keys of `model`, `tokenizer`, `data` and `peft` that would change nothing as a recipe stands.
+"""Keys of `model`, `tokenizer`, `data`, `peft` and `dpo` that change nothing as a recipe stands.
 
 Whoever writes `peft: {r: 8}` wants LoRA, and gets a full fine-tune if nobody says that the method
 is missing. So a key that nothing reads is an error. One that repeats its default is not: the recipe
@@ -26,10 +26,10 @@ _DIALOGUES: set[Format] = {"chat", "instruction", "question_answer", "prompt_com
 _READ_BY: dict[str, set[Format]] = {
     "assistant_turns": _DIALOGUES,
     "max_target_length": {"seq2seq"},
-    "roles_to_train": _DIALOGUES,
+    "roles_to_train": {*_DIALOGUES, "preference"},
     "source_prefix": {"seq2seq"},
-    "system": _DIALOGUES,
-    "template_options": _DIALOGUES,
+    "system": {*_DIALOGUES, "preference"},
+    "template_options": {*_DIALOGUES, "preference"},
 }
 """Which formats read a key of `data`; all of them, if it is not here."""
 
@@ -82,6 +82,7 @@ def find_idle_keys(sections: ReadableSections) -> Iterator[Finding]:
     yield from _of_data(sections)
     yield from _of_sources(sections)
     yield from _of_peft(sections)
+    yield from _of_dpo(sections)
 
 
 def _of_model(sections: ReadableSections) -> Iterator[Finding]:
@@ -231,3 +232,33 @@ def _of_peft(sections: ReadableSections) -> Iterator[Finding]:
         elif name in _NOT_OPTIONS:
             why = "is peft's own note about an adapter, not an option"
             yield ("peft", "options", name), why, "leave it out"
+
+
+def _of_dpo(sections: ReadableSections) -> Iterator[Finding]:
+    dpo = sections.dpo
+    if dpo is None:
+        return
+    smoothed = {"robust", "exo_pair", "aot", "aot_unpaired"}
+    conditions = [
+        (
+            "label_smoothing",
+            smoothed & {*dpo.loss_type},
+            f"loss_type: {' or '.join(sorted(smoothed))}",
+        ),
+        ("discopop_tau", "discopop" in dpo.loss_type, "loss_type: discopop"),
+        (
+            "f_alpha_divergence_coef",
+            dpo.f_divergence_type == "alpha_divergence",
+            "f_divergence_type: alpha_divergence",
+        ),
+        (
+            "precompute_ref_batch_size",
+            dpo.precompute_ref_log_probs,
+            "precompute_ref_log_probs: true",
+        ),
+        ("ref_model_mixup_alpha", dpo.sync_ref_model, "sync_ref_model: true"),
+        ("ref_model_sync_steps", dpo.sync_ref_model, "sync_ref_model: true"),
+    ]
+    for name, is_read, needs in conditions:
+        if differs(dpo, name) and not is_read:
+            yield ("dpo", name), f"is read with dpo.{needs} alone", "set that, or leave it out"

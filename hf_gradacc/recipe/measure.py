@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradacc.data import PreparedData, make_collator
+from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import DataError
 from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.model import apply_peft, empty_model, load_model
@@ -140,13 +141,16 @@ def measure_updates(
         arguments = recipe_arguments(recipe, **changes)
         set_seed(arguments.seed)
         model = _model_of_shape(recipe, data, tokenizer=tokenizer, device=str(arguments.device))
-        trainer = GradAccTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=data.train,
-            data_collator=make_collator(recipe.model.task, tokenizer=tokenizer, model=model),
-            processing_class=tokenizer,
-        )
+        parts: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": data.train}
+        parts["processing_class"] = tokenizer
+        trainer: Any
+        if recipe.model.task in PAIR_TASKS:
+            from hf_gradacc.recipe.pair_trainers import make_pair_trainer
+
+            trainer = make_pair_trainer(recipe, **parts)
+        else:
+            collator = make_collator(recipe.model.task, tokenizer=tokenizer, model=model)
+            trainer = GradAccTrainer(data_collator=collator, **parts)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
         rows = [row for row in trainer.state.log_history if "step_seconds" in row]

@@ -164,9 +164,7 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
             common.pop("loftq_config", None)
     elif section.method == "ia3":
         config_class = peft.IA3Config
-        common |= given(
-            target_modules=section.target_modules, modules_to_save=section.modules_to_save
-        )
+        common |= given(target_modules=section.target_modules, modules_to_save=section.modules_to_save)
     else:
         prefix = section.method == "prefix_tuning"
         config_class = peft.PrefixTuningConfig if prefix else peft.PromptTuningConfig

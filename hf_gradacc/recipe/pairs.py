@@ -62,7 +62,7 @@ class DpoSection(Section):
     loss_weights: list[float] | None = None
     """One for each of `loss_type`; null means 1."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of pairs taken to be labelled the wrong way, for `robust` and `exo_pair`."""
+    """Share of pairs taken to be labelled the wrong way, for `robust`, `exo_pair` and `aot`."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)
     """Weight of the tokens by which the longer answer is longer (LD-DPO); null means 1."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
@@ -130,8 +130,9 @@ _OTHER_REFERENCE = ("pissa", "olora", "loftq", "corda", "eva")
 def contradictions_of_pairs(recipe: Recipe) -> Iterator[str]:
     """Name what of a recipe has no effect on its task, or cannot be trained from pairs."""
     task, options = recipe.model.task, recipe.peft.options
-    for section in PAIR_TASKS:
-        if section in recipe.model_fields_set and section != task:
+    for section in PAIR_TASKS:  # a section that repeats its defaults says nothing
+        written = getattr(recipe, section)
+        if section != task and written != type(written)():
             yield f"`{section}:` has no effect on model.task = {task}: set model.task to {section}"
     if task not in PAIR_TASKS:
         return

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from hf_gradacc.data.section import DataSection, ModelSection, SourceSection, TokenizerSection
+from hf_gradacc.recipe.evaluation import EvaluationSection
+from hf_gradacc.recipe.pairs import DpoSection
 from hf_gradacc.recipe.problems import Key, Problem, dotted
 from hf_gradacc.recipe.sections import PeftSection, arguments_class, train_section
 from hf_gradacc.recipe.source import RecipeSource
@@ -29,7 +31,8 @@ class ReadableSections:
     Attributes:
         source: The recipe's values, and where each was written.
         paths: The absolute path for each key that is local, see `resolve_paths`.
-        model, tokenizer, data, peft: The sections; None for one whose keys contradict each other.
+        model, tokenizer, data, peft, evaluation, dpo: The sections; None for one whose keys
+            contradict each other.
         train: The values of `train` that are no null.
     """
 
@@ -39,6 +42,8 @@ class ReadableSections:
         self.tokenizer = _read(TokenizerSection, source.values.get("tokenizer"))
         self.data = _read(DataSection, source.values.get("data"))
         self.peft = _read(PeftSection, source.values.get("peft"))
+        self.evaluation = _read(EvaluationSection, source.values.get("evaluation"))
+        self.dpo = _read(DpoSection, source.values.get("dpo"))
         read = _read(train_section(), source.values.get("train"))
         values = {} if read is None else read.model_dump(exclude_unset=True)
         self.train: dict[str, Any] = {n: v for n, v in values.items() if v is not None}
@@ -62,6 +67,20 @@ class ReadableSections:
         if not isinstance(written, dict):
             return True
         return any(written.get(name) not in (None, []) for name in ("eval", "holdout"))
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the run ends, and its model is chosen, by an evaluation."""
+        section = self.evaluation
+        return section is not None and section.early_stopping_patience is not None
+
+    @property
+    def metrics(self) -> list[str] | None:
+        """What is measured beside the loss; None where what is written of it is wrong."""
+        written = self.source.values.get("evaluation")
+        asked = written.get("metrics") if isinstance(written, dict) else written
+        found = [] if self.evaluation is None else self.evaluation.metrics
+        return None if asked and not found else [*found]
 
     def is_unclear(self, name: str) -> bool:
         """Whether the recipe sets a training argument to something that is wrong by itself."""

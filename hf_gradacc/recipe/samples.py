@@ -143,10 +143,11 @@ class SampleAnswers(TrainerCallback):
 def split_row(row: Any, *, is_seq2seq: bool = False) -> tuple[list[int], list[int]]:
     """Split a prepared row into its prompt and the first answer behind it.
 
-    A document has no prompt: its first tokens are taken, at most half of it.
+    A document has no prompt: its first tokens are taken, at most half of it. The answer of a pair
+    is the chosen one.
 
     Args:
-        row: `{input_ids, labels}`.
+        row: `{input_ids, labels}`, or `{prompt_ids, chosen_ids, rejected_ids}`.
         is_seq2seq: Whether labels are a sequence of their own.
 
     Raises:
@@ -155,6 +156,8 @@ def split_row(row: Any, *, is_seq2seq: bool = False) -> tuple[list[int], list[in
     >>> split_row({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]})
     ([5, 6], [7, 8])
     """
+    if row.get("prompt_ids"):
+        return list(row["prompt_ids"]), list(row["chosen_ids"])
     ids, labels = row.get("input_ids"), row.get("labels")
     targets = [i for i, label in enumerate(labels or []) if label != -100]
     if not ids or not targets:

@@ -54,7 +54,7 @@ def check_together(
     return [p for name, p in problems.items() if name not in reported], turned_off
 
 
-_KEY = r"\b(?:model|tokenizer|data|peft|train)\.\w+"
+_KEY = r"\b(?:model|tokenizer|data|peft|train|evaluation|dpo)\.\w+"
 
 
 def _strength(source: RecipeSource, key: Key) -> int:

@@ -7,7 +7,6 @@ holds no row of the data, no path of the machine, and nothing that is a secret.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,10 +197,7 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         first, last = float(train[0]["loss"]), float(train[-1]["loss"])
         figures["training loss"] = f"{first:.4g} at first, {last:.4g} at last"
     if held_out:
-        loss = float(held_out[-1]["eval_loss"])
-        figures["held-out loss"] = f"{loss:.4f}"
-        if loss < 20:
-            figures["held-out perplexity"] = f"{math.exp(loss):.4g}"
+        figures["held-out loss"] = f"{float(held_out[-1]['eval_loss']):.4f}"
         timing = ("runtime", "per_second", "_loss", "jit_compilation_time")
         for key, value in held_out[-1].items():
             is_metric = key.startswith("eval_") and isinstance(value, int | float)

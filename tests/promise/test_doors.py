@@ -16,7 +16,7 @@ import hf_gradacc
 DOORS = {
     "hf_gradacc": 23,
     "hf_gradacc.data": 13,
-    "hf_gradacc.recipe": 14,
+    "hf_gradacc.recipe": 15,
     "hf_gradacc.tracking": 5,
     "hf_gradacc.verify": 2,
 }

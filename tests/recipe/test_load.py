@@ -491,7 +491,8 @@ def test_a_key_that_a_stronger_place_turned_off_is_no_error_and_not_saved(write,
     base = write(text.replace("_answer", "_answer\n  columns: {question: q}"), "base.yaml")
     turned = ["train.save_strategy=no", "train.max_steps=2", "peft=ia3", "data.format=chat"]
     recipe = load_recipe(base, overrides=turned)
-    assert recipe.train == {"learning_rate": 0.001, "save_strategy": "no", "max_steps": 2}
+    kept = {"learning_rate": 0.001, "save_strategy": "no", "max_steps": 2}
+    assert recipe.train == {**kept, "report_to": "none"}
     assert (recipe.peft.r, recipe.data.columns) == (16, {})
     assert load_recipe(save_recipe(recipe, tmp_path / "out")) == recipe
     child = "base: base.yaml\ntrain: {save_strategy: no, max_steps: 2}\npeft: ia3\n"
@@ -514,7 +515,26 @@ def test_what_is_wrong_by_itself_makes_no_other_key_wrong(write):
 FORESEEN = [
     (["train.eval_strategy=steps"], "train.eval_strategy", "data.holdout"),
     (["data.streaming=true", "train.max_steps=null"], "data.streaming", "train.max_steps"),
-    (["train.lr_scheduler_type=warmup_stable_decay"], "train.lr_scheduler_type", "kwargs"),
+    (
+        ["train.lr_scheduler_type=warmup_stable_decay", "train.lr_decay_steps=9"],
+        "train.lr_scheduler_type",
+        "lr_decay_steps = 9.0 do not fit",
+    ),
+    (["train.optim=muon", "train.optim_args='momentun=0.9'"], "train.optim_args", "momentum"),
+    (["train.lr_decay_steps=0.3"], "train.lr_decay_steps", "warmup_stable_decay"),
+    (
+        [
+            "train.learning_rates={embed: 1e-5}",
+            "train.deepspeed={optimizer: {type: AdamW}}",
+        ],
+        "train.learning_rates",
+        "DeepSpeed makes the optimizer",
+    ),
+    (
+        ["model.task=dpo", "data.format=preference", "dpo.discopop_tau=0.1"],
+        "dpo.discopop_tau",
+        "loss_type: discopop",
+    ),
     (
         ["train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={num_cycle: 2}"],
         "train.lr_scheduler_kwargs",

@@ -30,7 +30,7 @@ model:
 tokenizer: {train: {vocab_size: 300}}
 data: {train: rows.jsonl, format: question_answer}
 train: {max_steps: 40, effective_batch_size: 2, use_cpu: true, disable_tqdm: true, optim: muon,
-        report_to: wandb, save_steps: 1, save_strategy: steps, eval_strategy: steps}
+        report_to: wandb, save_steps: 1, save_strategy: steps}
 output: {dir: OUT}
 """
 

@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 
+from hf_gradacc.after.chat import chat_with
+from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.load import load_recipe, recipe_arguments
+from hf_gradacc.recipe.measure import measure_updates
 from hf_gradacc.recipe.memory import estimate_memory
 from hf_gradacc.recipe.plan import plan_recipe
 from hf_gradacc.recipe.run import build_trainer, train_recipe
 from hf_gradacc.recipe.verifying import verify_recipe
+from hf_gradacc.tracking.run_files import read_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:trl.*")
 
@@ -78,7 +82,8 @@ def runs(folder, tmp_path_factory):
     cache.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     for task, method in OF_EACH:
         out = f"output.dir={folder / f'{task}-{method}'}"
-        recipe = read(folder, f"model.task={task}", f"peft={method}", out)
+        samples = ["samples={every: 2, count: 2, max_new_tokens: 3}"] if task == "dpo" else []
+        recipe = read(folder, f"model.task={task}", f"peft={method}", out, *samples)
         done[task, method] = train_recipe(recipe)
     yield done
     cache.undo()
@@ -112,6 +117,47 @@ def test_dpo_begins_at_its_reference_and_leaves_it(runs, method):
         assert trainer.ref_model is None
         assert list(trainer.model.peft_config) == ["default"]
         assert not (result.folder / "ref").exists()
+
+
+@pytest.mark.slow
+def test_samples_of_dpo_answer_the_prompts_of_pairs(runs):
+    rows = [row for row in read_run(runs["dpo", "none"].folder)[1] if row.get("kind") == "samples"]
+    assert [row["step"] for row in rows] == [2, 4]
+    for sample in rows[0]["samples"]:
+        assert "How many plums?" in sample["prompt"]
+        assert "Seven." in sample["expected"]
+        assert "No." not in sample["prompt"] + sample["expected"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "method"), OF_EACH)
+def test_the_card_of_pairs_says_how_and_how_well(runs, task, method):
+    card = (runs[task, method].folder / "README.md").read_text()
+    assert {"dpo": "by DPO (sigmoid) with beta = 0.1", "reward": "to score answers"}[task] in card
+    best = {"dpo": "rewards/accuracies", "reward": "accuracy"}[task]
+    assert f"| held-out {best} | 1 |" in card
+    assert "perplexity" not in card  # of a loss that is no loss of tokens
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_saved_with_its_head_and_chat_says_what_it_takes(runs):
+    config = json.loads((runs["reward", "lora"].folder / "config.json").read_text())
+    assert len(config["id2label"]) == 1
+    with pytest.raises(ConfigError, match="scores a prompt with its answer"):
+        chat_with(str(runs["reward", "none"].folder), prompt="How many plums?")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_a_plan_of_pairs_can_be_measured(folder, tmp_path, monkeypatch, task):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    recipe = read(folder, f"model.task={task}", f"output.dir={tmp_path}")
+    tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=iter_texts(recipe.data))
+    data = prepare_data(recipe.data, tokenizer=tokenizer, task=task)
+    measured = measure_updates(recipe, data, tokenizer=tokenizer)
+    assert measured.seconds_per_token > 0
+    assert "2 updates on cpu" in measured.source
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.slow

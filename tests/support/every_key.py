@@ -14,8 +14,9 @@ import transformers
 import yaml
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
-from hf_gradacc.recipe.load import configure_wandb, load_recipe, recipe_arguments
+from hf_gradacc.recipe.load import load_recipe, recipe_arguments
 from hf_gradacc.recipe.model import check_model
+from hf_gradacc.recipe.wandb import configure_wandb
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -34,6 +35,13 @@ SEQ2SEQ: dict[str, Any] = {
 }
 MIX: dict[str, Any] = {"data.train": ["rows.jsonl", "more.jsonl"]}
 HELD: dict[str, Any] = {"data.eval": "more.jsonl"}
+PAIRS: dict[str, Any] = {"data.train": "pairs.jsonl", "data.format": "preference"}
+DPO: dict[str, Any] = {**PAIRS, "model.task": "dpo"}
+REWARD: dict[str, Any] = {**PAIRS, "model.task": "reward"}
+SYNCS: dict[str, Any] = {**DPO, "dpo.sync_ref_model": True}
+ANSWERS: dict[str, Any] = {**HELD, "evaluation.metrics": ["exact_match"]}
+STOPS: dict[str, Any] = {**HELD, "train.eval_strategy": "epoch", "train.save_strategy": "epoch"}
+SAMPLES: dict[str, Any] = {"samples.count": 3}
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.name": ("base", {"model.config": None, "tokenizer.train": None}),
@@ -47,6 +55,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.dtype": ("bfloat16", {}),
     "model.attn_implementation": ("eager", {}),
     "model.trust_remote_code": (True, {}),
+    "model.unfrozen_parameters": (["embed_tokens"], {}),
     "tokenizer.name": ("base", {"tokenizer.train": None}),
     "tokenizer.train": ({"vocab_size": 310}, {}),
     "tokenizer.train.vocab_size": (310, {}),
@@ -94,6 +103,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "peft.modules_to_save": (["lm_head"], LORA),
     "peft.num_virtual_tokens": (4, {"peft.method": "prompt_tuning"}),
     "peft.merge_on_save": (True, LORA),
+    "peft.loraplus_ratio": (16, LORA),
     "peft.options": ({"use_rslora": True}, LORA),
     "wandb.project": ("p", {}),
     "wandb.name": ("n", {}),
@@ -103,7 +113,40 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "wandb.notes": ("words", {}),
     "wandb.per_rank": (True, {}),
     "wandb.report": (True, {}),
+    "wandb.upload_text": (True, {}),
     "wandb.mode": ("offline", {}),
+    "dpo.beta": (0.3, DPO),
+    "dpo.loss_type": (["ipo"], DPO),
+    "dpo.loss_weights": ([0.5], DPO),
+    "dpo.label_smoothing": (0.1, {**DPO, "dpo.loss_type": ["robust"]}),
+    "dpo.ld_alpha": (0.5, DPO),
+    "dpo.f_divergence_type": ("alpha_divergence", DPO),
+    "dpo.f_alpha_divergence_coef": (0.7, {**DPO, "dpo.f_divergence_type": "alpha_divergence"}),
+    "dpo.use_weighting": (True, DPO),
+    "dpo.discopop_tau": (0.1, {**DPO, "dpo.loss_type": ["discopop"]}),
+    "dpo.router_aux_loss_coef": (0.01, DPO),
+    "dpo.disable_dropout": (False, DPO),
+    "dpo.precompute_ref_log_probs": (True, DPO),
+    "dpo.precompute_ref_batch_size": (3, {**DPO, "dpo.precompute_ref_log_probs": True}),
+    "dpo.sync_ref_model": (True, DPO),
+    "dpo.ref_model_mixup_alpha": (0.3, SYNCS),
+    "dpo.ref_model_sync_steps": (3, SYNCS),
+    "reward.center_rewards_coefficient": (0.01, REWARD),
+    "reward.disable_dropout": (False, REWARD),
+    "evaluation.metrics": (["exact_match"], HELD),
+    "evaluation.generate": ({"max_new_tokens": 5}, ANSWERS),
+    "evaluation.generate.max_new_tokens": (5, ANSWERS),
+    "evaluation.generate.max_rows": (2, ANSWERS),
+    "evaluation.generate.max_tokens_per_batch": (99, ANSWERS),
+    "evaluation.early_stopping_patience": (2, STOPS),
+    "evaluation.early_stopping_threshold": (
+        0.1,
+        {**STOPS, "evaluation.early_stopping_patience": 2},
+    ),
+    "samples.every": (5, SAMPLES),
+    "samples.count": (2, {"samples.every": 5}),
+    "samples.max_new_tokens": (5, SAMPLES),
+    "samples.temperature": (0.5, SAMPLES),
     "output.dir": ("there", {}),
     "output.overwrite": (True, {}),
 }
@@ -154,8 +197,10 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "label_smoothing_factor": (0.1, {}),
     "liger_kernel_config": ({"rope": True}, {}),
     "load_best_model_at_end": (True, {**EVALUATES, "train.eval_steps": 500}),
+    "learning_rates": ({"embed_tokens": 1e-5}, {}),
     "log_level": ("info", {}),
     "log_level_replica": ("info", {}),
+    "lr_decay_steps": (0.3, {"train.lr_scheduler_type": "warmup_stable_decay"}),
     "lr_scheduler_kwargs": ({"num_cycles": 2}, {"train.lr_scheduler_type": "cosine"}),
     "max_skipped_updates_in_a_row": (3, {"train.on_non_finite": "skip"}),
     "max_tokens_per_micro_batch": (64, {}),
@@ -205,6 +250,8 @@ def make_folder(folder: Path) -> None:
     write_rows(folder / "more.jsonl", [{"question": f"{i}?", "answer": "no"} for i in range(4)])
     write_rows(folder / "bad.jsonl", [*rows, {"question": None, "answer": "x"}])
     write_rows(folder / "chats.jsonl", [{"messages": TURNS}])
+    pairs = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no"} for i in range(4)]
+    write_rows(folder / "pairs.jsonl", pairs)
     (folder / "text.md").write_text("one line\nand another\n\na paragraph\n")
     recipe = make(folder, PLAIN, {})
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=iter_texts(recipe.data))
@@ -246,10 +293,11 @@ def resolve(recipe: Any) -> dict[str, Any]:
         os.environ.update(before)
     tokenizer = load_tokenizer(recipe.tokenizer, model=recipe.model, texts=iter_texts(recipe.data))
     model = check_model(recipe.model, recipe.peft, tokenizer=tokenizer)
-    data = prepare_data(recipe.data, tokenizer=tokenizer)
+    data = prepare_data(recipe.data, tokenizer=tokenizer, task=recipe.model.task)
     adapter = getattr(model, "peft_config", {}).get("default")
     return {
         "model": (type(model).__name__, model.config.to_dict(), str(model.dtype)),
+        "trained": [name for name, p in model.named_parameters() if p.requires_grad],
         "attention": model.config._attn_implementation,
         "tokenizer": (tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.chat_template),
         "rows": (type(data.train).__name__, [dict(row) for row in data.train]),
@@ -257,6 +305,7 @@ def resolve(recipe: Any) -> dict[str, Any]:
         "adapter": None if adapter is None else dataclasses.asdict(adapter),
         "arguments": recipe_arguments(recipe).to_dict(),
         "W&B": environment,
+        "answers": (recipe.evaluation, recipe.samples),  # taken whole by what reads them
         "saving": (recipe.peft.merge_on_save, recipe.output.overwrite, recipe.data.num_proc),
     }
 

@@ -179,9 +179,44 @@ datasets: [{path: a/b, type: sharegpt}]
             "train.num_train_epochs": 1,
             "model.dtype": "bfloat16",
             "train.bf16": True,
-            "train.optim_args": "foo=1",
         },
-        changing={"optimizer"},
+        changing={"optimizer", "optim_args"},
+    ),
+    "pairs with LoRA+": Shape(
+        SMALL
+        + """\
+rl: ipo
+rl_beta: 0.2
+adapter: lora
+loraplus_lr_ratio: 16
+ddp_find_unused_parameters: true
+datasets:
+  - {path: a/b, type: {field_prompt: question, field_chosen: better, field_rejected: rejected}}
+""",
+        {
+            "model.task": "dpo",
+            "data.format": "preference",
+            "data.columns": {"prompt": "question", "chosen": "better"},
+            "dpo": {"beta": 0.2, "loss_type": ["ipo"]},
+            "peft": {"method": "lora", "loraplus_ratio": 16},
+        },
+        unchanged={"ddp_find_unused_parameters"},
+    ),
+    "rewards, of some parameters": Shape(
+        SMALL
+        + """\
+reward_model: true
+optimizer: muon
+unfrozen_parameters: ["layers.1[0-9]", "score"]
+datasets: [{path: a/b}]
+""",
+        {
+            "model.task": "reward",
+            "model.unfrozen_parameters": ["layers.1[0-9]", "score"],
+            "data.format": "preference",
+            "train.optim": "muon",
+        },
+        changing={"datasets[0].type"},
     ),
     "several sets of several formats": Shape(
         SMALL
@@ -335,13 +370,14 @@ resume_from_checkpoint: outputs/checkpoint-5
             "train.save_total_limit": 3,
             "train.per_device_eval_batch_size": 4,
             "train.load_best_model_at_end": True,
+            "evaluation.early_stopping_patience": 3,
             "train.neftune_noise_alpha": 5,
             "train.adam_beta2": 0.95,
             "train.seed": 7,
             "train.hub_model_id": "us/mine",
             "train.push_to_hub": True,
         },
-        changing={"early_stopping_patience", "some_new_key"},
+        changing={"some_new_key"},
         unchanged={"resume_from_checkpoint"},
     ),
     "a classifier": Shape(
@@ -373,6 +409,30 @@ INFO = """{
 START = "model_name_or_path: Qwen/Qwen3-0.6B\nstage: sft\ndo_train: true\n"
 
 LLAMAFACTORY = {
+    "pairs with hinge, until nothing gets better": Shape(
+        START.replace("sft", "dpo")
+        + """\
+dataset: pairs
+pref_beta: 0.3
+pref_loss: hinge
+loraplus_lr_ratio: 8
+use_galore: false
+ddp_find_unused_parameters: true
+val_size: 0.1
+eval_strategy: steps
+eval_steps: 50
+early_stopping_steps: 3
+""",
+        {
+            "model.task": "dpo",
+            "data.format": "preference",
+            "dpo": {"beta": 0.3, "loss_type": ["hinge"]},
+            "peft.loraplus_ratio": 8,
+            "evaluation.early_stopping_patience": 3,
+        },
+        changing={"dataset"},
+        unchanged={"ddp_find_unused_parameters"},
+    ),
     "lora": Shape(
         """\
 model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct

@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None, list[str], str]] = {
     "meta-llama/Llama-3": (
         "llama",
         _SIZES,
-        templates.HEADERS,
+        "{% set date_string = date_string %}" + templates.HEADERS,
         [*templates.HEADERS_TOKENS, "<|finetune_right_pad_id|>"],
         "<|eot_id|>",
     ),
@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None, list[str], str]] = {
     "HuggingFaceTB/SmolLM3": (
         "smollm3",
         _SIZES,
-        templates.TAGGED,
+        "{% set thinks = enable_thinking %}" + templates.TAGGED,
         templates.CHATML_TOKENS,
         "<|im_end|>",
     ),
@@ -157,6 +157,7 @@ def put_stand_ins(recipe: Recipe, folder: Path) -> None:
         if not Path(source.path).exists():
             source.path = str(write_stand_in_rows(source.path, folder))
             source.split = "train"  # a file has no other
+            source.name = source.revision = None
         elif source.path.endswith(".jsonl"):
             source.split = "train[:40]"
     recipe.data.num_proc = None
