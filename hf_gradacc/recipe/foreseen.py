@@ -17,14 +17,11 @@ from typing import Any
 
 from hf_gradacc.recipe.adapter_start import needs_data
 from hf_gradacc.recipe.idle_keys import Finding
+from hf_gradacc.recipe.metrics import find_metric_problem
 from hf_gradacc.recipe.readable import ReadableSections
 from hf_gradacc.text import nearest
 
 __all__ = ["find_foreseen", "packages_of_optimizer"]
-
-_EVALUATED = ("loss", "perplexity", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation of a recipe measures."""
-
 
 _SIZES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -96,18 +93,11 @@ def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:
     if get("save_strategy") == "best" and metric is None and "save_strategy" in sections.train:
         why = "does not say by which measure"
         yield ("train", "save_strategy"), why, "set train.metric_for_best_model: loss"
-    if not isinstance(metric, str):
+    model, evaluation = sections.model, sections.evaluation
+    if not isinstance(metric, str) or model is None or evaluation is None:
         return
-    name = metric.removeprefix("eval_")
-    known = [n for n in _EVALUATED if n != "perplexity" or not _is_classification(sections)]
-    if name not in known and not name.startswith("loss/"):
-        guess = nearest(name, known)
-        fix = f"did you mean {guess}?" if guess else f"use one of {', '.join(known)}"
-        yield ("train", "metric_for_best_model"), "is not measured by an evaluation", fix
-
-
-def _is_classification(sections: ReadableSections) -> bool:
-    return sections.model is not None and sections.model.task == "classification"
+    if problem := find_metric_problem(metric, model.task, evaluation.metrics):
+        yield ("train", "metric_for_best_model"), *problem
 
 
 def _of_stream(sections: ReadableSections) -> Iterator[Finding]:

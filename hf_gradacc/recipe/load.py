@@ -22,7 +22,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
 from hf_gradacc.recipe.folder import find_source_problem
 from hf_gradacc.recipe.interpolation import allow_variables
-from hf_gradacc.recipe.metrics import find_metric_problem, is_lower_better
+from hf_gradacc.recipe.metrics import is_lower_better
 from hf_gradacc.recipe.pairs import is_trl_installed, options_of_pairs
 from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
 from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
@@ -94,10 +94,6 @@ def load_recipe(
     recipe.wandb.name = recipe.wandb.name or Path(path).stem
     settle_sweep(recipe)
     recipe.keep_from_environment(source.from_environment)
-    if unknown := find_metric_problem(recipe):
-        where = source.origin(("train", "metric_for_best_model"))
-        asked = recipe.train["metric_for_best_model"]
-        raise RecipeError([Problem("train.metric_for_best_model", *unknown, where, asked)])
     if why := find_source_problem(recipe):
         fix = "name a folder of its own, such as runs/mine"
         origin = source.origin(("output", "dir"))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from hf_gradacc.text import nearest
-
-if TYPE_CHECKING:
-    from hf_gradacc.recipe.sections import Recipe
 
 __all__ = ["eval_metric_names", "find_metric_problem", "is_lower_better"]
 
@@ -21,20 +18,21 @@ _OF_REWARD = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "
 _LOWER = ("loss", "perplexity", "runtime", "entropy")
 
 
-def eval_metric_names(recipe: Recipe) -> set[str]:
+def eval_metric_names(task: str, metrics: Iterable[str]) -> set[str]:
     """List the keys that a row of an evaluation may have, each beginning with `eval_`.
 
     Args:
-        recipe: A recipe.
+        task: The recipe's `model.task`.
+        metrics: Its `evaluation.metrics`.
     """
-    task, names = recipe.model.task, set(_OF_ANY)
+    names = set(_OF_ANY)
     if task in ("causal_lm", "seq2seq"):
         names.add("perplexity")
     elif task == "dpo":
         names.update(_OF_DPO)
     elif task == "reward":
         names.update(_OF_REWARD)
-    for metric in recipe.evaluation.metrics:
+    for metric in metrics:
         names.update(["rouge1", "rouge2", "rougeL"] if metric == "rouge" else [metric])
     return {f"eval_{name}" for name in names}
 
@@ -48,21 +46,20 @@ def is_lower_better(name: str) -> bool:
     return name.rpartition("/")[2].removeprefix("eval_").endswith(_LOWER)
 
 
-def find_metric_problem(recipe: Recipe) -> tuple[str, str] | None:
+def find_metric_problem(asked: str, task: str, metrics: Iterable[str]) -> tuple[str, str] | None:
     """Say why the metric that decides about the best model will not be measured, and the way out.
 
     Args:
-        recipe: A recipe.
+        asked: `train.metric_for_best_model`.
+        task: The recipe's `model.task`.
+        metrics: Its `evaluation.metrics`.
 
     Returns:
         What is wrong and what to do; None if nothing is.
     """
-    asked = recipe.train.get("metric_for_best_model")
-    if not isinstance(asked, str):
-        return None
-    known = eval_metric_names(recipe)
+    known = eval_metric_names(task, metrics)
     name = asked if asked.startswith("eval_") else f"eval_{asked}"
-    if name in known:
+    if name in known or name.startswith("eval_loss/"):  # a term of the loss, see loss_terms
         return None
     guess = nearest(name, known)
     hint = f"did you mean {guess}? " if guess else ""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from hf_gradacc.data.section import DataSection, ModelSection, SourceSection, TokenizerSection
+from hf_gradacc.recipe.evaluation import EvaluationSection
 from hf_gradacc.recipe.problems import Key, Problem, dotted
 from hf_gradacc.recipe.sections import PeftSection, arguments_class, train_section
 from hf_gradacc.recipe.source import RecipeSource
@@ -29,7 +30,8 @@ class ReadableSections:
     Attributes:
         source: The recipe's values, and where each was written.
         paths: The absolute path for each key that is local, see `resolve_paths`.
-        model, tokenizer, data, peft: The sections; None for one whose keys contradict each other.
+        model, tokenizer, data, peft, evaluation: The sections; None for one whose keys contradict
+            each other.
         train: The values of `train` that are no null.
     """
 
@@ -39,6 +41,7 @@ class ReadableSections:
         self.tokenizer = _read(TokenizerSection, source.values.get("tokenizer"))
         self.data = _read(DataSection, source.values.get("data"))
         self.peft = _read(PeftSection, source.values.get("peft"))
+        self.evaluation = _read(EvaluationSection, source.values.get("evaluation"))
         read = _read(train_section(), source.values.get("train"))
         values = {} if read is None else read.model_dump(exclude_unset=True)
         self.train: dict[str, Any] = {n: v for n, v in values.items() if v is not None}
