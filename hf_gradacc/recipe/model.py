@@ -339,6 +339,9 @@ def model_config(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     config.pad_token_id = tokenizer.pad_token_id
+    if section.task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        # A new T5 knows none, and its labels cannot be shifted; the published ones begin so.
+        config.decoder_start_token_id = config.pad_token_id
     return config
 
 

@@ -7,7 +7,6 @@ holds no row of the data, no path of the machine, and nothing that is a secret.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,9 +199,7 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if held_out:
         loss = float(held_out[-1]["eval_loss"])
         figures["held-out loss"] = f"{loss:.4f}"
-        if loss < 20:
-            figures["held-out perplexity"] = f"{math.exp(loss):.4g}"
-        timing = ("runtime", "per_second", "_loss", "jit_compilation_time")
+        timing = ("runtime", "per_second", "_loss", "jit_compilation_time", "_num_tokens")
         for key, value in held_out[-1].items():
             is_metric = key.startswith("eval_") and isinstance(value, int | float)
             if is_metric and not key.endswith(timing):
@@ -210,10 +207,15 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     seen = next((row["target_tokens_seen"] for row in reversed(history)
                  if "target_tokens_seen" in row), None)  # fmt: skip
     if seen is not None:
-        figures["learned tokens seen"] = quantity(seen)
+        figures["learned tokens seen" if _counts_tokens(train) else "targets seen"] = quantity(seen)
     if ends:
         figures["time"] = duration(float(ends[-1]["train_runtime"]))
     return figures
+
+
+def _counts_tokens(train: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a target is a token, and not a whole row, such as one with a class or a pair."""
+    return any(row.get("tokens_per_update") != row.get("effective_batch_size") for row in train)
 
 
 def _draw(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
