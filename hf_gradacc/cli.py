@@ -418,13 +418,17 @@ def merge(
 
     - `hf-gradacc merge runs/mine models/mine`
     """
-    from hf_gradacc.after.merge import merge_run
+    with opened_output() as output:
+        from hf_gradacc.after.merge import merge_run
 
-    merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
-    if merged.was_quantized:
-        print("merged into the base before 4 bits: answers differ by what these had rounded")
-    print(f"its logits differ from the adapter's by {merged.difference:.1g} ({merged.dtype})")
-    print(f"saved: {printable(str(merged.folder))}")
+        merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
+        if merged.was_quantized:
+            output.say(
+                "merged into the base before 4 bits: answers differ by what these had rounded"
+            )
+        moved = f"{merged.difference:.1g} ({merged.dtype})"
+        output.say(f"its logits differ from the adapter's by {moved}")
+        output.say(f"saved: {printable(str(merged.folder))}")
 
 
 @app.command()
@@ -446,12 +450,13 @@ def push(
 
     - `hf-gradacc push runs/mine me/mine --private`
     """
-    from hf_gradacc.recipe.pushing import push_folder
+    with opened_output() as output:
+        from hf_gradacc.recipe.pushing import push_folder
 
-    url = push_folder(
-        Path(run), repository, private=private or None, revision=revision, message=message
-    )
-    print(f"pushed: {printable(url)}")
+        url = push_folder(
+            Path(run), repository, private=private or None, revision=revision, message=message
+        )
+        output.say(f"pushed: {printable(url)}")
 
 
 @app.command("import")
