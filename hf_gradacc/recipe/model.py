@@ -143,6 +143,7 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
     import torch
 
     check_layer_names(model, section)
+    section = section.model_copy(deep=True)  # peft adds names of heads to the list it is given
     common: dict[str, Any] = {"task_type": _TASKS[task], **section.options}
     if section.method in ("lora", "dora", "qlora"):
         config_class = peft.LoraConfig

@@ -5,7 +5,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from support.tiny import make_trainer, ragged_rows, tiny_llama
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from hf_gradacc import ConfigError
 from hf_gradacc.recipe.model import apply_peft, check_model, save_model
@@ -96,3 +96,14 @@ def test_a_check_without_weights_takes_starts_that_need_them(base):
 def test_one_misspelt_layer_among_others_is_an_error(section, wrong):
     with pytest.raises(ConfigError, match=wrong):
         apply_peft(tiny_llama(), PeftSection(method="lora", **section))
+
+
+def test_a_section_says_after_the_adapter_is_made_what_it_said_before():
+    section = PeftSection(method="lora", modules_to_save=["score"])
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    for _ in range(2):
+        apply_peft(LlamaForSequenceClassification(config), section, task="classification")
+        assert section.modules_to_save == ["score"]

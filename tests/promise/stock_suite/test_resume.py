@@ -21,7 +21,7 @@ FILES = {
     "rng_state.pth",
 }
 SAVES = {"save_steps": 5, "learning_rate": 0.1, "train": 56, "logging_steps": 5}
-CLOCKS = ("train_runtime", "eval_runtime", "train_loss")
+CLOCKS = ("train_runtime", "eval_runtime", "train_loss", "hours_left")
 
 
 def state_of(trainer):
