@@ -222,6 +222,8 @@ def _draw(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draw the loss over updates; False where there is too little to see."""
     train = [row for row in history if kind_of(row) == "train"]
     held_out = [row for row in history if kind_of(row) == "eval" and "eval_loss" in row]
+    # The first of each update: one after training is of the model kept, maybe an earlier one.
+    held_out = list({row.get("step"): row for row in reversed(held_out)}.values())[::-1]
     if len(train) < _FEWEST_ROWS:
         path.unlink(missing_ok=True)
         return False
