@@ -63,7 +63,7 @@ RunArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Override keys, such as train.max_steps=50 or --train.max_steps=50.",
     ),
 ]
@@ -126,7 +126,7 @@ def _load(
 _OPTIONS = [
     *("--resume", "--overwrite", "--verify", "--allow-env", "--trust-remote-code", "--quiet"),
     *("--json", "--timestamps", "--world-size", "--gpu-memory", "--png", "--show-rows", "--rows"),
-    *("--preflight", "--no-preflight", "--help"),
+    *("--measure", "--price-per-hour", "--preflight", "--no-preflight", "--help"),
 ]
 
 
@@ -165,7 +165,9 @@ def train(
     as_json: AsJson = False,
     timestamps: Timestamps = False,
 ) -> None:
-    """Train as a recipe says; save model, tokenizer and the completed recipe.
+    """Train as a recipe says.
+
+    Saves model, tokenizer, the completed recipe and a model card.
 
     **Examples**
 
@@ -239,7 +241,9 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the updates of a recipe before any weight is loaded, and what to change.
+    """Show the updates of a recipe, what they need, what to change.
+
+    No weight is loaded, unless --measure asks for it.
 
     **Examples**
 
@@ -286,7 +290,9 @@ def verify(
     as_json: AsJson = False,
     timestamps: Timestamps = False,
 ) -> None:
-    """Check on your own model and rows that accumulation is exact. Exit code 1 if it is not.
+    """Check on your model and rows that accumulation is exact.
+
+    Exit code 1 if it is not.
 
     Compares the gradient our plan accumulates with that of all rows at once, and shows what the
     stock Trainer would have given.
@@ -309,7 +315,7 @@ def sweep(
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check every parameter of a W&B sweep against its recipe, and print how to start it.
+    """Check a W&B sweep against its recipe; print how to start it.
 
     **Example**
 
@@ -326,11 +332,15 @@ def sweep(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of one run or several.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Output folders of one run or several.")
+    ],
     html: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(help="Also draw the plots into this file.")] = None,
 ) -> None:
-    """Write a page about runs, from their own files and without a network.
+    """Write a page about runs.
+
+    From their own files, and without a network.
 
     **Example**
 
@@ -392,12 +402,14 @@ def merge(
     run: RunArgument,
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="The folder to make; default: RUN-merged."),
+        typer.Argument(metavar="OUT", help="The folder to make; default: RUN-merged."),
     ] = None,
     allow_env: AllowEnv = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Merge a run's adapter into its base: one model that transformers loads alone.
+    """Merge a run's adapter into its base.
+
+    The result is one model that transformers loads alone.
 
     What was trained by QLoRA is merged into the base as it was before 4 bits. The saved model is
     read back and compared with the adapter. Nothing is overwritten.
@@ -406,13 +418,17 @@ def merge(
 
     - `hf-gradacc merge runs/mine models/mine`
     """
-    from hf_gradacc.after.merge import merge_run
+    with opened_output() as output:
+        from hf_gradacc.after.merge import merge_run
 
-    merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
-    if merged.was_quantized:
-        print("merged into the base before 4 bits: answers differ by what these had rounded")
-    print(f"its logits differ from the adapter's by {merged.difference:.1g} ({merged.dtype})")
-    print(f"saved: {printable(str(merged.folder))}")
+        merged = merge_run(run, out, allow_env=allow_env or [], trust_remote_code=trust_remote_code)
+        if merged.was_quantized:
+            output.say(
+                "merged into the base before 4 bits: answers differ by what these had rounded"
+            )
+        moved = f"{merged.difference:.1g} ({merged.dtype})"
+        output.say(f"its logits differ from the adapter's by {moved}")
+        output.say(f"saved: {printable(str(merged.folder))}")
 
 
 @app.command()
@@ -425,7 +441,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch of it; default: main.")] = None,
     message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the model",
 ) -> None:
-    """Push a run's model to the Hugging Face Hub, with its card and recipe.
+    """Push a run's model, card and recipe to the Hugging Face Hub.
 
     Weights, tokenizer, configs, card, plot and recipe are pushed, and nothing else: no checkpoint,
     optimizer, pickle, log or file of W&B. Log in with `hf auth login`, or set HF_TOKEN.
@@ -434,12 +450,13 @@ def push(
 
     - `hf-gradacc push runs/mine me/mine --private`
     """
-    from hf_gradacc.recipe.pushing import push_folder
+    with opened_output() as output:
+        from hf_gradacc.recipe.pushing import push_folder
 
-    url = push_folder(
-        Path(run), repository, private=private or None, revision=revision, message=message
-    )
-    print(f"pushed: {printable(url)}")
+        url = push_folder(
+            Path(run), repository, private=private or None, revision=revision, message=message
+        )
+        output.say(f"pushed: {printable(url)}")
 
 
 @app.command("import")
@@ -454,7 +471,7 @@ def import_recipe(
         typer.Option(min=1, help="Processes that FILE was used with, to count an update's rows."),
     ] = None,
 ) -> None:
-    """Make a recipe of a file that Axolotl or LLaMA-Factory trains from.
+    """Make a recipe of a file of Axolotl or LLaMA-Factory.
 
     A comment says what became of each key without a counterpart. Secrets are not copied.
 
@@ -475,9 +492,13 @@ def import_recipe(
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Argument(help="File to write; none prints it.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="File to write; none prints it.")
+    ] = None,
 ) -> None:
-    """Export the JSON schema of recipes, by which editors complete and check them.
+    """Export the JSON schema of recipes, for editors.
+
+    With it they complete and check every key.
 
     **Example**
 

@@ -37,10 +37,15 @@ def pytest_collection_modifyitems(config, items):
 
     A slow file that came last would leave a core idle.
     """
+    from support.thorough import is_thorough
+
+    thorough = [item for item in items if is_thorough(item.nodeid)]
+    for item in thorough:
+        item.add_marker("thorough")
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
-        thorough = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=thorough)
-        items[:] = [item for item in items if item not in thorough]
+        left = set(thorough)
+        items[:] = [item for item in items if item not in left]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

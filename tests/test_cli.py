@@ -357,6 +357,7 @@ def test_recipes_are_listed_shown_and_copied(run, tmp_path):
     assert len(cli_recipes.recipe_names()) == sum(
         "/" in line or "quick" in line for line in out.splitlines()
     )
+    assert "`pip install 'hf_gradacc[trl]'`" in out, "square brackets are no markup"
     code, out, _ = run("recipes", "show", "qwen3/4b_lora_chat")
     assert out == (ROOT / "recipes/qwen3/4b_lora_chat.yaml").read_text()
     code, out, _ = run("recipes", "copy", "qwen3/4b_lora_chat", "mine/lora.yaml")
@@ -597,6 +598,17 @@ def test_it_works_as_a_module_and_without_a_terminal(tmp_path):
     )
     for name in ("train", "plan", "verify", "report", "schema", "recipes"):
         assert name in done.stdout
+
+
+def test_the_help_has_one_line_for_each_command_on_the_narrowest_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("--help")
+    lines = out.partition(" Commands ")[2].splitlines()[1:]
+    rows = [line.strip("│ ") for line in lines if line.startswith("│")]
+    assert [row.split()[0] for row in rows if row] == [
+        *("train", "plan", "verify", "sweep", "report", "chat", "merge", "push", "import"),
+        *("schema", "recipes"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["train", "plan", "verify", "report", "schema"])

@@ -215,8 +215,9 @@ def load_saved(saved: SavedModel, *, tokenizer: Any) -> PreTrainedModel:
             model = _load_whole(saved)
     if saved.recipe is not None:  # a checkpoint of an adapter has no generation config beside it
         add_stop_tokens(model, saved.recipe, tokenizer=tokenizer, folder=str(saved.folder))
-    if torch.cuda.is_available() and not getattr(model, "hf_device_map", None):
-        model = model.to("cuda")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and not getattr(model, "hf_device_map", None):
+        model = model.to(device)
     return model.eval()
 
 

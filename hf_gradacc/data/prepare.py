@@ -241,6 +241,7 @@ def _finish(
         num_unusable=counts[Fate.UNUSABLE],
         first_unusable=why,
         notes=count_notes(encoded),
+        has_pairs=pairs is not None,
     )
     return rows, report
 

@@ -106,10 +106,11 @@ class LengthReport:
         num_without_target: Rows left out because no token of them would be learned.
         num_sequences: Rows, or blocks of text, that training sees.
         num_tokens: Input tokens in them.
-        longest: Tokens in the longest of them.
+        longest: Tokens in the longest of them; of pairs, in the longest answer with its prompt.
         num_unusable: Rows left out because they cannot be read or rendered.
         first_unusable: Where the first of those is, and what is wrong with it.
         notes: How often each of `NOTES` happened.
+        has_pairs: Whether each sequence is a pair of answers.
     """
 
     name: str
@@ -123,11 +124,15 @@ class LengthReport:
     num_unusable: int = 0
     first_unusable: str = ""
     notes: Mapping[str, int] = field(default_factory=dict)
+    has_pairs: bool = False
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {self.num_rows:,} rows -> {self.num_sequences:,} sequences"]
-        mean = self.num_tokens / max(1, self.num_sequences)
-        parts.append(f"{self.num_tokens:,} tokens (mean {mean:.0f}, longest {self.longest:,})")
+        kind = "pairs" if self.has_pairs else "sequences"
+        parts = [f"{self.name}: {self.num_rows:,} rows -> {self.num_sequences:,} {kind}"]
+        # Two answers are as long as a pair; `max_length` is about each of them.
+        size = self.num_tokens / max(1, self.num_sequences * (2 if self.has_pairs else 1))
+        of = " of an answer" if self.has_pairs else ""
+        parts.append(f"{self.num_tokens:,} tokens (mean {size:.0f}{of}, longest {self.longest:,})")
         counts = {
             Fate.TRUNCATED: self.num_truncated,
             Fate.TOO_LONG: self.num_too_long,

@@ -164,7 +164,9 @@ def apply_peft(model: Any, section: PeftSection, *, task: str = "causal_lm") -> 
             common.pop("loftq_config", None)
     elif section.method == "ia3":
         config_class = peft.IA3Config
-        common |= given(target_modules=section.target_modules, modules_to_save=section.modules_to_save)
+        common |= given(
+            target_modules=section.target_modules, modules_to_save=section.modules_to_save
+        )
     else:
         prefix = section.method == "prefix_tuning"
         config_class = peft.PrefixTuningConfig if prefix else peft.PromptTuningConfig
@@ -338,6 +340,9 @@ def model_config(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     config.pad_token_id = tokenizer.pad_token_id
+    if section.task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        # A new T5 knows none, and its labels cannot be shifted; the published ones begin so.
+        config.decoder_start_token_id = config.pad_token_id
     return config
 
 

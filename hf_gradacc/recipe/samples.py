@@ -99,10 +99,11 @@ class SampleAnswers(TrainerCallback):
 
     def _answer_all(self) -> list[Sample]:
         trainer, model = self._trainer, self._trainer.model
-        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        device = trainer.args.device
+        devices = [] if device.type == "cpu" else [device]
         with (
             RandomSources().put_back(),
-            torch.random.fork_rng(devices=devices),
+            torch.random.fork_rng(devices=devices, device_type=device.type),
             held_in_mode(model, training=False),
             torch.no_grad(),
             trainer.compute_loss_context_manager(),

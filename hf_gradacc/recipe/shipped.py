@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -73,14 +74,18 @@ def list_recipes() -> None:
     for name in recipe_names():
         text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("# ")
-        table.add_row(name, title, _header(text, "Needs:").partition(" (")[0])
+        needs = _header(text, "Needs:").partition(" (")[0].rstrip(".")
+        # Square brackets, as in hf_gradacc[trl], are no markup.
+        table.add_row(name, escape(title), escape(needs))
     # Without a terminal, as in a pipe or a log, every row stays one line.
     console = Console(width=None if sys.stdout.isatty() else 250)
     console.print(table)
 
 
 @recipes_app.command("show")
-def show_recipe(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
+def show_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name or file.")],
+) -> None:
     """Print a recipe.
 
     Example: `hf-gradacc recipes show qwen3/4b_lora_chat`
@@ -95,8 +100,10 @@ def show_recipe(recipe: Annotated[str, typer.Argument(help="Name or file.")]) ->
 
 @recipes_app.command("copy")
 def copy_recipe(
-    recipe: Annotated[str, typer.Argument(help="Name or file.")],
-    target: Annotated[Path, typer.Argument(help="File or folder to copy to.")] = Path(),
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name or file.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="File or folder to copy to.")
+    ] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe, with those it inherits from, to make it yours.

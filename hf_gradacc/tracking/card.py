@@ -198,7 +198,7 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         figures["training loss"] = f"{first:.4g} at first, {last:.4g} at last"
     if held_out:
         figures["held-out loss"] = f"{float(held_out[-1]['eval_loss']):.4f}"
-        timing = ("runtime", "per_second", "_loss", "jit_compilation_time")
+        timing = ("runtime", "per_second", "_loss", "jit_compilation_time", "_num_tokens")
         for key, value in held_out[-1].items():
             is_metric = key.startswith("eval_") and isinstance(value, int | float)
             if is_metric and not key.endswith(timing):
@@ -206,16 +206,23 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     seen = next((row["target_tokens_seen"] for row in reversed(history)
                  if "target_tokens_seen" in row), None)  # fmt: skip
     if seen is not None:
-        figures["learned tokens seen"] = quantity(seen)
+        figures["learned tokens seen" if _counts_tokens(train) else "targets seen"] = quantity(seen)
     if ends:
         figures["time"] = duration(float(ends[-1]["train_runtime"]))
     return figures
+
+
+def _counts_tokens(train: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a target is a token, and not a whole row, such as one with a class or a pair."""
+    return any(row.get("tokens_per_update") != row.get("effective_batch_size") for row in train)
 
 
 def _draw(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draw the loss over updates; False where there is too little to see."""
     train = [row for row in history if kind_of(row) == "train"]
     held_out = [row for row in history if kind_of(row) == "eval" and "eval_loss" in row]
+    # The first of each update: one after training is of the model kept, maybe an earlier one.
+    held_out = list({row.get("step"): row for row in reversed(held_out)}.values())[::-1]
     if len(train) < _FEWEST_ROWS:
         path.unlink(missing_ok=True)
         return False

@@ -202,7 +202,8 @@ class UpdateProgress(ProgressCallback):
         else:
             speed = logs.get("target_tokens_per_second")
             text = f"loss {number(logs['loss'])}"
-            text += f", {quantity(speed)} tokens/s" if speed else ""
+            unit = "targets" if _counts_rows(logs) else "tokens"
+            text += f", {quantity(speed)} {unit}/s" if speed else ""
             if self.training_bar is not None:
                 self.training_bar.set_postfix_str(text, refresh=False)
             self._write(describe_row(logs, step=state.global_step))
@@ -248,12 +249,16 @@ def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
     ...     "padding_fraction": 0.051, "target_tokens_per_second": 3290.0}, step=20)
     'update 20: loss 4.213 | 2,310 target tokens, 32 sequences, 3 micro-batches, 5.1% padding |
     learning rate 0.001 | 3,290 tokens/s'
+    >>> describe_row({"loss": 0.6931, "tokens_per_update": 8.0, "effective_batch_size": 8.0,
+    ...     "target_tokens_per_second": 12.5}, step=1)
+    'update 1: loss 0.6931 | 8 targets, 8 sequences | 12.5 targets/s'
     """
+    many = "targets" if _counts_rows(logs) else "target tokens"
     parts = [f"update {step}: loss {number(logs['loss'])}"]
     batch = [
-        f"{quantity(float(logs[key]))} {one if logs[key] == 1 else many}"
-        for key, one, many in (
-            ("tokens_per_update", "target token", "target tokens"),
+        f"{quantity(float(logs[key]))} {one if logs[key] == 1 else several}"
+        for key, one, several in (
+            ("tokens_per_update", many.removesuffix("s"), many),
             ("effective_batch_size", "sequence", "sequences"),
             ("micro_batches_per_update", "micro-batch", "micro-batches"),
         )
@@ -268,8 +273,15 @@ def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
     if "gradient_noise_scale" in logs:
         parts.append(f"noise scale {quantity(logs['gradient_noise_scale'])}")
     if "target_tokens_per_second" in logs:
-        parts.append(f"{quantity(logs['target_tokens_per_second'])} tokens/s")
+        unit = many.removeprefix("target ")
+        parts.append(f"{quantity(logs['target_tokens_per_second'])} {unit}/s")
     return " | ".join(parts)
+
+
+def _counts_rows(logs: Mapping[str, Any]) -> bool:
+    """Whether each sequence was one target, as a row with a class or a pair of answers is."""
+    sizes = [logs.get(key) for key in ("tokens_per_update", "effective_batch_size")]
+    return None not in sizes and sizes[0] == sizes[1]
 
 
 def fold(text: str, *, width: int | None, indent: int) -> str:
@@ -367,11 +379,13 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
     """Describe in one line what was trained and with what result."""
     losses = [row["loss"] for row in state.log_history if kind_of(row) == "train"]
     held_out = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-    seen = [row["target_tokens_seen"] for row in state.log_history if "target_tokens_seen" in row]
+    counted = [row for row in state.log_history if "target_tokens_seen" in row]
     trained = count_updates(state.global_step - first_step)
     text = f"Trained {trained} in {duration(seconds)}"
-    if seen:
-        text += f", {quantity(seen[-1])} target tokens seen"
+    if counted:
+        trained_on = [row for row in counted if kind_of(row) == "train"]
+        what = "targets" if trained_on and all(map(_counts_rows, trained_on)) else "target tokens"
+        text += f", {quantity(counted[-1]['target_tokens_seen'])} {what} seen"
     if losses:
         text += f"; loss {number(losses[0])} -> {number(losses[-1])}"
     if held_out:
@@ -379,6 +393,15 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
     if state.global_step < state.max_steps:
         text += f". Stopped before update {state.max_steps:,}"
     return text + "."
+
+
+def _which_model(args: Any, state: Any) -> str:
+    """Name the update whose model is kept, where it is not the last one's."""
+    best = state.best_global_step
+    if not args.load_best_model_at_end or best in (None, state.global_step):
+        return ""
+    metric = args.metric_for_best_model.removeprefix("eval_").replace("_", " ")
+    return f": that of update {best:,}, the best by {metric} ({number(state.best_metric)})"
 
 
 def next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
@@ -394,7 +417,7 @@ def next_steps(args: Any, state: Any) -> Iterator[tuple[str, str]]:
     if checkpoint:
         yield "checkpoint", checkpoint
     if known.get("saves_model"):
-        yield "model", f"{args.output_dir}, saved at the end of the run"
+        yield "model", f"{args.output_dir}, saved at the end of the run{_which_model(args, state)}"
     elif not checkpoint:
         yield "model", f"in memory; trainer.save_model() writes it to {args.output_dir}"
     if (RunFile(Path(args.output_dir)).directory / RUN_NAME).exists():

@@ -18,6 +18,7 @@ from hf_gradacc.recipe.generating import batch_prompts, split_row
 from hf_gradacc.recipe.load import load_recipe, recipe_arguments
 from hf_gradacc.recipe.metrics import eval_metric_names
 from hf_gradacc.recipe.model import sample_answer
+from hf_gradacc.recipe.problems import RecipeError
 from hf_gradacc.recipe.run import build_trainer, train_recipe
 from hf_gradacc.recipe.scoring import (
     class_accuracy,
@@ -268,6 +269,25 @@ def test_patience_asks_for_the_best_model_unless_told_otherwise(folder, tmp_path
     assert recipe_arguments(read(folder, "classes", *told)).load_best_model_at_end is False
     by = [f"output.dir={tmp_path}", "train.metric_for_best_model=eval_perplexity"]
     assert recipe_arguments(read(folder, "answers", *by)).greater_is_better is False
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "higher"),
+    [("classes", "f1", True), ("classes", "eval_accuracy", True), ("answers", "rougeL", True)],
+)
+def test_each_metric_that_is_asked_for_may_decide_about_the_best_model(
+    folder, tmp_path, name, metric, higher
+):
+    by = [f"output.dir={tmp_path}", f"train.metric_for_best_model={metric}"]
+    by += ["evaluation.metrics=[rouge]"] if name == "answers" else []
+    assert recipe_arguments(read(folder, name, *by)).greater_is_better is higher
+
+
+def test_a_metric_that_none_measures_is_reported_with_all_other_problems(folder):
+    with pytest.raises(RecipeError) as error:
+        read(folder, "classes", "train.metric_for_best_model=acuracy", "train.max_stepz=3")
+    assert "did you mean eval_accuracy?" in str(error.value)
+    assert "train.max_stepz" in str(error.value)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.bytes_tokenizer import bytes_tokenizer
 from support.tracked import no_wandb_login, only_run
 
 from hf_gradacc.data.section import ModelSection
@@ -128,3 +129,11 @@ def test_a_config_value_is_changed_by_override_and_a_misspelt_one_refused(tmp_pa
     misspelt = ModelSection(name=str(tmp_path), overrides={"atention_dropout": 0.5})
     with pytest.raises(ConfigError, match="did you mean attention_dropout"):
         model_config(misspelt, tokenizer=Tokenizer())
+
+
+@pytest.mark.parametrize(("given", "first"), [({}, 0), ({"decoder_start_token_id": 7}, 7)])
+def test_a_new_model_of_two_parts_knows_the_token_that_its_answers_begin_with(given, first):
+    tokenizer = bytes_tokenizer(None, [])
+    tokenizer.pad_token_id = 0
+    section = ModelSection(task="seq2seq", config={"model_type": "t5", "d_model": 16, **given})
+    assert model_config(section, tokenizer=tokenizer).decoder_start_token_id == first

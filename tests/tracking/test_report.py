@@ -316,7 +316,7 @@ def test_several_runs_share_their_plots_over_target_tokens(tmp_path):
     build_report(directories, html=tmp_path / "page.html")
     page = read(tmp_path / "page.html")
     assert "2 runs compared" in page
-    assert "Over target tokens seen" in page
+    assert "Over targets seen" in page
     legends = re.findall(r'<div class="legend">(.*?)</div>', page, re.DOTALL)
     assert len(legends) == 2, "who is who once above all panels, and what is dashed"
     assert re.findall(r"</i>(.*?)</span>", legends[0]) == ["one", "two"]
@@ -337,6 +337,22 @@ def test_an_evaluation_stands_at_the_tokens_seen_until_then(tmp_path):
     (run,) = load_runs([directory])
     assert run.x_of(20) == 20 * 1800.0  # between its neighbours
     assert run.x_of(40) == 39 * 1800.0  # never beyond what is known
+
+
+def test_the_evaluation_of_the_model_kept_does_not_bend_the_curve(tmp_path):
+    write_run(tmp_path / "one")
+    kept = {"kind": "eval", "step": 40, "eval_loss": 9.0, "eval_accuracy": 0.5}
+    RunFile(tmp_path / "one").append(kept)
+    (run,) = load_runs([tmp_path / "one"])
+    assert run.table("eval").points("eval_loss")[1].tolist() == [1.5]
+    assert run.last("eval_loss", kind="eval") == 9.0, "this is the model that was saved"
+
+
+def test_a_single_line_is_named_where_others_might_have_stood(tmp_path):
+    write_run(tmp_path / "one")
+    RunFile(tmp_path / "one").append({"kind": "eval", "step": 41, "eval_rewards/accuracies": 0.5})
+    build_report([tmp_path / "one"], html=tmp_path / "page.html")
+    assert "pairs ranked rightly</" in re.sub(r"\s*<", "<", read(tmp_path / "page.html"))
 
 
 def test_a_run_of_the_stock_trainer_is_compared_over_updates(tmp_path):

@@ -81,7 +81,7 @@ def test_the_last_line_counts_all_updates_whatever_was_logged(tmp_path, capsys, 
     if logging_steps == 500:
         return  # a report needs a training row
     (run,) = load_runs([tmp_path])
-    assert ("target tokens seen", str(seen), "4 updates") in run.tiles()
+    assert ("targets seen", str(seen), "4 updates") in run.tiles()
 
 
 def test_a_quiet_log_level_silences_plan_and_summary(tmp_path, capsys):

@@ -20,7 +20,7 @@ from hf_gradacc.tracking.run_files import kind_of, read_run
 
 __all__ = ["MOST_PLACES", "ReportRun", "Table", "load_runs", "make_table"]
 
-TOKENS, UPDATES = "target tokens seen", "updates"
+TOKENS, UPDATES = "targets seen", "updates"
 MOST_PLACES, FEWEST_PLACES = 600, 60
 """Drawn of a run: more would not be told apart, and the page would grow with the run."""
 
@@ -152,6 +152,10 @@ class ReportRun:
         """Return the rows of one kind as they are drawn, at most `most_places` of them."""
         if kind not in self._tables:
             rows = self.of_kind(kind)
+            if kind == "eval":
+                # One after training is of the model kept, which may be an earlier one: it would
+                # end the curve with a jump that training never made. `last` still tells of it.
+                rows = list({int(row["step"]): row for row in reversed(rows)}.values())[::-1]
             x = [self.x_of(int(row["step"])) for row in rows]
             self._tables[kind] = make_table(rows, x, most=self.most_places)
         return self._tables[kind]
@@ -220,10 +224,10 @@ class ReportRun:
                 f"perplexity {quantity(perplexity)}" if perplexity is not None else "",
             ),
             ("effective batch size", self.mean("effective_batch_size"), "sequences per update"),
-            ("tokens per update", self.mean("tokens_per_update"), "target tokens, mean"),
-            ("target tokens seen", tokens_seen, count_updates(self.updates)),
-            ("throughput", self.mean("target_tokens_per_second"), "target tokens per second"),
-            ("noise scale", self.last("gradient_noise_scale"), "target tokens"),
+            ("tokens per update", self.mean("tokens_per_update"), "targets, mean"),
+            ("targets seen", tokens_seen, count_updates(self.updates)),
+            ("throughput", self.mean("target_tokens_per_second"), "targets per second"),
+            ("noise scale", self.last("gradient_noise_scale"), "targets"),
         ]
         tiles = [(name, quantity(value), note) for name, value, note in found if value is not None]
         padding = self.mean("padding_fraction")

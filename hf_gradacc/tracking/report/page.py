@@ -108,10 +108,11 @@ def _draw_cards(
             has_dashed = any(s.line.dashed for s in series)
             keys = [
                 _Key(line.label, "currentColor", "dashed" if line.dashed else "")
-                for line in panel.lines
+                for line in dict.fromkeys(s.line for s in series)
                 if has_dashed
             ]
-        cards.append(_Card(panel, plot, keys if len(keys) > 1 else []))
+        named = len(keys) > 1 or (len(panel.lines) > 1 and not several)
+        cards.append(_Card(panel, plot, keys if named else []))
     return cards
 
 

@@ -49,7 +49,7 @@ class Panel:
 PANELS = (
     Panel(
         "Loss",
-        "nats per target token",
+        "nats per target",
         (Line("loss", "training"), Line("eval_loss", "held out", kind="eval", dashed=True)),
     ),
     Panel(
@@ -70,7 +70,7 @@ PANELS = (
         "Tokens per update",
         "tokens, all ranks",
         (
-            Line("tokens_per_update", "target tokens"),
+            Line("tokens_per_update", "targets"),
             Line("input_tokens_per_update", "input tokens", dashed=True),
         ),
         from_zero=True,
@@ -83,7 +83,7 @@ PANELS = (
     ),
     Panel(
         "Throughput",
-        "target tokens per second",
+        "targets per second",
         (Line("target_tokens_per_second", "throughput"),),
         from_zero=True,
     ),
@@ -97,7 +97,7 @@ PANELS = (
     Panel("Gradient norm", "", (Line("grad_norm", "gradient norm"),), from_zero=True),
     Panel(
         "Gradient noise scale",
-        "target tokens",
+        "targets",
         (
             Line(
                 "gradient_noise_scale",

@@ -225,7 +225,8 @@ def draw_picture(runs: Sequence[ReportRun], path: Path, *, marks: Sequence[Mark]
         for place, (panel, series) in enumerate(drawn):
             axes = figure.add_subplot(rows, columns, place + 1)
             draw_panel(axes, panel, series, x_end=x_end, x_label=runs[0].axis, marks=marks)
-            has_legend = len(series) > 1 and not several
+            # A single line needs its name where another might have been drawn, as of quality.
+            has_legend = max(len(series), len(panel.lines)) > 1 and not several
             title = axes.set_title(panel.title, pad=26 if has_legend else 10)
             axes.annotate(
                 panel.unit, (1, 0), (7, 0), title, "offset points", color=SOFT, va="bottom"
