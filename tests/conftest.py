@@ -32,6 +32,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself selects by mark
 def pytest_collection_modifyitems(config, items):
     """Leave out thorough tests unless they are asked for; begin with the files of slow ones.
 
