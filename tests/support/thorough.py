@@ -19,8 +19,6 @@ _CASES = (
     r"trainer/test_position\.py::test_resumed_in_any_pass\w*\[(6|10)-(?!list)",
     # Optimizers of which others stay.
     r"test_equivalence_zoo_weights\.py::test_weights\w*\[bert-qa-",
-    # Sizes of one family; the smallest of each kind stays.
-    r"recipe/test_shipped\.py::test_a_recipe_trains\w*\[.*(qwen3/8b|llama3/8b|gemma3/1b_qlora|smollm3/3b_(lora|q))",
 )
 _THOROUGH = re.compile("|".join(_CASES))
 
