@@ -227,7 +227,9 @@ def _finish(
     if source_format(section, source) == "text":
         rows = _pack(rows, section.max_length or BLOCK_SIZE)
     if len(rows) == 0:
-        raise explain_nothing_left(source.path, counts, section, why=why)
+        is_held_out = name == "data.eval" and section.holdout is not None
+        place = f"{source.path} (the rows held out)" if is_held_out else source.path
+        raise explain_nothing_left(place, counts, section, why=why)
     lengths, pairs = measure_lengths(rows), measure_pairs(rows)
     report = LengthReport(
         name=name if len(section.train) == 1 else f"{name} ({source.path.rsplit('/', 1)[-1]})",

@@ -95,6 +95,12 @@ def test_rows_held_out_are_not_trained_on(write, holdout, expected):
     assert train | held == set(texts(prepare(path).train))
 
 
+def test_a_holdout_of_rows_that_are_all_too_long_names_the_rows_held_out(write):
+    rows = [{"question": "q", "answer": "a" * length} for length in (1, 90, 90, 90)]
+    with pytest.raises(DataError, match=r"rows.jsonl \(the rows held out\) has no row left: 1"):
+        prepare(write("rows.jsonl", rows), holdout=1, max_length=40, too_long="drop")
+
+
 def test_a_holdout_that_leaves_nothing_is_an_error(write):
     with pytest.raises(DataError, match=r"data\.holdout = 12 takes 12 of 12"):
         prepare(write("q.jsonl", questions(12)), holdout=12)
