@@ -75,6 +75,8 @@ def _problem(
         return Problem(full, "no such key", fix, where, value)
     if kind == "value_error":
         why = details[0]["msg"].removeprefix("Value error, ")
+        if isinstance(value, str):  # of one key, and not of several together
+            return Problem(full, "has a wrong value", why, where, value)
         return Problem(full, "does not hold together", why, where)
     reasons = dict.fromkeys(_sentence(one) for one in details)
     return Problem(full, "has a wrong value", " or ".join(reasons), where, value)

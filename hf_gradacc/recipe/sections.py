@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -161,6 +162,13 @@ class OutputSection(Section):
     null means `runs/` and the recipe's file name."""
     overwrite: bool = False
     """Remove what an earlier run wrote into the folder, and nothing else; `--overwrite`."""
+
+    @field_validator("dir")
+    @classmethod
+    def _names_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and ("\0" in value or not value.strip()):
+            raise ValueError("it names no folder, such as runs/mine")
+        return value
 
 
 def _method(value: Any) -> Any:

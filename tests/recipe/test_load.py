@@ -126,6 +126,13 @@ def test_a_key_in_the_wrong_place_is_told_the_right_one(write, change, key, fix)
     assert "hf_abc" not in str(RecipeError(found))
 
 
+@pytest.mark.parametrize("folder", ["a\\0b", " "])
+def test_a_folder_that_can_be_none_is_a_wrong_value(write, folder):
+    (found,) = problems(write(f'{GOOD}output: {{dir: "{folder}"}}\n'))
+    assert (found.key, found.why) == ("output.dir", "has a wrong value")
+    assert "names no folder" in found.fix
+
+
 def test_a_misspelt_section_is_one_problem_not_two(write):
     (found,) = problems(write(GOOD.replace("data:", "daat:")))
     assert found.key == "daat"
