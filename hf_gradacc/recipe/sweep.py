@@ -81,7 +81,8 @@ class Sweep:
 def describe_sweep(sweep: Sweep) -> Iterator[str]:
     """Say what a sweep will do, and how to start it."""
     runs = "until it is stopped" if sweep.num_runs is None else f"{sweep.num_runs} runs"
-    yield f"Sweep of {len(sweep.parameters)} parameters, {sweep.method}, {runs}"
+    number = len(sweep.parameters)
+    yield f"Sweep of {number} parameter{'s' * (number != 1)}, {sweep.method}, {runs}"
     width = max(map(len, [*sweep.parameters, "metric"]))
     for key, drawn in sweep.parameters.items():
         yield f"  {key:<{width}}  {drawn}"
