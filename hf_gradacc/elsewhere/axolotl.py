@@ -6,6 +6,7 @@ are written as its documentation has them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from hf_gradacc.elsewhere.axolotl_data import put_sources
@@ -14,6 +15,7 @@ from hf_gradacc.elsewhere.reading import read_file
 from hf_gradacc.elsewhere.shared import (
     Places,
     known_optimizers,
+    put_optimizer,
     put_preferences,
     put_template,
     put_warmup,
@@ -190,13 +192,6 @@ def _modules(draft: Draft, value: Any) -> None:
     draft.put("peft.target_modules", value if isinstance(value, str) else to_list(value))
 
 
-def _optimizer(draft: Draft, value: Any) -> None:
-    if value in known_optimizers():
-        draft.put("train.optim", value)
-    else:
-        draft.note("optimizer", "no such optimizer; the default, adamw_torch_fused, is used")
-
-
 def _optimizer_options(draft: Draft, value: Any) -> None:
     if draft.get("optimizer", "adamw_torch_fused") not in known_optimizers():
         draft.note("optim_args", "options of an optimizer that is not there")
@@ -332,7 +327,7 @@ AXOLOTL: dict[str, Key] = {
     "warmup_ratio": _elsewhere("train.warmup_steps, below 1"),
     "weight_decay": Key("train.weight_decay"),
     "max_grad_norm": Key("train.max_grad_norm"),
-    "optimizer": Key("train.optim", read=_optimizer),
+    "optimizer": Key("train.optim", read=partial(put_optimizer, key="optimizer")),
     "optim_args": Key("train.optim_args", read=_optimizer_options),
     "adam_beta1": Key("train.adam_beta1"),
     "adam_beta2": Key("train.adam_beta2"),

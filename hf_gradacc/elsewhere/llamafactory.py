@@ -6,6 +6,7 @@ others are written as its documentation has them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from hf_gradacc.elsewhere.draft import Draft, Key, is_recipe_key
@@ -13,7 +14,7 @@ from hf_gradacc.elsewhere.llamafactory_data import put_sources
 from hf_gradacc.elsewhere.reading import read_file
 from hf_gradacc.elsewhere.shared import (
     Places,
-    known_optimizers,
+    put_optimizer,
     put_preferences,
     put_template,
     put_warmup,
@@ -118,13 +119,6 @@ def _put_size(draft: Draft) -> None:
         draft.values.get("train", {}).pop("gradient_accumulation_steps", None)
 
 
-def _optimizer(draft: Draft, value: Any) -> None:
-    if value in known_optimizers():
-        draft.put("train.optim", value)
-    else:
-        draft.note("optim", "no such optimizer; the default, adamw_torch_fused, is used")
-
-
 def _attention(draft: Draft, value: Any) -> None:
     names = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager", "fa3":
              "flash_attention_3"}  # fmt: skip
@@ -203,7 +197,7 @@ LLAMAFACTORY: dict[str, Key] = {
     "preprocessing_num_workers": Key("data.num_proc"),
     "packing": _elsewhere("train.tokens_per_update, train.max_tokens_per_micro_batch"),
     "neat_packing": _elsewhere("train.tokens_per_update, train.max_tokens_per_micro_batch"),
-    "optim": Key("train.optim", read=_optimizer),
+    "optim": Key("train.optim", read=partial(put_optimizer, key="optim")),
     "per_device_train_batch_size": Key("train.per_device_train_batch_size"),
     "gradient_accumulation_steps": Key("train.gradient_accumulation_steps"),
     "warmup_steps": _elsewhere("train.warmup_steps"),

@@ -17,6 +17,7 @@ __all__ = [
     "Places",
     "known_optimizers",
     "note_names_of_turns",
+    "put_optimizer",
     "put_preferences",
     "put_template",
     "put_warmup",
@@ -74,6 +75,14 @@ def known_optimizers() -> frozenset[str]:
     from hf_gradacc.arguments import OUR_OPTIMIZERS
 
     return frozenset([*(member.value for member in OptimizerNames), *OUR_OPTIMIZERS])
+
+
+def put_optimizer(draft: Draft, value: Any, *, key: str) -> None:
+    """Write an optimizer that there is here; `key` is what the file calls it."""
+    if value in known_optimizers():
+        draft.put("train.optim", value)
+    else:
+        draft.note(key, "no such optimizer; the default, adamw_torch_fused, is used")
 
 
 def to_list(value: Any) -> list[Any]:

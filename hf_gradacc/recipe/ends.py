@@ -15,7 +15,7 @@ from hf_gradacc.data.encode import source_format
 from hf_gradacc.data.rendering import ChatError
 from hf_gradacc.recipe.sections import Recipe
 
-__all__ = ["add_stop_tokens", "find_turn_end", "save_stop_tokens", "stop_tokens"]
+__all__ = ["add_stop_tokens", "find_turn_end", "save_stop_tokens", "stop_or_end", "stop_tokens"]
 
 _ANSWER = "Certainly"
 _BY_TEMPLATE = ("chat", "prompt_completion", "instruction", "question_answer", "preference")
@@ -54,6 +54,11 @@ def stop_tokens(model: Any) -> list[int]:
         if ids is not None:
             return list(ids) if isinstance(ids, list | tuple) else [ids]
     return []
+
+
+def stop_or_end(model: Any, tokenizer: Any) -> list[int] | None:
+    """List the ids at which an answer ends: the model's, and the tokenizer's EOS; None if none."""
+    return sorted({*stop_tokens(model), tokenizer.eos_token_id} - {None}) or None
 
 
 def add_stop_tokens(model: Any, recipe: Recipe, *, tokenizer: Any, folder: str) -> str | None:

@@ -19,7 +19,7 @@ import numpy as np
 from hf_gradacc.data.section import Task
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.ranks.collectives import gather_objects
-from hf_gradacc.recipe.ends import stop_tokens
+from hf_gradacc.recipe.ends import stop_or_end
 from hf_gradacc.recipe.evaluation import EvaluationSection
 from hf_gradacc.recipe.positions import find_positions
 from hf_gradacc.recipe.scoring import final_number, make_scorer
@@ -152,7 +152,6 @@ class AnswerMetrics:
     def _greedy(self, model: Any) -> Any:
         """The model's settings without what samples, and with the end of the tokenizer."""
         config = copy.deepcopy(model.generation_config)
-        ends = {*stop_tokens(model), self._tokenizer.eos_token_id} - {None}
         config.update(
             do_sample=False,
             num_beams=1,
@@ -163,7 +162,7 @@ class AnswerMetrics:
             max_length=None,
             max_new_tokens=self._generate.max_new_tokens,
             pad_token_id=self._tokenizer.pad_token_id,
-            eos_token_id=sorted(ends) or None,
+            eos_token_id=stop_or_end(model, self._tokenizer),
             use_cache=True,
         )
         return config

@@ -15,7 +15,7 @@ from hf_gradacc.data.section import ModelSection
 from hf_gradacc.errors import ConfigError, GradAccError
 from hf_gradacc.recipe.adapter_layers import check_layer_names
 from hf_gradacc.recipe.adapter_start import keep_start, needs_weights, plain_when_saved
-from hf_gradacc.recipe.ends import save_stop_tokens, stop_tokens
+from hf_gradacc.recipe.ends import save_stop_tokens, stop_or_end
 from hf_gradacc.recipe.folder import notes_files
 from hf_gradacc.recipe.sections import HEADS, PeftSection
 from hf_gradacc.recipe.sizes import check_sizes
@@ -271,7 +271,7 @@ def sample_answer(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=list({*stop_tokens(model), tokenizer.eos_token_id} - {None}) or None,
+            eos_token_id=stop_or_end(model, tokenizer),
         )
     model.train(was_training)
     answer = tokenizer.decode(output[0, start:], skip_special_tokens=True)

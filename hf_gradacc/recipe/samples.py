@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loss.asking import held_in_mode
-from hf_gradacc.recipe.ends import stop_tokens
+from hf_gradacc.recipe.ends import stop_or_end
 from hf_gradacc.recipe.sections import Recipe, SamplesSection
 from hf_gradacc.tracking.samples import Sample, record_samples
 from hf_gradacc.updates.randomness import RandomSources
@@ -114,7 +114,6 @@ class SampleAnswers(TrainerCallback):
     def _answer(self, model: Any, prompt: list[int], expected: list[int]) -> Sample:
         tokenizer = self._trainer.processing_class
         ids = torch.tensor([prompt], device=self._trainer.args.device)
-        ends = {*stop_tokens(model), tokenizer.eos_token_id} - {None}
         warmth = self._section.temperature
         drawn = {"do_sample": True, "temperature": warmth, "top_k": 0, "top_p": 1.0}
         greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -123,7 +122,7 @@ class SampleAnswers(TrainerCallback):
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self._room(model, len(prompt)),
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=list(ends) or None,
+            eos_token_id=stop_or_end(model, tokenizer),
             use_cache=True,  # gradient checkpointing turns it off in the config
             **(drawn if warmth else greedy),
         )
