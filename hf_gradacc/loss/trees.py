@@ -1,0 +1,380 @@
+"""Compute rows that begin alike as trees: each common prefix once, in the body of a model.
+
+The rows of a micro-batch go into the model as they are. In front of its body (all layers, without
+the head) they are laid out as trees, and behind it every row gets its hidden states back, those of
+a common prefix several times. So head, loss, label smoothing, metrics and whoever else reads what
+the body returns see what they always see, and a gradient that reaches a common prefix is the sum
+over the rows that hold it. No model code is patched: two hooks do it, for as long as a micro-batch
+runs.
+
+A tree is laid out depth first. Its nodes descend from those that stand before them and have not
+ended, which is all the attention has to know: token ``i`` sees ``j`` if ``j <= i < end[j]``.
+Positions count from the root, so that they are those of the row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import PreTrainedModel
+
+from hf_gradacc.loss.layouts import find_head
+from hf_gradacc.updates.prefixes import sort_by_prefix
+
+__all__ = [
+    "ATTENTIONS",
+    "Trees",
+    "computing_trees",
+    "lay_out_trees",
+    "tree_masks",
+    "watching_bodies",
+    "why_no_masks",
+]
+
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
+"""Implementations of attention that take a mask of any shape."""
+
+_FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+
+
+@dataclass(frozen=True)
+class Trees:
+    """The rows of a micro-batch as trees, beside each other and padded to the widest.
+
+    Attributes:
+        rows: Token ids ``[rows, seq]`` as the model is given them.
+        ids: Token ids ``[trees, width]``.
+        positions: Each token's place in its row ``[trees, width]``.
+        ends: Where the descendants of each token end ``[trees, width]``, in places of its tree.
+        nodes: For each token of the rows ``[rows, seq]``, its place in the flattened trees. Padding
+            has that of its row's first token, and whatever comes back there goes nowhere.
+        num_tokens: Tokens of all trees, without what pads them.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    positions: Tensor
+    ends: Tensor
+    nodes: Tensor
+    num_tokens: int
+
+    def to(self, device: torch.device) -> Trees:
+        """Copy to a device, without waiting for it."""
+        names = ("rows", "ids", "positions", "ends", "nodes")
+        return replace(
+            self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        )
+
+
+def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[int]) -> Trees:
+    """Lay out padded rows as trees.
+
+    Args:
+        ids: Token ids ``[rows, seq]``, on the CPU.
+        mask: 1 for tokens, 0 for padding, of that shape; None if there is no padding.
+        trees: How many rows each tree has; those of a tree are neighbours. Rows of a tree that have
+            nothing in common stand beside each other in it.
+
+    >>> trees = lay_out_trees(torch.tensor([[5, 6, 7], [5, 6, 8]]), None, [2])
+    >>> trees.ids.tolist(), trees.positions.tolist(), trees.ends.tolist(), trees.nodes.tolist()
+    ([[5, 6, 7, 8]], [[0, 1, 2, 2]], [[4, 4, 3, 4]], [[0, 1, 2], [0, 1, 3]])
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
+    tokens = [row[of_row].numpy() for row, of_row in zip(ids, real, strict=True)]
+    grown = []
+    first = 0
+    for count in trees:
+        grown.append(_grow(tokens, range(first, first + count)))
+        first += count
+    width = max(len(tree.ids) for tree in grown)
+    shape = (len(grown), width)
+    # What pads a tree sees itself alone: attention to nothing is NaN.
+    flat_ids = ids.new_full(shape, int(ids[0, 0]))
+    positions = torch.zeros(shape, dtype=torch.int64)
+    ends = torch.arange(1, width + 1).repeat(len(grown), 1)
+    nodes = torch.zeros(ids.shape, dtype=torch.int64)
+    for place, tree in enumerate(grown):
+        size = len(tree.ids)
+        flat_ids[place, :size] = torch.tensor(tree.ids, dtype=ids.dtype)
+        positions[place, :size] = torch.tensor(tree.positions)
+        ends[place, :size] = torch.tensor(tree.ends)
+        for row, path in tree.paths.items():
+            where = torch.tensor(path, dtype=torch.int64) + place * width
+            nodes[row] = where[0] if len(where) else place * width
+            nodes[row, real[row]] = where
+    return Trees(ids, flat_ids, positions, ends, nodes, sum(len(tree.ids) for tree in grown))
+
+
+@dataclass
+class _Tree:
+    """One tree, as lists over its nodes, and the nodes of each row."""
+
+    ids: list[int]
+    positions: list[int]
+    ends: list[int]
+    paths: dict[int, list[int]]
+
+
+def _grow(tokens: Sequence[Any], rows: Sequence[int]) -> _Tree:
+    """Write the tokens of some rows depth first, common prefixes once."""
+    found = sort_by_prefix([tokens[row] for row in rows])
+    tree = _Tree([], [], [], {})
+    path: list[int] = []
+    for place, shared in zip(found.order.tolist(), found.shared.tolist(), strict=True):
+        own = tokens[rows[place]][shared:].tolist()
+        here = len(tree.ids)
+        for node in path[shared:]:
+            tree.ends[node] = here
+        path = path[:shared] + list(range(here, here + len(own)))
+        tree.ids += own
+        tree.positions += range(shared, shared + len(own))
+        tree.ends += [0] * len(own)
+        tree.paths[rows[place]] = path
+    for node in path:
+        tree.ends[node] = len(tree.ids)
+    return tree
+
+
+def tree_masks(trees: Trees, config: Any, *, dtype: torch.dtype) -> Any:
+    """Make the masks of trees, as a model's body takes them.
+
+    Args:
+        trees: On the device of the model.
+        config: The configuration of the body: its attention, windows, kinds of layers.
+        dtype: What the model computes in.
+
+    Returns:
+        One mask ``[trees, 1, width, width]``, or a flex attention's of that shape; or one for each
+        kind of layer, where the configuration names kinds.
+    """
+    makes: dict[str, Callable[[], Any]] = {
+        _FULL: lambda: _mask(trees, config, dtype=dtype),
+        _SLIDING: lambda: _mask(trees, config, window=config.sliding_window, dtype=dtype),
+        _CHUNKED: lambda: _mask(trees, config, chunk=config.attention_chunk_size, dtype=dtype),
+    }
+    kinds = _kinds_of_layers(config)
+    if kinds:
+        return {kind: makes[kind]() for kind in kinds}
+    window = getattr(config, "sliding_window", None)
+    return makes[_FULL if window is None else _SLIDING]()
+
+
+def _kinds_of_layers(config: Any) -> list[str]:
+    """Return the kinds of layers a body takes a mask for each of; none if it takes one for all."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    return [] if kinds in ([], [_FULL]) else kinds
+
+
+def why_no_masks(config: Any) -> str:
+    """Return why masks of trees cannot be made for a body, empty if they can."""
+    attention = str(getattr(config, "_attn_implementation", "") or "no attention")
+    if attention not in ATTENTIONS:
+        return f"{attention} takes no mask of any shape: use sdpa, flex_attention or eager"
+    others = [k for k in _kinds_of_layers(config) if k not in (_FULL, _SLIDING, _CHUNKED)]
+    if others:
+        return f"its layers of {', '.join(others)} carry a state from one token to the next"
+    return ""
+
+
+def _mask(
+    trees: Trees,
+    config: Any,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    dtype: torch.dtype,
+) -> Any:
+    ends, positions = trees.ends, trees.positions
+    num_trees, width = ends.shape
+
+    def sees(tree: Any, _: Any, i: Any, j: Any) -> Any:
+        seen = (j <= i) & (i < ends[tree, j])
+        # Windows and chunks count along the row, that is from the root, not over the tree.
+        if window is not None:
+            seen = seen & (positions[tree, i] - positions[tree, j] < window)
+        if chunk is not None:
+            seen = seen & (positions[tree, i] // chunk == positions[tree, j] // chunk)
+        return seen
+
+    if config._attn_implementation == "flex_attention":
+        return create_block_mask(sees, num_trees, None, width, width, device=ends.device)
+    every = torch.arange(num_trees, device=ends.device)[:, None, None]
+    place = torch.arange(width, device=ends.device)
+    seen = sees(every, None, place[:, None], place[None, :]).unsqueeze(1)
+    if config._attn_implementation == "sdpa":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )
+
+
+@contextlib.contextmanager
+def watching_bodies(*models: Any) -> Iterator[list[nn.Module]]:
+    """Find the bodies of models (all layers, without a head) by watching which are called.
+
+    What a model calls its body by is not told by its class: some pass over a wrapper of their own
+    (OPT), some name none (Llama 4), and PEFT calls a model's forward without the model.
+
+    Args:
+        *models: Models, wrapped or bare; what is no model is passed over.
+
+    Yields:
+        The first part without a head that is called in each model, filled while the context lasts.
+    """
+    bodies: list[nn.Module] = []
+    running: list[nn.Module] = []
+    handles = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if not running and all(module is not body for body in bodies):
+            bodies.append(module)
+        running.append(module)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        running.pop()
+
+    inside = {
+        id(module): module
+        for model in models
+        if isinstance(model, nn.Module)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and not _has_head(module)
+    }
+    for module in inside.values():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield bodies
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_head(model: PreTrainedModel) -> bool:
+    return model.base_model is not model or find_head(model) is not None
+
+
+@contextlib.contextmanager
+def computing_trees(
+    bodies: Sequence[nn.Module], lay_out: Callable[[Tensor, Tensor | None], Trees | None]
+) -> Iterator[list[Trees]]:
+    """Let bodies compute trees in place of rows for as long as the context lasts.
+
+    A body that is called with something other than rows of tokens computes it as it is.
+
+    Args:
+        bodies: From `watching_bodies`.
+        lay_out: Called with the token ids and the mask that a body is given, on its device. Returns
+            their trees, on that device; None to compute them as they are.
+
+    Yields:
+        The trees that were computed, one for each call of a body.
+    """
+    computed: list[Trees] = []
+    handles = []
+    for body in bodies:
+        hooks = _Hooks(body, lay_out, computed)
+        handles += [
+            body.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            body.register_forward_hook(hooks.after, always_call=True),
+        ]
+    try:
+        yield computed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Hooks:
+    """What is done in front of a body, and behind it."""
+
+    def __init__(
+        self,
+        body: nn.Module,
+        lay_out: Callable[[Tensor, Tensor | None], Trees | None],
+        computed: list[Trees],
+    ) -> None:
+        self.config: Any = body.config
+        self.lay_out = lay_out
+        self.computed = computed
+        self.running: Trees | None = None
+
+    def before(
+        self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.running = None
+        given = _named(args, kwargs)
+        if given is None or getattr(self.config, "output_attentions", False):
+            return None
+        mask = given.get("attention_mask")
+        trees = self.lay_out(given["input_ids"], mask if isinstance(mask, Tensor) else None)
+        if trees is None:
+            return None
+        dtype = next((p.dtype for p in body.parameters()), torch.float32)
+        if torch.is_autocast_enabled(trees.ids.device.type):
+            dtype = torch.get_autocast_dtype(trees.ids.device.type)
+        given |= {
+            "input_ids": trees.ids,
+            "position_ids": trees.positions,
+            "attention_mask": tree_masks(trees, self.config, dtype=dtype),
+            "use_cache": False,
+        }
+        self.running = trees
+        self.computed.append(trees)
+        return (), given
+
+    def after(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        trees, self.running = self.running, None
+        return output if trees is None or output is None else _as_rows(output, trees)
+
+
+_TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a body's inputs by name if they are rows of tokens and nothing else, else None."""
+    given = dict(kwargs)
+    if len(args) == 1 and "input_ids" not in given:
+        given["input_ids"] = args[0]
+    elif args:
+        return None
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        return None
+    if given.get("position_ids") is not None or given.get("output_attentions"):
+        return None
+    others = [value for key, value in given.items() if key not in _TAKEN]
+    return None if any(_holds_something(value) for value in others) else given
+
+
+def _holds_something(value: Any) -> bool:
+    """Return whether an input may differ from token to token; flags and numbers do not."""
+    return not (value is None or isinstance(value, bool | int | float | str))
+
+
+def _as_rows(output: Any, trees: Trees) -> Any:
+    """Give every row what a body has computed for its tokens."""
+    if isinstance(output, Tensor):
+        num_trees, width = trees.ids.shape
+        flat = trees.nodes.reshape(-1).to(output.device)
+        if output.shape[:2] == (num_trees, width):
+            found = output.reshape(num_trees * width, *output.shape[2:]).index_select(0, flat)
+            return found.view(*trees.nodes.shape, *output.shape[2:])
+        if output.ndim == 2 and output.shape[0] == num_trees * width:  # logits of a router
+            return output.index_select(0, flat)
+        return output
+    if isinstance(output, Mapping):  # Transformers' outputs, which are dictionaries of their fields
+        for key, value in list(output.items()):
+            output[key] = _as_rows(value, trees)
+        return output
+    if isinstance(output, tuple | list):
+        return type(output)(_as_rows(value, trees) for value in output)
+    return output

@@ -1,0 +1,292 @@
+"""Rows that begin alike: which of them to compute as one tree, so that no token is computed twice.
+
+Pure functions on integers. In a causal model the hidden state of a token depends on the tokens
+before it and on nothing else, so rows with a common prefix have the same hidden states there. A
+tree of rows is computed as one sequence: each prefix once, then each row's own tokens, which see
+the tokens they descend from (Tree Training, arXiv 2511.00413; prefix sharing, arXiv 2410.20305).
+
+Sorted by their tokens, rows with a common prefix are neighbours, and what two neighbours share
+tells all: a tree is a run of neighbours, and holds their tokens less what each shares with the one
+before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_gradacc.updates.planner import cut_sorted
+
+__all__ = [
+    "MASKED_ATTENTION",
+    "SharedPlan",
+    "Sorted",
+    "TreeCost",
+    "count_distinct_tokens",
+    "grow_trees",
+    "padded_cost",
+    "plan_shared_micro_batches",
+    "sort_by_prefix",
+]
+
+MASKED_ATTENTION = 2
+"""What a token of a tree pays for each token of the tree, in what a token of a row pays for each
+token of its row: attention under a mask computes both halves of its square."""
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Rows in an order in which those with a common prefix are neighbours.
+
+    Attributes:
+        order: Which row is at each place.
+        lengths: Tokens of the row at each place.
+        shared: Tokens at its beginning that it has in common with the row before it; 0 for the
+            first.
+    """
+
+    order: np.ndarray
+    lengths: np.ndarray
+    shared: np.ndarray
+
+
+def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
+    """Sort rows by the bytes of their tokens; count what each has in common with the one before.
+
+    Takes ``n log n`` comparisons, each no longer than a common prefix, and memory for the tokens.
+
+    Args:
+        rows: Token ids of each row: lists, arrays or tensors of one dimension.
+
+    >>> found = sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8], [5, 6, 7]])
+    >>> found.order.tolist(), found.lengths.tolist(), found.shared.tolist()
+    ([0, 3, 2, 1], [3, 3, 4, 1], [0, 3, 2, 0])
+    """
+    tokens = [np.asarray(row, dtype=np.int64).reshape(-1) for row in rows]
+    keys = [row.tobytes() for row in tokens]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    shared = np.zeros(len(rows), dtype=np.int64)
+    for place in range(1, len(order)):
+        before, here = tokens[order[place - 1]], tokens[order[place]]
+        least = min(len(before), len(here))
+        if least == 0 or before[0] != here[0]:
+            continue
+        differs = before[:least] != here[:least]
+        first = int(differs.argmax())
+        shared[place] = first if differs[first] else least
+    lengths = np.fromiter((len(tokens[i]) for i in order), dtype=np.int64, count=len(order))
+    return Sorted(np.asarray(order, dtype=np.int64), lengths, shared)
+
+
+def count_distinct_tokens(rows: Sorted) -> int:
+    """Count the tokens that are left if every common prefix is computed once.
+
+    >>> count_distinct_tokens(sort_by_prefix([[5, 6, 7], [5, 6, 8], [9]]))
+    5
+    """
+    return int(rows.lengths.sum() - rows.shared.sum())
+
+
+@dataclass(frozen=True)
+class TreeCost:
+    """What rows and trees cost to compute, in tokens of a row that attends to nothing.
+
+    Attributes:
+        attention_length: Length at which attending costs a row as much as all the rest, see
+            `deal_rows`; None leaves attention out.
+        masked: See `MASKED_ATTENTION`.
+    """
+
+    attention_length: int | None = None
+    masked: float = MASKED_ATTENTION
+
+    def row(self, width: np.ndarray | int) -> Any:
+        """Cost of a row of this width, its padding included."""
+        return width * (1 + width / self.attention_length) if self.attention_length else 1.0 * width
+
+    def tree(self, width: np.ndarray | int) -> Any:
+        """Cost of a tree of this width under a mask."""
+        if not self.attention_length:
+            return 1.0 * width
+        return width * (1 + self.masked * width / self.attention_length)
+
+    def widest(self, shared: int, longest: int) -> int | None:
+        """Width from which on a tree is cheaper as two; None for no such width.
+
+        Two trees compute a common prefix twice. One of twice the width attends to twice as much.
+        """
+        if not self.attention_length:
+            return None
+        halves = 2 * math.sqrt(self.attention_length * max(shared, 1) / self.masked)
+        return int(2 * max(halves, longest))
+
+
+def grow_trees(
+    rows: Sorted,
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+) -> list[tuple[int, int, int]]:
+    """Decide which neighbours to compute as one tree: the cheapest cut into runs.
+
+    A prefix that is too short to pay for the attention of a wider tree is not shared. Dynamic
+    programming over the sorted rows finds the cheapest cut of all; its window is as wide as a tree
+    may be, so its time grows with the number of rows.
+
+    Args:
+        rows: From `sort_by_prefix`.
+        cost: What trees and rows cost.
+        max_tokens: Most tokens in a tree; a longer row is alone.
+        max_rows: Most rows in a tree.
+
+    Returns:
+        Where each tree starts and stops in the sorted rows, and its tokens.
+
+    >>> grow_trees(sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8]]), TreeCost())
+    [(0, 2, 5), (2, 3, 1)]
+    """
+    n = len(rows.order)
+    if n == 0:
+        return []
+    own = rows.lengths - rows.shared
+    ends = np.concatenate(([0], np.cumsum(own)))  # tokens of all trees up to each place
+    # A tree never pays that joins rows which have nothing in common.
+    apart = np.flatnonzero(rows.shared == 0)
+    next_apart = np.append(apart, n)[np.searchsorted(apart, np.arange(n), side="right")]
+    widest = cost.widest(int(rows.shared.max()), int(rows.lengths.max()))
+    limits = [limit for limit in (max_tokens, widest) if limit is not None]
+    limit = min(limits, default=None)
+    best = np.zeros(n + 1)
+    take = np.ones(n, dtype=np.int64)
+    alone = cost.row(rows.lengths)
+    for start in range(n - 1, -1, -1):
+        stop = int(next_apart[start])
+        if max_rows is not None:
+            stop = min(stop, start + max_rows)
+        # The first row of a tree has no neighbour to share with: it pays for all its tokens.
+        more = int(rows.shared[start])
+        if limit is not None:
+            stop = min(
+                stop, int(np.searchsorted(ends, ends[start] + limit - more, side="right")) - 1
+            )
+        best[start] = alone[start] + best[start + 1]
+        if stop < start + 2:
+            continue
+        widths = ends[start + 2 : stop + 1] - ends[start] + more
+        costs = cost.tree(widths) + best[start + 2 : stop + 1]
+        least = int(costs.argmin())
+        if costs[least] < best[start]:
+            best[start], take[start] = costs[least], least + 2
+    trees, start = [], 0
+    while start < n:
+        stop = start + int(take[start])
+        trees.append((start, stop, int(ends[stop] - ends[start] + rows.shared[start])))
+        start = stop
+    return trees
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """Micro-batches of trees.
+
+    Attributes:
+        pieces: Rows of each micro-batch, as `plan_micro_batches` returns them; those of a tree are
+            neighbours.
+        trees: How many rows each tree of each micro-batch has, in the same order.
+        cost: What all micro-batches cost, in tokens.
+        num_computed: Tokens that are computed, padding included.
+    """
+
+    pieces: list[list[int]]
+    trees: list[tuple[int, ...]]
+    cost: float
+    num_computed: int
+
+
+def plan_shared_micro_batches(
+    rows: Sequence[Any],
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    overhead_tokens: int = 0,
+) -> SharedPlan:
+    """Cut rows into micro-batches of trees, each padded to the widest tree of its micro-batch.
+
+    Args:
+        rows: Token ids of each row.
+        cost: What trees and rows cost.
+        max_tokens: Most tokens a micro-batch may compute, padding included; a row that is longer is
+            planned alone.
+        max_sequences: Most rows in a micro-batch.
+        overhead_tokens: What one more micro-batch costs, in computed tokens.
+
+    >>> rows = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9]]
+    >>> plan = plan_shared_micro_batches(rows, TreeCost(), max_tokens=8)
+    >>> plan.pieces, plan.trees, plan.num_computed
+    ([[0, 1], [2]], [(2,), (1,)], 8)
+    """
+    found = sort_by_prefix(rows)
+    trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
+    trees.sort(key=lambda tree: -tree[2])
+    if not trees:
+        return SharedPlan([], [], 0.0, 0)
+    if max_sequences is None:
+        cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
+    else:
+        cuts = _cut_counting(trees, max_tokens, max_sequences)
+    plan = SharedPlan([], [], 0.0, 0)
+    total, computed = 0.0, 0
+    for start, stop in cuts:
+        inside, width = trees[start:stop], trees[start][2]
+        order = found.order
+        plan.pieces.append([int(i) for first, last, _ in inside for i in order[first:last]])
+        plan.trees.append(tuple(last - first for first, last, _ in inside))
+        price = cost.row if len(inside) == sum(plan.trees[-1]) else cost.tree
+        total += len(inside) * float(price(width)) + overhead_tokens
+        computed += len(inside) * width
+    return SharedPlan(plan.pieces, plan.trees, total, computed)
+
+
+def _cut_counting(
+    trees: Sequence[tuple[int, int, int]], max_tokens: int | None, max_sequences: int
+) -> list[tuple[int, int]]:
+    """Cut trees sorted by width so that no micro-batch has too many rows or tokens."""
+    cuts, start, rows = [], 0, 0
+    for place, (first, last, _) in enumerate(trees):
+        count = last - first
+        wide = (place - start + 1) * trees[start][2]
+        is_full = rows + count > max_sequences or (max_tokens is not None and wide > max_tokens)
+        if place > start and is_full:
+            cuts.append((start, place))
+            start, rows = place, 0
+        rows += count
+    return [*cuts, (start, len(trees))]
+
+
+def padded_cost(
+    lengths: Sequence[int],
+    plan: Sequence[Sequence[int]],
+    cost: TreeCost,
+    *,
+    overhead_tokens: int = 0,
+    packed: bool = False,
+) -> float:
+    """Cost of a plan without sharing, in the unit of `SharedPlan.cost`.
+
+    >>> padded_cost([3, 9, 4], [[1], [2, 0]], TreeCost())
+    17.0
+    """
+    total = 0.0
+    for piece in plan:
+        widths = [lengths[i] for i in piece]
+        if packed:
+            total += sum(float(cost.row(width)) for width in widths)
+        else:
+            total += len(widths) * float(cost.row(max(widths)))
+    return total + overhead_tokens * len(plan)
