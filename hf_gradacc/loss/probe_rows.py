@@ -23,9 +23,10 @@ from hf_gradacc.updates.batch import (
     slice_rows,
     trim_padding,
 )
-from hf_gradacc.updates.collator import UpdateCollator
-from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.collator import LEAST_SAVING, UpdateCollator
+from hf_gradacc.updates.lengths import measure_length, tokens_of_rows
 from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_row, read_rows
+from hf_gradacc.updates.prefixes import padded_cost, plan_shared_micro_batches
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import IGNORE_INDEX, can_have_target, count_row_targets
 
@@ -190,6 +191,7 @@ def choose_probe_rows(
             f"({describe(candidates[0])}). Tokenize the dataset first, or count sequences: "
             f"per_device_train_batch_size and effective_batch_size."
         )
+    collator.foresees_sharing = foresees_sharing(candidates, collator)
     traits = [_traits(row, collator.main_input) for row in candidates]
     chosen = _choose_unlike(traits, min(count, len(candidates)))
     chosen = sorted(chosen, key=lambda i: traits[i][0])
@@ -203,6 +205,18 @@ def choose_probe_rows(
         alike = (pair for pair in (*rest, *more) if _class_of(pair[1]) in classes[:2])
         indices[2], rows[2] = next(alike, (indices[2], rows[2]))
     return Rows(rows, indices=indices, epoch=0, update=0)
+
+
+def foresees_sharing(rows: Sequence[Any], collator: UpdateCollator) -> bool:
+    """Return whether trees would save anything worth it if these rows were an update."""
+    tokens = tokens_of_rows(rows, main_input=collator.main_input)
+    if tokens is None or len(tokens) < 2:
+        return False
+    lengths = [len(row) for row in tokens]
+    shared = plan_shared_micro_batches(tokens, collator.tree_cost)
+    each = [[i] for i in range(len(lengths))]
+    least = (1 - LEAST_SAVING) * padded_cost(lengths, each, collator.tree_cost)
+    return any(not trees.are_rows for trees in shared.trees) and shared.cost < least
 
 
 def _choose_unlike(traits: Sequence[tuple[Any, ...]], count: int) -> list[int]:

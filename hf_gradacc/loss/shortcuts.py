@@ -76,6 +76,8 @@ class Shortcuts:
         head: The LM head.
         owner: The model that computes a loss from its logits, see `find_owner`.
         linears: Layers that multiply by oneDNN.
+        bodies: Parts of models that compute rows which begin alike as trees, see
+            `hf_gradacc.loss.trees`; none if rows are computed as they are.
     """
 
     target_only_logits: bool = False
@@ -87,15 +89,24 @@ class Shortcuts:
     head: nn.Module | None = field(default=None, repr=False, compare=False)
     owner: PreTrainedModel | None = field(default=None, repr=False, compare=False)
     linears: tuple[nn.Linear, ...] = field(default=(), repr=False, compare=False)
+    bodies: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
-    def shape(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    def shape(
+        self, inputs: Mapping[str, Any], *, as_trees: bool = False
+    ) -> tuple[dict[str, Any], Tensor | None]:
         """Lay out collated inputs on the CPU.
+
+        Args:
+            inputs: Collated inputs.
+            as_trees: They are computed as trees: rows stay as they are, with their mask.
 
         Returns:
             What the model's forward takes, and the positions whose logits are wanted (None: all).
         """
         shaped = dict(inputs)
-        if self.packed:
+        if as_trees:
+            pass
+        elif self.packed:
             shaped = pack_rows(shaped, varlen=self.varlen)
         elif self.drop_mask:
             shaped = without_mask(shaped)
@@ -312,6 +323,7 @@ class Setting:
     def wanted(self, model: nn.Module) -> dict[str, bool | None]:
         """Return what was asked for: True or False by the user; None leaves it to the checks."""
         packs = {"packed": True, "padded": False}.get(self.args.layout)
+        # Updates without common prefixes are laid out as with "auto".
         if packs is None and not any(part in attention_of(model) for part in _PACKS_FOR_FREE):
             packs = False
         return {

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from hf_gradacc.updates.prefixes import sort_by_prefix
 __all__ = [
     "ATTENTIONS",
     "Trees",
+    "Watched",
+    "computing_these",
     "computing_trees",
     "lay_out_trees",
     "tree_masks",
@@ -72,26 +74,22 @@ class Trees:
         )
 
 
-def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[int]) -> Trees:
+def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[Sequence[int]]) -> Trees:
     """Lay out padded rows as trees.
 
     Args:
         ids: Token ids ``[rows, seq]``, on the CPU.
         mask: 1 for tokens, 0 for padding, of that shape; None if there is no padding.
-        trees: How many rows each tree has; those of a tree are neighbours. Rows of a tree that have
-            nothing in common stand beside each other in it.
+        trees: The rows of each tree; every row is in one. Rows of a tree that have nothing in
+            common stand beside each other in it.
 
-    >>> trees = lay_out_trees(torch.tensor([[5, 6, 7], [5, 6, 8]]), None, [2])
+    >>> trees = lay_out_trees(torch.tensor([[5, 6, 7], [5, 6, 8]]), None, [(0, 1)])
     >>> trees.ids.tolist(), trees.positions.tolist(), trees.ends.tolist(), trees.nodes.tolist()
     ([[5, 6, 7, 8]], [[0, 1, 2, 2]], [[4, 4, 3, 4]], [[0, 1, 2], [0, 1, 3]])
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
     tokens = [row[of_row].numpy() for row, of_row in zip(ids, real, strict=True)]
-    grown = []
-    first = 0
-    for count in trees:
-        grown.append(_grow(tokens, range(first, first + count)))
-        first += count
+    grown = [_grow(tokens, rows) for rows in trees]
     width = max(len(tree.ids) for tree in grown)
     shape = (len(grown), width)
     # What pads a tree sees itself alone: attention to nothing is NaN.
@@ -214,8 +212,21 @@ def _mask(
     )
 
 
+@dataclass
+class Watched:
+    """What was called while models were watched.
+
+    Attributes:
+        bodies: The first part without a head that was called in each model.
+        outputs: What they returned, call by call.
+    """
+
+    bodies: list[nn.Module] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def watching_bodies(*models: Any) -> Iterator[list[nn.Module]]:
+def watching_bodies(*models: Any) -> Iterator[Watched]:
     """Find the bodies of models (all layers, without a head) by watching which are called.
 
     What a model calls its body by is not told by its class: some pass over a wrapper of their own
@@ -225,19 +236,20 @@ def watching_bodies(*models: Any) -> Iterator[list[nn.Module]]:
         *models: Models, wrapped or bare; what is no model is passed over.
 
     Yields:
-        The first part without a head that is called in each model, filled while the context lasts.
+        What is called, filled while the context lasts.
     """
-    bodies: list[nn.Module] = []
+    watched = Watched()
     running: list[nn.Module] = []
-    handles = []
 
     def enter(module: nn.Module, *_: Any) -> None:
-        if not running and all(module is not body for body in bodies):
-            bodies.append(module)
+        if not running and all(module is not body for body in watched.bodies):
+            watched.bodies.append(module)
         running.append(module)
 
-    def leave(module: nn.Module, *_: Any) -> None:
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
         running.pop()
+        if not running:
+            watched.outputs.append(output)
 
     inside = {
         id(module): module
@@ -246,11 +258,12 @@ def watching_bodies(*models: Any) -> Iterator[list[nn.Module]]:
         for module in model.modules()
         if isinstance(module, PreTrainedModel) and not _has_head(module)
     }
+    handles = []
     for module in inside.values():
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        yield bodies
+        yield watched
     finally:
         for handle in handles:
             handle.remove()
@@ -289,6 +302,26 @@ def computing_trees(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def computing_these(bodies: Sequence[nn.Module], trees: Trees, ids: Tensor) -> Iterator[None]:
+    """Let bodies compute given trees wherever they are called with the rows that these are of.
+
+    Args:
+        bodies: From `watching_bodies`.
+        trees: Of the rows, on the CPU.
+        ids: The rows' token ids ``[rows, seq]`` as the model is given them.
+    """
+    here = trees.to(ids.device)
+
+    def lay_out(given: Tensor, _: Tensor | None) -> Trees | None:
+        # Compared only if need be: a device would have to be waited for.
+        same = given is ids or (given.shape == ids.shape and torch.equal(given, here.rows))
+        return here if same else None
+
+    with computing_trees(bodies, lay_out):
+        yield
 
 
 class _Hooks:
@@ -371,7 +404,7 @@ def _as_rows(output: Any, trees: Trees) -> Any:
         if output.ndim == 2 and output.shape[0] == num_trees * width:  # logits of a router
             return output.index_select(0, flat)
         return output
-    if isinstance(output, Mapping):  # Transformers' outputs, which are dictionaries of their fields
+    if isinstance(output, dict):  # Transformers' outputs, which are dictionaries of their fields
         for key, value in list(output.items()):
             output[key] = _as_rows(value, trees)
         return output

@@ -172,7 +172,12 @@ class CostMeter:
         self._peak_flops = peak_flops_of_this_device(args, model)
 
     def metrics(
-        self, *, num_input_tokens: int, num_sequences: int, seconds: float
+        self,
+        *,
+        num_input_tokens: int,
+        num_sequences: int,
+        seconds: float,
+        num_shared_tokens: int = 0,
     ) -> dict[str, float]:
         """Return a window's keys, leaving out what this device does not tell.
 
@@ -180,6 +185,7 @@ class CostMeter:
             num_input_tokens: Of the window, all ranks, without padding.
             num_sequences: Likewise.
             seconds: Of the window's updates, data and optimizer included.
+            num_shared_tokens: How many of the input tokens were not computed.
 
         Returns:
             "mfu", a fraction; "peak_memory_bytes", the most this rank has held since its first
@@ -188,7 +194,7 @@ class CostMeter:
         row: dict[str, float] = {}
         if seconds > 0 and num_sequences > 0:
             mfu = self._flops.utilization(
-                input_tokens_per_second=num_input_tokens / seconds,
+                input_tokens_per_second=(num_input_tokens - num_shared_tokens) / seconds,
                 mean_length=num_input_tokens / num_sequences,
                 peak_flops=self._peak_flops,
                 num_devices=self._num_devices,

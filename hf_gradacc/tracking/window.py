@@ -24,6 +24,7 @@ class StatsWindow:
     target_tokens_seen: int = 0
     skipped_updates: int = 0
     sequences_left_out: int = 0
+    has_shared: bool = False
 
     def add(self, stats: UpdateStats, *, grad_norm: float | None = None) -> None:
         """Take in one finished update, summed over ranks, and the norm of its gradient."""
@@ -34,6 +35,7 @@ class StatsWindow:
         self.num_updates += 1
         self.target_tokens_seen += stats.num_targets
         self.sequences_left_out += stats.num_left_out
+        self.has_shared |= stats.num_shared_tokens > 0
         if stats.num_targets == 0:
             self.num_skipped += 1
             self.skipped_updates += 1
@@ -41,16 +43,19 @@ class StatsWindow:
     def metrics(self) -> dict[str, float]:
         """Compute the log row of this window; `docs/logged.md` has unit and formula of each key."""
         sums, n = self.total, max(self.num_updates, 1)
-        computed = sums.num_input_tokens + sums.num_padding_tokens
+        computed = sums.num_computed_tokens
         row: dict[str, float] = {
             "effective_batch_size": sums.num_sequences / n,
             "tokens_per_update": sums.num_targets / n,
             "input_tokens_per_update": sums.num_input_tokens / n,
+            "computed_tokens_per_update": computed / n,
             "padding_fraction": sums.num_padding_tokens / computed if computed else 0.0,
             "micro_batches_per_update": sums.num_micro_batches / n,
             "target_tokens_seen": self.target_tokens_seen,
             "step_seconds": sums.step_seconds / n,
         }
+        if self.has_shared:
+            row["shared_fraction"] = sums.num_shared_tokens / max(sums.num_input_tokens, 1)
         if self.num_grad_norms:
             row["grad_norm_mean"] = self.grad_norms / self.num_grad_norms
         if sums.step_seconds > 0:

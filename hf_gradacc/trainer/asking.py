@@ -27,6 +27,7 @@ from hf_gradacc.loss.asking import (
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
 from hf_gradacc.loss.replay import Replay
+from hf_gradacc.loss.sharing import with_sharing
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
@@ -42,6 +43,7 @@ from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_ta
 __all__ = [
     "Trace",
     "ask_trainer",
+    "find_models",
     "has_foreign_loss",
     "padding_style",
     "prepared",
@@ -140,9 +142,19 @@ def ask_trainer(
             )
             with held_in_mode(bare, training=training):
                 shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
+                if collator.foresees_sharing or args.layout == "shared_prefix":
+                    shortcuts = with_sharing(
+                        shortcuts,
+                        find_models(trainer),
+                        asked,
+                        loss.value,
+                        setting=setting,
+                        dtype=dtype,
+                    )
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
+        collator.shares_prefixes = bool(shortcuts.bodies)
         collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
 
@@ -226,6 +238,13 @@ def _facts_without_answer(
     reason = f"{type(error).__name__}: {first_line}"
     facts = unknown_facts(inputs, reason, model=ModelFacts.of(model))
     return facts if stated == "auto" else as_stated(stated, rule=facts.rule)
+
+
+def find_models(trainer: Any) -> list[nn.Module]:
+    """Find the models whose answers may enter a trainer's loss: its own, a reference, a teacher."""
+    others = [v for v in vars(trainer).values() if isinstance(v, nn.Module)]
+    model = trainer.model
+    return [model, *(other for other in others if other is not model)]
 
 
 def prepared(trainer: Any, inputs: Mapping[str, Any]) -> Any:

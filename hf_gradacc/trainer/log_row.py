@@ -138,6 +138,7 @@ class LogBook:
                 num_input_tokens=window.total.num_input_tokens,
                 num_sequences=window.total.num_sequences,
                 seconds=window.total.step_seconds,
+                num_shared_tokens=window.total.num_shared_tokens,
             )
         except Exception as error:  # whatever a model's config or a device's driver answers
             logger.warning_once(

@@ -447,6 +447,8 @@ class UpdateRunner:
         lengths = planned_lengths(micro_batch)
         packed = collator is not None and collator.packed
         cost = sum(lengths) if packed else len(lengths) * max(lengths)
+        if micro_batch.trees is not None:
+            cost = micro_batch.trees.num_computed
         num_rows = micro_batch.num_sequences if can_slice(micro_batch) else 1
         cap = self.budget.propose(cost, num_rows=num_rows)
         if cap is None:

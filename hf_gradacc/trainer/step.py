@@ -15,6 +15,7 @@ from hf_gradacc.loss.layouts import kept_rows
 from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
+from hf_gradacc.loss.trees import Trees, computing_these, lay_out_trees
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.targets import TargetRule
@@ -106,10 +107,14 @@ class MicroBatchStep:
         if self.noise.is_active:
             packed = taken is not None and taken.packed
             stock_step = self._with_noise(stock_step, inputs, packed=packed)
+        trees = None
         if taken is not None and isinstance(inputs, Mapping):
-            shaped, positions = taken.shape(inputs)
+            trees = self._trees_of(inputs)
+            shaped, positions = taken.shape(inputs, as_trees=trees is not None)
             inputs, positions = start_copies(shaped, positions, device)
         with contextlib.ExitStack() as layout:
+            if taken is not None and trees is not None:
+                layout.enter_context(computing_these(taken.bodies, trees, inputs["input_ids"]))
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
             if taken is not None and positions is not None:
@@ -121,6 +126,17 @@ class MicroBatchStep:
         if self.after is not None:
             self.after()
         return loss
+
+    def _trees_of(self, inputs: Mapping[str, Any]) -> Trees | None:
+        """Lay out the rows as the trees they were planned as; None if they were not."""
+        grown = None if self.micro_batch is None else self.micro_batch.trees
+        if grown is None or self.shortcuts is None or not self.shortcuts.bodies:
+            return None
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        # A step of somebody's own may run other rows.
+        if not isinstance(ids, Tensor) or len(ids) != sum(map(len, grown.rows)):
+            return None
+        return lay_out_trees(ids, mask, grown.rows)
 
     def _with_noise(
         self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool

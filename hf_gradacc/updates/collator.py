@@ -15,11 +15,17 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import measures_noise
 from hf_gradacc.updates.draws import DrawsByRow
-from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.lengths import measure_length, tokens_of_rows
 from hf_gradacc.updates.planner import (
     OVERHEAD_ON_CPU,
     plan_micro_batches,
     plan_packed_micro_batches,
+)
+from hf_gradacc.updates.prefixes import (
+    GrownTrees,
+    TreeCost,
+    padded_cost,
+    plan_shared_micro_batches,
 )
 from hf_gradacc.updates.targets import (
     IGNORE_INDEX,
@@ -30,7 +36,10 @@ from hf_gradacc.updates.targets import (
 )
 from hf_gradacc.updates.update import MicroBatch, Update
 
-__all__ = ["UpdateCollator", "make_micro_batch", "refuse_unknown_tokens"]
+__all__ = ["LEAST_SAVING", "UpdateCollator", "make_micro_batch", "refuse_unknown_tokens"]
+
+LEAST_SAVING = 0.05
+"""Trees are taken where they promise to save this part of an update; less than that is noise."""
 
 
 class UpdateCollator:
@@ -50,6 +59,11 @@ class UpdateCollator:
         pad_to_one_width: Pad all micro-batches of an update to one width, for models that let
             padding into their result. Collates the share once and cuts it by rows.
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
+        shares_prefixes: Rows that begin alike may be computed as trees, see
+            `hf_gradacc.updates.prefixes`.
+        foresees_sharing: Rows of the dataset begin alike, so that sharing is worth a try.
+        least_saving: The part of an update's cost that trees must save to be taken.
+        tree_cost: What rows and trees cost.
         rows_per_sequence: Collated rows that each dataset row becomes; 2 for pairs, see
             `slice_rows`; None if they cannot be told apart.
         items_are_batches: Items of the dataset are batches that are ready made, of several rows
@@ -86,6 +100,10 @@ class UpdateCollator:
         self.rule: TargetRule | None = None
         self.pad_to_one_width = False
         self.packed = False
+        self.shares_prefixes = False
+        self.foresees_sharing = False
+        self.least_saving = LEAST_SAVING
+        self.tree_cost = TreeCost()
         self.overhead_tokens = OVERHEAD_ON_CPU
         self.num_ranks = 1
         self.rows_per_sequence: int | None = 1
@@ -144,7 +162,8 @@ class UpdateCollator:
         num_left_out = len(pairs) - len(kept)
         rows = [row for _, row in kept]
         lengths = self.measure(rows)
-        plan = self.cut(lengths, at_random=self.measures_noise(index))
+        at_random = self.measures_noise(index)
+        plan, trees = self.cut_rows(rows, lengths, at_random=at_random)
         inputs = self._collate(kept, plan, epoch=epoch, update=index)
         if self.vocab_size is not None:
             for piece, batch in inputs:
@@ -162,12 +181,11 @@ class UpdateCollator:
             )
             for piece, batch in inputs
         ]
-        if self.packed:
-            for micro_batch in micro_batches:
-                micro_batch.num_padding_tokens = 0
+        for micro_batch, grown in zip(micro_batches, trees, strict=True):
+            self.lay_out(micro_batch, grown)
         position = getattr(share, "position", None)
         # A cut at random says nothing about how fast a budget is.
-        budget = None if self.measures_noise(index) else self.max_tokens
+        budget = None if at_random else self.max_tokens
         return Update(micro_batches, epoch, index, num_left_out, position, budget)
 
     def plan(self, rows: Sequence[Any]) -> list[list[int]]:
@@ -216,6 +234,59 @@ class UpdateCollator:
             keep_order=at_random or not any(lengths),
             overhead_tokens=self.overhead_tokens if weighs else None,
         )
+
+    def cut_rows(
+        self,
+        rows: Sequence[Any],
+        lengths: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        at_random: bool = False,
+    ) -> tuple[list[list[int]], list[GrownTrees | None]]:
+        """Cut rows, as trees where that costs less than `cut` does.
+
+        Args:
+            rows: Dataset rows, or mappings that hold their tokens.
+            lengths: Tokens of each.
+            max_tokens: As for `cut`.
+            at_random: As for `cut`.
+
+        Returns:
+            The rows of each micro-batch, and their trees; None for those computed as they are.
+        """
+        plan = self.cut(lengths, max_tokens=max_tokens, at_random=at_random)
+        plain: list[GrownTrees | None] = [None] * len(plan)
+        if not self.shares_prefixes or at_random or self.pad_to_one_width:
+            return plan, plain
+        tokens = tokens_of_rows(rows, main_input=self.main_input)
+        if tokens is None or self.rows_per_sequence != 1:
+            return plan, plain
+        limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
+        shared = plan_shared_micro_batches(
+            tokens,
+            self.tree_cost,
+            max_tokens=min(limits, default=None),
+            max_sequences=self.max_sequences,
+            overhead_tokens=self.overhead_tokens,
+        )
+        costs = padded_cost(
+            lengths,
+            plan,
+            self.tree_cost,
+            overhead_tokens=self.overhead_tokens,
+            packed=self.packed,
+        )
+        if shared.cost > (1 - self.least_saving) * costs:
+            return plan, plain
+        return shared.pieces, list(shared.trees)
+
+    def lay_out(self, micro_batch: MicroBatch, trees: GrownTrees | None = None) -> MicroBatch:
+        """Say how a collated micro-batch will be laid out, and count its padding by that."""
+        if self.packed:
+            micro_batch.num_padding_tokens = 0
+        if trees is not None:
+            micro_batch.as_trees(trees)
+        return micro_batch
 
     def _collate(
         self, kept: list[tuple[int, Any]], plan: list[list[int]], *, epoch: int, update: int

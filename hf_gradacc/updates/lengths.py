@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["measure_length"]
+__all__ = ["measure_length", "tokens_of_rows"]
 
 
 def measure_length(row: Any, *, main_input: str = "input_ids", add_labels: bool = False) -> int:
@@ -33,6 +33,25 @@ def measure_length(row: Any, *, main_input: str = "input_ids", add_labels: bool 
         return _measure_preference(row)
     value = row.get(main_input) if isinstance(row, Mapping) else None
     return _count(value) + (_count(row.get("labels")) if add_labels else 0)
+
+
+def tokens_of_rows(rows: Sequence[Any], *, main_input: str = "input_ids") -> list[Any] | None:
+    """Return the token ids of dataset rows, one sequence each; None if any has other than that.
+
+    >>> tokens_of_rows([{"input_ids": [1, 2]}, {"input_ids": np.array([3])}])
+    [[1, 2], array([3])]
+    >>> tokens_of_rows([{"input_ids": [[1, 2], [3]]}])
+    """
+    tokens = [row.get(main_input) if isinstance(row, Mapping) else None for row in rows]
+    return tokens if all(map(_is_of_tokens, tokens)) else None
+
+
+def _is_of_tokens(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 1 and not value.is_floating_point()
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "iu"
+    return isinstance(value, list | tuple) and (not value or isinstance(value[0], int))
 
 
 def _count(value: Any) -> int:

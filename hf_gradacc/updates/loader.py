@@ -23,6 +23,7 @@ from hf_gradacc.updates.draws import ReadsByRow
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
+from hf_gradacc.updates.prefixes import TreeCost
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import (
     Rows,
@@ -249,6 +250,8 @@ def load_updates(
     if on_accelerator:
         collator.overhead_tokens = OVERHEAD_ON_ACCELERATOR
     collator.noise_scale_every = arguments.noise_scale_every
+    if arguments.layout == "shared_prefix":
+        collator.least_saving = 0.0
     return build_loader(
         dataset,
         collator,
@@ -313,12 +316,14 @@ def build_loader(
     count = partial(count_targets_of, collator=collator)
     length_of = partial(_length_of, collator=collator)
     collator.num_ranks = world_size
+    # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
+    attention_length = 6 * hidden_size if hidden_size else None
+    collator.tree_cost = TreeCost(attention_length)
     collator.rows_repeat = sampler is not None
     deal = partial(
         deal_update,
         collator,
-        # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
-        attention_length=6 * hidden_size if hidden_size else None,
+        attention_length=attention_length,
         lockstep=lockstep,
     )
     options["generator"] = make_generator(seed)

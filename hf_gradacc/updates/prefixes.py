@@ -12,6 +12,7 @@ before it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from hf_gradacc.updates.planner import cut_sorted
 
 __all__ = [
     "MASKED_ATTENTION",
+    "GrownTrees",
     "SharedPlan",
     "Sorted",
     "TreeCost",
@@ -31,6 +33,7 @@ __all__ = [
     "padded_cost",
     "plan_shared_micro_batches",
     "sort_by_prefix",
+    "trees_of",
 ]
 
 MASKED_ATTENTION = 2
@@ -197,15 +200,41 @@ class SharedPlan:
     Attributes:
         pieces: Rows of each micro-batch, as `plan_micro_batches` returns them; those of a tree are
             neighbours.
-        trees: How many rows each tree of each micro-batch has, in the same order.
+        trees: The trees of each micro-batch, in the same order.
         cost: What all micro-batches cost, in tokens.
-        num_computed: Tokens that are computed, padding included.
     """
 
     pieces: list[list[int]]
-    trees: list[tuple[int, ...]]
+    trees: list[GrownTrees]
     cost: float
-    num_computed: int
+
+
+@dataclass(frozen=True)
+class GrownTrees:
+    """The trees that rows of a micro-batch make.
+
+    Attributes:
+        rows: Rows of each tree; every row is in one.
+        sizes: Tokens of each tree.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all trees."""
+        return sum(self.sizes)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that are computed: each tree is padded to the widest."""
+        return len(self.sizes) * max(self.sizes, default=0)
+
+    @property
+    def are_rows(self) -> bool:
+        """Whether each tree is a single row, so that nothing is shared."""
+        return all(len(rows) == 1 for rows in self.rows)
 
 
 def plan_shared_micro_batches(
@@ -228,29 +257,28 @@ def plan_shared_micro_batches(
 
     >>> rows = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9]]
     >>> plan = plan_shared_micro_batches(rows, TreeCost(), max_tokens=8)
-    >>> plan.pieces, plan.trees, plan.num_computed
-    ([[0, 1], [2]], [(2,), (1,)], 8)
+    >>> plan.pieces, [trees.rows for trees in plan.trees], plan.trees[0].sizes
+    ([[0, 1], [2]], [((0, 1),), ((0,),)], (5,))
     """
     found = sort_by_prefix(rows)
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
     if not trees:
-        return SharedPlan([], [], 0.0, 0)
+        return SharedPlan([], [], 0.0)
     if max_sequences is None:
         cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
     else:
         cuts = _cut_counting(trees, max_tokens, max_sequences)
-    plan = SharedPlan([], [], 0.0, 0)
-    total, computed = 0.0, 0
+    pieces, grown, total = [], [], 0.0
     for start, stop in cuts:
-        inside, width = trees[start:stop], trees[start][2]
-        order = found.order
-        plan.pieces.append([int(i) for first, last, _ in inside for i in order[first:last]])
-        plan.trees.append(tuple(last - first for first, last, _ in inside))
-        price = cost.row if len(inside) == sum(plan.trees[-1]) else cost.tree
-        total += len(inside) * float(price(width)) + overhead_tokens
-        computed += len(inside) * width
-    return SharedPlan(plan.pieces, plan.trees, total, computed)
+        inside = trees[start:stop]
+        pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
+        ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
+        rows = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends]))
+        grown.append(GrownTrees(rows, tuple(size for *_, size in inside)))
+        price = cost.row if grown[-1].are_rows else cost.tree
+        total += len(inside) * float(price(inside[0][2])) + overhead_tokens
+    return SharedPlan(pieces, grown, total)
 
 
 def _cut_counting(
@@ -290,3 +318,25 @@ def padded_cost(
         else:
             total += len(widths) * float(cost.row(max(widths)))
     return total + overhead_tokens * len(plan)
+
+
+def trees_of(
+    rows: Sequence[Any], cost: TreeCost, *, max_tokens: int | None = None
+) -> GrownTrees | None:
+    """Grow the trees of one micro-batch; None if its rows cost less as they are.
+
+    >>> trees_of([[1, 2, 3], [9], [1, 2, 4]], TreeCost()).rows
+    ((0, 2), (1,))
+    """
+    found = sort_by_prefix(rows)
+    trees = grow_trees(found, cost, max_tokens=max_tokens)
+    order = found.order.tolist()
+    grown = GrownTrees(
+        tuple(tuple(order[first:last]) for first, last, _ in trees),
+        tuple(size for *_, size in trees),
+    )
+    if grown.are_rows:
+        return None
+    lengths = found.lengths.tolist()
+    as_rows = padded_cost(lengths, [range(len(lengths))], cost)
+    return grown if len(grown.sizes) * float(cost.tree(max(grown.sizes))) < as_rows else None

@@ -27,6 +27,7 @@ from hf_gradacc.updates.batch import (
 )
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.planner import plan_micro_batches
+from hf_gradacc.updates.prefixes import GrownTrees
 from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule
 from hf_gradacc.updates.update import MicroBatch, Update
 
@@ -35,6 +36,8 @@ __all__ = ["can_slice", "cut_again", "cut_to_limit", "even_out", "join_rows", "p
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
 CountTokens = Callable[..., MicroBatch]
 """`make_micro_batch`, told what the main input is."""
+CutRows = Callable[[list[Any], list[int]], tuple[list[list[int]], Sequence[GrownTrees | None]]]
+"""`UpdateCollator.cut_rows`, told its limits."""
 
 
 def planned_lengths(micro_batch: MicroBatch) -> list[int]:
@@ -62,6 +65,7 @@ def cut_again(
     cut: Callable[[list[int]], list[list[int]]],
     *,
     count: CountTokens,
+    cut_rows: CutRows | None = None,
     pad_token_id: int = 0,
     left: bool = False,
     multiple_of: int = 1,
@@ -74,6 +78,7 @@ def cut_again(
         update: As the loader gave it, whole.
         cut: Returns index lists for the lengths of all rows, in the order the share had.
         count: Makes a `MicroBatch` of collated inputs; see `make_micro_batch`.
+        cut_rows: Cuts in place of `cut`, by the tokens of all rows, which may become trees.
         pad_token_id: Fills ``input_ids``.
         left: Padding goes in front.
         multiple_of: The collator pads widths to a multiple of this.
@@ -93,11 +98,19 @@ def cut_again(
     fills = _find_fills(parts, pad_token_id)
     trims = not pad_to_one_width and _trims(parts, multiple_of)
     pieces: list[MicroBatch] = []
-    for piece in cut([lengths_of[id(mb)][i] for mb, i in rows]):
+    lengths = [lengths_of[id(mb)][i] for mb, i in rows]
+    if cut_rows is None:
+        plan = cut(lengths)
+        trees: Sequence[GrownTrees | None] = [None] * len(plan)
+    else:
+        plan, trees = cut_rows([_tokens(mb, i) for mb, i in rows], lengths)
+    for piece, grown in zip(plan, trees, strict=True):
         chosen = [rows[j] for j in piece]
         same = chosen[0][0]
-        if [i for mb, i in chosen if mb is same] == list(range(same.num_sequences)) and (
-            len(chosen) == same.num_sequences
+        if (
+            [i for mb, i in chosen if mb is same] == list(range(same.num_sequences))
+            and len(chosen) == same.num_sequences
+            and grown == same.trees
         ):
             pieces.append(same)
             continue
@@ -105,17 +118,14 @@ def cut_again(
         if trims:
             inputs = _trim(inputs, encoder_decoder=encoder_decoder, left=left)
             inputs = _round_up(inputs, multiple_of, fills=fills, left=left)
-        pieces.append(
-            count(
-                inputs,
-                indices=tuple(mb.rows[i] for mb, i in chosen if len(mb.rows) == mb.num_sequences),
-                lengths=tuple(lengths_of[id(mb)][i] for mb, i in chosen),
-                places=tuple(
-                    mb.places[i] for mb, i in chosen if len(mb.places) == mb.num_sequences
-                ),
-                rows_per_sequence=same.rows_per_sequence,
-            )
+        micro_batch = count(
+            inputs,
+            indices=tuple(mb.rows[i] for mb, i in chosen if len(mb.rows) == mb.num_sequences),
+            lengths=tuple(lengths_of[id(mb)][i] for mb, i in chosen),
+            places=tuple(mb.places[i] for mb, i in chosen if len(mb.places) == mb.num_sequences),
+            rows_per_sequence=same.rows_per_sequence,
         )
+        pieces.append(micro_batch.as_trees(grown))
     return dataclasses.replace(update, micro_batches=pieces + whole)
 
 
@@ -157,15 +167,16 @@ def cut_to_limit(
             **collator.counting,
             **known,
         )
-        if collator.packed:  # laid out end to end later
-            micro_batch.num_padding_tokens = 0
-        return micro_batch
+        return collator.lay_out(micro_batch)
 
+    limits: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "at_random": collator.measures_noise(update.index),
+    }
     return cut_again(
         update,
-        partial(
-            collator.cut, max_tokens=max_tokens, at_random=collator.measures_noise(update.index)
-        ),
+        partial(collator.cut, **limits),
+        cut_rows=partial(collator.cut_rows, **limits),
         count=count_as_collated,
         multiple_of=getattr(collator.data_collator, "pad_to_multiple_of", None) or 1,
         pad_to_one_width=collator.pad_to_one_width,
@@ -222,6 +233,15 @@ def _take(
     return order_blocks(
         join_rows(parts, fills=fills, left=left), sizes, rows_per_sequence=rows_per_sequence
     )
+
+
+def _tokens(micro_batch: MicroBatch, row: int) -> dict[str, Any]:
+    """Return the tokens of one row without its padding, as a dataset row holds them."""
+    ids, mask = (micro_batch.inputs.get(name) for name in ("input_ids", "attention_mask"))
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return {}
+    has_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
+    return {"input_ids": ids[row][mask[row].ne(0)] if has_mask else ids[row]}
 
 
 def _is_mapping(micro_batch: MicroBatch) -> bool:
@@ -318,7 +338,7 @@ def even_out(
     done = list(update)
     candidates = [mb for mb in done if mb.num_sequences > 1]
     while len(done) < num_micro_batches and candidates:
-        largest = max(candidates, key=lambda mb: mb.num_input_tokens + mb.num_padding_tokens)
+        largest = max(candidates, key=lambda mb: mb.num_computed_tokens)
         candidates.remove(largest)
         halves = halve(largest)
         if len(halves) != 2 or not all(half.targets.under(rule) for half in halves):
@@ -326,7 +346,7 @@ def even_out(
         place = done.index(largest)
         done[place : place + 1] = halves
         candidates += [half for half in halves if half.num_sequences > 1]
-    done.sort(key=lambda mb: -(mb.num_input_tokens + mb.num_padding_tokens))
+    done.sort(key=lambda mb: -mb.num_computed_tokens)
     if len(done) < num_micro_batches:
         source = done[-1].inputs if done else spare
         assert isinstance(source, Mapping)

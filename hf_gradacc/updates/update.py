@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_gradacc.updates.prefixes import GrownTrees
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
 
 __all__ = ["MicroBatch", "Update", "UpdateStats", "start_copies", "start_copy"]
@@ -36,6 +37,8 @@ class MicroBatch:
             `slice_rows`; None if they cannot be told apart.
         num_decoder_tokens: How many of the input tokens are labels, fed to a decoder.
         num_decoder_padding: How much of the padding pads those.
+        trees: The rows as trees whose common prefixes are computed once; None to compute rows.
+        num_shared_tokens: Input tokens that are not computed, since a row before has them.
     """
 
     inputs: Any
@@ -50,6 +53,21 @@ class MicroBatch:
     rows_per_sequence: int | None = 1
     num_decoder_tokens: int = 0
     num_decoder_padding: int = 0
+    trees: GrownTrees | None = None
+    num_shared_tokens: int = 0
+
+    def as_trees(self, trees: GrownTrees | None) -> MicroBatch:
+        """Compute the rows as trees, and count what that computes."""
+        if trees is not None and not trees.are_rows:
+            self.trees = trees
+            self.num_shared_tokens = self.num_input_tokens - trees.num_tokens
+            self.num_padding_tokens = trees.num_computed - trees.num_tokens
+        return self
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.num_input_tokens + self.num_padding_tokens - self.num_shared_tokens
 
     def pin_memory(self) -> MicroBatch:
         """Let the DataLoader pin the tensors, as it does for plain dicts."""
@@ -107,6 +125,7 @@ class Update:
             num_left_out=self.num_left_out,
             num_decoder_tokens=sum([mb.num_decoder_tokens for mb in micro_batches]),
             num_decoder_padding=sum([mb.num_decoder_padding for mb in micro_batches]),
+            num_shared_tokens=sum([mb.num_shared_tokens for mb in micro_batches]),
         )
 
     def pin_memory(self) -> Update:
@@ -129,6 +148,8 @@ class UpdateStats:
         num_left_out: Sequences without a target.
         num_decoder_tokens: How many of the input tokens were labels, fed to a decoder.
         num_decoder_padding: How much of the padding padded those.
+        num_shared_tokens: How many of the input tokens were not computed, but shared with a row
+            that begins alike.
         step_seconds: Wall time from asking for the data to the end of the optimizer step.
     """
 
@@ -140,7 +161,13 @@ class UpdateStats:
     num_left_out: int = 0
     num_decoder_tokens: int = 0
     num_decoder_padding: int = 0
+    num_shared_tokens: int = 0
     step_seconds: float = 0.0
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that went through the model, padding included."""
+        return self.num_input_tokens + self.num_padding_tokens - self.num_shared_tokens
 
     @property
     def num_encoder_tokens(self) -> int:

@@ -1,0 +1,254 @@
+"""Find out whether models may compute rows that begin alike as trees, by trying it on them.
+
+Rows are made to begin alike. What a body returns for them as one tree is compared with what it
+returns for them as they are, and so is the loss. Then the own tokens of one row are changed, which
+may move no other row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.facts import Compared, differ, rounding_of
+from hf_gradacc.loss.shortcuts import Setting, Shortcuts
+from hf_gradacc.loss.trees import (
+    Trees,
+    computing_trees,
+    lay_out_trees,
+    watching_bodies,
+    why_no_masks,
+)
+from hf_gradacc.updates.targets import count_targets
+
+__all__ = ["Sharing", "choose_sharing", "drops_out", "why_not_shared", "with_sharing"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether common prefixes are computed once, and why not.
+
+    Attributes:
+        bodies: The parts of models that compute trees; none if rows are computed as they are.
+        refused: Why, in plain words; empty if they compute trees.
+    """
+
+    bodies: tuple[nn.Module, ...] = ()
+    refused: str = ""
+
+
+def choose_sharing(
+    models: Sequence[Any],
+    inputs: Mapping[str, Any],
+    loss_of: Callable[[Mapping[str, Any]], float],
+    *,
+    dtype: torch.dtype,
+    why_not: str = "",
+    asked: bool = False,
+) -> Sharing:
+    """Try to compute rows as trees, unless something is known to speak against it.
+
+    Args:
+        models: The model, and others whose answers enter the loss (a reference model).
+        inputs: A few rows, collated together, on the CPU.
+        loss_of: Returns the loss of collated inputs, without gradients.
+        dtype: The coarsest dtype of a forward.
+        why_not: What speaks against it, in plain words; empty for nothing.
+        asked: It was asked for by name.
+
+    Raises:
+        ConfigError: If it was asked for by name and would not give the same gradient.
+    """
+    bodies: tuple[nn.Module, ...] = ()
+    refused = why_not
+    if not refused:
+        try:
+            bodies, refused = _Trial(models, inputs, loss_of, dtype).run()
+        except Exception as error:  # an optional layout must not end a run, whatever it trips over
+            first_line = (str(error).splitlines() or [""])[0]
+            refused = f"it fails with {type(error).__name__}: {first_line}"
+    if refused and asked:
+        raise ConfigError(
+            f"layout = 'shared_prefix' would not give the same gradient: {refused}.\n"
+            f"  Set layout = 'auto' or 'padded'."
+        )
+    return Sharing((), refused) if refused else Sharing(bodies)
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Return whether a model drops anything out while it trains.
+
+    Attention drops by a number that its module keeps, without a module of its own.
+    """
+    names = ("attention_dropout", "attn_dropout", "dropout", "dropout_p")
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or any(
+            isinstance(vars(module).get(name), float) and vars(module)[name] > 0 for name in names
+        )
+        for module in model.modules()
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    models: Sequence[Any]
+    inputs: Mapping[str, Any]
+    loss_of: Callable[[Mapping[str, Any]], float]
+    dtype: torch.dtype
+
+    def run(self) -> tuple[tuple[nn.Module, ...], str]:
+        """Return the bodies that compute trees, or why none may."""
+        ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) < 2:
+            return (), "there are no two rows of input_ids to try it on"
+        if not (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape)):
+            return (), "the attention mask is not one of rows and tokens"
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
+        alike = {**self.inputs, "input_ids": _beginning_alike(ids, real)}
+        with watching_bodies(*self.models) as plain:
+            loss = self.loss_of(alike)
+        bodies = tuple(plain.bodies)
+        if not bodies:
+            return (), "no part of the model was seen to compute hidden states of its rows"
+        for body in bodies:
+            if why := why_no_masks(getattr(body, "config", None)):
+                return (), why
+        trees = lay_out_trees(alike["input_ids"], mask, [range(len(ids))])
+        tree_loss, outputs = self._run_as(trees, bodies, alike)
+        if len(outputs) < len(plain.outputs):
+            return (), "its body is not given rows of tokens alone"
+        if not differ(tree_loss, loss) <= rounding_of(self.dtype, "shortcut"):
+            return (), f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
+        expected = [_hidden(output) for output in plain.outputs]
+        actual = [_hidden(output) for output in outputs]
+        if any(self._moved(a, b, real) for a, b in zip(actual, expected, strict=True)):
+            return (), "its hidden states differ between a tree and rows"
+        changed, others = _with_other_tokens(trees, real)
+        _, outputs = self._run_as(changed, bodies, alike)
+        moved = [_hidden(output) for output in outputs]
+        if any(self._moved(a, b, others, "isolation") for a, b in zip(moved, actual, strict=True)):
+            return (), "in a tree one row changes the hidden states of the others"
+        return bodies, ""
+
+    def _run_as(
+        self, trees: Trees, bodies: Sequence[nn.Module], inputs: Mapping[str, Any]
+    ) -> tuple[float, list[Any]]:
+        """Return the loss of rows computed as trees, and what those bodies returned that did."""
+
+        def lay_out(ids: Tensor, _: Tensor | None) -> Trees | None:
+            return trees.to(ids.device) if ids.shape == trees.rows.shape else None
+
+        with computing_trees(bodies, lay_out) as computed, watching_bodies(*bodies) as watched:
+            loss = self.loss_of(inputs)
+        return loss, watched.outputs if len(computed) == len(watched.outputs) else []
+
+    def _moved(
+        self, actual: Tensor, expected: Tensor, rows: Tensor, kind: Compared = "shortcut"
+    ) -> bool:
+        """Return whether the hidden state of any such token moved by more than rounding."""
+        if actual.shape != expected.shape or actual.shape[:2] != rows.shape:
+            return True
+        wide = torch.float32 if actual.device.type == "mps" else torch.float64
+        rows = rows.to(actual.device)
+        a, b = actual[rows].to(wide), expected[rows].to(wide)
+        moved = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
+        # Rounding of a hidden state is allowed four times that of a loss, as for other shortcuts.
+        return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
+
+
+def _hidden(output: Any) -> Tensor:
+    """Return the hidden states ``[rows, seq, hidden]`` among what a body returned."""
+    states = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(states, Tensor)
+    return states.detach()
+
+
+def _beginning_alike(ids: Tensor, real: Tensor) -> Tensor:
+    """Let all rows begin as the first does, for half the length of the shortest."""
+    alike = ids.clone()
+    half = max(1, int(real.sum(1).min()) // 2)
+    start = alike[0][real[0]][:half]
+    for row, of_row in zip(alike, real, strict=True):
+        places = of_row.nonzero()[:half, 0]
+        row[places] = start
+    return alike
+
+
+def _with_other_tokens(trees: Trees, real: Tensor) -> tuple[Trees, Tensor]:
+    """Change the tokens that the longest row has for itself.
+
+    Returns:
+        The trees, and where the tokens of all other rows are ``[rows, seq]``.
+    """
+    longest = int(real.sum(1).argmax())
+    others = real.clone()
+    others[longest] = False
+    own = torch.ones(trees.ids.numel(), dtype=torch.bool)
+    own[trees.nodes[others]] = False
+    ids = trees.ids.reshape(-1).clone()
+    low, high = int(ids.min()), int(ids.max())
+    other = torch.where(ids < high, ids + 1, low) if low < high else ids + 1 - 2 * int(low > 0)
+    ids[own] = other[own]
+    return replace(trees, ids=ids.view(trees.ids.shape)), others
+
+
+def with_sharing(
+    shortcuts: Shortcuts,
+    models: Sequence[Any],
+    inputs: Mapping[str, Any],
+    loss_of: Callable[[Mapping[str, Any], int | None], float],
+    *,
+    setting: Setting,
+    dtype: torch.dtype,
+) -> Shortcuts:
+    """Let rows that begin alike be computed as trees, where that is asked for or pays.
+
+    Args:
+        shortcuts: Those chosen before.
+        models: See `choose_sharing`, the trainer's own first.
+        inputs: Likewise.
+        loss_of: As for `choose_shortcuts`.
+        setting: What else decides.
+        dtype: The coarsest dtype of a forward.
+    """
+    asked = setting.args.layout == "shared_prefix"
+    why = why_not_shared(models[0], setting, asked=asked)
+    facts = setting.facts
+    count = count_targets(inputs, facts.rule) if facts.wants_own_count else None
+    found = choose_sharing(
+        models,
+        inputs,
+        lambda rows: loss_of(rows, count),
+        dtype=dtype,
+        why_not=why,
+        asked=asked,
+    )
+    refused = shortcuts.refused + ((("shared_prefix", found.refused),) if found.refused else ())
+    return replace(shortcuts, bodies=found.bodies, refused=refused)
+
+
+def why_not_shared(model: nn.Module, setting: Setting, *, asked: bool) -> str:
+    """Return what is known to speak against trees before they are tried, empty for nothing."""
+    args = setting.args
+    if not asked and args.layout != "auto":
+        return f"layout = {args.layout!r}"
+    if setting.splits_rows:
+        return "several ranks compute each row together (cp_size, sp_size)"
+    if setting.facts.pad_to_one_width:
+        return "padding changes the loss of this model"
+    if args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha draws noise for each row, and a common prefix is one"
+    if args.torch_compile:
+        return "torch.compile would compile anew for each shape of a tree"
+    if not asked and drops_out(model):
+        return (
+            "dropout would drop the same of a common prefix in all rows that hold it; "
+            "layout = 'shared_prefix' shares them all the same"
+        )
+    return ""
