@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -90,7 +91,8 @@ def group_rows(
         num_own: How many of them, at its end, are its own; rows without any attend to nothing new.
 
     Returns:
-        The groups, and where the result for each token is among theirs, one after the other.
+        The groups, and where each token is among all queries of theirs ``[tokens]``, one group
+        after the other.
     """
     rows = [
         (len(path), own, row)
@@ -113,9 +115,12 @@ def group_rows(
         most_own, most_tokens = max(most_own, own), max(most_tokens, tokens)
     if inside:
         groups.append(_make_group(inside, paths))
+    # Counted in the queries of all groups, what pads them included.
+    starts = np.cumsum([0, *(group.queries.numel() for group in groups)])
+    found = [group.real + int(start) for group, start in zip(groups, starts, strict=False)]
     order = torch.cat([group.queries.reshape(-1)[group.real] for group in groups])
     places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
+    places[order] = torch.cat(found)
     return groups, places
 
 
@@ -191,23 +196,68 @@ def _attend(
     if kwargs.get("position_bias") is not None:
         raise ValueError("a learned bias of positions is not one of trees")
     kwargs.pop("is_causal", None)
+    groups, places = marker.groups, marker.places
+    spread: Any = _Spread.apply
+    collect: Any = _Collect.apply
+    queries, keys = (
+        torch.cat([getattr(group, name).reshape(-1) for group in groups])
+        for name in ("queries", "keys")
+    )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    parts = []
-    for group, mask in zip(marker.groups, marker.masks, strict=True):
-        found, _ = stock(
-            module,
-            _take(query, group.queries),
-            _take(key, group.keys),
-            _take(value, group.keys),
-            mask,
-            is_causal=mask is None,
-            **kwargs,
-        )
-        parts.append(found.flatten(0, 1).index_select(0, group.real))
-    return torch.cat(parts).index_select(0, marker.places).unsqueeze(0)
+    each = zip(
+        groups,
+        marker.masks,
+        _split(spread(query, queries, places), [group.queries for group in groups]),
+        _split(key.index_select(0, keys), [group.keys for group in groups]),
+        _split(value.index_select(0, keys), [group.keys for group in groups]),
+        strict=True,
+    )
+    found = [
+        stock(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0].flatten(0, 1)
+        for _, mask, q, k, v in each
+    ]
+    collected: Tensor = collect(torch.cat(found), queries, places)
+    return collected.unsqueeze(0)
 
 
-def _take(states: Tensor, places: Tensor) -> Tensor:
-    """Take ``[rows, heads, seq, width]`` out of ``[tokens, heads, width]``."""
-    taken = states.index_select(0, places.reshape(-1))
-    return taken.view(*places.shape, *states.shape[1:]).transpose(1, 2)
+def _split(states: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+    """Split ``[tokens of all groups, heads, width]`` into ``[rows, heads, seq, width]`` of each."""
+    parts = torch.split(states, [of_group.numel() for of_group in places])
+    return [
+        part.view(*of_group.shape, *states.shape[1:]).transpose(1, 2)
+        for part, of_group in zip(parts, places, strict=True)
+    ]
+
+
+class _Spread(torch.autograd.Function):
+    """Take each token to its place among the queries; what pads those is given the last again.
+
+    Autograd would add gradients up token by token. But each token is one query, and nothing reads
+    what a query that pads has found, so that its gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, queries: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return states.index_select(0, queries)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The way back: take what each token's query has found to the token."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, queries: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_queries = len(queries)
+        return found.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.num_queries, *grad.shape[1:])
+        return whole.index_copy_(0, places, grad), None, None

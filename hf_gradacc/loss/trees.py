@@ -35,6 +35,7 @@ __all__ = [
     "computing_these",
     "computing_trees",
     "lay_out_trees",
+    "takes_rows",
     "tree_masks",
     "watching_bodies",
     "why_no_masks",
@@ -209,6 +210,11 @@ def _kinds_of_layers(config: Any) -> list[str]:
     """Return the kinds of layers a body takes a mask for each of; none if it takes one for all."""
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     return [] if kinds in ([], [_FULL]) else kinds
+
+
+def takes_rows(config: Any) -> bool:
+    """Return whether trees may stand in one row: no mask over all of them has to be computed."""
+    return str(getattr(config, "_attn_implementation", "")) in ("sdpa", "flex_attention")
 
 
 def why_no_masks(config: Any) -> str:
