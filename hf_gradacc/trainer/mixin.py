@@ -53,7 +53,6 @@ from hf_gradacc.ranks.sequence_parallel import rows_for_ring
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
-from hf_gradacc.safety.waiting import telling
 from hf_gradacc.safety.withheld import pickled_without_secrets
 from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.mfu import begin_peak_memory
@@ -803,9 +802,7 @@ class GradAccMixin(Trainer):
 
     def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
         """Ask the model how its loss counts, without a trace in metrics, log rows or buffers."""
-        what = "asking the model how its loss counts, and which shortcuts leave it as it is"
-        tells = self.is_world_process_zero() and self.args.log_level not in ("error", "critical")
-        with telling(what) if tells else contextlib.nullcontext(), quietly(self):
+        with quietly(self):
             facts, shortcuts = ask_trainer(
                 self, model, inputs, sample=sample, engine=self._rank_engine
             )
