@@ -56,6 +56,7 @@ class Loss:
         has_drawn: Tells whether a random number was drawn since.
         can_differentiate: Gradients can be computed outside of the wrapped model. Sharded weights
             are whole only inside of a forward.
+        note_forward: Called before each forward.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Loss:
     restart: Callable[[], None] = lambda: None
     has_drawn: Callable[[], bool] = lambda: False
     can_differentiate: bool = True
+    note_forward: Callable[[], None] = lambda: None
     _last: tuple[Any, ...] = dataclasses.field(default=(None,), repr=False)
     _weighted: WeightedCall | None = dataclasses.field(default=None, repr=False)
 
@@ -135,6 +137,7 @@ class Loss:
         # A copy, since FSMT writes padding over the -100 of the labels it is given.
         own = copied(inputs)
         self.restart()
+        self.note_forward()
         with WeightedCalls() as calls:
             loss = self.compute(own, count)
         self._weighted = calls.only

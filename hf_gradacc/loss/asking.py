@@ -27,8 +27,8 @@ from hf_gradacc.loss.probe import (
     probe_loss,
 )
 from hf_gradacc.loss.probe_rows import ProbeRows, choose_rows_to_ask, find_padding_targets
-from hf_gradacc.loss.questions import shorten_first_row, vary_targets
-from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
+from hf_gradacc.loss.questions import vary_padding, vary_targets
+from hf_gradacc.updates.batch import can_slice_rows, count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.targets import TargetRule
 
@@ -40,11 +40,19 @@ __all__ = [
     "find_mixing",
     "has_router_loss",
     "held_in_mode",
+    "is_costly",
     "sample_of",
     "stated_facts",
     "unknown_facts",
     "with_warnings",
 ]
+
+
+_COSTLY = 2e10
+"""Operations of a forward beyond which rows are cut before they are asked with."""
+
+_LONGEST_OF_LARGE = 32
+"""Tokens that rows are cut to then: a weight is still used often for each time it is read."""
 
 
 def sample_of(
@@ -67,7 +75,12 @@ def sample_of(
 
 
 def choose_mode(
-    loss: Loss, inputs: Mapping[str, Any], known: ProbeRows | None, *, pad_token_id: int
+    loss: Loss,
+    inputs: Mapping[str, Any],
+    known: ProbeRows | None,
+    *,
+    pad_token_id: int,
+    is_large: bool = False,
 ) -> tuple[bool, Mapping[str, Any], ProbeRows | None]:
     """Choose the mode to ask in, and the inputs to ask with.
 
@@ -79,6 +92,7 @@ def choose_mode(
         inputs: From `sample_of`.
         known: Likewise.
         pad_token_id: What rows are padded with.
+        is_large: See `is_costly`.
 
     Returns:
         True for training mode; the inputs, with rows that show more (one cut very short, unequal
@@ -91,8 +105,7 @@ def choose_mode(
     candidates = [(dict(inputs), known)]
     num_rows = count_rows(inputs, ModelFacts.of(loss.model).main_input)
     if known is None:
-        changed = vary_targets(shorten_first_row(inputs, pad_token_id=pad_token_id))
-        candidates.insert(0, (changed, None))
+        candidates.insert(0, (_telling(inputs, loss.model, pad_token_id, is_large=is_large), None))
     if num_rows > 1 and known is None and can_slice_rows(inputs, num_rows):
         candidates.append((slice_rows(inputs, [num_rows - 1]), None))
     first_error: Exception | None = None
@@ -114,6 +127,32 @@ def choose_mode(
     raise first_error
 
 
+def _telling(
+    inputs: Mapping[str, Any], model: nn.Module, pad_token_id: int, *, is_large: bool
+) -> dict[str, Any]:
+    """Change rows so that they show more; and cut them short if forwards take long."""
+    config: Any = getattr(model, "config", None)
+    padded = vary_padding(
+        inputs,
+        pad_token_id=pad_token_id,
+        max_width=getattr(config, "max_position_embeddings", None),
+        longest=_LONGEST_OF_LARGE if is_large else None,
+    )
+    return vary_targets(padded)
+
+
+def is_costly(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Return whether a forward of some rows takes long: a quarter of a second on a few cores.
+
+    By count of operations, two for each parameter and token, rather than by the clock: all ranks
+    have to ask alike, and a run that is resumed asks what it asked before.
+    """
+    main = find_main_input(inputs, ModelFacts.of(model).main_input)
+    num_tokens = 0 if main is None else main.numel()
+    num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
+    return 2 * num_parameters * num_tokens > _COSTLY
+
+
 def _any_count(inputs: Mapping[str, Any], model: nn.Module) -> int:
     return max(count_rows(inputs, ModelFacts.of(model).main_input), 1)
 
@@ -126,6 +165,7 @@ def ask(
     dtype: torch.dtype,
     pad_token_id: int,
     left: bool,
+    is_large: bool = False,
 ) -> LossFacts:
     """Find out what a loss is a mean over, and whether padding matters to it.
 
@@ -136,6 +176,7 @@ def ask(
         dtype: The coarsest dtype of a forward, see `dtype_computed_in`.
         pad_token_id: What rows are widened by.
         left: Padding goes in front.
+        is_large: See `is_costly`.
 
     Raises:
         Exception: Whatever the model raises on the rows together.
@@ -155,6 +196,7 @@ def ask(
             facts = probe_loss(
                 inputs,
                 loss.ask,
+                is_large=is_large,
                 pad_token_id=pad_token_id,
                 left=left,
                 max_width=getattr(config, "max_position_embeddings", None),
@@ -180,6 +222,7 @@ def stated_facts(
     dtype: torch.dtype,
     pad_token_id: int,
     left: bool,
+    is_large: bool = False,
 ) -> LossFacts:
     """Take the user's word for what a loss is a mean over.
 
@@ -206,6 +249,7 @@ def stated_facts(
                 left=left,
                 max_width=getattr(config, "max_position_embeddings", None),
                 rows_alone_add_up=False,
+                is_large=is_large,
             )
             facts = dataclasses.replace(
                 facts, padding_error=error, pad_to_one_width=not error <= evidence.loss_limit

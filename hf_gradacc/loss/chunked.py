@@ -102,7 +102,11 @@ def _is_only_placed(head: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_logits(
-    owner: PreTrainedModel | None, head: nn.Module | None, *, onednn: bool = False
+    owner: PreTrainedModel | None,
+    head: nn.Module | None,
+    *,
+    onednn: bool = False,
+    divisor: float = 1.0,
 ) -> Iterator[None]:
     """Let a model compute its loss in chunks for as long as the context lasts.
 
@@ -114,6 +118,8 @@ def without_logits(
         owner: From `find_owner`; None changes nothing.
         head: Its LM head, a plain linear layer.
         onednn: Let oneDNN multiply, see `hf_gradacc.loss.onednn`.
+        divisor: What the loss will be divided by before its backward, as far as is known. It
+            saves time if it is so, and changes nothing if not.
     """
     if owner is None or head is None:
         yield
@@ -146,6 +152,7 @@ def without_logits(
             bias=head.bias,
             num_items=num_items_in_batch,
             onednn=onednn,
+            divisor=divisor,
         )
 
     own_loss = vars(owner).get("_loss_function")
@@ -172,6 +179,7 @@ def _mean_loss(
     bias: Tensor | None,
     num_items: Tensor | int | None,
     onednn: bool = False,
+    divisor: float = 1.0,
 ) -> Tensor:
     """Return what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``."""
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
@@ -183,8 +191,18 @@ def _mean_loss(
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
         onednn = onednn and device_type == "cpu" and hidden.dtype == torch.float32
+        expected = 1.0
+        if device_type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
+            count = float(len(labels) if num_items is None else num_items)
+            expected = 1.0 / (divisor * count) if count else 0.0
         loss: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, labels, torch.is_grad_enabled(), onednn
+            hidden,
+            weight,
+            bias,
+            labels,
+            torch.is_grad_enabled(),
+            onednn,
+            expected or 1.0,  # 0: weightless
         )
     if isinstance(num_items, Tensor):
         num_items = num_items.to(loss.device)
@@ -210,6 +228,7 @@ class ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         wants_grad: bool,
         onednn: bool = False,
+        expected: float = 1.0,
     ) -> Tensor:
         """Return the summed loss, a scalar in float32 or wider.
 
@@ -221,6 +240,9 @@ class ChunkedLoss(torch.autograd.Function):
             labels: ``[rows]``, each a class; none is ignored.
             wants_grad: A backward will follow.
             onednn: Let oneDNN multiply; float32 on a CPU only.
+            expected: The gradient of this sum that the backward will be handed; other than 1 on a
+                CPU in float32 or wider only. A row of hidden states is then multiplied by it
+                instead of the weight's gradient, which is as many times larger as the vocabulary.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wants = [wants_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -244,6 +266,7 @@ class ChunkedLoss(torch.autograd.Function):
             if not any(wants):
                 continue
             scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
+            rows = rows if expected == 1.0 else rows * expected
             narrow = scores.to(rows.dtype)  # what a linear layer's backward would be handed
             if of_hidden is not None:
                 share = matmul(narrow, weight.t()) if onednn else narrow @ weight
@@ -260,7 +283,10 @@ class ChunkedLoss(torch.autograd.Function):
                     of_weight.addmm_(narrow.t(), rows)
             if wants[2]:
                 of_bias = scores.sum(0) if of_bias is None else of_bias.add_(scores.sum(0))
-        ctx.grads = (of_hidden, of_weight, of_bias)
+        if expected != 1.0:
+            of_hidden = None if of_hidden is None else of_hidden.mul_(expected)
+            of_bias = None if of_bias is None else of_bias.mul_(expected)
+        ctx.grads, ctx.expected = (of_hidden, of_weight, of_bias), expected
         ctx.dtypes = [_grad_dtype(x) for x in (hidden, weight, bias)]
         return loss
 
@@ -270,11 +296,17 @@ class ChunkedLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradient of a chunked loss can be taken only once")
         grads, ctx.grads = ctx.grads, None
+        factor: Tensor | None = grad
+        if ctx.expected != 1.0:
+            factor = grad.double() / ctx.expected
+            # The divisions that led here were rounded, as this one is.
+            if abs(float(factor) - 1) <= 4 * torch.finfo(grad.dtype).eps:
+                factor = None
         scaled = [
-            None if x is None else x.mul_(grad).to(dtype)
+            None if x is None else (x if factor is None else x.mul_(factor)).to(dtype)
             for x, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _grad_dtype(x: Tensor | None) -> torch.dtype | None:

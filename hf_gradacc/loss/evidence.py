@@ -132,6 +132,13 @@ class Evidence:
         return self._ask_parts([self.take([i] * self.num_rows) for i in range(self.num_rows)])
 
     @cached_property
+    def first_alone(self) -> Answer:
+        """The answer for the first row, the shortest, without padding."""
+        if "rows_alone" in vars(self):
+            return self.rows_alone[0]
+        return self._ask_parts([trim_padding(self.rows[0])])[0]
+
+    @cached_property
     def grows_with_copies(self) -> bool:
         """Whether the copies of a row have a loss about as many times its own.
 
@@ -141,6 +148,12 @@ class Evidence:
         places = [i for i, many in enumerate(self.copies) if many.loss > 0]
         if self.num_rows < 2 or not places:
             return False
+        if places[0] == 0:
+            # Asked for padding's sake anyway. It tells, unless padding changes the loss.
+            growth = self.copies[0].loss / max(self.first_alone.loss, 1e-30)
+            for times in (1, self.num_rows):
+                if differ(growth, times) <= self.loss_limit:
+                    return times > 1
         (one,) = self._ask_parts([self.rows[places[-1]]])
         return self.copies[places[-1]].loss > math.sqrt(self.num_rows) * one.loss
 

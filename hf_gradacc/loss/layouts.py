@@ -43,7 +43,8 @@ def is_right_padded(mask: Tensor) -> bool:
     """
     if mask.ndim != 2 or mask.shape[1] == 0:
         return False
-    return bool(mask[:, 0].ne(0).all()) and not bool(mask.ne(0).long().diff(dim=1).gt(0).any())
+    real = mask.ne(0)
+    return bool(real[:, 0].all()) and not bool(real[:, 1:].gt(real[:, :-1]).any())
 
 
 def without_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.loss.answers import Ask
+from hf_gradacc.loss.answers import Answer, Ask
 from hf_gradacc.loss.evidence import CANNOT_TAKE, Errors, Evidence, Found
 from hf_gradacc.loss.facts import LossFacts, differ
-from hf_gradacc.loss.questions import has_token_labels, misfit
+from hf_gradacc.loss.questions import has_token_labels, misfit, most_columns
 from hf_gradacc.updates.batch import pad_columns, trim_padding
 from hf_gradacc.updates.targets import TargetRule
 
@@ -37,6 +37,7 @@ def probe_loss(
     pad_token_id: int = 0,
     left: bool = False,
     max_width: int | None = None,
+    is_large: bool = False,
     **options: Any,
 ) -> LossFacts:
     """Find out how a loss counts, and whether padding changes it.
@@ -47,6 +48,7 @@ def probe_loss(
         pad_token_id: To widen rows by.
         left: Padding goes in front.
         max_width: Most columns the model can take (learned positions), None if there is no limit.
+        is_large: A forward takes long.
         **options: See `Evidence`.
 
     Raises:
@@ -69,6 +71,7 @@ def probe_loss(
         left=left,
         max_width=max_width,
         rows_alone_add_up=add_up,
+        is_large=is_large,
     )
     is_changed = not error <= evidence.loss_limit
     return dataclasses.replace(facts, padding_error=error, pad_to_one_width=is_changed)
@@ -135,6 +138,7 @@ def measure_padding(
     left: bool,
     max_width: int | None,
     rows_alone_add_up: bool,
+    is_large: bool = False,
 ) -> float:
     """Measure by how much more padding changes the loss, relative.
 
@@ -150,32 +154,49 @@ def measure_padding(
         max_width: See `probe_loss`.
         rows_alone_add_up: Rows without padding have made up the whole, so the widths they have in
             it are asked already.
+        is_large: A forward takes long, so one width more is enough.
     """
     inputs = evidence.inputs
     main, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(main, torch.Tensor) or not isinstance(mask, torch.Tensor):
         return 0.0
     widen = partial(pad_columns, pad_token_id=pad_token_id, left=left)
-    # A column beyond the learned positions breaks a GPU's whole process, so there is a margin:
-    # RoBERTa's positions begin at 2.
-    widest = math.inf if max_width is None else max_width - 8
-    width = main.shape[-1]
+    widest, width = most_columns(max_width), main.shape[-1]
+    trimmed = trim_padding(inputs)
+    has_margin = trimmed["input_ids"].shape[-1] < width
+    if rows_alone_add_up and has_margin:
+        return facts.rule_error
+    others: list[Mapping[str, Any]] = [trimmed] if has_margin else []
     extras = [extra for extra in (3, 1) if width + extra <= widest]
     if rows_alone_add_up:
         extras = extras[:1]
+    elif has_margin:
+        extras = extras[-1:]
+    others += [widen(inputs, width + extra) for extra in extras]
+    if is_large and has_margin:
+        others = []  # the first row says as much
     worst = 0.0
     try:
-        pairs = [(evidence.together, widen(inputs, width + extra)) for extra in extras]
-        padded, bare = evidence.rows[0], trim_padding(evidence.rows[0])
-        if not rows_alone_add_up and width > bare["input_ids"].shape[-1]:
-            pairs.append((evidence.ask(bare, evidence.own_count(bare, facts.rule)), padded))
-        for expected, part in pairs:
-            actual = evidence.ask(part, evidence.own_count(part, facts.rule))
+        pairs = [(evidence.together, _ask_for(evidence, facts, part)) for part in others]
+        if not rows_alone_add_up and width > trim_padding(evidence.rows[0])["input_ids"].shape[-1]:
+            pairs.append((evidence.first_alone, _first_row_padded(evidence, facts)))
+        for expected, actual in pairs:
             error = misfit(expected, [actual], [1], "mean")
             worst = max(worst, error[0] if evidence.fits(error) else max(error))
     except CANNOT_TAKE:
         return math.inf
     return worst
+
+
+def _ask_for(evidence: Evidence, facts: LossFacts, part: Mapping[str, Any]) -> Answer:
+    return evidence.ask(part, evidence.own_count(part, facts.rule))
+
+
+def _first_row_padded(evidence: Evidence, facts: LossFacts) -> Answer:
+    """Return the answer for the first row beside padding; of copies a mean is that of one."""
+    if "copies" in vars(evidence) and facts.weighing == "mean":
+        return evidence.copies[0]
+    return _ask_for(evidence, facts, evidence.rows[0])
 
 
 # ---- deciding ----------------------------------------------------------------------------------
@@ -236,7 +257,7 @@ def _find(evidence: Evidence) -> tuple[Found | None, Errors, bool]:
             return found, errors, False
     of_copies = evidence.errors_of(evidence.copies)
     found = evidence.first_fit(of_copies, tight=evidence.is_coarse)
-    if found is not None and evidence.grows_with_copies:
+    if found is not None and _may_be_sum(evidence, of_copies) and evidence.grows_with_copies:
         return (found[0], "sum"), {(found[0], "sum"): of_copies[found]}, bool(errors)
     by_masks = None if found else evidence.by_masks
     if found is None and evidence.is_coarse:
@@ -247,6 +268,12 @@ def _find(evidence: Evidence) -> tuple[Found | None, Errors, bool]:
     if by_masks is not None and by_masks in of_copies:
         of_copies = {by_masks: of_copies[by_masks]}
     return None, of_copies, False
+
+
+def _may_be_sum(evidence: Evidence, of_copies: Errors) -> bool:
+    """Return whether a sum would give these copies: it looks like a mean over rows, larger."""
+    error = of_copies.get((TargetRule.SEQUENCE, "mean"), (math.inf, 0.0))
+    return math.isinf(error[0]) or evidence.fits(error, tight=evidence.is_coarse)
 
 
 def _find_with_own_count(evidence: Evidence) -> tuple[Found, Errors, bool] | None:

@@ -22,21 +22,25 @@ from torch import Tensor
 
 from hf_gradacc.loss.answers import Answer
 from hf_gradacc.loss.facts import Weighing, differ
-from hf_gradacc.updates.batch import labels_of
+from hf_gradacc.updates.batch import labels_of, pad_columns
 from hf_gradacc.updates.targets import IGNORE_INDEX
 
 __all__ = [
     "first_label_alone",
     "has_token_labels",
     "misfit",
+    "most_columns",
     "rotate",
-    "shorten_first_row",
     "split_targets",
+    "vary_padding",
     "vary_targets",
 ]
 
 _SHORT = 3
 """Tokens of a row cut short: a convolution or a window then reaches into the padding."""
+
+_MARGINS = (3, 1)
+"""Columns of padding beside the longest row, as far as the model can take them."""
 
 _PLAIN = {"input_ids", "attention_mask", "labels", "token_type_ids"}
 
@@ -140,39 +144,99 @@ def rotate(indices: Sequence[int]) -> list[list[int]]:
     return [[*indices[k:], *indices[:k]] for k in range(len(indices))]
 
 
-def shorten_first_row(inputs: Mapping[str, Any], *, pad_token_id: int) -> dict[str, Any]:
-    """Cut the first row to a few tokens, as far as these are plain text rows padded on the right.
+def vary_padding(
+    inputs: Mapping[str, Any],
+    *,
+    pad_token_id: int,
+    max_width: int | None = None,
+    longest: int | None = None,
+) -> dict[str, Any]:
+    """Cut the first row to a few tokens and widen all, if these are plain rows padded on the right.
 
-    Beside a very short row much is padding, and what leaks out of it shows.
+    Beside a very short row much is padding, and what leaks out of it shows. The longest row is
+    padded, too, so rows without any padding ask by the way whether padding matters.
+
+    Args:
+        inputs: Collated rows; others than those are left as they are.
+        pad_token_id: To fill rows with.
+        max_width: Most columns the model can take, None if there is no limit.
+        longest: Cut each row to so many tokens, around its first target; None to cut none.
 
     >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    >>> shorten_first_row(batch, pad_token_id=0)["labels"].tolist()
-    [[5, 6, 7, -100], [9, 10, 11, 12]]
+    >>> vary_padding(batch, pad_token_id=0)["labels"].tolist()
+    [[5, 6, 7, -100, -100, -100, -100], [9, 10, 11, 12, -100, -100, -100]]
+    >>> vary_padding(batch, pad_token_id=0, longest=2)["labels"].tolist()
+    [[5, 6, -100, -100, -100], [9, 10, -100, -100, -100]]
     """
-    ids, mask, labels = (inputs.get(key) for key in ("input_ids", "attention_mask", "labels"))
-    is_plain = (
+    if not _is_padded_right(inputs):
+        return dict(inputs)
+    mask = inputs["attention_mask"]
+    lengths = mask.sum(1).tolist()
+    cut = [min(length, longest or length) for length in lengths]
+    cut[0] = min(_SHORT, cut[0])
+    parts = []
+    for i, (length, kept) in enumerate(zip(lengths, cut, strict=True)):
+        start = 0 if i == 0 else _start_of_window(inputs, i, length, kept)
+        parts.append(
+            {
+                key: value[i : i + 1, start : start + kept]
+                if isinstance(value, Tensor) and value.shape == mask.shape
+                else value
+                for key, value in inputs.items()
+            }
+        )
+    width = mask.shape[1] if longest is None else max(cut)
+    if width == max(cut):
+        width += next((n for n in _MARGINS if width + n <= most_columns(max_width)), 0)
+    parts = [pad_columns(part, width, pad_token_id=pad_token_id) for part in parts]
+    return {
+        key: torch.cat([part[key] for part in parts])
+        if isinstance(value, Tensor) and value.shape == mask.shape
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def most_columns(max_width: int | None) -> float:
+    """Return how wide rows may be asked with.
+
+    A column beyond the learned positions breaks a GPU's whole process, so there is a margin:
+    RoBERTa's positions begin at 2.
+
+    Args:
+        max_width: Positions the model has learned, None if there is no limit.
+    """
+    return math.inf if max_width is None else max_width - 8
+
+
+def _is_padded_right(inputs: Mapping[str, Any]) -> bool:
+    """Return whether these are two or more rows of text alone, padded on the right."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    return (
         set(inputs) <= _PLAIN
         and isinstance(ids, Tensor)
         and isinstance(mask, Tensor)
         and ids.ndim == 2
         and ids.shape == mask.shape
         and len(ids) > 1
+        and bool(mask[:, :1].eq(1).all())
         and bool(mask[0, :_SHORT].all())
         and bool(mask[1:].sum(1).max() > _SHORT)
-        and bool((mask[0, 1:] <= mask[0, :-1]).all())
+        and bool((mask[:, 1:] <= mask[:, :-1]).all())
     )
-    if not is_plain:
-        return dict(inputs)
-    assert isinstance(ids, Tensor)
-    assert isinstance(mask, Tensor)
-    short = {"input_ids": ids.clone(), "attention_mask": mask.clone()}
-    short["input_ids"][0, _SHORT:] = pad_token_id
-    short["attention_mask"][0, _SHORT:] = 0
-    if isinstance(labels, Tensor) and labels.shape == ids.shape:
-        short["labels"] = labels.clone()
-        short["labels"][0, _SHORT:] = IGNORE_INDEX
-    return {**inputs, **short}
+
+
+def _start_of_window(inputs: Mapping[str, Any], row: int, length: int, kept: int) -> int:
+    """Return where a window of a row begins, so that it holds half a window of targets."""
+    labels = inputs.get("labels")
+    if kept == length or not isinstance(labels, Tensor):
+        return 0
+    if labels.shape != inputs["input_ids"].shape:
+        return 0
+    targets = labels[row, 1:].ne(IGNORE_INDEX).nonzero()
+    first = int(targets[0]) if len(targets) else 0
+    return max(0, min(first - kept // 2, length - kept))
 
 
 def vary_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,8 @@ class Trial:
         if padded is None:
             return "its rows are not padded on the right"
         real = padded["attention_mask"].reshape(-1).ne(0)
+        if self._hides_padding(padded, real):
+            return ""
         is_padded = padded["attention_mask"].equal(self.inputs["attention_mask"])
         loss, hidden = self._as_it_is if is_padded else self._run(padded)
         bare = without_mask(padded)
@@ -190,6 +192,29 @@ class Trial:
         if self._moved(other_hidden, bare_hidden, real, kind="isolation"):
             return "without a mask, padding changes the hidden states of real tokens"
         return ""
+
+    def _hides_padding(self, padded: Mapping[str, Any], real: Tensor) -> bool:
+        """Ask both questions of `try_without_mask` with one forward; False if it leaves doubt.
+
+        The rows without a mask, and below them the same with other tokens in their padding.
+        """
+        if not padded["attention_mask"].equal(self.inputs["attention_mask"]):
+            return False
+        loss, hidden = self._as_it_is
+        bare = without_mask(padded)
+        rows = range(count_rows(bare))
+        both = slice_rows(bare, [*rows, *rows])
+        ids = bare["input_ids"]
+        other = torch.where(real.view_as(ids), ids, _others(bare))
+        both["input_ids"] = torch.cat([ids, other])
+        both_loss, both_hidden = self._run(both)
+        half = len(real)
+        return (
+            len(both_hidden) == 2 * half
+            and not self._differs(both_loss, loss)
+            and not self._moved(both_hidden[:half], hidden, real)
+            and not self._moved(both_hidden[half:], both_hidden[:half], real, kind="isolation")
+        )
 
     def try_packed(self, *, varlen: bool = False) -> str:
         """Check that sequences laid end to end do not influence each other."""

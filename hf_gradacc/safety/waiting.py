@@ -67,12 +67,17 @@ class TellOfWait:
 
 @contextlib.contextmanager
 def telling(
-    what: str, *, after: float = 2.0, every: float = 30.0, beside_bars: bool = False
+    what: str | Callable[[], str],
+    *,
+    after: float = 2.0,
+    every: float = 30.0,
+    beside_bars: bool = False,
 ) -> Iterator[None]:
     """Write to standard error what a block does if it takes long, and later that it still does.
 
     Args:
-        what: What it does: "comparing gradients".
+        what: What it does: "comparing gradients"; or returns that at the time, with how far it
+            is, and is called in another thread.
         after: Seconds until the first line.
         every: Seconds between the lines that follow.
         beside_bars: The block draws bars of its own where standard error is a terminal; there they
@@ -89,7 +94,8 @@ def telling(
         while not is_done.wait(pause):
             waited, pause = waited + pause, every
             so_far = f" {duration(waited)} so far" if waited > after else ""
-            print(f"{printable(what)} ...{so_far}", file=sys.stderr, flush=True)
+            line = what if isinstance(what, str) else what()
+            print(f"{printable(line)} ...{so_far}", file=sys.stderr, flush=True)
 
     if _is_silenced or (beside_bars and sys.stderr.isatty()):
         yield

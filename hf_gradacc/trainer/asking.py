@@ -19,6 +19,7 @@ from hf_gradacc.loss.asking import (
     choose_mode,
     dtype_computed_in,
     held_in_mode,
+    is_costly,
     sample_of,
     stated_facts,
     unknown_facts,
@@ -26,12 +27,14 @@ from hf_gradacc.loss.asking import (
 )
 from hf_gradacc.loss.facts import LossFacts
 from hf_gradacc.loss.probe_rows import ProbeRows
+from hf_gradacc.loss.remembered import RememberedLayers, find_layers
 from hf_gradacc.loss.replay import Replay
 from hf_gradacc.loss.sharing import with_sharing
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, devices_of
+from hf_gradacc.safety.waiting import telling
 from hf_gradacc.trainer.coupling import find_coupling
 from hf_gradacc.trainer.overrides import definers
 from hf_gradacc.trainer.terms import ask_terms
@@ -106,20 +109,31 @@ def ask_trainer(
         return loss
 
     shortcuts = None
-    with without_trace(trainer, bare, args.device) as trace:
+    is_large, is_foreign = is_costly(bare, asked), has_foreign_loss(type(trainer))
+    progress = _Progress()
+    with without_trace(trainer, bare, args.device) as trace, _telling(trainer, progress):
         loss = Loss(
             bare,
             compute,
             restart=trace.restore,
             has_drawn=trace.has_drawn,
             can_differentiate=engine.can_differentiate_outside,
+            note_forward=progress.note_forward,
+        )
+        remembers = not engine.lockstep and trainer.compute_loss_func is None and not is_foreign
+        layers = RememberedLayers(
+            find_layers(bare) if remembers else None, has_drawn=trace.has_drawn
         )
         try:
-            training, asked, known = choose_mode(
-                loss, asked, known, pad_token_id=style["pad_token_id"]
-            )
+            progress.begin("asking the model how its loss counts", usual=1 + count_rows(asked))
+            with layers.keeping():
+                training, asked, known = choose_mode(
+                    loss, asked, known, pad_token_id=style["pad_token_id"], is_large=is_large
+                )
             with held_in_mode(bare, training=training):
-                facts = _ask_in_mode(trainer, loss, asked, known, dtype=dtype, engine=engine)
+                facts = _ask_in_mode(
+                    trainer, loss, asked, known, dtype=dtype, engine=engine, is_large=is_large
+                )
         except GradAccError:
             raise
         except Exception as error:
@@ -134,13 +148,13 @@ def ask_trainer(
                 facts,
                 has_loss_func=trainer.compute_loss_func is not None,
                 # What is recorded in two passes is what the model returns as it stands.
-                has_foreign_loss=has_foreign_loss(type(trainer))
-                or isinstance(facts.coupling, Replay),
+                has_foreign_loss=is_foreign or isinstance(facts.coupling, Replay),
                 smooths_labels=trainer.label_smoother is not None,
                 lockstep=engine.lockstep,
                 splits_rows=engine.layout.row_parts > 1,
             )
-            with held_in_mode(bare, training=training):
+            progress.begin("trying shortcuts to the same loss on the model", usual=6)
+            with held_in_mode(bare, training=training), layers.returning():
                 shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
                 if args.layout == "shared_prefix" or (
                     args.layout == "auto" and collator.foresees_sharing
@@ -161,6 +175,35 @@ def ask_trainer(
     return facts, shortcuts
 
 
+class _Progress:
+    """What the model is asked at the moment, and how far that is."""
+
+    def __init__(self) -> None:
+        self._what, self._usual, self._forward = "", 0, 0
+
+    def begin(self, what: str, *, usual: int) -> None:
+        """Begin something that usually takes so many forwards."""
+        self._what, self._usual, self._forward = what, usual, 0
+
+    def note_forward(self) -> None:
+        """Note that the next forward begins."""
+        self._forward += 1
+
+    def __str__(self) -> str:
+        usual = f" of about {self._usual}" if self._forward <= self._usual else ""
+        return f"{self._what}: forward {self._forward}{usual}"
+
+
+@contextlib.contextmanager
+def _telling(trainer: Any, progress: _Progress) -> Iterator[None]:
+    """Say how far asking is if it takes over two seconds, unless only errors are logged."""
+    if trainer.is_world_process_zero() and trainer.args.log_level not in ("error", "critical"):
+        with telling(lambda: str(progress)):
+            yield
+    else:
+        yield
+
+
 def _ask_in_mode(
     trainer: Any,
     loss: Loss,
@@ -169,6 +212,7 @@ def _ask_in_mode(
     *,
     dtype: torch.dtype,
     engine: Engine,
+    is_large: bool,
 ) -> LossFacts:
     """Ask what the loss, or each of its terms, is divided by, and what couples its rows."""
     stated, style = trainer.args.loss_is_mean_over, padding_style(trainer)
@@ -176,8 +220,8 @@ def _ask_in_mode(
 
     def ask_one(one: Loss) -> LossFacts:
         if stated == "auto":
-            return ask(one, asked, known, dtype=dtype, **style)
-        return stated_facts(one, asked, stated, dtype=dtype, **style)
+            return ask(one, asked, known, dtype=dtype, is_large=is_large, **style)
+        return stated_facts(one, asked, stated, dtype=dtype, is_large=is_large, **style)
 
     settler = trainer._loss_settler
     try:

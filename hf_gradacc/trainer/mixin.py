@@ -53,7 +53,6 @@ from hf_gradacc.ranks.sequence_parallel import rows_for_ring
 from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.safety.signals import StopSignals
-from hf_gradacc.safety.waiting import telling
 from hf_gradacc.safety.withheld import pickled_without_secrets
 from hf_gradacc.tracking.install import install_tracking
 from hf_gradacc.tracking.mfu import begin_peak_memory
@@ -563,11 +562,19 @@ class GradAccMixin(Trainer):
         return torch.tensor(local, device=device)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Add up the stock estimate over an update's micro-batches."""
+        """Add up the stock estimate over an update's micro-batches.
+
+        It is proportional to the tokens and counts the model's parameters each time, so it is made
+        once.
+        """
         stock_count = super().floating_point_ops
-        if isinstance(inputs, Update):
-            return sum(stock_count(micro_batch.inputs) for micro_batch in inputs)
-        return stock_count(inputs)
+        if not isinstance(inputs, Update):
+            return stock_count(inputs)
+        if getattr(stock_count, "__func__", None) is Trainer.floating_point_ops:
+            name = getattr(self.model, "main_input_name", "input_ids")
+            sizes = [mb.inputs[name].numel() for mb in inputs if name in mb.inputs]
+            return stock_count({name: torch.empty(sum(sizes), device="meta")}) if sizes else 0
+        return sum(stock_count(micro_batch.inputs) for micro_batch in inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Count input tokens over all ranks, without a collective per micro-batch."""
@@ -803,9 +810,7 @@ class GradAccMixin(Trainer):
 
     def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
         """Ask the model how its loss counts, without a trace in metrics, log rows or buffers."""
-        what = "asking the model how its loss counts, and which shortcuts leave it as it is"
-        tells = self.is_world_process_zero() and self.args.log_level not in ("error", "critical")
-        with telling(what) if tells else contextlib.nullcontext(), quietly(self):
+        with quietly(self):
             facts, shortcuts = ask_trainer(
                 self, model, inputs, sample=sample, engine=self._rank_engine
             )

@@ -126,7 +126,10 @@ class MicroBatchStep:
                 layout.enter_context(kept_rows(taken.head, positions))
                 if taken.chunked_loss:
                     onednn = bool(taken.linears)
-                    layout.enter_context(without_logits(taken.owner, taken.head, onednn=onednn))
+                    divisor = self.divisor if self.own is None else 1.0
+                    layout.enter_context(
+                        without_logits(taken.owner, taken.head, onednn=onednn, divisor=divisor)
+                    )
             loss = stock_step(model, inputs, count)
         if self.after is not None:
             self.after()

@@ -1,21 +1,31 @@
 """How the trainer asks the model: in the precision it computes in, and about its own loss."""
 
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainerCallback,
     default_data_collator,
     set_seed,
 )
 
 from hf_gradacc import ConfigError, DataError, GradAccTrainer
+from hf_gradacc.loss import asking
 from hf_gradacc.loss.asking import dtype_computed_in
 from hf_gradacc.loss.probe_rows import choose_probe_rows
 from hf_gradacc.updates.loader import build_loader
@@ -235,26 +245,126 @@ def test_asking_leaves_no_trace_in_buffers_counters_log_rows_or_random_states(tm
     assert after == (torch.rand(()), np.random.rand(), random.random())
 
 
-@pytest.mark.parametrize("name", ["plain", "shortcuts"])
-def test_asking_takes_few_forwards(tmp_path, monkeypatch, name):
-    """Five for what the loss is a mean over; a causal LM's shortcuts are tried with seven more."""
-    forwards = []
-    model = tiny_llama()
-    if name == "plain":
-        options = {"target_only_logits": False, "drop_attention_mask": False, "layout": "padded"}
-    else:
-        options = {}
-    trainer = make_trainer(tmp_path, ROWS, model=model, effective_batch_size=6, **options)
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
+# ---- what asking costs -------------------------------------------------------------------------
+
+KINDS = ["llama", "llama bf16", "gpt2", "lora", "classifier", "bert", "router", "t5"]
+LONG_ROWS = [
+    {key: value * 4 for key, value in row.items()} for row in ROWS if len(row["labels"]) > 9
+]
+
+
+def counted(kind, rows=ROWS):
+    """A model of some kind, its rows, and what collates them."""
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    sizes["num_attention_heads"] = 2
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)), rows, pad
+    if kind == "lora":
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+        return get_peft_model(tiny_llama(dtype=torch.float32), config), rows, pad
+    if kind == "classifier":
+        rows = [{**row, "labels": i % 3} for i, row in enumerate(rows)]
+        config = BertConfig(num_labels=3, **sizes)
+        return BertForSequenceClassification(config), rows, collate_classes
+    if kind == "bert":
+        return BertForMaskedLM(BertConfig(**sizes)), rows, pad
+    if kind == "router":
+        config = MixtralConfig(output_router_logits=True, num_key_value_heads=2, **sizes)
+        return MixtralForCausalLM(config), rows, pad
+    if kind == "t5":
+        config = T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config), rows, pad
+    return tiny_llama(dtype=torch.bfloat16 if "bf16" in kind else torch.float32), rows, pad
+
+
+def count_layers(out, kind, rows=ROWS, **options):
+    """Train nothing; return how often the layers ran before, with how many tokens, and the run."""
+    model, rows, collate = counted(kind, rows)
+    runs = []
+    first_layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+    first_layer.register_forward_hook(
+        lambda module, args, output: runs.append(args[0].shape[:2].numel())
     )
 
     class Stop(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            hook.remove()
+            self.runs = list(runs)
 
-    trainer.add_callback(Stop())
+    stop = Stop()
+    trainer = make_trainer(
+        out,
+        rows,
+        model=model,
+        data_collator=collate,
+        effective_batch_size=6,
+        max_steps=1,
+        callbacks=[stop],
+        **options,
+    )
     trainer.train()
-    assert len(forwards) == (5 if name == "plain" else 12)
-    # Few rows, and short ones: in tokens it is less than two micro-batches of the run.
-    assert sum(forwards[:5]) < 2 * 3 * max(len(row["input_ids"]) for row in ROWS) + 40
+    return stop.runs, trainer
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", 5),
+        ("llama bf16", 8),
+        ("gpt2", 5),
+        ("lora", 5),
+        ("classifier", 4),
+        ("bert", 4),
+        ("router", 14),
+        ("t5", 4),
+    ],
+)
+def test_asking_takes_few_forwards(tmp_path, kind, expected):
+    """Of the layers, shortcuts included; before they ran 12, 16, 12, 12, 5, 5, 21, 5 times."""
+    runs, trainer = count_layers(tmp_path, kind)
+    assert len(runs) == expected
+    assert not trainer.facts.pad_to_one_width
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_model_is_large_asking_costs_five_forwards_of_a_few_short_rows(
+    tmp_path, monkeypatch, kind
+):
+    ordinary, small = count_layers(tmp_path / "small", kind, LONG_ROWS)
+    monkeypatch.setattr(asking, "_COSTLY", 0)
+    runs, large = count_layers(tmp_path / "large", kind, LONG_ROWS)
+    both = small, large
+    assert len({trainer.facts.rule for trainer in both}) == 1
+    assert len({trainer.facts.weighing for trainer in both}) == 1
+    assert [bool(trainer.facts.misfit) for trainer in both] == [False, False]
+    taken = [vars(trainer.shortcuts) for trainer in both]
+    names = ("target_only_logits", "chunked_loss", "drop_mask", "packed", "refused")
+    assert [taken[0][name] for name in names] == [taken[1][name] for name in names]
+    if kind == "router":
+        return
+    assert len(runs) <= (6 if kind == "llama bf16" else 5)
+    assert sum(runs) <= 5 * ordinary[0]
+    assert runs[0] <= 3 * 35
+
+
+def test_asking_that_takes_over_two_seconds_says_how_far_it_is(tmp_path, capfd):
+    model = tiny_llama()
+    forwards = []
+
+    def sleep(*_):
+        if len(forwards) < 4:
+            time.sleep(0.75)
+        forwards.append(None)
+
+    hook = model.register_forward_pre_hook(sleep)
+    trainer = make_trainer(tmp_path, ROWS, model=model, effective_batch_size=6, max_steps=1)
+    trainer.train()
+    told = [line for line in capfd.readouterr().err.splitlines() if "forward" in line]
+    assert told == ["asking the model how its loss counts: forward 3 of about 4 ..."]
+    hook.remove()
+    quick = make_trainer(tmp_path / "quick", ROWS, model=model, effective_batch_size=6, max_steps=1)
+    quick.train()
+    assert "asking" not in capfd.readouterr().err

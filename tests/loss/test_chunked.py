@@ -57,6 +57,46 @@ def test_a_chunked_loss_is_the_cross_entropy_of_all_logits(rows, with_bias):
     assert relative_error(gradients(3 * actual, used), expected_gradient) <= 1e-13
 
 
+@pytest.mark.parametrize("given", [3.0, 3.0 * (1 + 1e-9), 0.7, 0.0])
+def test_what_the_backward_is_expected_to_be_handed_changes_no_gradient(given):
+    hidden, weight, bias, labels = make_inputs(13)
+    used = (hidden, weight, bias)
+    truth = gradients(given * cross_entropy(linear(*used), labels, reduction="sum"), used)
+    loss = ChunkedLoss.apply(hidden, weight, bias, labels, True, False, 3.0)
+    actual = gradients(given * loss, used)
+    if given:
+        assert relative_error(actual, truth) <= 1e-13
+    else:
+        assert not any(gradient.any() for gradient in actual.values())
+
+
+class Scaled(TorchDispatchMode):
+    """Counts how many products with a number were taken of tensors of some size."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_product = "mul" in str(function) and "mm" not in str(function)
+        self.count += is_product and args[0].numel() == self.size
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_a_head_is_not_scaled_once_more_while_training(tmp_path, monkeypatch):
+    watch = Scaled(48 * 16)
+    backward = ChunkedLoss.backward
+
+    def watched(ctx, grad):
+        with watch:
+            return backward(ctx, grad)
+
+    monkeypatch.setattr(ChunkedLoss, "backward", watched)
+    trainer, _ = train(tmp_path, per_device_train_batch_size=3, max_steps=1)
+    assert trainer.shortcuts.chunked_loss
+    assert watch.count == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_no_worse_than_over_all_logits(dtype):
     hidden, weight, _, labels = make_inputs(200, dtype=dtype)

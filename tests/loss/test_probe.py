@@ -10,7 +10,7 @@ from hf_gradacc.loss.answers import Answer
 from hf_gradacc.loss.asking import find_mixing
 from hf_gradacc.loss.probe import probe_loss
 from hf_gradacc.loss.probe_rows import choose_rows_to_ask
-from hf_gradacc.loss.questions import shorten_first_row, vary_targets
+from hf_gradacc.loss.questions import vary_padding, vary_targets
 from hf_gradacc.updates.targets import TargetRule
 
 ROWS = [row for row in ragged_rows(30, seed=21) if sum(x != -100 for x in row["labels"]) > 2][:3]
@@ -279,13 +279,24 @@ def test_rows_alike_are_given_targets_of_different_number(offset):
     assert vary_targets(unequal)["labels"][:, 1:].equal(unequal["labels"][:, 1:])
 
 
-def test_the_first_row_is_cut_short_where_rows_are_plain_text():
-    short = shorten_first_row(BATCH, pad_token_id=7)
-    assert short["attention_mask"].sum(1).tolist()[0] == 3
-    assert short["input_ids"][0, 3:].eq(7).all()
-    assert short["labels"][0, 3:].eq(-100).all()
-    assert short["input_ids"][1:].equal(BATCH["input_ids"][1:])
+def test_the_first_row_is_cut_short_and_all_are_padded_where_rows_are_plain_text():
+    varied = vary_padding(BATCH, pad_token_id=0)
+    width = BATCH["input_ids"].shape[1]
+    lengths = BATCH["attention_mask"].sum(1).tolist()
+    assert varied["attention_mask"].sum(1).tolist() == [3, *lengths[1:]]
+    assert varied["input_ids"].shape[1] == max(lengths) + 3
+    assert varied["input_ids"][0, 3:].eq(0).all()
+    assert varied["labels"][0, 3:].eq(-100).all()
+    assert varied["input_ids"][1:, :width].equal(BATCH["input_ids"][1:])
+    assert vary_padding(BATCH, pad_token_id=7, max_width=width)["labels"].shape[1] == width
     answers = {**BATCH, "start_positions": torch.tensor([4, 1, 1])}
-    assert shorten_first_row(answers, pad_token_id=7)["attention_mask"].equal(
-        BATCH["attention_mask"]
-    )
+    assert vary_padding(answers, pad_token_id=7)["attention_mask"].equal(BATCH["attention_mask"])
+
+
+def test_rows_of_a_large_model_are_cut_around_their_first_target():
+    ids = torch.arange(1, 41).repeat(2, 1)
+    labels = torch.where(ids > 30, ids, -100)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    cut = vary_padding(batch, pad_token_id=0, longest=8)
+    assert cut["input_ids"][1].tolist() == [26, 27, 28, 29, 30, 31, 32, 33, 0, 0, 0]
+    assert cut["labels"][1].tolist() == [-100] * 5 + [31, 32, 33] + [-100] * 3

@@ -448,3 +448,23 @@ def test_no_logits_are_chosen_where_a_kernel_takes_the_loss_without_any(tmp_path
     assert "Liger's kernel" in trainer.shortcuts.reason("chunked_loss")
     with pytest.raises(ConfigError, match="target_only_logits = True would not give the same"):
         train(tmp_path, model=model, target_only_logits=True)
+
+
+@pytest.mark.parametrize("leak", ["padding", "scale", None])
+def test_hidden_states_tell_of_a_mask_that_is_needed_where_the_loss_does_not(leak):
+    """Too little to move a loss, and a head that does not see the scale of hidden states."""
+    torch.manual_seed(0)
+    table, head = torch.randn(64, 8), nn.Linear(8, 64)
+
+    def loss_of(inputs, count):
+        hidden = table[inputs["input_ids"]]
+        if "attention_mask" not in inputs and leak == "padding":
+            hidden = hidden + 1.5e-4 * hidden.mean(1, keepdim=True)
+        if "attention_mask" not in inputs and leak == "scale":
+            hidden = 1.01 * hidden
+        head(hidden)
+        return 1.0
+
+    inputs = pad(ragged_rows(3, seed=1))
+    trial = Trial(inputs, loss_of, head)
+    assert bool(trial.try_without_mask()) == (leak is not None)

@@ -1,0 +1,80 @@
+"""Layers that are given the same tokens run once while shortcuts are tried, and only then."""
+
+import pytest
+import torch
+from support.tiny import pad, ragged_rows, tiny_llama
+from transformers import LlamaModel
+
+from hf_gradacc.loss.remembered import RememberedLayers, find_layers
+
+BATCH = pad(ragged_rows(3, seed=4))
+
+
+class Counted:
+    """A model, and how often its first layer ran."""
+
+    def __init__(self, **changes):
+        self.model = tiny_llama(**changes).eval()
+        self.runs = 0
+        self.model.model.layers[0].register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.runs += 1
+
+    def loss(self, **changes):
+        with torch.no_grad():
+            return float(self.model(**BATCH | changes).loss)
+
+
+def test_layers_run_once_for_the_same_tokens_and_again_for_others():
+    counted = Counted()
+    fewer = torch.where(torch.arange(BATCH["labels"].shape[1]) < 5, BATCH["labels"], -100)
+    others = torch.where(BATCH["input_ids"] == BATCH["input_ids"].max(), 5, BATCH["input_ids"])
+    expected = [counted.loss(), counted.loss(labels=fewer), counted.loss(input_ids=others)]
+    memory, counted.runs = RememberedLayers(find_layers(counted.model)), 0
+    with memory.keeping():
+        counted.loss()
+        counted.loss()
+    assert counted.runs == 2
+    with memory.returning():
+        got = [counted.loss(), counted.loss(labels=fewer), counted.loss(input_ids=others)]
+    assert got == expected
+    assert counted.runs == 3
+    assert "forward" not in vars(counted.model.model)
+
+
+def test_nothing_is_returned_if_it_needs_a_gradient_or_was_changed():
+    counted = Counted()
+    memory = RememberedLayers(find_layers(counted.model))
+    with memory.returning():
+        with torch.no_grad():
+            counted.model.model(BATCH["input_ids"]).last_hidden_state.zero_()
+            assert counted.model.model(BATCH["input_ids"]).last_hidden_state.any()
+        counted.loss()
+        counted.model(**BATCH).loss.backward()
+    assert counted.model.model.layers[0].mlp.up_proj.weight.grad.any()
+
+
+def test_a_forward_that_drew_random_numbers_is_not_remembered():
+    counted = Counted(attention_dropout=0.5)
+    counted.model.train()
+    state = torch.get_rng_state()
+    memory = RememberedLayers(
+        find_layers(counted.model), has_drawn=lambda: not torch.get_rng_state().equal(state)
+    )
+    with memory.returning():
+        assert counted.loss() != counted.loss()
+
+
+class OwnLayers(LlamaModel):
+    """May do what no second look would repeat."""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_layers_of_a_class_of_ones_own_are_not_remembered(own):
+    model = tiny_llama()
+    if own:
+        model.model.__class__ = OwnLayers
+    assert (find_layers(model) is None) == own
+    assert find_layers(torch.nn.Linear(2, 2)) is None
+    assert find_layers(model.model) is None
