@@ -157,16 +157,16 @@ def tree_masks(trees: Trees, config: Any, *, dtype: torch.dtype) -> Any:
         _CHUNKED: lambda: _mask(trees, config, chunk=config.attention_chunk_size, dtype=dtype),
     }
     kinds = _kinds_of_layers(config)
-    if kinds:
+    if kinds and kinds != [_FULL]:
         return {kind: makes[kind]() for kind in kinds}
-    window = getattr(config, "sliding_window", None)
+    # A window that the configuration names is nobody's where all layers are named as full.
+    window = None if kinds else getattr(config, "sliding_window", None)
     return makes[_FULL if window is None else _SLIDING]()
 
 
 def _kinds_of_layers(config: Any) -> list[str]:
-    """Return the kinds of layers a body takes a mask for each of; none if it takes one for all."""
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-    return [] if kinds in ([], [_FULL]) else kinds
+    """Return the kinds of layers that a configuration names, none if it names none."""
+    return sorted(set(getattr(config, "layer_types", None) or ()))
 
 
 def why_no_masks(config: Any) -> str:
@@ -176,7 +176,10 @@ def why_no_masks(config: Any) -> str:
         return f"{attention} takes no mask of any shape: use sdpa, flex_attention or eager"
     others = [k for k in _kinds_of_layers(config) if k not in (_FULL, _SLIDING, _CHUNKED)]
     if others:
-        return f"its layers of {', '.join(others)} carry a state from one token to the next"
+        return (
+            f"its layers of {', '.join(others)} carry a state from one token to the next, or "
+            f"choose what they attend to"
+        )
     return ""
 
 
@@ -305,13 +308,18 @@ def computing_trees(
 
 
 @contextlib.contextmanager
-def computing_these(bodies: Sequence[nn.Module], trees: Trees, ids: Tensor) -> Iterator[None]:
+def computing_these(
+    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor
+) -> Iterator[list[Trees]]:
     """Let bodies compute given trees wherever they are called with the rows that these are of.
 
     Args:
         bodies: From `watching_bodies`.
         trees: Of the rows, on the CPU.
         ids: The rows' token ids ``[rows, seq]`` as the model is given them.
+
+    Yields:
+        The trees that were computed, one for each call of a body.
     """
     here = trees.to(ids.device)
 
@@ -320,8 +328,8 @@ def computing_these(bodies: Sequence[nn.Module], trees: Trees, ids: Tensor) -> I
         same = given is ids or (given.shape == ids.shape and torch.equal(given, here.rows))
         return here if same else None
 
-    with computing_trees(bodies, lay_out):
-        yield
+    with computing_trees(bodies, lay_out) as computed:
+        yield computed
 
 
 class _Hooks:
@@ -368,6 +376,8 @@ class _Hooks:
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
+_OF_A_LOSS = ("shift_labels", "num_items_in_batch")
+"""What models with a head pass on to their body with all other arguments, and no body reads."""
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -384,7 +394,7 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
         return None
     if given.get("position_ids") is not None or given.get("output_attentions"):
         return None
-    others = [value for key, value in given.items() if key not in _TAKEN]
+    others = [value for key, value in given.items() if key not in (*_TAKEN, *_OF_A_LOSS)]
     return None if any(_holds_something(value) for value in others) else given
 
 
