@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hf_gradacc.loss import trees
 
 from .zoo_rows import FIRST_PLAIN_TOKEN, IGNORE_INDEX, VOCAB_SIZE, HeadRow, rows_for
 
-__all__ = ["NUM_ROWS", "paths", "rows_alike"]
+__all__ = ["NUM_ROWS", "counting_trees", "paths", "rows_alike"]
 
 NUM_ROWS = 13
 
@@ -59,3 +66,21 @@ def rows_alike(head: str, *, seed: int = 0, unit: int = 3) -> list[HeadRow]:
             first = min(max(first, 0), len(ids) - 2)
             row["labels"] = [IGNORE_INDEX] * first + ids[first:]
     return rows
+
+
+@contextlib.contextmanager
+def counting_trees() -> Iterator[list[trees.Trees]]:
+    """List the trees that bodies compute in training; those of a trial have no gradient."""
+    computed: list[trees.Trees] = []
+    stock = trees.tree_masks
+
+    def counted(laid: trees.Trees, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            computed.append(laid)
+        return stock(laid, *args, **kwargs)
+
+    trees.tree_masks = counted
+    try:
+        yield computed
+    finally:
+        trees.tree_masks = stock
