@@ -200,16 +200,16 @@ def tree_masks(
         return _mask(trees, config, dtype=dtype, **limits)
 
     kinds = _kinds_of_layers(config)
-    if kinds:
+    if kinds and kinds != [_FULL]:
         return {kind: makes[kind]() for kind in kinds}
-    window = getattr(config, "sliding_window", None)
+    # A window that the configuration names is nobody's where all layers are named as full.
+    window = None if kinds else getattr(config, "sliding_window", None)
     return makes[_FULL if window is None else _SLIDING]()
 
 
 def _kinds_of_layers(config: Any) -> list[str]:
-    """Return the kinds of layers a body takes a mask for each of; none if it takes one for all."""
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-    return [] if kinds in ([], [_FULL]) else kinds
+    """Return the kinds of layers that a configuration names, none if it names none."""
+    return sorted(set(getattr(config, "layer_types", None) or ()))
 
 
 def takes_rows(config: Any) -> bool:
@@ -224,7 +224,10 @@ def why_no_masks(config: Any) -> str:
         return f"{attention} takes no mask of any shape: use sdpa, flex_attention or eager"
     others = [k for k in _kinds_of_layers(config) if k not in (_FULL, _SLIDING, _CHUNKED)]
     if others:
-        return f"its layers of {', '.join(others)} carry a state from one token to the next"
+        return (
+            f"its layers of {', '.join(others)} carry a state from one token to the next, or "
+            f"choose what they attend to"
+        )
     return ""
 
 

@@ -26,6 +26,13 @@ __all__ = ["MicroBatchStep", "loss_of_rows", "smoothed_loss"]
 
 logger = logging.get_logger(__name__)
 
+_NO_TREES = (
+    "rows that begin alike were planned as trees, but the model was given something else than the "
+    "rows of a micro-batch, so they were computed as they are. The gradient is the same; "
+    "computed_tokens_per_update and shared_fraction tell what was planned. "
+    "layout = 'padded' plans no trees."
+)
+
 
 class MicroBatchStep:
     """Runs the stock step on one micro-batch, and holds what its loss is divided by.
@@ -131,14 +138,10 @@ class MicroBatchStep:
                         without_logits(taken.owner, taken.head, onednn=onednn, divisor=divisor)
                     )
             loss = stock_step(model, inputs, count)
+            if computed == []:
+                logger.warning_once(_NO_TREES)
         if self.after is not None:
             self.after()
-        if computed == []:
-            logger.warning_once(
-                "rows that begin alike were to be computed as trees, but the model was called with "
-                "other rows, so they were computed one by one: the gradient is the same, the time "
-                "is not. Set layout = 'padded'."
-            )
         return loss
 
     def _trees_of(self, inputs: Mapping[str, Any]) -> Trees | None:

@@ -74,19 +74,19 @@ def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
     ([0, 3, 2, 1], [3, 3, 4, 1], [0, 3, 2, 0])
     """
     tokens = [np.asarray(row, dtype=np.int64).reshape(-1) for row in rows]
-    keys = [row.tobytes() for row in tokens]
+    # Half the bytes sort twice as fast. Ids that 32 bits cannot hold may sort rows apart that begin
+    # alike, and nothing worse: what two neighbours share is counted in the ids themselves.
+    keys = [row.astype(np.int32).tobytes() for row in tokens]
     order = sorted(range(len(rows)), key=keys.__getitem__)
-    shared = np.zeros(len(rows), dtype=np.int64)
-    for place in range(1, len(order)):
-        before, here = tokens[order[place - 1]], tokens[order[place]]
-        least = min(len(before), len(here))
-        if least == 0 or before[0] != here[0]:
-            continue
-        differs = before[:least] != here[:least]
-        first = int(differs.argmax())
-        shared[place] = first if differs[first] else least
-    lengths = np.fromiter((len(tokens[i]) for i in order), dtype=np.int64, count=len(order))
-    return Sorted(np.asarray(order, dtype=np.int64), lengths, shared)
+    shared = [0] * len(rows)
+    for place, (before, here) in enumerate(itertools.pairwise([tokens[i] for i in order]), 1):
+        least = min(before.size, here.size)
+        if least:
+            differs = before[:least] != here[:least]
+            first = int(differs.argmax())
+            shared[place] = first if differs[first] else least
+    lengths = [tokens[i].size for i in order]
+    return Sorted(*(np.asarray(part, dtype=np.int64) for part in (order, lengths, shared)))
 
 
 def count_distinct_tokens(rows: Sorted) -> int:
@@ -187,34 +187,34 @@ def grow_trees(
     limits = [limit for limit in (max_tokens, widest) if limit is not None]
     limit = min(limits, default=None)
     added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
+    # The first row of a tree has no neighbour to share with: it pays for all its tokens.
+    befores = ends[:-1] - rows.shared
+    stops = next_apart
+    if max_rows is not None:
+        stops = np.minimum(stops, np.arange(n) + max_rows)
+    if limit is not None:
+        stops = np.minimum(stops, np.searchsorted(ends, befores + limit, side="right") - 1)
     best = np.zeros(n + 1)
-    take = np.ones(n, dtype=np.int64)
-    alone = cost.row(rows.lengths)
-    for start in range(n - 1, -1, -1):
-        stop = int(next_apart[start])
-        if max_rows is not None:
-            stop = min(stop, start + max_rows)
-        # The first row of a tree has no neighbour to share with: it pays for all its tokens.
-        more = int(rows.shared[start])
-        if limit is not None:
-            stop = min(
-                stop, int(np.searchsorted(ends, ends[start] + limit - more, side="right")) - 1
-            )
-        best[start] = alone[start] + best[start + 1]
-        if stop < start + 2:
-            continue
-        if cost.by_rows:
-            costs = alone[start] + added[start + 2 : stop + 1] - added[start + 1]
-        else:
-            costs = cost.tree(ends[start + 2 : stop + 1] - ends[start] + more)
-        costs = costs + best[start + 2 : stop + 1]
-        least = int(costs.argmin())
-        if costs[least] < best[start]:
-            best[start], take[start] = costs[least], least + 2
+    take = [1] * n
+    alone, last = cost.row(rows.lengths).tolist(), 0.0
+    for start, stop, before in zip(
+        range(n - 1, -1, -1), stops[::-1].tolist(), befores[::-1].tolist(), strict=True
+    ):
+        last += alone[start]
+        if stop >= start + 2:
+            if cost.by_rows:
+                costs = alone[start] + added[start + 2 : stop + 1] - added[start + 1]
+            else:
+                costs = cost.tree(ends[start + 2 : stop + 1] - before)
+            costs += best[start + 2 : stop + 1]
+            least = int(costs.argmin())
+            if costs[least] < last:
+                last, take[start] = float(costs[least]), least + 2
+        best[start] = last
     trees, start = [], 0
     while start < n:
-        stop = start + int(take[start])
-        trees.append((start, stop, int(ends[stop] - ends[start] + rows.shared[start])))
+        stop = start + take[start]
+        trees.append((start, stop, int(ends[stop] - befores[start])))
         start = stop
     return trees
 
