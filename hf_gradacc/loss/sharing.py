@@ -120,33 +120,37 @@ class _Trial:
             if why := why_no_masks(getattr(body, "config", None)):
                 return (), why
         trees = lay_out_trees(alike["input_ids"], mask, [range(len(ids))])
-        tree_loss, outputs = self._run_as(trees, bodies, alike)
-        if len(outputs) < len(plain.outputs):
+        tree_loss, outputs, taken = self._run_as(trees, bodies, alike)
+        # A loss may ask with other rows as well (KTO's KL), which stay as they are.
+        if len(taken) < len(plain.outputs) or not any(taken):
             return (), "its body is not given rows of tokens alone"
         if not differ(tree_loss, loss) <= rounding_of(self.dtype, "shortcut"):
             return (), f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
-        expected = [_hidden(output) for output in plain.outputs]
-        actual = [_hidden(output) for output in outputs]
+        expected = [_hidden(output) for output in _where(taken, plain.outputs)]
+        actual = [_hidden(output) for output in _where(taken, outputs)]
         if any(self._moved(a, b, real) for a, b in zip(actual, expected, strict=True)):
             return (), "its hidden states differ between a tree and rows"
         changed, others = _with_other_tokens(trees, real)
-        _, outputs = self._run_as(changed, bodies, alike)
-        moved = [_hidden(output) for output in outputs]
+        _, outputs, taken = self._run_as(changed, bodies, alike)
+        moved = [_hidden(output) for output in _where(taken, outputs)]
         if any(self._moved(a, b, others, "isolation") for a, b in zip(moved, actual, strict=True)):
             return (), "in a tree one row changes the hidden states of the others"
         return bodies, ""
 
     def _run_as(
         self, trees: Trees, bodies: Sequence[nn.Module], inputs: Mapping[str, Any]
-    ) -> tuple[float, list[Any]]:
-        """Return the loss of rows computed as trees, and what those bodies returned that did."""
+    ) -> tuple[float, list[Any], list[bool]]:
+        """Return the loss of rows computed as trees, what bodies returned, and which were trees."""
+        taken: list[bool] = []
 
         def lay_out(ids: Tensor, _: Tensor | None) -> Trees | None:
-            return trees.to(ids.device) if ids.shape == trees.rows.shape else None
+            rows = trees.rows.to(ids.device)
+            taken.append(ids.shape == rows.shape and torch.equal(ids, rows))
+            return trees.to(ids.device) if taken[-1] else None
 
-        with computing_trees(bodies, lay_out) as computed, watching_bodies(*bodies) as watched:
+        with computing_trees(bodies, lay_out), watching_bodies(*bodies) as watched:
             loss = self.loss_of(inputs)
-        return loss, watched.outputs if len(computed) == len(watched.outputs) else []
+        return loss, watched.outputs, taken
 
     def _moved(
         self, actual: Tensor, expected: Tensor, rows: Tensor, kind: Compared = "shortcut"
@@ -160,6 +164,11 @@ class _Trial:
         moved = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
         # Rounding of a hidden state is allowed four times that of a loss, as for other shortcuts.
         return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
+
+
+def _where(taken: Sequence[bool], outputs: Sequence[Any]) -> list[Any]:
+    """Return the outputs of those calls that computed trees."""
+    return [output for of_tree, output in zip(taken, outputs, strict=True) if of_tree]
 
 
 def _hidden(output: Any) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "grow_trees",
     "padded_cost",
     "plan_shared_micro_batches",
+    "plan_trees",
     "sort_by_prefix",
     "trees_of",
 ]
@@ -50,11 +51,15 @@ class Sorted:
         lengths: Tokens of the row at each place.
         shared: Tokens at its beginning that it has in common with the row before it; 0 for the
             first.
+        rows_each: Rows at each place; more than one if they are to stay together, as those of a
+            pair. Then `lengths` counts what is left of them once common prefixes are computed once,
+            and `shared` what they surely have in common with those before.
     """
 
     order: np.ndarray
     lengths: np.ndarray
     shared: np.ndarray
+    rows_each: int = 1
 
 
 def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
@@ -107,7 +112,7 @@ class TreeCost:
     attention_length: int | None = None
     masked: float = MASKED_ATTENTION
 
-    def row(self, width: np.ndarray | int) -> Any:
+    def row(self, width: np.ndarray | float) -> Any:
         """Cost of a row of this width, its padding included."""
         return width * (1 + width / self.attention_length) if self.attention_length else 1.0 * width
 
@@ -166,7 +171,7 @@ def grow_trees(
     limit = min(limits, default=None)
     best = np.zeros(n + 1)
     take = np.ones(n, dtype=np.int64)
-    alone = cost.row(rows.lengths)
+    alone = (cost.row if rows.rows_each == 1 else cost.tree)(rows.lengths)
     for start in range(n - 1, -1, -1):
         stop = int(next_apart[start])
         if max_rows is not None:
@@ -236,6 +241,20 @@ class GrownTrees:
         """Whether each tree is a single row, so that nothing is shared."""
         return all(len(rows) == 1 for rows in self.rows)
 
+    def counted(self, tokens: Sequence[Any]) -> GrownTrees:
+        """Count the tokens of each tree anew, by those its rows have.
+
+        >>> GrownTrees(((0, 1), (2,)), (9, 9)).counted([[5, 6], [5, 7], [8]]).sizes
+        (3, 1)
+        """
+        return replace(
+            self,
+            sizes=tuple(
+                count_distinct_tokens(sort_by_prefix([tokens[row] for row in rows]))
+                for rows in self.rows
+            ),
+        )
+
 
 def plan_shared_micro_batches(
     rows: Sequence[Any],
@@ -260,7 +279,27 @@ def plan_shared_micro_batches(
     >>> plan.pieces, [trees.rows for trees in plan.trees], plan.trees[0].sizes
     ([[0, 1], [2]], [((0, 1),), ((0,),)], (5,))
     """
-    found = sort_by_prefix(rows)
+    return plan_trees(
+        sort_by_prefix(rows),
+        cost,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        overhead_tokens=overhead_tokens,
+    )
+
+
+def plan_trees(
+    found: Sorted,
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    overhead_tokens: int = 0,
+) -> SharedPlan:
+    """As `plan_shared_micro_batches`, of rows that are sorted already.
+
+    Rows that stay together are one entry of a piece, and collated as blocks, see `slice_rows`.
+    """
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
     if not trees:
@@ -274,7 +313,11 @@ def plan_shared_micro_batches(
         inside = trees[start:stop]
         pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
         ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
-        rows = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends]))
+        blocks = range(0, found.rows_each * ends[-1], ends[-1])
+        rows = tuple(
+            tuple(block + i for block in blocks for i in range(a, b))
+            for a, b in itertools.pairwise([0, *ends])
+        )
         grown.append(GrownTrees(rows, tuple(size for *_, size in inside)))
         price = cost.row if grown[-1].are_rows else cost.tree
         total += len(inside) * float(price(inside[0][2])) + overhead_tokens
@@ -304,8 +347,17 @@ def padded_cost(
     *,
     overhead_tokens: int = 0,
     packed: bool = False,
+    rows_each: int = 1,
 ) -> float:
     """Cost of a plan without sharing, in the unit of `SharedPlan.cost`.
+
+    Args:
+        lengths: Tokens of each sequence, of all its rows and what pads them to one width.
+        plan: The sequences of each micro-batch.
+        cost: What rows cost.
+        overhead_tokens: As for `plan_shared_micro_batches`.
+        packed: Rows are laid end to end.
+        rows_each: Rows of each sequence.
 
     >>> padded_cost([3, 9, 4], [[1], [2, 0]], TreeCost())
     17.0
@@ -316,7 +368,7 @@ def padded_cost(
         if packed:
             total += sum(float(cost.row(width)) for width in widths)
         else:
-            total += len(widths) * float(cost.row(max(widths)))
+            total += rows_each * len(widths) * float(cost.row(max(widths) / rows_each))
     return total + overhead_tokens * len(plan)
 
 
