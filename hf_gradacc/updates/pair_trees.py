@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hf_gradacc.updates.prefixes import (
+    GrownTrees,
     SharedPlan,
     Sorted,
     TreeCost,
@@ -22,9 +23,10 @@ from hf_gradacc.updates.prefixes import (
     plan_shared_micro_batches,
     plan_trees,
     sort_by_prefix,
+    trees_of,
 )
 
-__all__ = ["plan_shared_sequences", "sort_together"]
+__all__ = ["halve_trees", "plan_shared_sequences", "sort_together", "trees_of_sequences"]
 
 
 def sort_together(sequences: Sequence[Sequence[Any]]) -> Sorted:
@@ -93,3 +95,39 @@ def plan_shared_sequences(
         tokens = [sequences[i][block] for block in blocks for i in piece]
         trees.append(grown.counted(tokens))
     return replace(plan, trees=trees)
+
+
+def trees_of_sequences(sequences: Sequence[Sequence[Any]], cost: TreeCost) -> GrownTrees | None:
+    """Grow the trees of one micro-batch, see `trees_of`; its rows are collated in blocks."""
+    blocks = range(len(sequences[0]))
+    return trees_of([each[block] for block in blocks for each in sequences], cost)
+
+
+def halve_trees(trees: GrownTrees, num_sequences: int) -> list[list[int]]:
+    """Cut the sequences of a micro-batch in two, between trees if there are several.
+
+    Args:
+        trees: Of its collated rows, which lie in blocks.
+        num_sequences: At least two.
+
+    Returns:
+        The sequences of either half, neighbours in a tree beside each other. Halves compute about
+        equally many tokens.
+
+    >>> halve_trees(GrownTrees(((0, 3), (1, 2)), (9, 5)), 4)
+    [[0, 3], [1, 2]]
+    >>> halve_trees(GrownTrees(((2, 0, 1),), (9,)), 3)
+    [[2, 0], [1]]
+    """
+    order: dict[int, None] = {}
+    ends = {}  # sequences in front of the end of each tree: the tokens of those trees
+    tokens = 0
+    for rows, size in zip(trees.rows, trees.sizes, strict=True):
+        order |= dict.fromkeys(row % num_sequences for row in rows)
+        tokens += size
+        ends[len(order)] = tokens
+    middle = (num_sequences + 1) // 2
+    between = [end for end in ends if end < num_sequences]
+    if between:
+        middle = min(between, key=lambda end: abs(2 * ends[end] - tokens))
+    return [list(order)[:middle], list(order)[middle:]]
