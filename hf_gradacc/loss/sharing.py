@@ -8,7 +8,7 @@ may move no other row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,9 @@ class _Trial:
     inputs: Mapping[str, Any]
     loss_of: Callable[[Mapping[str, Any]], float]
     dtype: torch.dtype
+    taken: list[bool] = field(default_factory=list)
+    """Which calls of bodies had the rows, and computed trees. A loss may ask with others as well
+    (KTO does, for its KL), and they stay as they are."""
 
     def run(self) -> tuple[tuple[nn.Module, ...], str]:
         """Return the bodies that compute trees, or why none may."""
@@ -120,37 +123,41 @@ class _Trial:
             if why := why_no_masks(getattr(body, "config", None)):
                 return (), why
         trees = lay_out_trees(alike["input_ids"], mask, [range(len(ids))])
-        tree_loss, outputs, taken = self._run_as(trees, bodies, alike)
-        # A loss may ask with other rows as well (KTO's KL), which stay as they are.
-        if len(taken) < len(plain.outputs) or not any(taken):
+        tree_loss, outputs = self._run_as(trees, bodies, alike)
+        if len(self.taken) < len(plain.outputs) or not outputs:
             return (), "its body is not given rows of tokens alone"
         if not differ(tree_loss, loss) <= rounding_of(self.dtype, "shortcut"):
             return (), f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
-        expected = [_hidden(output) for output in _where(taken, plain.outputs)]
-        actual = [_hidden(output) for output in _where(taken, outputs)]
+        expected = [_hidden(output) for output in self._of_trees(plain.outputs)]
+        actual = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, real) for a, b in zip(actual, expected, strict=True)):
             return (), "its hidden states differ between a tree and rows"
         changed, others = _with_other_tokens(trees, real)
-        _, outputs, taken = self._run_as(changed, bodies, alike)
-        moved = [_hidden(output) for output in _where(taken, outputs)]
+        _, outputs = self._run_as(changed, bodies, alike)
+        moved = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, others, "isolation") for a, b in zip(moved, actual, strict=True)):
             return (), "in a tree one row changes the hidden states of the others"
         return bodies, ""
 
     def _run_as(
         self, trees: Trees, bodies: Sequence[nn.Module], inputs: Mapping[str, Any]
-    ) -> tuple[float, list[Any], list[bool]]:
-        """Return the loss of rows computed as trees, what bodies returned, and which were trees."""
-        taken: list[bool] = []
+    ) -> tuple[float, list[Any]]:
+        """Return the loss of rows computed as trees, and what those calls returned that did."""
+        self.taken.clear()
 
         def lay_out(ids: Tensor, _: Tensor | None) -> Trees | None:
-            rows = trees.rows.to(ids.device)
-            taken.append(ids.shape == rows.shape and torch.equal(ids, rows))
-            return trees.to(ids.device) if taken[-1] else None
+            self.taken.append(ids.shape == trees.rows.shape and torch.equal(ids.cpu(), trees.rows))
+            return trees.to(ids.device) if self.taken[-1] else None
 
         with computing_trees(bodies, lay_out), watching_bodies(*bodies) as watched:
             loss = self.loss_of(inputs)
-        return loss, watched.outputs, taken
+        return loss, self._of_trees(watched.outputs)
+
+    def _of_trees(self, outputs: Sequence[Any]) -> list[Any]:
+        """Return what those calls returned that computed trees; none if calls went by unseen."""
+        if len(outputs) != len(self.taken):
+            return []
+        return [output for taken, output in zip(self.taken, outputs, strict=True) if taken]
 
     def _moved(
         self, actual: Tensor, expected: Tensor, rows: Tensor, kind: Compared = "shortcut"
@@ -164,11 +171,6 @@ class _Trial:
         moved = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
         # Rounding of a hidden state is allowed four times that of a loss, as for other shortcuts.
         return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
-
-
-def _where(taken: Sequence[bool], outputs: Sequence[Any]) -> list[Any]:
-    """Return the outputs of those calls that computed trees."""
-    return [output for of_tree, output in zip(taken, outputs, strict=True) if of_tree]
 
 
 def _hidden(output: Any) -> Tensor:
