@@ -99,6 +99,8 @@ class RouterLoss:
                 self._origins.learn(call)
             return torch.zeros((), device=self._device)
 
+        # Inside the body of a model there are trees, and a router loss counts rows.
+        may_end = may_end and micro_batch.trees is None
         learns = may_end and not self._compiled and not self._origins.asked
         watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if learns:

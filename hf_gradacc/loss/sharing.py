@@ -7,12 +7,15 @@ may move no other row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.facts import Compared, differ, rounding_of
@@ -95,6 +98,14 @@ def drops_out(model: nn.Module) -> bool:
     )
 
 
+_NOT_BY_MASK = (
+    "it does not go by the mask and the positions it is given, as layers do that carry a state, "
+    "look ahead or go by distance"
+)
+_LONGEST_TABLE = 8192
+"""Places of the longest table that a trial outgrows; what has more was made for any length."""
+
+
 @dataclass(frozen=True)
 class _Trial:
     models: Sequence[Any]
@@ -114,6 +125,12 @@ class _Trial:
             return (), "the attention mask is not one of rows and tokens"
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
         alike = {**self.inputs, "input_ids": _beginning_alike(ids, real)}
+        with _narrow_windows(self.models, int(real.sum(1).max()) // 2):
+            return self._compare(alike, real)
+
+    def _compare(self, alike: Mapping[str, Any], real: Tensor) -> tuple[tuple[nn.Module, ...], str]:
+        """Compute rows that begin alike as they are, and as one tree."""
+        ids, mask = alike["input_ids"], alike.get("attention_mask")
         with watching_bodies(*self.models) as plain:
             loss = self.loss_of(alike)
         bodies = tuple(plain.bodies)
@@ -122,21 +139,33 @@ class _Trial:
         for body in bodies:
             if why := why_no_masks(getattr(body, "config", None)):
                 return (), why
-        trees = lay_out_trees(alike["input_ids"], mask, [range(len(ids))])
+            if "position_ids" not in inspect.signature(body.forward).parameters:
+                return (), "it takes no position_ids, and a token's place in a tree is not its own"
+        trees = lay_out_trees(ids, mask, [range(len(ids))])
         tree_loss, outputs = self._run_as(trees, bodies, alike)
         if len(self.taken) < len(plain.outputs) or not outputs:
             return (), "its body is not given rows of tokens alone"
         if not differ(tree_loss, loss) <= rounding_of(self.dtype, "shortcut"):
-            return (), f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
+            figures = f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
+            return (), f"{figures}: {_NOT_BY_MASK}"
         expected = [_hidden(output) for output in self._of_trees(plain.outputs)]
         actual = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, real) for a, b in zip(actual, expected, strict=True)):
-            return (), "its hidden states differ between a tree and rows"
+            return (), f"its hidden states differ between a tree and rows: {_NOT_BY_MASK}"
         changed, others = _with_other_tokens(trees, real)
         _, outputs = self._run_as(changed, bodies, alike)
         moved = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, others, "isolation") for a, b in zip(moved, actual, strict=True)):
             return (), "in a tree one row changes the hidden states of the others"
+        for width in {_table_size(body) for body in bodies} - {0}:
+            try:
+                _, outputs = self._run_as(_wider(trees, width + 1), bodies, alike)
+                wide = [_hidden(output) for output in outputs]
+                moved_any = any(self._moved(a, b, real) for a, b in zip(wide, actual, strict=True))
+            except RuntimeError:
+                moved_any = True
+            if moved_any:
+                return (), f"it looks places up in a table of {width}, and a tree may have more"
         return bodies, ""
 
     def _run_as(
@@ -189,6 +218,60 @@ def _beginning_alike(ids: Tensor, real: Tensor) -> Tensor:
         places = of_row.nonzero()[:half, 0]
         row[places] = start
     return alike
+
+
+@contextlib.contextmanager
+def _narrow_windows(models: Sequence[Any], width: int) -> Iterator[None]:
+    """Let windows and chunks be narrower than the rows of a trial, so that it sees how they count.
+
+    Masks are made by what the configuration says, here as in the model. A model that has another
+    window, or none though its configuration names one, then computes something else than a tree.
+    """
+    configs = {
+        id(module.config): module.config
+        for model in models
+        if isinstance(model, nn.Module)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    before = [
+        (config, name, getattr(config, name))
+        for config in configs.values()
+        for name in ("sliding_window", "attention_chunk_size")
+        if type(getattr(config, name, None)) is int and getattr(config, name) > max(width, 2)
+    ]
+    try:
+        for config, name, _ in before:
+            setattr(config, name, max(width, 2))
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def _table_size(body: nn.Module) -> int:
+    """Return how many places a body has tables for that are no weights; 0 if it has none.
+
+    Weights are looked up by position, and no tree has more of these than its rows.
+    """
+    size = getattr(getattr(body, "config", None), "max_position_embeddings", None)
+    if type(size) is not int or not 0 < size <= _LONGEST_TABLE:
+        return 0
+    return size if any(size in buffer.shape for buffer in body.buffers()) else 0
+
+
+def _wider(trees: Trees, width: int) -> Trees:
+    """Pad a single tree to a width."""
+    more = width - trees.ids.shape[1]
+    if more <= 0:
+        return trees
+    pad = torch.nn.functional.pad
+    return replace(
+        trees,
+        ids=pad(trees.ids, (0, more), value=int(trees.ids[0, 0])),
+        positions=pad(trees.positions, (0, more)),
+        ends=torch.cat((trees.ends, torch.arange(width - more + 1, width + 1)[None]), dim=1),
+    )
 
 
 def _with_other_tokens(trees: Trees, real: Tensor) -> tuple[Trees, Tensor]:

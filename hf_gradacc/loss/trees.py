@@ -199,16 +199,16 @@ def tree_masks(
         return _mask(trees, config, dtype=dtype, **limits)
 
     kinds = _kinds_of_layers(config)
-    if kinds:
+    if kinds and kinds != [_FULL]:
         return {kind: makes[kind]() for kind in kinds}
-    window = getattr(config, "sliding_window", None)
+    # A window that the configuration names is nobody's where all layers are named as full.
+    window = None if kinds else getattr(config, "sliding_window", None)
     return makes[_FULL if window is None else _SLIDING]()
 
 
 def _kinds_of_layers(config: Any) -> list[str]:
-    """Return the kinds of layers a body takes a mask for each of; none if it takes one for all."""
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-    return [] if kinds in ([], [_FULL]) else kinds
+    """Return the kinds of layers that a configuration names, none if it names none."""
+    return sorted(set(getattr(config, "layer_types", None) or ()))
 
 
 def why_no_masks(config: Any) -> str:
@@ -218,7 +218,10 @@ def why_no_masks(config: Any) -> str:
         return f"{attention} takes no mask of any shape: use sdpa, flex_attention or eager"
     others = [k for k in _kinds_of_layers(config) if k not in (_FULL, _SLIDING, _CHUNKED)]
     if others:
-        return f"its layers of {', '.join(others)} carry a state from one token to the next"
+        return (
+            f"its layers of {', '.join(others)} carry a state from one token to the next, or "
+            f"choose what they attend to"
+        )
     return ""
 
 
@@ -435,6 +438,8 @@ class _Hooks:
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
+_OF_A_LOSS = ("shift_labels", "num_items_in_batch")
+"""What models with a head pass on to their body with all other arguments, and no body reads."""
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -451,7 +456,7 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
         return None
     if given.get("position_ids") is not None or given.get("output_attentions"):
         return None
-    others = [value for key, value in given.items() if key not in _TAKEN]
+    others = [value for key, value in given.items() if key not in (*_TAKEN, *_OF_A_LOSS)]
     return None if any(_holds_something(value) for value in others) else given
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.chunked import without_logits
@@ -23,6 +24,15 @@ from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, start_copies
 
 __all__ = ["MicroBatchStep", "loss_of_rows", "smoothed_loss"]
+
+logger = logging.get_logger(__name__)
+
+_NO_TREES = (
+    "rows that begin alike were planned as trees, but the model was given something else than the "
+    "rows of a micro-batch, so they were computed as they are. The gradient is the same; "
+    "computed_tokens_per_update and shared_fraction tell what was planned. "
+    "layout = 'padded' plans no trees."
+)
 
 
 class MicroBatchStep:
@@ -114,9 +124,10 @@ class MicroBatchStep:
             shaped, positions = taken.shape(inputs, as_trees=trees is not None)
             inputs, positions = start_copies(shaped, positions, device)
         with contextlib.ExitStack() as layout:
+            computed = None
             if taken is not None and trees is not None:
                 ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-                layout.enter_context(computing_these(taken.bodies, trees, ids, mask))
+                computed = layout.enter_context(computing_these(taken.bodies, trees, ids, mask))
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
             if taken is not None and positions is not None:
@@ -125,6 +136,8 @@ class MicroBatchStep:
                     onednn = bool(taken.linears)
                     layout.enter_context(without_logits(taken.owner, taken.head, onednn=onednn))
             loss = stock_step(model, inputs, count)
+            if computed == []:
+                logger.warning_once(_NO_TREES)
         if self.after is not None:
             self.after()
         return loss

@@ -92,6 +92,10 @@ class Case:
     def rows(self, *, seed: int = 0) -> list[HeadRow]:
         """Rows of the lengths that go with the seed, see ``MORE_LENGTHS``."""
         rows = rows_for(self.head, seed=seed, lengths=MORE_LENGTHS[seed % len(MORE_LENGTHS)])
+        return self.with_sentence_ends(rows)
+
+    def with_sentence_ends(self, rows: list[HeadRow]) -> list[HeadRow]:
+        """The rows, with the special tokens that the forward looks for in each, if it does."""
         special = SENTENCE_ENDS.get((self.model_type, self.head))
         for row in rows if special else ():
             # Replaced at the end of each row, where a tokenizer would have put them.
