@@ -1,13 +1,17 @@
 """Pairs as trees: together in one tree, under the budget, with as many tokens as they have."""
 
+import functools
 import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
+from support.common_prompts import rows_of_prompts
+from support.tiny import pad
 
 from hf_gradacc.loss.trees import lay_out_trees
+from hf_gradacc.trainer.runner import _halve
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
 from hf_gradacc.updates.pair_trees import (
@@ -17,7 +21,9 @@ from hf_gradacc.updates.pair_trees import (
     trees_of_sequences,
 )
 from hf_gradacc.updates.prefixes import TreeCost, padded_cost
-from hf_gradacc.updates.recut import cut_to_limit
+from hf_gradacc.updates.recut import cut_to_limit, even_out
+from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.update import Update
 
 
 def draw_pairs(seed, *, count=12, per_pair=2, system=5):
@@ -216,3 +222,36 @@ def test_a_hole_in_the_mask_keeps_rows_rows():
     collator.data_collator = with_hole
     update = collator(preference_rows())
     assert all(mb.trees is None and mb.num_shared_tokens == 0 for mb in update)
+
+
+# ---- as many micro-batches on every rank -------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_sequence", [1, 2])
+def test_halves_for_ranks_in_lockstep_stay_trees_of_the_same_rows(per_sequence):
+    collator, rows = make_collator(), preference_rows()
+    if per_sequence == 1:
+        collator = UpdateCollator(lambda rows: pad(rows))
+        collator.shares_prefixes = True
+        rows = rows_of_prompts(12, prompts=2)
+    # One micro-batch of trees, whatever its padding.
+    collator.overhead_tokens, collator.least_saving = 10**6, 0.0
+    (whole,) = collator(rows)
+    update = even_out(
+        Update([whole]),
+        4,
+        halve=functools.partial(_halve, collator=collator),
+        rule=TargetRule.SEQUENCE,
+        spare=None,
+        rows_per_sequence=per_sequence,
+    )
+    assert len(update) == 4
+    assert sorted(place for mb in update for place in mb.places) == list(range(12))
+    assert sum(mb.trees is not None for mb in update) >= 3
+    for micro_batch in update:
+        assert not micro_batch.weightless
+        assert micro_batch.rows_per_sequence == per_sequence
+        fresh = collator.data_collator([rows[place] for place in micro_batch.places])
+        for key in fresh:
+            assert torch.equal(micro_batch.inputs[key], fresh[key])
+    assert_counts_are_those_of_the_layout([mb for mb in update if mb.trees is not None])
