@@ -24,9 +24,10 @@ from hf_gradacc.updates.batch import (
     trim_padding,
 )
 from hf_gradacc.updates.collator import LEAST_SAVING, UpdateCollator
-from hf_gradacc.updates.lengths import measure_length, tokens_of_rows
+from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
 from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_row, read_rows
-from hf_gradacc.updates.prefixes import padded_cost, plan_shared_micro_batches
+from hf_gradacc.updates.pair_trees import plan_shared_sequences
+from hf_gradacc.updates.prefixes import padded_cost
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import IGNORE_INDEX, can_have_target, count_row_targets
 
@@ -209,13 +210,26 @@ def choose_probe_rows(
 
 def foresees_sharing(rows: Sequence[Any], collator: UpdateCollator) -> bool:
     """Return whether trees would save anything worth it if these rows were an update."""
-    tokens = tokens_of_rows(rows, main_input=collator.main_input)
-    if tokens is None or len(tokens) < 2:
+    # Pairs have not been collated yet; what their rows hold tells how many they become.
+    sequences = next(
+        (
+            found
+            for per_sequence in (3, 2, 1)
+            if (
+                found := sequences_of_rows(
+                    rows, main_input=collator.main_input, rows_per_sequence=per_sequence
+                )
+            )
+        ),
+        None,
+    )
+    if sequences is None or len(sequences) * len(sequences[0]) < 2:
         return False
-    lengths = [len(row) for row in tokens]
-    shared = plan_shared_micro_batches(tokens, collator.tree_cost)
+    lengths = [len(each) * max(map(len, each)) for each in sequences]
+    shared = plan_shared_sequences(sequences, collator.tree_cost)
     each = [[i] for i in range(len(lengths))]
-    least = (1 - LEAST_SAVING) * padded_cost(lengths, each, collator.tree_cost)
+    plain = padded_cost(lengths, each, collator.tree_cost, rows_each=len(sequences[0]))
+    least = (1 - LEAST_SAVING) * plain
     return shared.cost < least
 
 

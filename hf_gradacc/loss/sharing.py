@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,9 @@ class _Trial:
     inputs: Mapping[str, Any]
     loss_of: Callable[[Mapping[str, Any]], float]
     dtype: torch.dtype
+    taken: list[bool] = field(default_factory=list)
+    """Which calls of bodies had the rows, and computed trees. A loss may ask with others as well
+    (KTO does, for its KL), and they stay as they are."""
 
     def run(self) -> Sharing:
         """Return the bodies that compute trees, or why none may."""
@@ -170,12 +173,12 @@ class _Trial:
     ) -> str:
         """Compare rows as trees with rows as they are; empty if they agree."""
         tree_loss, outputs = self._run_as(trees, bodies, alike)
-        if len(outputs) < len(plain):
+        if len(self.taken) < len(plain) or not outputs:
             return "its body is not given rows of tokens alone"
         if not differ(tree_loss, loss) <= rounding_of(self.dtype, "shortcut"):
             figures = f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
             return f"{figures}: {_NOT_BY_MASK}"
-        expected = [_hidden(output) for output in plain]
+        expected = [_hidden(output) for output in self._of_trees(plain)]
         actual = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, real) for a, b in zip(actual, expected, strict=True)):
             return f"its hidden states differ between a tree and rows: {_NOT_BY_MASK}"
@@ -199,14 +202,22 @@ class _Trial:
     def _run_as(
         self, trees: Trees, bodies: Sequence[nn.Module], inputs: Mapping[str, Any]
     ) -> tuple[float, list[Any]]:
-        """Return the loss of rows computed as trees, and what those bodies returned that did."""
+        """Return the loss of rows computed as trees, and what those calls returned that did."""
+        self.taken.clear()
 
         def lay_out(ids: Tensor, _: Tensor | None) -> Trees | None:
-            return trees.to(ids.device) if ids.shape == trees.rows.shape else None
+            self.taken.append(ids.shape == trees.rows.shape and torch.equal(ids.cpu(), trees.rows))
+            return trees.to(ids.device) if self.taken[-1] else None
 
-        with computing_trees(bodies, lay_out) as computed, watching_bodies(*bodies) as watched:
+        with computing_trees(bodies, lay_out), watching_bodies(*bodies) as watched:
             loss = self.loss_of(inputs)
-        return loss, watched.outputs if len(computed) == len(watched.outputs) else []
+        return loss, self._of_trees(watched.outputs)
+
+    def _of_trees(self, outputs: Sequence[Any]) -> list[Any]:
+        """Return what those calls returned that computed trees; none if calls went by unseen."""
+        if len(outputs) != len(self.taken):
+            return []
+        return [output for taken, output in zip(self.taken, outputs, strict=True) if taken]
 
     def _moved(
         self, actual: Tensor, expected: Tensor, rows: Tensor, kind: Compared = "shortcut"

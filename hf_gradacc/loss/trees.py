@@ -366,27 +366,36 @@ def computing_trees(
 
 @contextlib.contextmanager
 def computing_these(
-    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor
+    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor, mask: Tensor | None
 ) -> Iterator[list[Trees]]:
     """Let bodies compute given trees wherever they are called with the rows that these are of.
+
+    A trainer may call several models with its rows, or one of them twice: DPO asks a reference. It
+    may also ask with other rows in between, which are computed as they are.
 
     Args:
         bodies: From `watching_bodies`.
         trees: Of the rows, on the CPU.
         ids: The rows' token ids ``[rows, seq]`` as the model is given them.
+        mask: Their mask, likewise.
 
     Yields:
-        As `computing_trees`.
+        The trees that were computed, one for each call of a body that they took the place of.
     """
     here = trees.to(ids.device)
 
-    def lay_out(given: Tensor, _: Tensor | None) -> Trees | None:
-        # Compared only if need be: a device would have to be waited for.
-        same = given is ids or (given.shape == ids.shape and torch.equal(given, here.rows))
-        return here if same else None
+    def lay_out(given: Tensor, of_given: Tensor | None) -> Trees | None:
+        return here if _is_same(given, ids) and _is_same(of_given, mask) else None
 
     with computing_trees(bodies, lay_out) as computed:
         yield computed
+
+
+def _is_same(given: Tensor | None, known: Tensor | None) -> bool:
+    """Compare tensors, by their values only if need be: a device would have to be waited for."""
+    if given is None or known is None or given is known:
+        return given is known
+    return given.shape == known.shape and torch.equal(given, known.to(given))
 
 
 class _Hooks:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from hf_gradacc.loss.probe_rows import rows_per_sequence_in
 from hf_gradacc.loss.terms import LossTerms
+from hf_gradacc.loss.trees import computing_these, lay_out_trees
 from hf_gradacc.ranks.collectives import share_first, share_running_statistics, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
@@ -30,9 +31,10 @@ from hf_gradacc.safety.out_of_memory import (
 from hf_gradacc.safety.rollback import RandomState, devices_of
 from hf_gradacc.trainer.settle import collecting
 from hf_gradacc.trainer.terms import sums_of_terms
-from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows
+from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows, tokens_of_batch
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.prefixes import trees_of
 from hf_gradacc.updates.targets import TargetRule, count_targets, has_target
 from hf_gradacc.updates.update import MicroBatch
 
@@ -192,11 +194,14 @@ class Evaluation:
                     )
                     for start in range(0, num_rows, size)
                 ]
+            results: list[Any] = []
             try:
                 with collecting(trainer._loss_settler) as returned:
-                    results = [
-                        stock_step(model, part, prediction_loss_only, ignore_keys) for part in parts
-                    ]
+                    for part in parts:
+                        with _sharing_prefixes(trainer, part):
+                            results.append(
+                                stock_step(model, part, prediction_loss_only, ignore_keys)
+                            )
                 self._returned = [
                     (make_micro_batch(part, rows_per_sequence=rows_per_sequence), terms)
                     for part, terms in zip(parts, returned, strict=False)
@@ -259,6 +264,29 @@ class Evaluation:
         if trainer.facts.class_weights is not None:
             return float(trainer.facts.class_weights.total(part, trainer.facts.rule))
         return count_targets(part, trainer.facts.rule, num_sequences=num_sequences)
+
+
+@contextlib.contextmanager
+def _sharing_prefixes(trainer: Any, inputs: Any) -> Iterator[None]:
+    """Compute rows that begin alike as trees inside, if training has found that the model may.
+
+    Rows of a benchmark often do: several answers to one question, one system prompt for all.
+    """
+    collator, taken = trainer.update_collator, trainer.shortcuts
+    tokens = tokens_of_batch(inputs) if taken is not None and taken.bodies else None
+    if collator is None or taken is None or not tokens:
+        yield
+        return
+    rows = [row.tolist() for row in tokens]
+    # No wider than the padded rows are, so that it needs no more memory.
+    grown = trees_of(rows, collator.tree_cost, max_tokens=inputs["input_ids"].numel())
+    if grown is None:
+        yield
+        return
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    trees = lay_out_trees(ids.cpu(), None if mask is None else mask.cpu(), grown.rows)
+    with computing_these(taken.bodies, trees, ids, mask):
+        yield
 
 
 def _more_metrics(trainer: Any, prefix: str) -> dict[str, float]:

@@ -49,6 +49,8 @@ from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.loader import ModelFacts
+from hf_gradacc.updates.pair_trees import halve_trees, trees_of_sequences
+from hf_gradacc.updates.prefixes import GrownTrees
 from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats, start_copy
@@ -501,7 +503,7 @@ def _skip_optimizer(trainer: Any, update: Update) -> None:
 
 
 def _halve(micro_batch: MicroBatch, *, collator: UpdateCollator | None) -> list[MicroBatch]:
-    """Cut a micro-batch in two, each trimmed as the collator would trim it."""
+    """Cut a micro-batch in two, each trimmed as the collator would trim it; trees stay trees."""
     if not can_slice(micro_batch):
         return [micro_batch]
     count = make_micro_batch
@@ -513,7 +515,21 @@ def _halve(micro_batch: MicroBatch, *, collator: UpdateCollator | None) -> list[
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         return [order[:middle], order[middle:]]
 
-    pad_to_one_width = collator is not None and collator.pad_to_one_width
+    def cut_trees(
+        sequences: list[list[Any]] | None, lengths: list[int]
+    ) -> tuple[list[list[int]], list[GrownTrees | None]]:
+        if sequences is None or micro_batch.trees is None or collator is None:
+            return cut(lengths), [None, None]
+        halves = halve_trees(micro_batch.trees, len(sequences))
+        cost = collator.tree_cost
+        return halves, [trees_of_sequences([sequences[i] for i in half], cost) for half in halves]
+
     return list(
-        cut_again(Update([micro_batch]), cut, count=count, pad_to_one_width=pad_to_one_width)
+        cut_again(
+            Update([micro_batch]),
+            cut,
+            cut_rows=None if micro_batch.trees is None else cut_trees,
+            count=count,
+            pad_to_one_width=collator is not None and collator.pad_to_one_width,
+        )
     )

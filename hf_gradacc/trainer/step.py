@@ -19,6 +19,7 @@ from hf_gradacc.loss.smoothing import smoothing_correction
 from hf_gradacc.loss.trees import Trees, computing_these, lay_out_trees
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
+from hf_gradacc.updates.batch import tokens_of_batch
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, start_copies
 
@@ -125,8 +126,8 @@ class MicroBatchStep:
         computed: list[Trees] | None = None
         with contextlib.ExitStack() as layout:
             if taken is not None and trees is not None:
-                watched = computing_these(taken.bodies, trees, inputs["input_ids"])
-                computed = layout.enter_context(watched)
+                ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+                computed = layout.enter_context(computing_these(taken.bodies, trees, ids, mask))
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
             if taken is not None and positions is not None:
@@ -149,10 +150,11 @@ class MicroBatchStep:
         grown = None if self.micro_batch is None else self.micro_batch.trees
         if grown is None or self.shortcuts is None or not self.shortcuts.bodies:
             return None
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         # A step of somebody's own may run other rows.
-        if not isinstance(ids, Tensor) or len(ids) != sum(map(len, grown.rows)):
+        tokens = tokens_of_batch(inputs)
+        if tokens is None or len(tokens) != sum(map(len, grown.rows)):
             return None
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         return lay_out_trees(ids, mask, grown.rows, by_rows=grown.by_rows)
 
     def _with_noise(

@@ -23,6 +23,7 @@ __all__ = [
     "order_blocks",
     "pad_columns",
     "slice_rows",
+    "tokens_of_batch",
     "trim_padding",
     "widen",
 ]
@@ -175,6 +176,35 @@ def first_rows(
     masked = labels.clone()
     masked[num_sequences:] = -100
     return {**inputs, name: masked}
+
+
+def tokens_of_batch(inputs: Any) -> list[Tensor] | None:
+    """Return the token ids of each collated row, without its padding.
+
+    Returns:
+        Tensors of one dimension; None if there are no rows of tokens, or one has padding in its
+        midst. What stands behind such a hole is at another distance in the model than in the row
+        without it.
+
+    >>> ids, mask = torch.tensor([[1, 2, 0], [0, 3, 4]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    >>> [row.tolist() for row in tokens_of_batch({"input_ids": ids, "attention_mask": mask})]
+    [[1, 2], [3, 4]]
+    >>> tokens_of_batch({"input_ids": ids, "attention_mask": torch.tensor([[1, 0, 1], [1, 1, 1]])})
+    """
+    if not isinstance(inputs, Mapping):
+        return None
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        return None
+    if mask is None:
+        return list(ids)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        return None
+    real = mask.ne(0)
+    starts = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    if bool((starts > 1).any()):
+        return None
+    return [row[of_row] for row, of_row in zip(ids, real, strict=True)]
 
 
 def order_blocks(

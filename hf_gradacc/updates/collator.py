@@ -16,18 +16,14 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import measures_noise
 from hf_gradacc.updates.draws import DrawsByRow
-from hf_gradacc.updates.lengths import measure_length, tokens_of_rows
+from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
+from hf_gradacc.updates.pair_trees import plan_shared_sequences
 from hf_gradacc.updates.planner import (
     OVERHEAD_ON_CPU,
     plan_micro_batches,
     plan_packed_micro_batches,
 )
-from hf_gradacc.updates.prefixes import (
-    GrownTrees,
-    TreeCost,
-    padded_cost,
-    plan_shared_micro_batches,
-)
+from hf_gradacc.updates.prefixes import GrownTrees, TreeCost, padded_cost
 from hf_gradacc.updates.targets import (
     IGNORE_INDEX,
     TargetRule,
@@ -164,7 +160,7 @@ class UpdateCollator:
         rows = [row for _, row in kept]
         lengths = self.measure(rows)
         at_random = self.measures_noise(index)
-        plan, trees = self.cut_rows(rows, lengths, at_random=at_random)
+        plan, trees = self.cut_rows(self.sequences(rows), lengths, at_random=at_random)
         inputs = self._collate(kept, plan, epoch=epoch, update=index)
         if self.vocab_size is not None:
             for piece, batch in inputs:
@@ -236,35 +232,41 @@ class UpdateCollator:
             overhead_tokens=self.overhead_tokens if weighs else None,
         )
 
+    def sequences(self, rows: Sequence[Any]) -> list[list[Any]] | None:
+        """Return the tokens of dataset rows as `cut_rows` takes them; None if nothing is shared."""
+        if not self.shares_prefixes:
+            return None
+        return sequences_of_rows(
+            rows, main_input=self.main_input, rows_per_sequence=self.rows_per_sequence
+        )
+
     def cut_rows(
         self,
-        rows: Sequence[Any],
+        sequences: Sequence[Sequence[Any]] | None,
         lengths: Sequence[int],
         *,
         max_tokens: int | None = None,
         at_random: bool = False,
     ) -> tuple[list[list[int]], list[GrownTrees | None]]:
-        """Cut rows, as trees where that costs less than `cut` does.
+        """Cut sequences, as trees where that costs less than `cut` does.
 
         Args:
-            rows: Dataset rows, or mappings that hold their tokens.
+            sequences: Token ids of the collated rows of each; None if they are not known.
             lengths: Tokens of each.
             max_tokens: As for `cut`.
             at_random: As for `cut`.
 
         Returns:
-            The rows of each micro-batch, and their trees; None for those computed as they are.
+            The sequences of each micro-batch, and the trees of its collated rows; None for those
+            computed as they are.
         """
         plan = self.cut(lengths, max_tokens=max_tokens, at_random=at_random)
         plain: list[GrownTrees | None] = [None] * len(plan)
-        if not self.shares_prefixes or at_random or self.pad_to_one_width:
-            return plan, plain
-        tokens = tokens_of_rows(rows, main_input=self.main_input)
-        if tokens is None or self.rows_per_sequence != 1:
+        if not self.shares_prefixes or at_random or self.pad_to_one_width or not sequences:
             return plan, plain
         limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
-        shared = plan_shared_micro_batches(
-            tokens,
+        shared = plan_shared_sequences(
+            sequences,
             self.tree_cost,
             max_tokens=min(limits, default=None),
             max_sequences=self.max_sequences,
@@ -276,6 +278,7 @@ class UpdateCollator:
             self.tree_cost,
             overhead_tokens=self.overhead_tokens,
             packed=self.packed,
+            rows_each=len(sequences[0]),
         )
         if shared.cost > (1 - self.least_saving) * costs:
             return plan, plain

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["measure_length", "tokens_of_rows"]
+__all__ = ["measure_length", "sequences_of_rows", "tokens_of_rows"]
+
+_ANSWERS = ("chosen", "rejected", "reference", "completion")
+"""What TRL's collators put behind a prompt, in the order of their blocks."""
 
 
 def measure_length(row: Any, *, main_input: str = "input_ids", add_labels: bool = False) -> int:
@@ -44,6 +47,43 @@ def tokens_of_rows(rows: Sequence[Any], *, main_input: str = "input_ids") -> lis
     """
     tokens = [row.get(main_input) if isinstance(row, Mapping) else None for row in rows]
     return tokens if all(map(_is_of_tokens, tokens)) else None
+
+
+def sequences_of_rows(
+    rows: Sequence[Any], *, main_input: str = "input_ids", rows_per_sequence: int | None = 1
+) -> list[list[Any]] | None:
+    """Return the token ids of the collated rows that each dataset row becomes; None if unknown.
+
+    Rows of preferences become one for each answer, with the prompt before it.
+
+    Args:
+        rows: Dataset rows.
+        main_input: The feature that holds the sequence.
+        rows_per_sequence: Collated rows of each, see `slice_rows`.
+
+    >>> sequences_of_rows([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    [[[1, 2]], [[3]]]
+    >>> pair = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    >>> sequences_of_rows([pair], rows_per_sequence=2)
+    [[[1, 2], [1, 3]]]
+    """
+    if rows_per_sequence is None:
+        return None
+    tokens = tokens_of_rows(rows, main_input=main_input)
+    if tokens is not None:
+        return [[one] for one in tokens] if rows_per_sequence == 1 else None
+    found = [_answers(row)[:rows_per_sequence] if isinstance(row, Mapping) else [] for row in rows]
+    return found if all(len(each) == rows_per_sequence for each in found) else None
+
+
+def _answers(row: Mapping[str, Any]) -> list[list[int]]:
+    """Return the answers of a row of TRL's preference trainers, each with the prompt before it."""
+    prompt, *answers = (row.get(f"{name}_ids") for name in ("prompt", *_ANSWERS))
+    prompt = [] if prompt is None else prompt
+    given = [answer for answer in answers if answer is not None]
+    if not all(map(_is_of_tokens, (prompt, *given))):
+        return []
+    return [[*map(int, prompt), *map(int, answer)] for answer in given]
 
 
 def _is_of_tokens(value: Any) -> bool:

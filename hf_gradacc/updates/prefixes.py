@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ __all__ = [
     "grow_trees",
     "padded_cost",
     "plan_shared_micro_batches",
+    "plan_trees",
     "sort_by_prefix",
     "trees_of",
 ]
@@ -54,11 +55,15 @@ class Sorted:
         lengths: Tokens of the row at each place.
         shared: Tokens at its beginning that it has in common with the row before it; 0 for the
             first.
+        rows_each: Rows at each place; more than one if they are to stay together, as those of a
+            pair. Then `lengths` counts what is left of them once common prefixes are computed once,
+            and `shared` what they surely have in common with those before.
     """
 
     order: np.ndarray
     lengths: np.ndarray
     shared: np.ndarray
+    rows_each: int = 1
 
 
 def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
@@ -86,7 +91,11 @@ def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
             first = int(differs.argmax())
             shared[place] = first if differs[first] else least
     lengths = [tokens[i].size for i in order]
-    return Sorted(*(np.asarray(part, dtype=np.int64) for part in (order, lengths, shared)))
+    return Sorted(
+        order=np.asarray(order, dtype=np.int64),
+        lengths=np.asarray(lengths, dtype=np.int64),
+        shared=np.asarray(shared, dtype=np.int64),
+    )
 
 
 def count_distinct_tokens(rows: Sorted) -> int:
@@ -114,7 +123,7 @@ class TreeCost:
     by_rows: bool = False
     masked: float = MASKED_ATTENTION
 
-    def row(self, width: np.ndarray | int) -> Any:
+    def row(self, width: np.ndarray | float) -> Any:
         """Cost of a row of this width, its padding included."""
         return width * (1 + width / self.attention_length) if self.attention_length else 1.0 * width
 
@@ -196,7 +205,9 @@ def grow_trees(
         stops = np.minimum(stops, np.searchsorted(ends, befores + limit, side="right") - 1)
     best = np.zeros(n + 1)
     take = [1] * n
-    alone, last = cost.row(rows.lengths).tolist(), 0.0
+    # Rows that stay together are a tree by themselves.
+    price = cost.row if cost.by_rows or rows.rows_each == 1 else cost.tree
+    alone, last = price(rows.lengths).tolist(), 0.0
     for start, stop, before in zip(
         range(n - 1, -1, -1), stops[::-1].tolist(), befores[::-1].tolist(), strict=True
     ):
@@ -266,6 +277,20 @@ class GrownTrees:
         """Whether each tree is a single row, to be computed as rows are."""
         return not self.by_rows and all(len(rows) == 1 for rows in self.rows)
 
+    def counted(self, tokens: Sequence[Any]) -> GrownTrees:
+        """Count the tokens of each tree anew, by those its rows have.
+
+        >>> GrownTrees(((0, 1), (2,)), (9, 9)).counted([[5, 6], [5, 7], [8]]).sizes
+        (3, 1)
+        """
+        return replace(
+            self,
+            sizes=tuple(
+                count_distinct_tokens(sort_by_prefix([tokens[row] for row in rows]))
+                for rows in self.rows
+            ),
+        )
+
 
 def plan_shared_micro_batches(
     rows: Sequence[Any],
@@ -290,10 +315,30 @@ def plan_shared_micro_batches(
     >>> plan.pieces, [trees.rows for trees in plan.trees], plan.trees[0].sizes
     ([[0, 1], [2]], [((0, 1),), ((0,),)], (5,))
     """
-    found = sort_by_prefix(rows)
+    return plan_trees(
+        sort_by_prefix(rows),
+        cost,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        overhead_tokens=overhead_tokens,
+    )
+
+
+def plan_trees(
+    found: Sorted,
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    overhead_tokens: int = 0,
+) -> SharedPlan:
+    """As `plan_shared_micro_batches`, of rows that are sorted already.
+
+    Rows that stay together are one entry of a piece, and collated as blocks, see `slice_rows`.
+    """
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
-    if all(last - first == 1 for first, last, _ in trees):
+    if found.rows_each == 1 and all(last - first == 1 for first, last, _ in trees):
         return SharedPlan([], [], math.inf)
     if cost.by_rows:
         bins = _fill(trees, max_tokens, max_sequences)
@@ -307,7 +352,11 @@ def plan_shared_micro_batches(
     for inside in bins:
         pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
         ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
-        rows = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends]))
+        blocks = range(0, found.rows_each * ends[-1], ends[-1])
+        rows = tuple(
+            tuple(block + i for block in blocks for i in range(a, b))
+            for a, b in itertools.pairwise([0, *ends])
+        )
         grown.append(GrownTrees(rows, tuple(size for *_, size in inside), cost.by_rows))
         total += _cost_of(inside, found, cost) + overhead_tokens
     return SharedPlan(pieces, grown, total)
@@ -316,7 +365,7 @@ def plan_shared_micro_batches(
 def _cost_of(trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: TreeCost) -> float:
     """Return the cost of one micro-batch of trees, the widest first."""
     if not cost.by_rows:
-        are_rows = all(last - first == 1 for first, last, _ in trees)
+        are_rows = all(last - first == 1 for first, last, _ in trees) and rows.rows_each == 1
         price = cost.row if are_rows else cost.tree
         return len(trees) * float(price(trees[0][2]))
     own = rows.lengths - rows.shared
@@ -371,8 +420,17 @@ def padded_cost(
     *,
     overhead_tokens: int = 0,
     packed: bool = False,
+    rows_each: int = 1,
 ) -> float:
     """Cost of a plan without sharing, in the unit of `SharedPlan.cost`.
+
+    Args:
+        lengths: Tokens of each sequence, of all its rows and what pads them to one width.
+        plan: The sequences of each micro-batch.
+        cost: What rows cost.
+        overhead_tokens: As for `plan_shared_micro_batches`.
+        packed: Rows are laid end to end.
+        rows_each: Rows of each sequence.
 
     >>> padded_cost([3, 9, 4], [[1], [2, 0]], TreeCost())
     17.0
@@ -383,7 +441,7 @@ def padded_cost(
         if packed:
             total += sum(float(cost.row(width)) for width in widths)
         else:
-            total += len(widths) * float(cost.row(max(widths)))
+            total += rows_each * len(widths) * float(cost.row(max(widths) / rows_each))
     return total + overhead_tokens * len(plan)
 
 

@@ -22,6 +22,7 @@ from hf_gradacc.updates.batch import (
     labels_of,
     order_blocks,
     slice_rows,
+    tokens_of_batch,
     trim_padding,
     widen,
 )
@@ -36,7 +37,9 @@ __all__ = ["can_slice", "cut_again", "cut_to_limit", "even_out", "join_rows", "p
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
 CountTokens = Callable[..., MicroBatch]
 """`make_micro_batch`, told what the main input is."""
-CutRows = Callable[[list[Any], list[int]], tuple[list[list[int]], Sequence[GrownTrees | None]]]
+CutRows = Callable[
+    [list[list[Any]] | None, list[int]], tuple[list[list[int]], Sequence[GrownTrees | None]]
+]
 """`UpdateCollator.cut_rows`, told its limits."""
 
 
@@ -78,7 +81,8 @@ def cut_again(
         update: As the loader gave it, whole.
         cut: Returns index lists for the lengths of all rows, in the order the share had.
         count: Makes a `MicroBatch` of collated inputs; see `make_micro_batch`.
-        cut_rows: Cuts in place of `cut`, by the tokens of all rows, which may become trees.
+        cut_rows: Cuts in place of `cut`, by the tokens of all rows, which may become trees; they
+            are None if a batch does not hold rows of tokens.
         pad_token_id: Fills ``input_ids``.
         left: Padding goes in front.
         multiple_of: The collator pads widths to a multiple of this.
@@ -103,7 +107,11 @@ def cut_again(
         plan = cut(lengths)
         trees: Sequence[GrownTrees | None] = [None] * len(plan)
     else:
-        plan, trees = cut_rows([_tokens(mb, i) for mb, i in rows], lengths)
+        tokens = {id(mb): tokens_of_batch(mb.inputs) for mb in parts}
+        sequences = None
+        if all(of_rows is not None for of_rows in tokens.values()):
+            sequences = [_sequence(mb, tokens[id(mb)], i) for mb, i in rows]
+        plan, trees = cut_rows(sequences, lengths)
     for piece, grown in zip(plan, trees, strict=True):
         chosen = [rows[j] for j in piece]
         same = chosen[0][0]
@@ -235,13 +243,10 @@ def _take(
     )
 
 
-def _tokens(micro_batch: MicroBatch, row: int) -> dict[str, Any]:
-    """Return the tokens of one row without its padding, as a dataset row holds them."""
-    ids, mask = (micro_batch.inputs.get(name) for name in ("input_ids", "attention_mask"))
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        return {}
-    has_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
-    return {"input_ids": ids[row][mask[row].ne(0)] if has_mask else ids[row]}
+def _sequence(micro_batch: MicroBatch, tokens: Sequence[Any] | None, place: int) -> list[Any]:
+    """Return the tokens of one sequence: those of each row that it became."""
+    assert tokens is not None
+    return list(tokens[place :: micro_batch.num_sequences])
 
 
 def _is_mapping(micro_batch: MicroBatch) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_gradacc.updates.batch import tokens_of_batch
 from hf_gradacc.updates.prefixes import GrownTrees
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
 
@@ -57,9 +58,17 @@ class MicroBatch:
     num_shared_tokens: int = 0
 
     def as_trees(self, trees: GrownTrees | None) -> MicroBatch:
-        """Compute the rows as trees, and count what that computes."""
-        if trees is not None and not trees.are_rows:
-            self.trees = trees
+        """Compute the rows as trees if they can be, and count what that computes.
+
+        Args:
+            trees: As planned. A collator may have cut rows off or written into them, so their
+                tokens are counted anew.
+        """
+        if trees is None or trees.are_rows:
+            return self
+        tokens = tokens_of_batch(self.inputs)
+        if tokens is not None and len(tokens) == sum(map(len, trees.rows)):
+            self.trees = trees = trees.counted(tokens)
             self.num_shared_tokens = self.num_input_tokens - trees.num_tokens
             self.num_padding_tokens = trees.num_computed - trees.num_tokens
         return self

@@ -94,6 +94,23 @@ def rows_with(result, key):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_a_recipe_of_pairs_may_share_their_prompts(folder, tmp_path, task):
+    """Their chat template and question come before both answers."""
+    rows = []
+    for layout in ("shared_prefix", "padded"):
+        changes = (f"model.task={task}", f"output.dir={tmp_path / layout}", "train.max_steps=2")
+        result = train_recipe(read(folder, *changes, f"train.layout={layout}"))
+        rows.append(rows_with(result, "loss"))
+    for shared, padded in zip(*rows, strict=True):
+        assert shared["shared_fraction"] > 0.1
+        computed = "computed_tokens_per_update"
+        assert shared[computed] < 0.9 * padded[computed]
+        assert shared["input_tokens_per_update"] == padded["input_tokens_per_update"]
+        assert shared["loss"] == pytest.approx(padded["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "lora"])
 def test_dpo_begins_at_its_reference_and_leaves_it(runs, method):
     result = runs["dpo", method]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -74,6 +74,28 @@ def pair_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
         }
         for _ in range(count)
     ]
+
+
+def prompted_rows(name: str, count: int = NUM_ROWS) -> list[dict[str, Any]]:
+    """Rows of prompts that are long beside their answers; four prompts for all of them.
+
+    Args:
+        name: A case, which says what rows it takes.
+        count: Rows.
+    """
+    draw = random.Random(11)
+    prompts = [texts(draw, 50, 60) for _ in range(4)]
+    rows = []
+    for _ in range(count):
+        prompt = draw.choice(prompts)
+        chosen, rejected, reference = (texts(draw, 1, 8) for _ in range(3))
+        if name.startswith(("sft", "kto")):
+            label = {"label": draw.random() < 0.6} if name.startswith("kto") else {}
+            rows.append({"prompt": prompt, "completion": chosen, **label})
+        else:
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            rows[-1] |= {"reference": reference} if name.startswith("tpo") else {}
+    return rows
 
 
 def triple_rows(count: int = NUM_ROWS) -> list[dict[str, Any]]:
@@ -284,21 +306,30 @@ class Run:
 
 
 def run(
-    name: str, *, mixed: bool, evaluates: bool = False, prepare: Any = None, **options: Any
+    name: str,
+    *,
+    mixed: bool,
+    evaluates: bool = False,
+    prepare: Any = None,
+    rows: Any = None,
+    **options: Any,
 ) -> Run:
     """Train a case, perhaps after an evaluation, and give back what it left behind.
 
-    ``prepare`` may change the trainer before that.
+    ``prepare`` may change the trainer before that; ``rows`` makes other rows than the case's.
     """
+    case = (CASES | NO_SINGLE_MEAN)[name]
+    if rows is not None:
+        case = replace(case, rows=rows)
     with tempfile.TemporaryDirectory() as out, float64_everywhere():
-        trainer, recorder = (CASES | NO_SINGLE_MEAN)[name].make(out, mixed=mixed, **options)
+        trainer, recorder = case.make(out, mixed=mixed, **options)
         if prepare is not None:
             prepare(trainer)
         evaluation = trainer.evaluate() if evaluates else {}
         trainer.train()
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    counts = [row.get("micro_batches_per_update", 0) for row in rows]
-    return Run(recorder.gradients, rows, evaluation, [int(count) for count in counts])
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    counts = [row.get("micro_batches_per_update", 0) for row in logged]
+    return Run(recorder.gradients, logged, evaluation, [int(count) for count in counts])
 
 
 def run_as_rank(names: list[str], **options: Any) -> dict[str, Any]:

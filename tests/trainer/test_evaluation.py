@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from support.common_prompts import rows_of_prompts, watching_calls
+from support.failing import Failure
 from support.reference import float64_everywhere
 from support.tiny import make_trainer, pad, ragged_rows, tiny_llama
 
@@ -92,3 +94,73 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_filtered(tmp_path):
     with torch.no_grad():
         trainer.model.lm_head.weight[ROWS[0]["labels"][-1]] = float("nan")
     assert math.isnan(trainer.evaluate()["eval_loss"])
+
+
+# ---- rows that begin alike ---------------------------------------------------------------------
+
+PROMPTED = rows_of_prompts(11, seed=4, prompts=2)
+
+
+def trained_to_share(tmp_path, *, layout="auto", size=11, **options):
+    """A trainer that has trained for one update, so that the model has been asked."""
+    trainer = make_trainer(
+        tmp_path,
+        rows_of_prompts(8),
+        eval_dataset=PROMPTED,
+        layout=layout,
+        effective_batch_size=8,
+        per_device_eval_batch_size=size,
+        **options,
+    )
+    trainer.train()
+    assert bool(trainer.shortcuts.bodies) == (layout == "auto")
+    return trainer
+
+
+@pytest.mark.parametrize("size", [6, 11])
+def test_rows_that_begin_alike_are_evaluated_as_trees_to_the_same_loss(tmp_path, in_float64, size):
+    trainer = trained_to_share(tmp_path, size=size)
+    with torch.no_grad():
+        expected = float(trainer.model.eval()(**pad(PROMPTED)).loss)
+    with watching_calls() as calls:
+        metrics = trainer.evaluate()
+    assert calls.num_trees == -(-11 // size)
+    assert sum(calls.widths) < 0.7 * sum(len(row["input_ids"]) for row in PROMPTED)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_predictions_of_trees_are_those_of_rows(tmp_path, in_float64):
+    trees = trained_to_share(tmp_path / "trees")
+    rows = trained_to_share(tmp_path / "rows", layout="padded")
+    rows.model.load_state_dict(trees.model.state_dict())
+    with watching_calls() as calls:
+        actual = trees.predict(PROMPTED)
+    expected = rows.predict(PROMPTED)
+    assert calls.num_trees == 1
+    assert actual.predictions.shape == expected.predictions.shape
+    real = pad(PROMPTED)["attention_mask"].bool().numpy()  # what stands for padding is anybody's
+    assert abs(actual.predictions - expected.predictions)[real].max() < 1e-12
+    assert (actual.label_ids == expected.label_ids).all()
+    assert actual.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-12)
+
+
+def test_pieces_of_a_batch_that_did_not_fit_are_trees_as_well(tmp_path, in_float64):
+    trainer = trained_to_share(tmp_path)
+    with torch.no_grad():
+        expected = float(trainer.model.eval()(**pad(PROMPTED)).loss)
+    failure = Failure(trainer.model, lambda trees, width, seen: seen == 0, evaluation=True)
+    with watching_calls() as calls:
+        metrics = trainer.evaluate()
+    assert failure.raised == 1
+    assert calls.num_trees == 3  # the batch, and pieces of 5, 5 and 1 row
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_evaluation_before_training_computes_rows(tmp_path, in_float64):
+    trainer = make_trainer(tmp_path, rows_of_prompts(8), eval_dataset=PROMPTED)
+    with watching_calls() as calls:
+        metrics = trainer.evaluate()
+    assert not calls.of_trees
+    with torch.no_grad():
+        expected = float(tiny_llama()(**pad(PROMPTED)).loss)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-12)

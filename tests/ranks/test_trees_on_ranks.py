@@ -1,0 +1,55 @@
+"""Updates of trees on several ranks have the gradients of one, whatever each computes as trees."""
+
+import functools
+
+import pytest
+from support.common_prompts import rows_of_prompts
+from support.ranks import run_ranks
+from support.reference import float64_everywhere, reference_gradient, relative_error
+from support.tiny import pad, tiny_llama
+from support.tree_jobs import NUM_ROWS, PER_UPDATE, train_trees
+
+pytestmark = pytest.mark.slow
+
+RUNS = {
+    "DDP": {},
+    "DDP under a budget": {"max_tokens_per_micro_batch": 80},
+    "FSDP2": {"sharded": True},
+    "FSDP2 under a budget": {"sharded": True, "max_tokens_per_micro_batch": 80},
+}
+
+
+@functools.cache
+def truth():
+    """The gradient of each update at once, step by step."""
+    rows = rows_of_prompts(NUM_ROWS, seed=1, prompts=2)
+    gradients = []
+    with float64_everywhere():
+        model = tiny_llama()
+        for start in range(0, NUM_ROWS, PER_UPDATE):
+            gradient = reference_gradient(model, rows[start : start + PER_UPDATE], pad)
+            gradients.append(gradient)
+            for name, parameter in model.named_parameters():
+                parameter.data -= 0.1 * gradient[name]
+    return gradients
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_of_trees_take_the_steps_of_the_whole_batch(name):
+    ranks = run_ranks(train_trees, 2, **RUNS[name])
+    for rank in ranks:
+        assert rank["trees"] >= 2
+        for mine, expected in zip(rank["gradients"], truth(), strict=True):
+            assert relative_error(mine, expected) < 1e-11
+        assert rank["logs"][0]["shared_fraction"] > 0.2
+        assert rank["eval_trees"] > rank["trees"]
+    assert ranks[0]["eval_loss"] == pytest.approx(ranks[1]["eval_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_computed_again_on_two_ranks_see_the_tree(reentrant):
+    kwargs = {"use_reentrant": reentrant}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    for rank in run_ranks(train_trees, 2, in_float64=False, **options):
+        assert rank["trees"] >= 2
+        assert relative_error(rank["gradients"][0], truth()[0]) < 1e-6

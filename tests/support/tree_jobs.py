@@ -1,0 +1,57 @@
+"""Updates of trees on several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from typing import Any
+
+from .common_prompts import rows_of_prompts, watching_calls
+from .rank_jobs import FSDP2, WholeGradients, allow_sharding_on_cpu
+from .reference import float64_everywhere
+from .tiny import log_rows, make_trainer, tiny_llama
+
+__all__ = ["NUM_ROWS", "PER_UPDATE", "train_trees"]
+
+NUM_ROWS, PER_UPDATE = 25, 12
+"""Rows, and those of an update; the last of an epoch has one, and one rank has none."""
+
+
+def train_trees(
+    *, sharded: bool = False, in_float64: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Train an epoch of rows that begin alike, and say what was computed as trees.
+
+    Args:
+        sharded: By FSDP2, so that ranks run as many micro-batches.
+        in_float64: Without the float32 of norms; not where layers are computed again.
+        **options: Of the trainer.
+    """
+    if sharded:
+        allow_sharding_on_cpu()
+        options |= FSDP2
+    recorder = WholeGradients()
+    rows = rows_of_prompts(NUM_ROWS, seed=1, prompts=2)
+    with float64_everywhere():  # weights are drawn in the default dtype
+        model = tiny_llama()
+    exactly = float64_everywhere() if in_float64 else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as out, exactly, watching_calls() as calls:
+        settings = {"effective_batch_size": PER_UPDATE, "train_sampling_strategy": "sequential"}
+        trainer = make_trainer(
+            out,
+            rows,
+            model=model,
+            callbacks=[recorder],
+            eval_dataset=rows[:7],
+            **{"layout": "shared_prefix", **settings, **options},
+        )
+        trainer.train()
+        trained = calls.num_trained_trees
+        evaluated = trainer.evaluate()
+    return {
+        "gradients": recorder.gradients,
+        "trees": trained,
+        "eval_trees": calls.num_trees,
+        "logs": log_rows(trainer),
+        "eval_loss": evaluated["eval_loss"],
+    }
