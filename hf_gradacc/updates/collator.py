@@ -276,7 +276,7 @@ class UpdateCollator:
             overhead_tokens=self.overhead_tokens,
             packed=self.packed,
         )
-        if shared.cost > (1 - self.least_saving) * costs:
+        if not shared.pays(costs, least_saving=self.least_saving):
             return plan, plain
         return shared.pieces, list(shared.trees)
 

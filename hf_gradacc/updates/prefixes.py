@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "grow_trees",
     "padded_cost",
     "plan_shared_micro_batches",
+    "plan_sorted",
     "sort_by_prefix",
     "trees_of",
 ]
@@ -56,32 +57,56 @@ class Sorted:
     lengths: np.ndarray
     shared: np.ndarray
 
+    def among(self, places: np.ndarray) -> Sorted:
+        """Keep some rows. What two of them share is the least that any two between them share.
 
-def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
+        Args:
+            places: Which places to keep, each above the one before.
+
+        >>> found = sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8], [5, 6, 7]])
+        >>> found.among(np.array([0, 2, 3])).shared.tolist()
+        [0, 2, 0]
+        """
+        shared = np.zeros(len(places), dtype=np.int64)
+        if len(places) > 1:
+            shared[1:] = np.minimum.reduceat(self.shared[: places[-1] + 1], places[:-1] + 1)
+        return Sorted(self.order[places], self.lengths[places], shared)
+
+
+def sort_by_prefix(
+    rows: Iterable[Any], *, most: int | None = None, dtype: Any = np.int64
+) -> Sorted:
     """Sort rows by the bytes of their tokens; count what each has in common with the one before.
 
     Takes ``n log n`` comparisons, each no longer than a common prefix, and memory for the tokens.
 
     Args:
         rows: Token ids of each row: lists, arrays or tensors of one dimension.
+        most: Tokens of each row to look at; what rows share beyond them is not counted.
+        dtype: Integers to hold tokens in meanwhile.
 
     >>> found = sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8], [5, 6, 7]])
     >>> found.order.tolist(), found.lengths.tolist(), found.shared.tolist()
     ([0, 3, 2, 1], [3, 3, 4, 1], [0, 3, 2, 0])
     """
-    tokens = [np.asarray(row, dtype=np.int64).reshape(-1) for row in rows]
-    keys = [row.tobytes() for row in tokens]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    shared = np.zeros(len(rows), dtype=np.int64)
-    for place in range(1, len(order)):
-        before, here = tokens[order[place - 1]], tokens[order[place]]
+    keys: list[bytes] = []
+    of_rows: list[int] = []
+    for row in rows:
+        tokens = np.asarray(row).reshape(-1)
+        of_rows.append(len(tokens))
+        keys.append(tokens[:most].astype(dtype).tobytes())
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    shared = np.zeros(len(keys), dtype=np.int64)
+    before: Any = np.zeros(0, dtype=dtype)
+    for place, index in enumerate(order):
+        here = np.frombuffer(keys[index], dtype=dtype)
         least = min(len(before), len(here))
-        if least == 0 or before[0] != here[0]:
-            continue
-        differs = before[:least] != here[:least]
-        first = int(differs.argmax())
-        shared[place] = first if differs[first] else least
-    lengths = np.fromiter((len(tokens[i]) for i in order), dtype=np.int64, count=len(order))
+        if least and before[0] == here[0]:
+            differs = before[:least] != here[:least]
+            first = int(differs.argmax())
+            shared[place] = first if differs[first] else least
+        before = here
+    lengths = np.asarray(of_rows, dtype=np.int64)[order] if order else shared
     return Sorted(np.asarray(order, dtype=np.int64), lengths, shared)
 
 
@@ -163,32 +188,31 @@ def grow_trees(
     next_apart = np.append(apart, n)[np.searchsorted(apart, np.arange(n), side="right")]
     widest = cost.widest(int(rows.shared.max()), int(rows.lengths.max()))
     limits = [limit for limit in (max_tokens, widest) if limit is not None]
-    limit = min(limits, default=None)
+    stops = next_apart
+    if max_rows is not None:
+        stops = np.minimum(stops, np.arange(n) + max_rows)
+    # The first row of a tree has no neighbour to share with: it pays for all its tokens.
+    before = ends[:-1] - rows.shared
+    if limits:
+        stops = np.minimum(stops, np.searchsorted(ends, before + min(limits), side="right") - 1)
     best = np.zeros(n + 1)
-    take = np.ones(n, dtype=np.int64)
-    alone = cost.row(rows.lengths)
+    take = [1] * n
+    alone = np.asarray(cost.row(rows.lengths), dtype=float).tolist()
+    of_stops = stops.tolist()
     for start in range(n - 1, -1, -1):
-        stop = int(next_apart[start])
-        if max_rows is not None:
-            stop = min(stop, start + max_rows)
-        # The first row of a tree has no neighbour to share with: it pays for all its tokens.
-        more = int(rows.shared[start])
-        if limit is not None:
-            stop = min(
-                stop, int(np.searchsorted(ends, ends[start] + limit - more, side="right")) - 1
-            )
-        best[start] = alone[start] + best[start + 1]
-        if stop < start + 2:
-            continue
-        widths = ends[start + 2 : stop + 1] - ends[start] + more
-        costs = cost.tree(widths) + best[start + 2 : stop + 1]
-        least = int(costs.argmin())
-        if costs[least] < best[start]:
-            best[start], take[start] = costs[least], least + 2
+        stop = of_stops[start]
+        cheapest = alone[start] + best[start + 1]
+        if stop >= start + 2:
+            widths = ends[start + 2 : stop + 1] - before[start]
+            costs = cost.tree(widths) + best[start + 2 : stop + 1]
+            least = int(costs.argmin())
+            if costs[least] < cheapest:
+                cheapest, take[start] = costs[least], least + 2
+        best[start] = cheapest
     trees, start = [], 0
     while start < n:
-        stop = start + int(take[start])
-        trees.append((start, stop, int(ends[stop] - ends[start] + rows.shared[start])))
+        stop = start + take[start]
+        trees.append((start, stop, int(ends[stop] - before[start])))
         start = stop
     return trees
 
@@ -201,12 +225,21 @@ class SharedPlan:
         pieces: Rows of each micro-batch, as `plan_micro_batches` returns them; those of a tree are
             neighbours.
         trees: The trees of each micro-batch, in the same order.
-        cost: What all micro-batches cost, in tokens.
+        costs: What each micro-batch costs, in tokens.
     """
 
     pieces: list[list[int]]
     trees: list[GrownTrees]
-    cost: float
+    costs: list[float]
+
+    @property
+    def cost(self) -> float:
+        """What all micro-batches cost."""
+        return sum(self.costs)
+
+    def pays(self, cost_of_rows: float, *, least_saving: float) -> bool:
+        """Return whether it costs less than rows as they are, by the part that it has to save."""
+        return self.cost <= (1 - least_saving) * cost_of_rows
 
 
 @dataclass(frozen=True)
@@ -260,25 +293,44 @@ def plan_shared_micro_batches(
     >>> plan.pieces, [trees.rows for trees in plan.trees], plan.trees[0].sizes
     ([[0, 1], [2]], [((0, 1),), ((0,),)], (5,))
     """
-    found = sort_by_prefix(rows)
+    return plan_sorted(
+        sort_by_prefix(rows),
+        cost,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        overhead_tokens=overhead_tokens,
+    )
+
+
+def plan_sorted(
+    found: Sorted,
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    overhead_tokens: int = 0,
+) -> SharedPlan:
+    """Cut rows that are sorted already; see `plan_shared_micro_batches`."""
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
     if not trees:
-        return SharedPlan([], [], 0.0)
+        return SharedPlan([], [], [])
     if max_sequences is None:
         cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
     else:
         cuts = _cut_counting(trees, max_tokens, max_sequences)
-    pieces, grown, total = [], [], 0.0
+    pieces: list[list[int]] = []
+    grown: list[GrownTrees] = []
+    costs: list[float] = []
     for start, stop in cuts:
         inside = trees[start:stop]
         pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
         ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
-        rows = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends]))
-        grown.append(GrownTrees(rows, tuple(size for *_, size in inside)))
+        of_trees = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends]))
+        grown.append(GrownTrees(of_trees, tuple(size for *_, size in inside)))
         price = cost.row if grown[-1].are_rows else cost.tree
-        total += len(inside) * float(price(inside[0][2])) + overhead_tokens
-    return SharedPlan(pieces, grown, total)
+        costs.append(len(inside) * float(price(inside[0][2])) + overhead_tokens)
+    return SharedPlan(pieces, grown, costs)
 
 
 def _cut_counting(
