@@ -136,7 +136,7 @@ class MicroBatchStep:
         # A step of somebody's own may run other rows.
         if not isinstance(ids, Tensor) or len(ids) != sum(map(len, grown.rows)):
             return None
-        return lay_out_trees(ids, mask, grown.rows)
+        return lay_out_trees(ids, mask, grown.rows, by_rows=grown.by_rows)
 
     def _with_noise(
         self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool

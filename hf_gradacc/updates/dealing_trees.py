@@ -16,9 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_gradacc.updates.dealing import deal_rows
+from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.planner import cut_sorted
-from hf_gradacc.updates.prefixes import Sorted, TreeCost, grow_trees, padded_cost, plan_sorted
+from hf_gradacc.updates.prefixes import (
+    Sorted,
+    TreeCost,
+    cost_of_trees,
+    grow_trees,
+    padded_cost,
+    plan_trees,
+)
 
 __all__ = ["DealTerms", "deal_trees", "price_share"]
 
@@ -110,7 +117,7 @@ def price_share(found: Sorted, terms: DealTerms) -> list[float]:
     """
     if not len(found.order):
         return []
-    shared = plan_sorted(
+    shared = plan_trees(
         found,
         terms.cost,
         max_tokens=terms.max_tokens,
@@ -181,16 +188,27 @@ def _deal_runs(
         if len(units) in (before, len(found.order)):
             continue  # the same trees again, or none: then rows were dealt by length already
         before = len(units)
-        attention = terms.cost.attention_length
-        shares = deal_rows(
-            [width for *_, width in units],
-            num_ranks,
-            max_tokens=terms.max_tokens,
-            overhead_tokens=terms.overhead_tokens,
-            attention_length=None if attention is None else int(attention / terms.cost.masked),
-            lockstep=terms.lockstep,
-        )
+        shares = _deal_units(found, units, num_ranks, terms)
         yield _leave_none_empty([_places([units[i] for i in share]) for share in shares])
+
+
+def _deal_units(
+    found: Sorted, trees: Sequence[tuple[int, int, int]], num_ranks: int, terms: DealTerms
+) -> _Shares:
+    """Deal whole trees: like rows of their width, or by their cost where none is padded."""
+    cost = terms.cost
+    if cost.by_rows:
+        costs = [cost_of_trees([tree], found, cost) for tree in trees]
+        return deal_by_cost([round(of_tree) for of_tree in costs], num_ranks)
+    attention = cost.attention_length
+    return deal_rows(
+        [width for *_, width in trees],
+        num_ranks,
+        max_tokens=terms.max_tokens,
+        overhead_tokens=terms.overhead_tokens,
+        attention_length=None if attention is None else max(1, int(attention / cost.masked)),
+        lockstep=terms.lockstep,
+    )
 
 
 def _places(trees: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -204,16 +222,21 @@ def _one_run_each(
 ) -> list[np.ndarray]:
     """Cut the sorted rows into one run for each rank, so that the costliest costs least."""
     n = len(found.order)
-    # A token attends to its tree, so it costs as much as the tree is wide.
-    per_token = np.empty(n)
     joins = np.ones(n, dtype=bool)
-    for start, stop, width in trees:
-        price = cost.row if stop - start == 1 else cost.tree
-        per_token[start:stop] = float(price(width)) / max(width, 1)
-        joins[start] = False
-    own = np.where(joins, found.lengths - found.shared, found.lengths) * per_token
+    joins[[start for start, *_ in trees]] = False
+    tokens = found.lengths - found.shared
+    if cost.by_rows:
+        alone = np.asarray(cost.row(found.lengths), dtype=float)
+        own = np.asarray(cost.branch(tokens, found.lengths), dtype=float)
+    else:  # a token attends to its tree, so it costs as much as the tree is wide
+        per_token = np.empty(n)
+        for start, stop, width in trees:
+            price = cost.row if stop - start == 1 else cost.tree
+            per_token[start:stop] = float(price(width)) / max(width, 1)
+        alone, own = found.lengths * per_token, tokens * per_token
+    own = np.where(joins, own, alone)
     ends = np.concatenate(([0.0], np.cumsum(own)))
-    first = found.lengths * per_token - own  # what a row costs more that begins a run
+    first = alone - own  # what a row costs more that begins a run
 
     def cut(limit: float) -> list[int] | None:
         stops, start = [], 0

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -320,12 +320,15 @@ def build_loader(
     collator.num_ranks = world_size
     # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
     attention_length = 6 * hidden_size if hidden_size else None
-    collator.tree_cost = TreeCost(attention_length)
+    # Of a square of attention, what stands before is half.
+    tree_cost = TreeCost(attention_length and 2 * attention_length, by_rows=True)
+    collator.tree_cost = tree_cost
     collator.rows_repeat = sampler is not None
     deal = partial(
         deal_update,
         collator,
         attention_length=attention_length,
+        tree_cost=tree_cost,
         lockstep=lockstep,
     )
     options["generator"] = make_generator(seed)
@@ -410,6 +413,7 @@ def deal_update(
     sort: Callable[[], Sorted | None] | None = None,
     *,
     attention_length: int | None = None,
+    tree_cost: TreeCost | None = None,
     lockstep: bool = False,
 ) -> list[list[int]]:
     """Assign an update's rows to ranks by what they cost in the layout they will have.
@@ -423,6 +427,7 @@ def deal_update(
         num_ranks: Ranks that share the update.
         sort: Sorts the rows by their tokens, for rows that may be computed as trees.
         attention_length: See `deal_rows`.
+        tree_cost: What trees cost, by the model's size alone.
         lockstep: See `deal_rows`.
     """
     if collator.pad_to_one_width or not any(lengths):
@@ -449,7 +454,8 @@ def deal_update(
     if found is None:
         return shares
     terms = DealTerms(
-        TreeCost(attention_length),  # not the collator's own, which may be fitted to a device
+        # How a model attends to trees is the same on all ranks; what a device was fitted to is not.
+        replace(tree_cost or TreeCost(), by_rows=collator.tree_cost.by_rows),
         max_tokens=max_tokens,
         max_sequences=collator.max_sequences,
         overhead_tokens=collator.overhead_tokens,
