@@ -130,6 +130,19 @@ def test_groups_of_answers_to_one_prompt_take_the_slowest_rank_less_time(num_ran
     assert ours < 0.92 * before
 
 
+def test_ranks_in_lockstep_are_dealt_to_so_that_they_wait_little_for_each_other():
+    kept = {"cost": TreeCost(12 * 1024, by_rows=True), "max_tokens": 2048, "overhead_tokens": 64}
+    apart, lockstep = (DealTerms(**kept, lockstep=together) for together in (False, True))
+    waits = {apart: 0, lockstep: 0}
+    for seed in range(8):
+        rows = answers(48, seed)
+        plain = by_length(rows, 4, lockstep)
+        for terms in waits:
+            shares = deal_trees(sort_by_prefix(rows), 4, plain, terms)
+            waits[terms] += slowest(rows, shares, lockstep)
+    assert waits[lockstep] < 0.99 * waits[apart]
+
+
 def answers(count, seed, *, of_each=8):
     """Prompts with several answers each, in random order."""
     draw = random.Random(seed)
