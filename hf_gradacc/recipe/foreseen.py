@@ -46,6 +46,7 @@ def find_foreseen(sections: ReadableSections) -> Iterator[Finding]:
         yield ("model", "config"), why, fix
     yield from _of_sizes(sections)
     yield from _of_sharding(sections)
+    yield from _of_layout(sections)
     yield from _of_evaluation(sections)
     yield from _of_stream(sections)
     yield from _of_words(sections)
@@ -77,6 +78,19 @@ def _of_sharding(sections: ReadableSections) -> Iterator[Finding]:
     if get("fsdp") and sections.peft is not None and sections.peft.merge_on_save:
         why = "merges on one rank, and under train.fsdp each holds a part of the weights"
         yield ("peft", "merge_on_save"), why, "leave it out, and merge the saved adapter with peft"
+
+
+def _of_layout(sections: ReadableSections) -> Iterator[Finding]:
+    """What refuses to share prefixes, whatever the model: see `why_not_shared`."""
+    get = sections.trains_with
+    if get("layout") != "shared_prefix":
+        return
+    key, fix = ("train", "layout"), "leave it out, or set it to padded"
+    if sections.model is not None and sections.model.task == "seq2seq":
+        yield key, "needs a model in which each token sees the tokens before it alone", fix
+    for name in ("neftune_noise_alpha", "torch_compile"):
+        if get(name):
+            yield key, f"does not go with train.{name}", f"leave out one of the two, or {fix[14:]}"
 
 
 def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.trees import takes_rows
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.measure import (
@@ -27,7 +28,8 @@ from hf_gradacc.recipe.measure import (
 )
 from hf_gradacc.recipe.memory import MemoryEstimate, anonymous_bytes, estimate_memory
 from hf_gradacc.recipe.model import check_model
-from hf_gradacc.recipe.plan import RecipePlan, Spread, plan_recipe
+from hf_gradacc.recipe.plan import RecipePlan, plan_recipe
+from hf_gradacc.recipe.plan_ways import Spread, WayToPlan
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
@@ -110,13 +112,14 @@ def show_plan(
         world_size=world_size,
         on_accelerator=not recipe.train.get("use_cpu"),
         lockstep=bool(recipe.train.get("fsdp")),
+        trees_by_rows=takes_rows(model.config),
     )
     gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
     memory = estimate_memory(
         recipe,
         tokenizer=tokenizer,
         arguments=arguments,
-        largest=plan.chosen.largest,
+        largest=plan.largest,
         label_names=data.label_names,
         world_size=world_size,
         available=gpu_memory,
@@ -179,16 +182,43 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
         else ""
     )
     console.print(f"\n[bold]Ways to cut the same updates[/bold]{of}")
-    table = _table("micro-batches of", "padding", "micro-batches", "largest, tokens", "")
+    sharing = plan.sharing
+    computed = ["computed, tokens"] if sharing else []
+    table = _table(
+        *("micro-batches of", *computed, "padding", "micro-batches", "largest, tokens", "")
+    )
     for way in plan.ways:
         table.add_row(
             way.name,
+            *([f"{way.computed_per_update:,.0f}"] if sharing else []),
             f"{way.padding_fraction:.1%}",
             f"{way.micro_batches.mean:.1f}",
             f"{way.largest:,}",
-            "<- this recipe" if way.chosen else "",
+            _mark(way, plan),
         )
     console.print(table)
+    if sharing:
+        console.print(
+            f"rows begin alike: {sharing.shared_fraction:.0%} of the input tokens need not be "
+            f"computed (layout: shared_prefix, {_who_takes(plan, sharing)})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _mark(way: WayToPlan, plan: RecipePlan) -> str:
+    """Mark the way that the recipe plans."""
+    if way.stands_in:
+        return "<- else"
+    allowed = ", where the model allows it" if plan.depends_on_model else ""
+    return f"<- this recipe{allowed}" if way.chosen else ""
+
+
+def _who_takes(plan: RecipePlan, sharing: WayToPlan) -> str:
+    """Say when common prefixes are computed once."""
+    if not sharing.chosen:
+        return "not taken by this recipe"
+    return "taken by auto where the model allows it" if plan.depends_on_model else "asked for"
 
 
 def _print_lengths(plan: RecipePlan, tokenizer: Any, console: Console) -> None:
@@ -230,7 +260,7 @@ def _print_memory(
     if memory.masters:
         why = "float32 values of the weights (low_precision_updates)"
         table.add_row("masters", byte_size(memory.masters / memory.shards), why)
-    largest = f"of the largest micro-batch, {plan.chosen.largest:,} tokens"
+    largest = f"of the largest micro-batch, {plan.largest:,} tokens"
     table.add_row("activations", byte_size(memory.activations), largest)
     table.add_row("logits", byte_size(memory.logits), "")
     table.add_row("new gradient", byte_size(memory.new_gradient), "of the largest weight, unsummed")
@@ -324,7 +354,7 @@ def _make_it_fit(plan: RecipePlan, memory: MemoryEstimate, usable: float, peft: 
     """The first of these that is enough: smaller micro-batches, recomputing, fewer weights."""
     longest = int(plan.lengths.max())
     state = memory.state + memory.new_gradient
-    per_token = (memory.activations + memory.logits) / plan.chosen.largest
+    per_token = (memory.activations + memory.logits) / plan.largest
     reason = f"estimated {memory.total / 1e9:.1f} GB exceed {usable / 1e9:.1f} GB"
     fits = int((usable - state) / per_token) if per_token else 0
     if fits >= longest:

@@ -67,7 +67,8 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
     Returns:
         "requested": the options as the user wrote them; "effective_batch_size" or
         "tokens_per_update": the one that decides, over all ranks; "world_size"; and, where the
-        loader is ours, "max_sequences_per_micro_batch" and "max_tokens_per_micro_batch".
+        loader is ours, "max_sequences_per_micro_batch", "max_tokens_per_micro_batch", and
+        "shares_prefixes" if rows that begin alike are computed as trees.
     """
     requested = {name: getattr(args, name) for name in BATCH_OPTIONS if hasattr(args, name)}
     facts: dict[str, Any] = {"requested": requested, "world_size": getattr(args, "world_size", 1)}
@@ -90,6 +91,8 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
     ):
         if hasattr(collator, theirs):
             facts[ours] = getattr(collator, theirs)
+    if getattr(collator, "shares_prefixes", False):
+        facts["shares_prefixes"] = True
     return facts
 
 

@@ -252,6 +252,8 @@ def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
     >>> describe_row({"loss": 0.6931, "tokens_per_update": 8.0, "effective_batch_size": 8.0,
     ...     "target_tokens_per_second": 12.5}, step=1)
     'update 1: loss 0.6931 | 8 targets, 8 sequences | 12.5 targets/s'
+    >>> describe_row({"loss": 0.5, "padding_fraction": 0.04, "shared_fraction": 0.412}, step=2)
+    'update 2: loss 0.5 | 4.0% padding, 41.2% shared'
     """
     many = "targets" if _counts_rows(logs) else "target tokens"
     parts = [f"update {step}: loss {number(logs['loss'])}"]
@@ -266,6 +268,8 @@ def describe_row(logs: Mapping[str, Any], *, step: int) -> str:
     ]
     if "padding_fraction" in logs:
         batch.append(f"{logs['padding_fraction']:.1%} padding")
+    if "shared_fraction" in logs:
+        batch.append(f"{logs['shared_fraction']:.1%} shared")
     if batch:
         parts.append(", ".join(batch))
     if "learning_rate" in logs:
@@ -358,8 +362,9 @@ def plan_rows(
         )
         if isinstance(batch.get(key), int)
     ]
-    if limits:
-        yield "micro-batch", " and ".join(limits)
+    shares = ["common prefixes computed once"] if batch.get("shares_prefixes") else []
+    if limits or shares:
+        yield "micro-batch", ", ".join([*filter(None, [" and ".join(limits)]), *shares])
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     yield "learning rate", f"{quantity(args.learning_rate)} at its peak, {schedule} schedule"
     left = state.max_steps - state.global_step
@@ -386,6 +391,9 @@ def result_line(state: Any, *, seconds: float, first_step: int) -> str:
         trained_on = [row for row in counted if kind_of(row) == "train"]
         what = "targets" if trained_on and all(map(_counts_rows, trained_on)) else "target tokens"
         text += f", {quantity(counted[-1]['target_tokens_seen'])} {what} seen"
+    shared = [row.get("shared_fraction", 0.0) for row in counted if kind_of(row) == "train"]
+    if any(shared):
+        text += f", {sum(shared) / len(shared):.1%} of input tokens shared"
     if losses:
         text += f"; loss {number(losses[0])} -> {number(losses[-1])}"
     if held_out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from hf_gradacc.loss.remembered import RememberedLayers, find_layers
 from hf_gradacc.loss.replay import Replay
 from hf_gradacc.loss.sharing import with_sharing
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, choose_shortcuts
+from hf_gradacc.ranks.collectives import largest_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, devices_of
@@ -167,6 +169,10 @@ def ask_trainer(
                         setting=setting,
                         dtype=dtype,
                     )
+                    # Ranks deal rows by it: if one of them ran out of memory here, none shares.
+                    fails = int(not shortcuts.bodies)
+                    if largest_over_ranks(fails, device=args.device):
+                        shortcuts = replace(shortcuts, bodies=())
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed

@@ -280,7 +280,7 @@ class UpdateCollator:
             packed=self.packed,
             rows_each=len(sequences[0]),
         )
-        if shared.cost > (1 - self.least_saving) * costs:
+        if not shared.pays(costs, least_saving=self.least_saving):
             return plan, plain
         return shared.pieces, list(shared.trees)
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,11 +19,13 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.budget import FIRST_BUDGET
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.dealing_trees import DealTerms, deal_trees
 from hf_gradacc.updates.draws import ReadsByRow
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
-from hf_gradacc.updates.prefixes import TreeCost
+from hf_gradacc.updates.prefix_order import PrefixOrder, sort_rows
+from hf_gradacc.updates.prefixes import Sorted, TreeCost
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import (
     Rows,
@@ -319,12 +321,14 @@ def build_loader(
     # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
     attention_length = 6 * hidden_size if hidden_size else None
     # Of a square of attention, what stands before is half.
-    collator.tree_cost = TreeCost(attention_length and 2 * attention_length, by_rows=True)
+    tree_cost = TreeCost(attention_length and 2 * attention_length, by_rows=True)
+    collator.tree_cost = tree_cost
     collator.rows_repeat = sampler is not None
     deal = partial(
         deal_update,
         collator,
         attention_length=attention_length,
+        tree_cost=tree_cost,
         lockstep=lockstep,
     )
     options["generator"] = make_generator(seed)
@@ -339,6 +343,7 @@ def build_loader(
             take=take,
             length_of=length_of,
             deal=deal,
+            sort=partial(sort_rows, main_input=collator.main_input),
             keep_incomplete=incomplete_update == "keep",
             rank=rank,
             world_size=world_size,
@@ -363,6 +368,7 @@ def build_loader(
         world_size=world_size,
         lengths=lengths,
         deal=deal,
+        sort=PrefixOrder(dataset, main_input=collator.main_input),
         noise_scale_every=collator.noise_scale_every,
     )
     return UpdateLoader.over_dataset(
@@ -404,8 +410,10 @@ def deal_update(
     collator: UpdateCollator,
     lengths: Sequence[int],
     num_ranks: int,
+    sort: Callable[[], Sorted | None] | None = None,
     *,
     attention_length: int | None = None,
+    tree_cost: TreeCost | None = None,
     lockstep: bool = False,
 ) -> list[list[int]]:
     """Assign an update's rows to ranks by what they cost in the layout they will have.
@@ -415,26 +423,45 @@ def deal_update(
 
     Args:
         collator: Plans the shares later.
-        lengths: Tokens of each row.
+        lengths: Tokens of each row; 0 for one without a target.
         num_ranks: Ranks that share the update.
+        sort: Sorts the rows by their tokens, for rows that may be computed as trees.
         attention_length: See `deal_rows`.
+        tree_cost: What trees cost, by the model's size alone.
         lockstep: See `deal_rows`.
     """
     if collator.pad_to_one_width or not any(lengths):
         return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
-    if collator.packed:
-        attends = attention_length or 0
-        costs = [length * (attends + length if attends else 1) for length in lengths]
-        return deal_by_cost(costs, num_ranks)
     max_tokens = collator.max_tokens
     if collator.tunes_budget:
         max_tokens = max(FIRST_BUDGET, 4 * max(lengths, default=0))
-    return deal_rows(
-        lengths,
-        num_ranks,
+    if collator.packed:
+        attends = attention_length or 0
+        costs = [length * (attends + length if attends else 1) for length in lengths]
+        shares = deal_by_cost(costs, num_ranks)
+    else:
+        shares = deal_rows(
+            lengths,
+            num_ranks,
+            max_tokens=max_tokens,
+            max_sequences=collator.max_sequences,
+            overhead_tokens=collator.overhead_tokens,
+            attention_length=attention_length,
+            lockstep=lockstep,
+        )
+    shares_prefixes = collator.shares_prefixes and collator.rows_per_sequence == 1
+    found = sort() if sort is not None and shares_prefixes else None
+    if found is None:
+        return shares
+    terms = DealTerms(
+        # How a model attends to trees is the same on all ranks; what a device was fitted to is not.
+        replace(tree_cost or TreeCost(), by_rows=collator.tree_cost.by_rows),
         max_tokens=max_tokens,
         max_sequences=collator.max_sequences,
         overhead_tokens=collator.overhead_tokens,
-        attention_length=attention_length,
+        least_saving=collator.least_saving,
+        packed=collator.packed,
         lockstep=lockstep,
     )
+    with_target = np.asarray(lengths, dtype=np.int64)[found.order] > 0
+    return deal_trees(found.among(np.flatnonzero(with_target)), num_ranks, shares, terms)

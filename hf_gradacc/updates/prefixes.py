@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "SharedPlan",
     "Sorted",
     "TreeCost",
+    "cost_of_trees",
     "count_distinct_tokens",
     "grow_trees",
     "padded_cost",
@@ -65,35 +66,58 @@ class Sorted:
     shared: np.ndarray
     rows_each: int = 1
 
+    def among(self, places: np.ndarray) -> Sorted:
+        """Keep some rows. What two of them share is the least that any two between them share.
 
-def sort_by_prefix(rows: Sequence[Any]) -> Sorted:
+        Args:
+            places: Which places to keep, each above the one before.
+
+        >>> found = sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8], [5, 6, 7]])
+        >>> found.among(np.array([0, 2, 3])).shared.tolist()
+        [0, 2, 0]
+        """
+        shared = np.zeros(len(places), dtype=np.int64)
+        if len(places) > 1:
+            shared[1:] = np.minimum.reduceat(self.shared[: places[-1] + 1], places[:-1] + 1)
+        return Sorted(self.order[places], self.lengths[places], shared)
+
+
+def sort_by_prefix(
+    rows: Iterable[Any], *, most: int | None = None, dtype: Any = np.int64
+) -> Sorted:
     """Sort rows by the bytes of their tokens; count what each has in common with the one before.
 
     Takes ``n log n`` comparisons, each no longer than a common prefix, and memory for the tokens.
 
     Args:
         rows: Token ids of each row: lists, arrays or tensors of one dimension.
+        most: Tokens of each row to look at; what rows share beyond them is not counted.
+        dtype: Integers to hold tokens in meanwhile.
 
     >>> found = sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8], [5, 6, 7]])
     >>> found.order.tolist(), found.lengths.tolist(), found.shared.tolist()
     ([0, 3, 2, 1], [3, 3, 4, 1], [0, 3, 2, 0])
     """
-    tokens = [np.asarray(row, dtype=np.int64).reshape(-1) for row in rows]
+    tokens: list[np.ndarray] = []
+    of_rows: list[int] = []
+    for row in rows:
+        ids = np.asarray(row).reshape(-1)
+        of_rows.append(ids.size)
+        tokens.append(ids[:most].astype(dtype))
     # Half the bytes sort twice as fast. Ids that 32 bits cannot hold may sort rows apart that begin
     # alike, and nothing worse: what two neighbours share is counted in the ids themselves.
-    keys = [row.astype(np.int32).tobytes() for row in tokens]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    shared = [0] * len(rows)
+    keys = [ids.astype(np.int32, copy=False).tobytes() for ids in tokens]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    shared = [0] * len(keys)
     for place, (before, here) in enumerate(itertools.pairwise([tokens[i] for i in order]), 1):
         least = min(before.size, here.size)
         if least:
             differs = before[:least] != here[:least]
             first = int(differs.argmax())
             shared[place] = first if differs[first] else least
-    lengths = [tokens[i].size for i in order]
     return Sorted(
         order=np.asarray(order, dtype=np.int64),
-        lengths=np.asarray(lengths, dtype=np.int64),
+        lengths=np.asarray([of_rows[i] for i in order], dtype=np.int64),
         shared=np.asarray(shared, dtype=np.int64),
     )
 
@@ -238,12 +262,21 @@ class SharedPlan:
         pieces: Rows of each micro-batch, as `plan_micro_batches` returns them; those of a tree are
             neighbours.
         trees: The trees of each micro-batch, in the same order.
-        cost: What all micro-batches cost, in tokens.
+        costs: What each micro-batch costs, in tokens; no end of it if nothing is shared.
     """
 
     pieces: list[list[int]]
     trees: list[GrownTrees]
-    cost: float
+    costs: list[float]
+
+    @property
+    def cost(self) -> float:
+        """What all micro-batches cost."""
+        return sum(self.costs)
+
+    def pays(self, cost_of_rows: float, *, least_saving: float) -> bool:
+        """Return whether it costs less than rows as they are, by the part that it has to save."""
+        return self.cost <= (1 - least_saving) * cost_of_rows
 
 
 @dataclass(frozen=True)
@@ -339,7 +372,7 @@ def plan_trees(
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
     if found.rows_each == 1 and all(last - first == 1 for first, last, _ in trees):
-        return SharedPlan([], [], math.inf)
+        return SharedPlan([], [], [math.inf])
     if cost.by_rows:
         bins = _fill(trees, max_tokens, max_sequences)
     elif max_sequences is None:
@@ -348,7 +381,9 @@ def plan_trees(
         cuts = _cut_counting(trees, max_tokens, max_sequences)
     if not cost.by_rows:
         bins = [trees[start:stop] for start, stop in cuts]
-    pieces, grown, total = [], [], 0.0
+    pieces: list[list[int]] = []
+    grown: list[GrownTrees] = []
+    costs: list[float] = []
     for inside in bins:
         pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
         ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
@@ -358,11 +393,11 @@ def plan_trees(
             for a, b in itertools.pairwise([0, *ends])
         )
         grown.append(GrownTrees(rows, tuple(size for *_, size in inside), cost.by_rows))
-        total += _cost_of(inside, found, cost) + overhead_tokens
-    return SharedPlan(pieces, grown, total)
+        costs.append(cost_of_trees(inside, found, cost) + overhead_tokens)
+    return SharedPlan(pieces, grown, costs)
 
 
-def _cost_of(trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: TreeCost) -> float:
+def cost_of_trees(trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: TreeCost) -> float:
     """Return the cost of one micro-batch of trees, the widest first."""
     if not cost.by_rows:
         are_rows = all(last - first == 1 for first, last, _ in trees) and rows.rows_each == 1
@@ -465,5 +500,5 @@ def trees_of(
         return None
     lengths = found.lengths.tolist()
     as_rows = padded_cost(lengths, [range(len(lengths))], cost)
-    as_trees = _cost_of(sorted(trees, key=lambda tree: -tree[2]), found, cost)
+    as_trees = cost_of_trees(sorted(trees, key=lambda tree: -tree[2]), found, cost)
     return grown if as_trees < as_rows else None

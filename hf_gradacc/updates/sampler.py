@@ -10,17 +10,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.updates.dealing import deal_at_random, deal_by_cost, measures_noise
+from hf_gradacc.updates.prefixes import Sorted
 
-__all__ = ["Deal", "Share", "UpdateSampler", "bound_updates_by_tokens", "count_updates"]
+__all__ = ["Deal", "Share", "SortRows", "UpdateSampler", "bound_updates_by_tokens", "count_updates"]
 
-Deal = Callable[[Sequence[int], int], list[list[int]]]
-"""Lengths of an update's rows, and the number of ranks: to indices for each rank."""
+Deal = Callable[..., list[list[int]]]
+"""Lengths of an update's rows, and the number of ranks: to indices for each rank. Where rows can be
+sorted by their tokens, a function that does so comes third."""
+SortRows = Callable[[Sequence[Any]], Sorted | None]
+"""Rows of an update, or their indices: to the rows by their tokens; None if they have none."""
 
 
 class Share(list[int]):
@@ -63,6 +68,7 @@ class UpdateSampler:
         lengths: Tokens of each row, to balance ranks by; without it rows are dealt in turn.
         deal: Called with the lengths of an update's rows and the number of ranks; gives each rank
             its part, as `deal_rows` does. Default: by length.
+        sort: Sorts an update's rows by their tokens, for a `deal` that knows what they share.
         noise_scale_every: Every so many updates of an epoch, deal at random instead of by cost,
             and give the rows of a share in random order: their noise is measured.
 
@@ -90,6 +96,7 @@ class UpdateSampler:
         world_size: int = 1,
         lengths: Sequence[int] | np.ndarray | None = None,
         deal: Deal | None = None,
+        sort: SortRows | None = None,
         noise_scale_every: int | None = None,
     ) -> None:
         if (effective_batch_size is None) == (tokens_per_update is None):
@@ -121,6 +128,7 @@ class UpdateSampler:
         self._target_counts = None if target_counts is None else np.asarray(target_counts)
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
         self._deal = deal or deal_by_cost
+        self._sort = sort
         if len(self) == 0:
             raise DataError(
                 f"incomplete_update = 'drop' leaves no update: the dataset has {num_sequences} "
@@ -177,7 +185,8 @@ class UpdateSampler:
         if self._lengths is None:
             return [list(members[rank :: self.world_size]) for rank in range(self.world_size)]
         lengths = self._lengths[np.asarray(members, dtype=np.int64)].tolist()
-        shares = self._deal(lengths, self.world_size)
+        sort = () if self._sort is None else (partial(self._sort, members),)
+        shares = self._deal(lengths, self.world_size, *sort)
         return [[members[i] for i in sorted(share)] for share in shares]
 
     def __len__(self) -> int:

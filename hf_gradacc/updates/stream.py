@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from hf_gradacc.compat import streams_can_seek
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.dealing import deal_at_random, measures_noise
-from hf_gradacc.updates.sampler import Deal
+from hf_gradacc.updates.sampler import Deal, SortRows
 from hf_gradacc.updates.stream_draws import SeededStream
 
 __all__ = [
@@ -159,6 +159,7 @@ class UpdateStream(IterableDataset[Rows]):
         take: Called with the rows of the update so far; True once it is complete.
         length_of: Tokens of a row, to balance ranks by.
         deal: See `UpdateSampler`.
+        sort: Likewise.
         keep_incomplete: Whether the rows left at the end make an update.
         rank: This rank.
         world_size: Number of ranks.
@@ -176,6 +177,7 @@ class UpdateStream(IterableDataset[Rows]):
         take: Callable[[list[Any]], bool],
         length_of: Callable[[Any], int],
         deal: Deal,
+        sort: SortRows | None = None,
         keep_incomplete: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -186,6 +188,7 @@ class UpdateStream(IterableDataset[Rows]):
         self.take = take
         self.length_of = length_of
         self.deal = deal
+        self.sort = sort
         self.keep_incomplete = keep_incomplete
         self.rank = rank
         self.world_size = world_size
@@ -266,7 +269,8 @@ class UpdateStream(IterableDataset[Rows]):
             mine = deal_at_random(len(members), self.world_size, seed=seed)[self.rank]
         elif self.world_size > 1:
             lengths = [self.length_of(row) for row in members]
-            mine = sorted(self.deal(lengths, self.world_size)[self.rank])
+            sort = () if self.sort is None else (partial(self.sort, members),)
+            mine = sorted(self.deal(lengths, self.world_size, *sort)[self.rank])
         return Rows(
             (members[i] for i in mine),
             indices=[first + i for i in mine],

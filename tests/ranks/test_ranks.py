@@ -13,6 +13,7 @@ from support.rank_jobs import (
     count_collectives,
     pad,
     scenario_rows,
+    train_dealt_by_length,
     train_scenarios,
     train_with_batch_normalization,
 )
@@ -87,6 +88,7 @@ def test_membership_and_logs_do_not_depend_on_the_number_of_ranks(world, name):
     for ours, theirs in zip(many["logs"], one["logs"], strict=True):
         # How an update is cut depends on how many ranks share it; nothing else may.
         free = {"micro_batches_per_update", "padding_fraction"}
+        free |= {"computed_tokens_per_update", "shared_fraction"}
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - free:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9, nan_ok=True), key
@@ -98,6 +100,23 @@ def test_no_row_is_trained_twice_in_an_epoch_and_none_is_forgotten(world):
     for epoch in (0, 1):
         rows = [i for e, _, members in updates_of(world, name) if e == epoch for i in members]
         assert sorted(rows) == list(range(11))
+
+
+@pytest.mark.parametrize("name", ["rows that begin alike", "a stream of rows that begin alike"])
+def test_rows_that_begin_alike_are_dealt_so_that_ranks_compute_less(name):
+    """With the same gradient in float64, see above, and the same rows in every update."""
+    by_length = run_ranks(train_dealt_by_length, 2, scenario=SCENARIOS[name])
+    dealt = [rank[name] for rank in runs("2")]
+    before, after = (
+        [row["computed_tokens_per_update"] for row in of[0]["logs"]] for of in (by_length, dealt)
+    )
+    assert sum(after) < 0.95 * sum(before)
+    assert all(row["shared_fraction"] > 0 for row in dealt[0]["logs"])
+    members = [
+        sorted(i for rank in of for *_, rows in rank["seen"] for i in rows)
+        for of in (by_length, dealt)
+    ]
+    assert members[0] == members[1]
 
 
 def test_weights_are_sharded_where_the_test_says_so():

@@ -576,6 +576,8 @@ FORESEEN = [
     ),
     (["tokenizer.train=null"], "model.config", "tokenizer.name"),
     (["model.attn_implementation=sdap"], "model.attn_implementation", "sdpa"),
+    (["train.layout=shared_prefix", "train.neftune_noise_alpha=5"], "train.layout", "neftune"),
+    (["train.layout=shared_prefix", "train.torch_compile=true"], "train.layout", "torch_compile"),
     (["train.fsdp=true", "train.noise_scale_every=5"], "train.noise_scale_every", "DDP"),
     (["train.fsdp=true", "peft=lora", "peft.merge_on_save=true"], "peft.merge_on_save", "fsdp"),
 ]

@@ -3,20 +3,24 @@
 Its memory counts what a real model has.
 """
 
+import io
 import random
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
+from hf_gradacc.loss.trees import takes_rows
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.recipe.activations import kept_for_backward
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import apply_peft, load_model
-from hf_gradacc.recipe.plan import Spread, plan_recipe
-from hf_gradacc.recipe.plan_screen import give_advice
+from hf_gradacc.recipe.plan import plan_recipe
+from hf_gradacc.recipe.plan_screen import _print_ways, give_advice
+from hf_gradacc.recipe.plan_ways import Spread
 from hf_gradacc.recipe.sections import PeftSection, Recipe
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.targets import TargetRule
@@ -85,7 +89,7 @@ def rows_of_a_long_tail(count):
     return [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n} for n in lengths]
 
 
-def loaded(tmp_path, monkeypatch, rows, *, world_size, **options):
+def loaded(tmp_path, monkeypatch, rows, *, world_size, by_rows=True, **options):
     """What the trainer's own loaders yield in an epoch: an update's micro-batches, rank by rank."""
     trainer = make_trainer(tmp_path, rows, **options)
     found = []
@@ -97,6 +101,8 @@ def loaded(tmp_path, monkeypatch, rows, *, world_size, **options):
             loader = trainer.get_train_dataloader().updates
         loader.collator.rule = TargetRule.NEXT_TOKEN  # as the model says once it is asked
         loader.collator.packed = options.get("layout") == "packed"
+        if options.get("layout") in ("auto", "shared_prefix"):
+            loader.collator.share_prefixes([trainer.model], by_rows=by_rows)
         found += [update.micro_batches for update in loader]
     return found
 
@@ -116,7 +122,7 @@ def loaded(tmp_path, monkeypatch, rows, *, world_size, **options):
 )
 def test_a_plan_is_what_the_loaders_of_all_ranks_yield(tmp_path, monkeypatch, world_size, options):
     rows = rows_of_a_long_tail(300)
-    options = {"effective_batch_size": 64} | options
+    options = {"effective_batch_size": 64, "layout": "padded"} | options
     trained = loaded(tmp_path, monkeypatch, rows, world_size=world_size, **options)
     plan = plan_recipe(
         rows,
@@ -134,6 +140,121 @@ def test_a_plan_is_what_the_loaders_of_all_ranks_yield(tmp_path, monkeypatch, wo
     assert plan.updates_per_epoch == len(trained) / world_size
     computed = [mb.num_padding_tokens + mb.num_input_tokens for mb in micro_batches]
     assert plan.chosen.largest == max(computed)
+
+
+def rows_of_few_prompts(count, *, prompts=11):
+    """Answers to one of a few prompts each, behind instructions that all of them have."""
+    draw = random.Random(2)
+    head = [draw.randrange(3, 48) for _ in range(10)]
+    starts = [[*head, *(draw.randrange(3, 48) for _ in range(20))] for _ in range(prompts)]
+    rows = []
+    for _ in range(count):
+        ids = draw.choice(starts) + [draw.randrange(3, 48) for _ in range(draw.randint(2, 20))]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
+    return rows
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens_per_micro_batch": 240},
+        {"per_device_train_batch_size": 8},
+        {"max_tokens_per_micro_batch": "auto", "layout": "auto"},
+        {"max_tokens_per_micro_batch": 240, "noise_scale_every": 2},
+    ],
+    ids=["tokens", "rows", "auto", "noise measured"],
+)
+def test_a_plan_of_rows_that_begin_alike_is_what_the_loaders_of_all_ranks_yield(
+    tmp_path, monkeypatch, world_size, by_rows, options
+):
+    rows = rows_of_few_prompts(200, prompts=5)
+    options = {"effective_batch_size": 64, "layout": "shared_prefix"} | options
+    trained = loaded(tmp_path, monkeypatch, rows, world_size=world_size, by_rows=by_rows, **options)
+    plan = plan_recipe(
+        rows,
+        arguments=arguments(**options),
+        task="causal_lm",
+        world_size=world_size,
+        model=ModelFacts.of(tiny_llama()),
+        trees_by_rows=by_rows,
+    )
+    micro_batches = [micro_batch for update in trained for micro_batch in update]
+    computed = [micro_batch.num_computed_tokens for micro_batch in micro_batches]
+    used = sum(micro_batch.num_input_tokens for micro_batch in micro_batches)
+    way = plan.sharing
+    assert way is plan.chosen
+    assert way.micro_batches == Spread.of([len(update) for update in trained])
+    assert way.computed_per_update == sum(computed) * world_size / len(trained)
+    assert way.padding_fraction == sum(mb.num_padding_tokens for mb in micro_batches) / sum(
+        computed
+    )
+    assert way.shared_fraction == sum(mb.num_shared_tokens for mb in micro_batches) / used > 0.1
+    assert way.largest == max(computed)
+    instead = [other for other in plan.ways if other.stands_in]
+    assert len(instead) == (options["layout"] == "auto")
+    assert plan.largest == max(other.largest for other in [way, *instead])
+
+
+@pytest.mark.parametrize(
+    ("attention", "num_rows"), [("eager", 48), ("sdpa", 48)], ids=["under a mask", "row by row"]
+)
+def test_a_run_logs_the_computed_tokens_that_were_planned(tmp_path, attention, num_rows):
+    rows = rows_of_few_prompts(num_rows, prompts=2)
+    options = {"effective_batch_size": 16, "max_tokens_per_micro_batch": 160, "logging_steps": 3}
+    model = tiny_llama(attn_implementation=attention)
+    trainer = make_trainer(tmp_path, rows, model=model, **options)
+    assert trainer.args.layout == "auto"
+    trainer.train()
+    plan = plan_recipe(
+        rows,
+        arguments=arguments(**options),
+        task="causal_lm",
+        model=ModelFacts.of(model),
+        trees_by_rows=takes_rows(model.config),
+    )
+    row = next(row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
+    chosen = plan.chosen
+    assert chosen.shared_fraction > 0.2
+    assert row["computed_tokens_per_update"] == pytest.approx(chosen.computed_per_update)
+    assert row["shared_fraction"] == pytest.approx(chosen.shared_fraction)
+    assert row["padding_fraction"] == pytest.approx(chosen.padding_fraction)
+    assert row["micro_batches_per_update"] == pytest.approx(chosen.micro_batches.mean)
+
+
+def test_rows_that_hardly_begin_alike_are_planned_without_a_word_of_it():
+    """One token of 120 is common to all, as a template's first."""
+    draw = random.Random(3)
+    rows = [[1, *(draw.randrange(3, 10_000) for _ in range(119))] for _ in range(16)]
+    rows = [{"input_ids": ids, "labels": ids} for ids in rows]
+    plan = plan_recipe(rows, arguments=arguments(), task="causal_lm")
+    assert plan.sharing is None
+    assert len(plan.ways) == 4
+    assert not any(way.stands_in for way in plan.ways)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mark", "words"),
+    [
+        ("auto", "<- this recipe, where the model allows it", "taken by auto where the model"),
+        ("shared_prefix", "<- this recipe", "asked for"),
+        ("padded", "", "not taken by this recipe"),
+    ],
+)
+def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words):
+    plan = plan_recipe(
+        rows_of_few_prompts(60, prompts=4), arguments=arguments(layout=layout), task="causal_lm"
+    )
+    console = Console(record=True, width=200, file=io.StringIO())
+    _print_ways(plan, console)
+    shown = console.export_text().splitlines()
+    assert "computed, tokens" in shown[2]
+    line = next(line for line in shown if "shared prefixes" in line)
+    assert line.rstrip().endswith(mark)
+    assert f"{plan.sharing.computed_per_update:,.0f}" in line
+    assert f"begin alike: {plan.sharing.shared_fraction:.0%} of the input tokens" in shown[-1]
+    assert words in shown[-1]
 
 
 def test_a_stream_is_planned_by_a_sample():

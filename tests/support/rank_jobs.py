@@ -104,6 +104,26 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "num_rows": 6,
         "options": {"effective_batch_size": 6, "label_smoothing_factor": 0.1},
     },
+    "rows that begin alike": {
+        "num_rows": 14,
+        "heads": 3,
+        "options": {
+            "effective_batch_size": 7,
+            "layout": "shared_prefix",
+            "max_tokens_per_micro_batch": 96,
+        },
+    },
+    "a stream of rows that begin alike": {
+        "num_rows": 14,
+        "heads": 3,
+        "form": "stream",
+        "options": {
+            "effective_batch_size": 7,
+            "layout": "shared_prefix",
+            "max_tokens_per_micro_batch": 96,
+            "max_steps": 2,
+        },
+    },
     "buckets that are views and a search for unused parameters": {
         "num_rows": 6,
         "options": {"effective_batch_size": 3, "ddp_find_unused_parameters": True},
@@ -131,6 +151,9 @@ def scenario_rows(scenario: dict[str, Any]) -> Any:
     rows = ragged_rows(scenario["num_rows"], seed=3)
     for index in scenario.get("without_target", ()):
         rows[index]["labels"] = [-100] * len(rows[index]["labels"])
+    heads = [row["input_ids"] for row in ragged_rows(scenario.get("heads", 0), seed=5, longest=30)]
+    if heads:
+        rows = [begun_with(heads[index % len(heads)], row) for index, row in enumerate(rows)]
     form = scenario.get("form", "list")
     if form == "dataset":
         return datasets.Dataset.from_list(rows)
@@ -139,6 +162,13 @@ def scenario_rows(scenario: dict[str, Any]) -> Any:
     if form == "iterable":
         return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
     return rows
+
+
+def begun_with(head: list[int], row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row behind some tokens, the last of which are targets in this row and no other."""
+    ids, own = [*head, *row["input_ids"]], row["labels"]
+    labels = [*[-100] * (len(head) - len(own) // 4), *head[len(head) - len(own) // 4 :], *own]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 class Membership(UpdateCollator):
@@ -253,6 +283,18 @@ def train_scenario(scenario: dict[str, Any]) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
     }
+
+
+def train_dealt_by_length(scenario: dict[str, Any]) -> dict[str, Any]:
+    """Train a scenario whose rows are dealt as if none began alike, and computed as trees."""
+    from hf_gradacc.updates import loader
+
+    deal_trees = loader.deal_trees
+    loader.deal_trees = lambda found, num_ranks, by_length, terms: by_length
+    try:
+        return train_scenario(scenario)
+    finally:
+        loader.deal_trees = deal_trees
 
 
 def ask_for_what_needs_ddp_to_reduce() -> dict[str, str]:

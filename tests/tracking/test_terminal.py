@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.patience import HUNG_AFTER_SECONDS
+from support.tiny import log_rows, make_trainer, ragged_rows
 from support.tracked import tracked_trainer
 
 from hf_gradacc.tracking import progress
@@ -69,6 +70,30 @@ def test_the_terminal_tells_the_plan_and_what_to_do_next(tmp_path, capsys):
     assert "target tokens seen; loss" in summary
     assert any(line.endswith(str(tmp_path / "out" / "checkpoint-4")) for line in lines)
     assert any(line.endswith(f"hf-gradacc report {tmp_path / 'out'}") for line in lines)
+
+
+def test_the_terminal_tells_that_prefixes_are_shared_and_how_much(tmp_path, capsys):
+    rows = [
+        {
+            "input_ids": [*range(4, 24), *row["input_ids"]],
+            "attention_mask": [1] * 20 + row["attention_mask"],
+            "labels": [-100] * 20 + row["labels"],
+        }
+        for row in ragged_rows(24)
+    ]
+    options = {"effective_batch_size": 8, "max_tokens_per_micro_batch": 128}
+    trainer = make_trainer(tmp_path / "out", rows, **options)
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    told = next(line for line in lines if line.strip().startswith("micro-batch"))
+    assert told.endswith("at most 128 tokens with padding, common prefixes computed once")
+    logged = [row["shared_fraction"] for row in log_rows(trainer)]
+    assert min(logged) > 0.3
+    summary = next(line for line in lines if line.startswith("Trained 3 updates"))
+    assert f", {sum(logged) / len(logged):.1%} of input tokens shared; loss" in summary
+    (run,) = load_runs([tmp_path / "out"])
+    shared = f"{sum(logged) / 3:.1%}"
+    assert ("shared prefixes", shared, "of input tokens, not computed") in run.tiles()
 
 
 @pytest.mark.parametrize("logging_steps", [1, 3, 500])

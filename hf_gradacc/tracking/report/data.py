@@ -233,6 +233,9 @@ class ReportRun:
         padding = self.mean("padding_fraction")
         if padding is not None:
             tiles.append(("padding", f"{padding:.1%}", "of computed tokens"))
+        shared = self.mean("shared_fraction")
+        if shared:
+            tiles.append(("shared prefixes", f"{shared:.1%}", "of input tokens, not computed"))
         phases = self.phases()
         if total := math.fsum(phases.values()):
             waiting = f"{phases.get('data', 0.0) / total:.1%}"

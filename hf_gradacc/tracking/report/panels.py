@@ -78,7 +78,10 @@ PANELS = (
     Panel(
         "Padding",
         "fraction of computed tokens",
-        (Line("padding_fraction", "padding"),),
+        (
+            Line("padding_fraction", "padding"),
+            Line("shared_fraction", "shared, of input tokens", dashed=True),
+        ),
         from_zero=True,
     ),
     Panel(
