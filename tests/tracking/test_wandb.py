@@ -305,7 +305,9 @@ class LoseAWorker(TrainerCallback):
 def test_a_loader_workers_death_noticed_inside_wandb_ends_the_run(wandb_dir, tmp_path, monkeypatch):
     lose = LoseAWorker(monkeypatch)
     trainer = tracked_trainer(tmp_path / "out", callbacks=[lose], dataloader_num_workers=1)
-    with pytest.raises(DataError, match=r"(?s)loader worker died at update 3: .* killed by signal"):
+    # torch tells of it from its handler, or from the next wait for a row if that came first.
+    told = r"(?s)loader worker died at update 3: .*(killed by signal|exited unexpectedly)"
+    with pytest.raises(DataError, match=told):
         trainer.train()
     callbacks = trainer.callback_handler.callbacks
     (tracker,) = (c for c in callbacks if isinstance(c, GradAccWandbCallback))
