@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_gradacc.loss.shortcuts import describe_speed
 from hf_gradacc.tracking.install import record_event
-from hf_gradacc.updates.budget import BudgetTuner, TokenBudget
+from hf_gradacc.updates.budget import BudgetTuner, LayoutTurns, TokenBudget
 from hf_gradacc.updates.remembered_budgets import describe_setting, load_budget, store_budget
 from hf_gradacc.updates.update import Update
 
@@ -36,7 +36,8 @@ def timed_for_budget(
     """
     tuner = budget.tuner
     if tuner is None or tuner.settled:
-        yield
+        with _timed_for_layout(trainer, update, budget.turns):
+            yield
         return
     if budget.cap is not None and tuner.tokens > budget.cap:
         tuner.forbid(tuner.tokens)
@@ -62,6 +63,38 @@ def timed_for_budget(
     if trainer.update_collator is not None:
         trainer.update_collator.max_tokens = tuner.tokens
     _announce_if_settled(trainer, tuner)
+
+
+@contextlib.contextmanager
+def _timed_for_layout(trainer: Any, update: Update, turns: LayoutTurns | None) -> Iterator[None]:
+    """Time one update of trees or of rows while the two take turns, after the budget is settled."""
+    if turns is None or not _takes_turns(trainer, turns):
+        yield
+        return
+    device = trainer.args.device
+    has_trees = any(micro_batch.trees is not None for micro_batch in update)
+    _finish_device_work(device)
+    started = time.perf_counter()
+    yield
+    _finish_device_work(device)
+    # Trees that would save too little were not taken: this update compares nothing.
+    if has_trees or not update.takes_trees:
+        turns.note(
+            has_trees,
+            seconds=time.perf_counter() - started,
+            num_tokens=sum(micro_batch.num_input_tokens for micro_batch in update),
+        )
+        trainer.update_collator.takes_trees = turns.with_trees
+    if turns.settled:
+        logger.info(turns.describe())
+        record_event(trainer, "layout_tuned", text=turns.describe() + ".", alert=False)
+
+
+def _takes_turns(trainer: Any, turns: LayoutTurns) -> bool:
+    """Return whether trees are still to be compared with rows, and nobody asked for either."""
+    shares = trainer.shortcuts is not None and bool(trainer.shortcuts.bodies)
+    is_open = trainer.args.layout == "auto" and trainer.update_collator is not None
+    return shares and is_open and not turns.settled
 
 
 def _describe(trainer: Any, model: nn.Module, *, longest: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["FIRST_BUDGET", "BudgetTuner", "TokenBudget"]
+__all__ = ["FIRST_BUDGET", "BudgetTuner", "LayoutTurns", "TokenBudget"]
 
 FIRST_BUDGET = 1024
 """Tokens that "auto" plans with before it has seen an update."""
@@ -155,6 +155,57 @@ class BudgetTuner:
         self.settled = True
 
 
+@dataclass
+class LayoutTurns:
+    """Compares updates of trees with updates of rows, which take turns, three each.
+
+    What trees save is estimated by a model of costs (`hf_gradacc.updates.prefixes.TreeCost`). Where
+    budgets are timed anyway, so is this: trees stay unless rows are faster on this device. Times
+    are compared per input token.
+
+    >>> turns = LayoutTurns()
+    >>> while not turns.settled:
+    ...     turns.note(turns.with_trees, seconds=2.0 if turns.with_trees else 1.0, num_tokens=100)
+    >>> turns.with_trees, turns.describe()
+    (False, 'layout: rows, since trees take 2.00 of their time')
+
+    Attributes:
+        with_trees: Whether the next update may be planned as trees.
+        settled: Nothing is compared any more.
+        tried: Seconds per input token with trees, and without.
+    """
+
+    with_trees: bool = True
+    settled: bool = False
+    tried: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+
+    def note(self, with_trees: bool, *, seconds: float, num_tokens: int) -> None:
+        """Take in one finished update and choose the layout of the next.
+
+        Args:
+            with_trees: Whether it was planned as trees; loader workers plan ahead.
+            seconds: How long it took.
+            num_tokens: Tokens of its rows, without padding.
+        """
+        if self.settled or num_tokens == 0:
+            return
+        self.tried[with_trees].append(seconds / num_tokens)
+        tries = {way: len(times) for way, times in self.tried.items()}
+        self.settled = min(tries.values()) >= _TRIES_OF_THE_BEST
+        self.with_trees = self._ratio() <= 1 if self.settled else tries[True] <= tries[False]
+
+    def describe(self) -> str:
+        """Describe what was found, in one line."""
+        taken, others = ("trees", "") if self.with_trees else ("rows", "since trees ")
+        return f"layout: {taken}, {others or 'which '}take {self._ratio():.2f} of " + (
+            "the time of rows" if self.with_trees else "their time"
+        )
+
+    def _ratio(self) -> float:
+        """Time of trees over that of rows."""
+        return statistics.median(self.tried[True]) / statistics.median(self.tried[False])
+
+
 def _power_of_two_from(number: int) -> int:
     """Return the smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
@@ -171,6 +222,7 @@ class TokenBudget(TrainerCallback, ExportableState):
     Attributes:
         asked: What the user asked for; None for no number.
         tuner: Finds the fastest one while training; None unless "auto" was asked for.
+        turns: Compares trees with rows, where the budget tunes itself; None otherwise.
         cap: Most tokens that memory turned out to allow, as the planner counts; None for no limit.
         ceiling: What failed first; a cap that has grown back to that is dropped.
         clean_updates: Updates since the last failure or growth.
@@ -180,6 +232,7 @@ class TokenBudget(TrainerCallback, ExportableState):
 
     asked: int | None = None
     tuner: BudgetTuner | None = None
+    turns: LayoutTurns | None = None
     cap: int | None = None
     ceiling: int | None = None
     clean_updates: int = 0
@@ -190,6 +243,7 @@ class TokenBudget(TrainerCallback, ExportableState):
         """Begin a run with what the user asks for; the machine may be another one than before."""
         self.asked = None if asked == "auto" else asked
         self.tuner = BudgetTuner() if asked == "auto" else None
+        self.turns = LayoutTurns() if asked == "auto" else None
 
     @property
     def tuned(self) -> int | None:

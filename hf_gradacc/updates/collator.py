@@ -91,6 +91,7 @@ class UpdateCollator:
         self.data_collator = data_collator
         self.max_sequences = max_sequences
         self._budget: Tensor | int | None = max_tokens
+        self._takes_trees: Tensor | bool = True
         self.main_input = main_input
         self.encoder_decoder = encoder_decoder
         self.seed = seed
@@ -138,10 +139,27 @@ class UpdateCollator:
         return isinstance(self._budget, Tensor)
 
     def share_budget(self) -> None:
-        """Share the budget with the loader's workers, so that they see it change."""
+        """Share what is tuned with the loader's workers, so that they see it change."""
         if isinstance(self._budget, int):
             self._budget = torch.tensor(self._budget)
             self._budget.share_memory_()  # type: ignore[no-untyped-call]
+            self._takes_trees = torch.tensor(1)
+            self._takes_trees.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether an update may be planned as trees, where the model computes those.
+
+        It changes while budgets are tuned, and decides how a share is cut, never how it is dealt.
+        """
+        return bool(self._takes_trees)
+
+    @takes_trees.setter
+    def takes_trees(self, value: bool) -> None:
+        if isinstance(self._takes_trees, Tensor):
+            self._takes_trees.fill_(int(value))
+        else:
+            self._takes_trees = value
 
     def __call__(self, share: Sequence[Any]) -> Update:
         """Plan and collate one share.
@@ -183,7 +201,10 @@ class UpdateCollator:
         position = getattr(share, "position", None)
         # A cut at random says nothing about how fast a budget is.
         budget = None if at_random else self.max_tokens
-        return Update(micro_batches, epoch, index, num_left_out, position, budget)
+        takes_trees = at_random or any(mb.trees for mb in micro_batches) or self.takes_trees
+        return Update(
+            micro_batches, epoch, index, num_left_out, position, budget, takes_trees=takes_trees
+        )
 
     def plan(self, rows: Sequence[Any]) -> list[list[int]]:
         """Cut rows into micro-batches; see `plan_micro_batches`."""
@@ -262,7 +283,8 @@ class UpdateCollator:
         """
         plan = self.cut(lengths, max_tokens=max_tokens, at_random=at_random)
         plain: list[GrownTrees | None] = [None] * len(plan)
-        if not self.shares_prefixes or at_random or self.pad_to_one_width or not sequences:
+        shares = self.shares_prefixes and self.takes_trees
+        if not shares or at_random or self.pad_to_one_width or not sequences:
             return plan, plain
         limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
         shared = plan_shared_sequences(

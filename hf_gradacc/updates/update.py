@@ -97,6 +97,7 @@ class Update:
         num_left_out: Sequences left out because nothing in them is a target.
         position: Where a stream stands after this update, see `UpdateStream.start_at`.
         max_tokens: The token budget it was planned with, if any.
+        takes_trees: It was planned as trees if those save enough.
     """
 
     micro_batches: list[MicroBatch]
@@ -105,6 +106,7 @@ class Update:
     num_left_out: int = 0
     position: dict[str, Any] | None = None
     max_tokens: int | None = None
+    takes_trees: bool = True
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)

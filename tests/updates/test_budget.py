@@ -6,11 +6,12 @@ import random
 import pytest
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
+from transformers import TrainerCallback
 
 from hf_gradacc import GradAccArguments
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.updates import remembered_budgets as budget_memory
-from hf_gradacc.updates.budget import BudgetTuner
+from hf_gradacc.updates.budget import BudgetTuner, LayoutTurns
 
 
 def tune(seconds_per_token, *, num_tokens=9000, longest=300, lag=0, fits=None):
@@ -188,3 +189,84 @@ def test_remembering_without_tuning_is_an_error(tmp_path):
         GradAccArguments(
             output_dir=str(tmp_path), remember_tuned_budget=True, max_tokens_per_micro_batch=512
         )
+
+
+# --- trees and rows take turns -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize(("of_trees", "expected"), [(0.5, True), (1.5, False)])
+def test_the_layout_that_is_faster_here_stays(of_trees, expected, lag):
+    turns, planned = LayoutTurns(), [True] * lag
+    while not turns.settled:
+        planned.append(turns.with_trees)
+        way = planned.pop(0)
+        turns.note(way, seconds=(of_trees if way else 1.0) * 70, num_tokens=70)
+        assert sum(map(len, turns.tried.values())) <= 12
+    assert turns.with_trees is expected
+
+
+HEAD = list(range(5, 25))
+ALIKE = [
+    {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+    for ids in (HEAD + row["input_ids"] for row in ROWS)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("faster", ["trees", "rows"])
+def test_a_run_that_tunes_compares_both_and_goes_on_with_the_faster(
+    tmp_path, monkeypatch, faster, workers
+):
+    note = LayoutTurns.note
+
+    def timed(turns, with_trees, *, seconds, num_tokens):
+        seconds = num_tokens * (1.0 if with_trees == (faster == "trees") else 2.0)
+        note(turns, with_trees, seconds=seconds, num_tokens=num_tokens)
+
+    monkeypatch.setattr(LayoutTurns, "note", timed)
+    noting = Noting()
+    trainer = noting.trainer = make_trainer(
+        tmp_path,
+        ALIKE,
+        callbacks=[noting],
+        effective_batch_size=12,
+        max_tokens_per_micro_batch="auto",
+        num_train_epochs=20,
+        learning_rate=0.0,
+        dataloader_num_workers=workers,
+    )
+    trainer.train()
+    turns = trainer.token_budget.turns
+    assert turns.settled
+    assert turns.with_trees == trainer.update_collator.takes_trees == (faster == "trees")
+    shared = [stats.num_shared_tokens > 0 for stats in noting.kept]
+    assert {True, False} == set(shared)
+    assert set(shared[-4:]) == {faster == "trees"}
+
+
+class Noting(TrainerCallback):
+    """Keeps the statistics of each update."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.kept.append(self.trainer.last_update.stats)
+
+
+def test_who_asks_for_trees_by_name_gets_them(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        ALIKE,
+        layout="shared_prefix",
+        effective_batch_size=12,
+        max_tokens_per_micro_batch="auto",
+        num_train_epochs=12,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    assert trainer.token_budget.tuner.settled
+    assert trainer.token_budget.turns.tried == {True: [], False: []}
+    assert trainer.last_update.stats.num_shared_tokens > 0
