@@ -30,16 +30,26 @@ from hf_gradacc.loss.onednn import matmul
 
 __all__ = ["ChunkedLoss", "find_owner", "rows_per_chunk", "why_not_chunked", "without_logits"]
 
-# On a CPU a chunk of logits should stay in the cache; on others kernels should be large, and the
-# logits of a chunk (in float32) small beside a model.
 _ROWS_ON_CPU = 256
+_FEWEST_ROWS_ON_CPU = {512: 256, 256: 128, 0: 64}
+"""By width of the head: each chunk reads its weight and adds to its gradient."""
+_LOGITS_ON_CPU = 2**21
 _BYTES_ELSEWHERE = 256 * 2**20
 _MOST_ROWS_FOR_HEAD = 1024
 
 
-def rows_per_chunk(vocab_size: int, *, device_type: str, trained_width: int = 0) -> int:
-    """Return how many rows of logits to hold at once.
+def rows_per_chunk(
+    vocab_size: int, *, width: int, device_type: str, sums_apart: bool = False
+) -> int:
+    """Return how many rows of logits to hold at once: by shapes alone, so a resumed run does alike.
 
+    On a CPU the logits of a chunk are best kept in the cache, 8 MiB of them, as they are passed
+    over several times; but a wide head wants more rows, since each chunk reads its weight and adds
+    to its gradient. Up to 256 rows; more gain nothing. On heads of 1,024 to 150,000 words this is
+    within a few per cent of the fastest size (``benchmarks/chunks.py``), which measuring at the
+    beginning of a run would not find more reliably.
+
+    Elsewhere kernels should be large, and the logits of a chunk (in float32) small beside a model.
     A head of half precision that trains sums its gradient in float32: ``4·V·H`` bytes, read and
     written once a chunk, beside ``6·R·V·H`` operations for R rows. A device that computes 200
     operations in the time of a byte then moves that sum for ``8·200 / 6R`` of the time that it
@@ -48,17 +58,23 @@ def rows_per_chunk(vocab_size: int, *, device_type: str, trained_width: int = 0)
 
     Args:
         vocab_size: V.
+        width: H.
         device_type: Where the head is.
-        trained_width: H if the head trains in half precision, else 0.
+        sums_apart: The head trains in half precision.
 
-    >>> rows_per_chunk(150_000, device_type="cpu"), rows_per_chunk(150_000, device_type="cuda")
-    (256, 447)
-    >>> rows_per_chunk(150_000, device_type="cuda", trained_width=896)
+    >>> [rows_per_chunk(v, width=64, device_type="cpu") for v in (4_096, 16_384, 150_000)]
+    [256, 128, 64]
+    >>> [rows_per_chunk(150_000, width=w, device_type="cpu") for w in (256, 512)]
+    [128, 256]
+    >>> rows_per_chunk(150_000, width=896, device_type="cuda")
+    447
+    >>> rows_per_chunk(150_000, width=896, device_type="cuda", sums_apart=True)
     896
     """
     if device_type == "cpu":
-        return _ROWS_ON_CPU
-    of_head = min(trained_width, _MOST_ROWS_FOR_HEAD)
+        fewest = next(rows for least, rows in _FEWEST_ROWS_ON_CPU.items() if width >= least)
+        return min(_ROWS_ON_CPU, max(fewest, _LOGITS_ON_CPU // vocab_size))
+    of_head = min(width, _MOST_ROWS_FOR_HEAD) if sums_apart else 0
     return max(_ROWS_ON_CPU, of_head, _BYTES_ELSEWHERE // (4 * vocab_size))
 
 
@@ -251,8 +267,9 @@ class ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         limit = rows_per_chunk(
             weight.shape[0],
+            width=hidden.shape[1],
             device_type=hidden.device.type,
-            trained_width=hidden.shape[1] if wants[1] and hidden.dtype != wide else 0,
+            sums_apart=wants[1] and hidden.dtype != wide,
         )
         size = -(-len(hidden) // max(1, -(-len(hidden) // limit)))  # chunks as equal as can be
         for start in range(0, len(hidden), size or 1):

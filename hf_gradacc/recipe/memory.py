@@ -156,7 +156,9 @@ def estimate_memory(
     copies = task == "dpo" and recipe.peft.method == "none"
     if task == "causal_lm" and arguments.chunked_loss is not False:
         device_type = arguments.device.type
-        at_once = min(largest, rows_per_chunk(classes, device_type=device_type))
+        at_once = min(
+            largest, rows_per_chunk(classes, width=config.hidden_size, device_type=device_type)
+        )
     return MemoryEstimate(
         num_parameters=total,
         num_trainable=trainable,
