@@ -45,6 +45,7 @@ from hf_gradacc.loss.trees import computing_trees, lay_out_trees  # noqa: E402
 from hf_gradacc.updates.prefixes import TreeCost, trees_of  # noqa: E402
 
 ROWS_PER_MICRO_BATCH = 5
+WINDOW, WIDE_WINDOW = 5, 20
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ class Result:
 def measure(case: zoo.Case) -> Result:
     """Run one case in both ways."""
     try:
-        with _windows(case, 5), reference.float64_everywhere():
+        with _windows(case, WINDOW), reference.float64_everywhere():
             model = case.build()
             rows = case.with_sentence_ends(alike.rows_alike(case.head, unit=4))
             collator = case.collator(model)
@@ -82,7 +83,11 @@ def measure(case: zoo.Case) -> Result:
         return Result(case, "not run", note="the whole batch's gradient is not finite")
     result = Result(case, "WRONG")
     try:
-        with _windows(case, 5), reference.float64_everywhere(), alike.counting_trees() as computed:
+        with (
+            _windows(case, WINDOW),
+            reference.float64_everywhere(),
+            alike.counting_trees() as computed,
+        ):
             run = zoo_runs.train_ours(
                 case.build(),
                 rows,
@@ -98,7 +103,7 @@ def measure(case: zoo.Case) -> Result:
         result.verdict, result.note = "refused", _reason(error)
     except Exception as error:
         result.verdict, result.note = "WRONG", "fails in training: " + _say(error)
-    with _windows(case, 20), reference.float64_everywhere():
+    with _windows(case, WIDE_WINDOW), reference.float64_everywhere():
         result.after_short_rows, note = after_a_short_trial(case)
     if result.verdict != "WRONG" and not (result.after_short_rows or 0.0) <= EXACT:
         result.verdict, result.note = "WRONG", "after a trial on short rows " + note
@@ -234,6 +239,8 @@ def _without_figures(note: str) -> str:
     """Return the part of a reason that is the same for many models."""
     if note.startswith("its loss as a tree is"):
         return "its loss as a tree is another than that of rows: " + note.partition(": ")[2]
+    if note.startswith("it fails with"):
+        return note.partition(":")[0] + " on the mask of a tree, or on one row for many"
     return note
 
 
@@ -267,14 +274,17 @@ def main() -> None:
     ]
     text = (
         f"transformers {transformers.__version__}, torch {torch.__version__}, float64, one update "
-        f"of {alike.NUM_ROWS} rows that begin alike, at most {ROWS_PER_MICRO_BATCH} a micro-batch."
-        f"\n\n{sweep(cases, chosen.log)}\n"
+        f"of {alike.NUM_ROWS} rows that begin alike, at most {ROWS_PER_MICRO_BATCH} a micro-batch, "
+        f"layout = 'shared_prefix', windows and chunks of {WINDOW} tokens, rows of up to 32.\n\n"
+        f"A second trial sees rows shorter than windows of {WIDE_WINDOW}; what it lets pass "
+        f"computes rows of up to {zoo_configs.MAX_LENGTH} tokens.\n\n{sweep(cases, chosen.log)}\n"
     )
     print(text)
     if not (chosen.no_file or chosen.only or chosen.head):
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         path = ROOT / "benchmarks" / "results" / f"exactness_trees_cpu_{today}.md"
-        path.write_text(f"# Exactness of trees, CPU, {today}\n\n{text}")
+        command = "`python benchmarks/tree_exactness.py --all`"
+        path.write_text(f"# Exactness of trees, CPU, {today}\n\n{command}\n\n{text}")
 
 
 if __name__ == "__main__":
