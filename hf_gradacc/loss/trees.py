@@ -362,13 +362,18 @@ def computing_trees(
 
 
 @contextlib.contextmanager
-def computing_these(bodies: Sequence[nn.Module], trees: Trees, ids: Tensor) -> Iterator[None]:
+def computing_these(
+    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor
+) -> Iterator[list[Trees]]:
     """Let bodies compute given trees wherever they are called with the rows that these are of.
 
     Args:
         bodies: From `watching_bodies`.
         trees: Of the rows, on the CPU.
         ids: The rows' token ids ``[rows, seq]`` as the model is given them.
+
+    Yields:
+        As `computing_trees`.
     """
     here = trees.to(ids.device)
 
@@ -377,8 +382,8 @@ def computing_these(bodies: Sequence[nn.Module], trees: Trees, ids: Tensor) -> I
         same = given is ids or (given.shape == ids.shape and torch.equal(given, here.rows))
         return here if same else None
 
-    with computing_trees(bodies, lay_out):
-        yield
+    with computing_trees(bodies, lay_out) as computed:
+        yield computed
 
 
 class _Hooks:
@@ -427,6 +432,8 @@ class _Hooks:
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+"""What models hand on with everything else, and their loss alone reads."""
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -443,7 +450,8 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
         return None
     if given.get("position_ids") is not None or given.get("output_attentions"):
         return None
-    others = [value for key, value in given.items() if key not in _TAKEN]
+    known = (*_TAKEN, *_OF_THE_LOSS)
+    others = [value for key, value in given.items() if key not in known]
     return None if any(_holds_something(value) for value in others) else given
 
 

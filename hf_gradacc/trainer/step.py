@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.chunked import without_logits
@@ -22,6 +23,8 @@ from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch, start_copies
 
 __all__ = ["MicroBatchStep", "loss_of_rows", "smoothed_loss"]
+
+logger = logging.get_logger(__name__)
 
 
 class MicroBatchStep:
@@ -112,9 +115,11 @@ class MicroBatchStep:
             trees = self._trees_of(inputs)
             shaped, positions = taken.shape(inputs, as_trees=trees is not None)
             inputs, positions = start_copies(shaped, positions, device)
+        computed: list[Trees] | None = None
         with contextlib.ExitStack() as layout:
             if taken is not None and trees is not None:
-                layout.enter_context(computing_these(taken.bodies, trees, inputs["input_ids"]))
+                watched = computing_these(taken.bodies, trees, inputs["input_ids"])
+                computed = layout.enter_context(watched)
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
             if taken is not None and positions is not None:
@@ -125,6 +130,12 @@ class MicroBatchStep:
             loss = stock_step(model, inputs, count)
         if self.after is not None:
             self.after()
+        if computed == []:
+            logger.warning_once(
+                "rows that begin alike were to be computed as trees, but the model was called with "
+                "other rows, so they were computed one by one: the gradient is the same, the time "
+                "is not. Set layout = 'padded'."
+            )
         return loss
 
     def _trees_of(self, inputs: Mapping[str, Any]) -> Trees | None:
