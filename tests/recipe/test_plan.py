@@ -6,6 +6,7 @@ Its memory counts what a real model has.
 import io
 import random
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -243,9 +244,8 @@ def test_rows_that_hardly_begin_alike_are_planned_without_a_word_of_it():
     ],
 )
 def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words):
-    plan = plan_recipe(
-        rows_of_few_prompts(60, prompts=4), arguments=arguments(layout=layout), task="causal_lm"
-    )
+    table = datasets.Dataset.from_list(rows_of_few_prompts(60, prompts=4))
+    plan = plan_recipe(table, arguments=arguments(layout=layout), task="causal_lm", world_size=2)
     console = Console(record=True, width=200, file=io.StringIO())
     _print_ways(plan, console)
     shown = console.export_text().splitlines()

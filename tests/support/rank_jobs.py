@@ -105,22 +105,23 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "options": {"effective_batch_size": 6, "label_smoothing_factor": 0.1},
     },
     "rows that begin alike": {
-        "num_rows": 14,
-        "heads": 3,
+        "num_rows": 32,
+        "heads": 2,
         "options": {
-            "effective_batch_size": 7,
+            "effective_batch_size": 16,
             "layout": "shared_prefix",
-            "max_tokens_per_micro_batch": 96,
+            "max_tokens_per_micro_batch": 160,
+            **SEQUENTIAL,
         },
     },
     "a stream of rows that begin alike": {
-        "num_rows": 14,
-        "heads": 3,
+        "num_rows": 32,
+        "heads": 2,
         "form": "stream",
         "options": {
-            "effective_batch_size": 7,
+            "effective_batch_size": 16,
             "layout": "shared_prefix",
-            "max_tokens_per_micro_batch": 96,
+            "max_tokens_per_micro_batch": 160,
             "max_steps": 2,
         },
     },
@@ -151,9 +152,12 @@ def scenario_rows(scenario: dict[str, Any]) -> Any:
     rows = ragged_rows(scenario["num_rows"], seed=3)
     for index in scenario.get("without_target", ()):
         rows[index]["labels"] = [-100] * len(rows[index]["labels"])
-    heads = [row["input_ids"] for row in ragged_rows(scenario.get("heads", 0), seed=5, longest=30)]
+    heads = [
+        [3 + (5 * head + 7 * place) % 45 for place in range(24)]
+        for head in range(scenario.get("heads", 0))
+    ]
     if heads:
-        rows = [begun_with(heads[index % len(heads)], row) for index, row in enumerate(rows)]
+        rows = [begun_with(heads[index // 2 % len(heads)], row) for index, row in enumerate(rows)]
     form = scenario.get("form", "list")
     if form == "dataset":
         return datasets.Dataset.from_list(rows)
