@@ -230,8 +230,7 @@ def foresees_sharing(rows: Sequence[Any], collator: UpdateCollator) -> bool:
     shared = plan_shared_sequences(sequences, collator.tree_cost)
     each = [[i] for i in range(len(lengths))]
     plain = padded_cost(lengths, each, collator.tree_cost, rows_each=len(sequences[0]))
-    least = (1 - LEAST_SAVING) * plain
-    return shared.cost < least
+    return shared.pays(plain, least_saving=LEAST_SAVING)
 
 
 def _choose_unlike(traits: Sequence[tuple[Any, ...]], count: int) -> list[int]:

@@ -366,7 +366,7 @@ def computing_trees(
 
 @contextlib.contextmanager
 def computing_these(
-    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor, mask: Tensor | None
+    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor, mask: Tensor | None = None
 ) -> Iterator[list[Trees]]:
     """Let bodies compute given trees wherever they are called with the rows that these are of.
 

@@ -43,7 +43,7 @@ MASKED_ATTENTION = 2
 """What a token of a tree pays for each token of the tree, in what a token of a row pays for each
 token of its row: attention under a mask computes both halves of its square."""
 
-BRANCH = 8
+BRANCH = 4
 """What a row costs in a tree besides its own tokens, in tokens: it is gathered for attention."""
 
 
@@ -262,7 +262,7 @@ class SharedPlan:
         pieces: Rows of each micro-batch, as `plan_micro_batches` returns them; those of a tree are
             neighbours.
         trees: The trees of each micro-batch, in the same order.
-        costs: What each micro-batch costs, in tokens; no end of it if nothing is shared.
+        costs: What each micro-batch costs, in tokens.
     """
 
     pieces: list[list[int]]
@@ -275,8 +275,9 @@ class SharedPlan:
         return sum(self.costs)
 
     def pays(self, cost_of_rows: float, *, least_saving: float) -> bool:
-        """Return whether it costs less than rows as they are, by the part that it has to save."""
-        return self.cost <= (1 - least_saving) * cost_of_rows
+        """Return whether rows share anything, and cost less by the part that this has to save."""
+        shares = any(len(rows) > 1 for trees in self.trees for rows in trees.rows)
+        return shares and self.cost <= (1 - least_saving) * cost_of_rows
 
 
 @dataclass(frozen=True)
@@ -371,8 +372,6 @@ def plan_trees(
     """
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
-    if found.rows_each == 1 and all(last - first == 1 for first, last, _ in trees):
-        return SharedPlan([], [], [math.inf])
     if cost.by_rows:
         bins = _fill(trees, max_tokens, max_sequences)
     elif max_sequences is None:
