@@ -23,6 +23,7 @@ from hf_gradacc.loss.shortcuts import Setting, Shortcuts
 from hf_gradacc.loss.trees import (
     Trees,
     computing_trees,
+    is_same,
     lay_out_trees,
     takes_rows,
     watching_bodies,
@@ -204,9 +205,10 @@ class _Trial:
     ) -> tuple[float, list[Any]]:
         """Return the loss of rows computed as trees, and what those calls returned that did."""
         self.taken.clear()
+        known = inputs.get("attention_mask")
 
-        def lay_out(ids: Tensor, _: Tensor | None) -> Trees | None:
-            self.taken.append(ids.shape == trees.rows.shape and torch.equal(ids.cpu(), trees.rows))
+        def lay_out(ids: Tensor, mask: Tensor | None) -> Trees | None:
+            self.taken.append(is_same(ids, trees.rows) and is_same(mask, known))
             return trees.to(ids.device) if self.taken[-1] else None
 
         with computing_trees(bodies, lay_out), watching_bodies(*bodies) as watched:

@@ -34,6 +34,7 @@ __all__ = [
     "Watched",
     "computing_these",
     "computing_trees",
+    "is_same",
     "lay_out_trees",
     "takes_rows",
     "tree_masks",
@@ -385,14 +386,17 @@ def computing_these(
     here = trees.to(ids.device)
 
     def lay_out(given: Tensor, of_given: Tensor | None) -> Trees | None:
-        return here if _is_same(given, ids) and _is_same(of_given, mask) else None
+        return here if is_same(given, ids) and is_same(of_given, mask) else None
 
     with computing_trees(bodies, lay_out) as computed:
         yield computed
 
 
-def _is_same(given: Tensor | None, known: Tensor | None) -> bool:
-    """Compare tensors, by their values only if need be: a device would have to be waited for."""
+def is_same(given: Tensor | None, known: Tensor | None) -> bool:
+    """Compare what a body is given with what is known, by its values only if need be.
+
+    A device would have to be waited for.
+    """
     if given is None or known is None or given is known:
         return given is known
     return given.shape == known.shape and torch.equal(given, known.to(given))

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_gradacc.loss.probe_rows import rows_per_sequence_in
 from hf_gradacc.loss.terms import LossTerms
-from hf_gradacc.loss.trees import computing_these, lay_out_trees
+from hf_gradacc.loss.trees import Trees, computing_these, lay_out_trees
 from hf_gradacc.ranks.collectives import share_first, share_running_statistics, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
@@ -272,21 +272,33 @@ def _sharing_prefixes(trainer: Any, inputs: Any) -> Iterator[None]:
 
     Rows of a benchmark often do: several answers to one question, one system prompt for all.
     """
-    collator, taken = trainer.update_collator, trainer.shortcuts
-    tokens = tokens_of_batch(inputs) if taken is not None and taken.bodies else None
-    if collator is None or taken is None or not tokens:
-        yield
-        return
-    rows = [row.tolist() for row in tokens]
-    # No wider than the padded rows are, so that it needs no more memory.
-    grown = trees_of(rows, collator.tree_cost, max_tokens=inputs["input_ids"].numel())
-    if grown is None:
+    trees = _trees_in(trainer, inputs)
+    if trees is None:
         yield
         return
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    trees = lay_out_trees(ids.cpu(), None if mask is None else mask.cpu(), grown.rows)
-    with computing_these(taken.bodies, trees, ids, mask):
+    with computing_these(trainer.shortcuts.bodies, trees, ids, mask):
         yield
+
+
+def _trees_in(trainer: Any, inputs: Any) -> Trees | None:
+    """Lay out the rows of an evaluation batch as trees; None if they cost less as they are."""
+    collator, taken = trainer.update_collator, trainer.shortcuts
+    if collator is None or taken is None or not taken.bodies or not isinstance(inputs, Mapping):
+        return None
+    names = ("input_ids", "attention_mask")
+    rows: dict[str, Any] = {
+        name: value.cpu() if isinstance(value := inputs.get(name), Tensor) else value
+        for name in names
+    }
+    tokens = tokens_of_batch(rows)
+    if not tokens:
+        return None
+    # No wider than the padded rows are, so that it needs no more memory.
+    grown = trees_of(tokens, collator.tree_cost, max_tokens=rows["input_ids"].numel())
+    if grown is None:
+        return None
+    return lay_out_trees(rows["input_ids"], rows["attention_mask"], grown.rows)
 
 
 def _more_metrics(trainer: Any, prefix: str) -> dict[str, float]:
