@@ -208,7 +208,7 @@ def _mean_loss(
     with torch.autocast(device_type, enabled=False):
         onednn = onednn and device_type == "cpu" and hidden.dtype == torch.float32
         expected = 1.0
-        if device_type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
+        if _reads_for_free(device_type) and hidden.dtype in (torch.float32, torch.float64):
             count = float(len(labels) if num_items is None else num_items)
             expected = 1.0 / (divisor * count) if count else 0.0
         loss: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
@@ -223,6 +223,11 @@ def _mean_loss(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(loss.device)
     return loss / (len(labels) if num_items is None else num_items)
+
+
+def _reads_for_free(device_type: str) -> bool:
+    """Return whether a number of a tensor can be looked at without waiting for a device."""
+    return device_type == "cpu"
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -16,6 +16,7 @@ from support.tiny import make_trainer, ragged_rows, tiny_llama
 from support.waits import count_of_update
 
 from hf_gradacc import GradAccTrainer
+from hf_gradacc.loss import chunked
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.trainer import step
 from hf_gradacc.trainer.runner import UpdateRunner
@@ -49,6 +50,7 @@ def count_waits(tmp_path, monkeypatch, *, size, **options):
         with waits:
             return stock_run(*args, **kwargs)
 
+    monkeypatch.setattr(chunked, "_reads_for_free", lambda device_type: False)  # as on a GPU
     monkeypatch.setattr(Shortcuts, "shape", shape)
     monkeypatch.setattr(UpdateRunner, "run_micro_batches", run)
     trainer.train()
