@@ -18,6 +18,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ALL_ROWS = ["gsm8k", "heavy-tail", "lognormal", "equal"]
+SHARING = ["gsm8k-4shot", "chat-turns", "pairs"]
+"""Rows that begin alike. Four examples before each question make an update of 50,000 tokens."""
 
 
 def commands(*, quick: bool) -> list[list[str]]:
@@ -31,6 +33,10 @@ def commands(*, quick: bool) -> list[list[str]]:
         rounds = ["--rounds", "1" if quick else "5"]
         rows = ["gsm8k"] if quick else ALL_ROWS
         speed = [["speed.py", *rounds, "--rows", *rows, *out("speed-llama-9m")]]
+        sizes = ["--sizes", "8", "--budgets", "1024", "2048", "4096"]
+        few = ["--rounds", "1" if quick else "3", *sizes]
+        kinds = SHARING[1:] if quick else SHARING
+        speed.append(["speed.py", *few, "--rows", *kinds, *out("speed-sharing")])
         if not quick:
             speed.append(
                 ["speed.py", *rounds, "--shape", "llama-25m", "--no-trl", *out("speed-llama-25m")]

@@ -26,6 +26,7 @@ import transformers
 from report import machine, table, write_result
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workloads import (
+    SHARING,
     dense_rows,
     describe,
     make_collator,
@@ -37,6 +38,7 @@ from workloads import (
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
 from hf_gradacc.loss.onednn import is_onednn_faster_here
+from hf_gradacc.updates.prefixes import count_distinct_tokens, sort_by_prefix
 
 BATCH = 64
 OURS = "ours"
@@ -171,7 +173,9 @@ def trl(size: int, *, attention: str = "sdpa", **options: Any) -> Maker:
     return make
 
 
-def variants(*, sizes: list[int], budgets: list[int], with_trl: bool) -> dict[str, Maker]:
+def variants(
+    *, sizes: list[int], budgets: list[int], with_trl: bool, shares: bool = False
+) -> dict[str, Maker]:
     best = budgets[len(budgets) // 2]
     found: dict[str, Maker] = {"stock random 8x8": stock("random", 8)}
     for strategy in ("group_by_length", "batch_rebalance"):
@@ -182,20 +186,30 @@ def variants(*, sizes: list[int], budgets: list[int], with_trl: bool) -> dict[st
         found["TRL padding-free 8x8"] = trl(8, padding_free=True)
         # All rows of the update in bins of that length, one bin a micro-batch.
         found[f"TRL packing {best}"] = trl(1, packing=True, max_length=best)
-    plain = {"target_only_logits": False, "drop_attention_mask": False, "layout": "padded"}
-    plain |= {"onednn_linear": False}
-    found[f"budget {best} alone"] = ours(best, **plain)
-    found[f"budget {best}, target-only logits"] = ours(best, **(plain | TARGETS))
-    if is_onednn_faster_here():
-        found[f"budget {best}, all but oneDNN"] = ours(best, onednn_linear=False)
+    if not shares:
+        found |= _parts(best)
     for budget in budgets:
         found[f"{OURS}, budget {budget}"] = ours(budget)
+        if shares:
+            found[f"padded, budget {budget}"] = ours(budget, layout="padded")
     found[f"{OURS}, packed, budget {best}"] = ours(best, layout="packed")
     if torch.cuda.is_available():
         for attention in ("flash_attention_2", "flex_attention"):
             found[f"{OURS}, packed, {attention}, budget {best}"] = ours(
                 best, layout="packed", attention=attention
             )
+    return found
+
+
+def _parts(best: int) -> dict[str, Maker]:
+    """Ours with some parts left out, to see what each gives."""
+    found: dict[str, Maker] = {}
+    plain = {"target_only_logits": False, "drop_attention_mask": False, "layout": "padded"}
+    plain |= {"onednn_linear": False}
+    found[f"budget {best} alone"] = ours(best, **plain)
+    found[f"budget {best}, target-only logits"] = ours(best, **(plain | TARGETS))
+    if is_onednn_faster_here():
+        found[f"budget {best}, all but oneDNN"] = ours(best, onednn_linear=False)
     return found
 
 
@@ -212,6 +226,7 @@ def run_once(
 ) -> tuple[Stopwatch, CountingCollator]:
     """Train; the watch and the counts are those of the last epoch."""
     watch = Stopwatch(keep_gradient=keep_gradient)
+    trainer: Any
     collator = CountingCollator(make_collator(make_tokenizer()))
     with quietly():
         trainer = make(model, rows, collator)
@@ -223,6 +238,8 @@ def run_once(
         for callback in callbacks:
             trainer.add_callback(callback)
         trainer.train()
+    if isinstance(trainer, GradAccTrainer):  # what was collated is laid out anew
+        collator.computed = trainer.last_update.stats.num_computed_tokens
     model.zero_grad(set_to_none=True)
     model.set_attn_implementation("sdpa")
     del trainer
@@ -251,6 +268,13 @@ def reference_gradient(model: Any, rows: list[Any]) -> list[torch.Tensor]:
     return gradient
 
 
+def describe_sharing(kind: str) -> str:
+    """Say how many of an update's tokens are left if each beginning is computed once."""
+    tokens = [row["input_ids"] for row in make_rows(kind, BATCH)]
+    distinct = count_distinct_tokens(sort_by_prefix(tokens))
+    return f"{distinct / sum(map(len, tokens)):.3f} of an update's tokens are distinct"
+
+
 def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     pairs = zip(actual, expected, strict=True)
     off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
@@ -268,6 +292,8 @@ def measure(kind: str, shape: str, *, rounds: int, makers: dict[str, Maker]) -> 
         for name, maker in makers.items()
         if name.startswith(f"{OURS}, budget")
     }
+    if kind in SHARING:
+        dense_makers = {}
     makers = makers | dense_makers
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     facts: dict[str, dict[str, float]] = {name: {} for name in seconds}
@@ -313,7 +339,7 @@ def summarize(result: dict[str, Any]) -> tuple[list[list[str]], str]:
         fact = facts[name]
         ratio = statistics.median(a / b for a, b in zip(times, seconds[fastest], strict=True))
         packed = "pack" in name or "padding-free" in name
-        padding = 0.0 if packed else 1 - fact["used"] / max(fact["computed"], 1)
+        computed = 1.0 if packed and OURS not in name else fact["computed"] / max(fact["used"], 1)
         error = fact.get("gradient_error")
         lines.append(
             [
@@ -321,7 +347,7 @@ def summarize(result: dict[str, Any]) -> tuple[list[list[str]], str]:
                 f"{statistics.median(times):.2f}",
                 f"{ratio:.2f}",
                 f"{fact['targets'] / sum(times):,.0f}",
-                f"{padding:.1%}",
+                f"{computed:.3f}",
                 f"{fact['batches'] / len(times):.0f}",
                 "" if error is None else f"{error:.0e}",
             ]
@@ -329,7 +355,7 @@ def summarize(result: dict[str, Any]) -> tuple[list[list[str]], str]:
     return lines, fastest
 
 
-HEADER = ["variant", "s/update", "x ours", "targets/s", "padding", "micro-batches", "grad. off"]
+HEADER = ["variant", "s/update", "x ours", "targets/s", "computed", "micro-batches", "grad. off"]
 
 
 @contextlib.contextmanager
@@ -360,19 +386,26 @@ def main() -> None:
     text = []
     for kind in options.rows:
         sample = make_rows(kind, 1024)
-        source = f" from {text_source()}" if kind == "gsm8k" else ""
+        source = f" from {text_source()}" if kind.startswith("gsm8k") else ""
         print(f"{kind}{source}: {describe(sample)}", flush=True)
-        makers = variants(sizes=options.sizes, budgets=options.budgets, with_trl=not options.no_trl)
+        makers = variants(
+            sizes=options.sizes,
+            budgets=options.budgets,
+            with_trl=not options.no_trl,
+            shares=kind in SHARING,
+        )
         if options.only:
             makers = {k: v for k, v in makers.items() if any(part in k for part in options.only)}
         lines, _ = summarize(measure(kind, options.shape, rounds=options.rounds, makers=makers))
-        section = f"### {kind}{source}\n\n{describe(sample)}\n\n{table(HEADER, lines)}"
+        about = describe(sample) + (f"; {describe_sharing(kind)}" if kind in SHARING else "")
+        section = f"### {kind}{source}\n\n{about}\n\n{table(HEADER, lines)}"
         print(section, flush=True)
         text.append(section)
     head = (
         f"{options.shape}, effective batch {BATCH}, {options.rounds} rounds, "
         f"{options.threads} thread(s), {machine()}. Medians over rounds; `x ours` is the median "
-        f"of the ratios to the fastest of ours (bold) in the same round. Seconds are "
+        f"of the ratios to the fastest of ours (bold) in the same round; `computed` are the tokens "
+        f"that go through the model, for each input token. Seconds are "
         f"{'of the wall' if torch.cuda.is_available() else 'of CPU time'}."
     )
     if options.out:

@@ -1,4 +1,4 @@
-"""What the benchmarks train: rows of five kinds, and models of some shapes with random weights.
+"""What the benchmarks train: rows of several kinds, and models of some shapes with random weights.
 
 Nothing is downloaded. GSM8K is read from disk where it lies, else the recipes' word problems take
 its place; the other kinds are random tokens. Their lengths are drawn from a seeded distribution, or
@@ -66,8 +66,20 @@ def make_model(shape: str, *, seed: int = 0, **changes: Any) -> Any:
 
 
 def make_rows(kind: str, count: int, *, vocab_size: int = 16_384, seed: int = 0) -> list[Row]:
-    """`count` rows of one kind: gsm8k, gsm8k-lengths, heavy-tail, lognormal or equal."""
+    """`count` rows of one kind; those of `SHARING` begin alike."""
     rng = np.random.default_rng([seed, len(kind)])
+    if kind == "gsm8k-4shot":
+        rows = make_rows("gsm8k", 4 + count, vocab_size=vocab_size, seed=seed)
+        head = [token for shot in rows[:4] for token in shot["input_ids"]]
+        return [_row(head + row["input_ids"], len(head) + _prompt_of(row)) for row in rows[4:]]
+    if kind == "chat-turns":
+        return _chat_turns(rng, count, vocab_size)
+    if kind == "pairs":
+        return _pairs(rng, count, vocab_size)
+    if kind == "role-play":
+        # Short prompts, short answers: median 60 tokens.
+        lengths = np.clip(rng.lognormal(np.log(60), 0.5, count), 12, 400).astype(int)
+        return [_random_row(rng, int(n), vocab_size) for n in lengths]
     if kind == "gsm8k":
         rows = _text_rows(vocab_size)
         return [rows[i] for i in rng.choice(len(rows), size=count, replace=False)]
@@ -89,6 +101,47 @@ def make_rows(kind: str, count: int, *, vocab_size: int = 16_384, seed: int = 0)
     else:
         raise SystemExit(f"no such kind of rows: {kind}")
     return [_random_row(rng, int(n), vocab_size) for n in lengths]
+
+
+SHARING = ("gsm8k-4shot", "chat-turns", "pairs")
+"""Kinds of rows that begin alike: a head of four examples before every question; chats with one row
+for each turn of the assistant, behind its true beginning; a prompt and two answers of half its
+length."""
+
+
+def _chat_turns(rng: np.random.Generator, count: int, vocab_size: int) -> list[Row]:
+    """Chats of 2 to 8 turns behind one system prompt; only the last turn of a row is a target."""
+
+    def draw(median: float) -> list[int]:
+        length = int(np.clip(rng.lognormal(np.log(median), 0.6), 4, 400))
+        drawn: list[int] = rng.integers(2, vocab_size, length).tolist()
+        return drawn
+
+    system, rows = draw(60), []
+    while len(rows) < count:
+        chat = list(system)
+        for _ in range(int(rng.integers(2, 9))):
+            chat += draw(40)
+            prompt = len(chat)
+            chat += draw(80)
+            rows.append(_row(list(chat), prompt))
+    return rows[:count]
+
+
+def _pairs(rng: np.random.Generator, count: int, vocab_size: int) -> list[Row]:
+    """Two answers to each prompt, one after the other; the prompt is twice as long as they are."""
+    rows = []
+    for length in np.clip(rng.lognormal(np.log(120), 0.5, count // 2), 16, 800).astype(int):
+        prompt = rng.integers(2, vocab_size, 2 * length).tolist()
+        for _ in range(2):
+            answer = int(np.clip(rng.normal(length, length / 4), 4, None))
+            rows.append(_row(prompt + rng.integers(2, vocab_size, answer).tolist(), len(prompt)))
+    return rows
+
+
+def _prompt_of(row: Row) -> int:
+    """Tokens of a row before its first target."""
+    return next(i for i, label in enumerate(row["labels"]) if label != -100)
 
 
 def dense_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:

@@ -217,7 +217,7 @@ def foresees_sharing(rows: Sequence[Any], collator: UpdateCollator) -> bool:
     shared = plan_shared_micro_batches(tokens, collator.tree_cost)
     each = [[i] for i in range(len(lengths))]
     least = (1 - LEAST_SAVING) * padded_cost(lengths, each, collator.tree_cost)
-    return any(not trees.are_rows for trees in shared.trees) and shared.cost < least
+    return shared.cost < least
 
 
 def _choose_unlike(traits: Sequence[tuple[Any, ...]], count: int) -> list[int]:

@@ -24,6 +24,7 @@ from hf_gradacc.loss.trees import (
     Trees,
     computing_trees,
     lay_out_trees,
+    takes_rows,
     watching_bodies,
     why_no_masks,
 )
@@ -39,10 +40,12 @@ class Sharing:
     Attributes:
         bodies: The parts of models that compute trees; none if rows are computed as they are.
         refused: Why, in plain words; empty if they compute trees.
+        by_rows: Attention over trees is computed row by row.
     """
 
     bodies: tuple[nn.Module, ...] = ()
     refused: str = ""
+    by_rows: bool = False
 
 
 def choose_sharing(
@@ -67,20 +70,19 @@ def choose_sharing(
     Raises:
         ConfigError: If it was asked for by name and would not give the same gradient.
     """
-    bodies: tuple[nn.Module, ...] = ()
-    refused = why_not
-    if not refused:
+    found = Sharing(refused=why_not)
+    if not why_not:
         try:
-            bodies, refused = _Trial(models, inputs, loss_of, dtype).run()
+            found = _Trial(models, inputs, loss_of, dtype).run()
         except Exception as error:  # an optional layout must not end a run, whatever it trips over
             first_line = (str(error).splitlines() or [""])[0]
-            refused = f"it fails with {type(error).__name__}: {first_line}"
-    if refused and asked:
+            found = Sharing(refused=f"it fails with {type(error).__name__}: {first_line}")
+    if found.refused and asked:
         raise ConfigError(
-            f"layout = 'shared_prefix' would not give the same gradient: {refused}.\n"
+            f"layout = 'shared_prefix' would not give the same gradient: {found.refused}.\n"
             f"  Set layout = 'auto' or 'padded'."
         )
-    return Sharing((), refused) if refused else Sharing(bodies)
+    return found
 
 
 def drops_out(model: nn.Module) -> bool:
@@ -113,57 +115,86 @@ class _Trial:
     loss_of: Callable[[Mapping[str, Any]], float]
     dtype: torch.dtype
 
-    def run(self) -> tuple[tuple[nn.Module, ...], str]:
+    def run(self) -> Sharing:
         """Return the bodies that compute trees, or why none may."""
         ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) < 2:
-            return (), "there are no two rows of input_ids to try it on"
+            return Sharing(refused="there are no two rows of input_ids to try it on")
         if not (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape)):
-            return (), "the attention mask is not one of rows and tokens"
+            return Sharing(refused="the attention mask is not one of rows and tokens")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
         alike = {**self.inputs, "input_ids": _beginning_alike(ids, real)}
         with _narrow_windows(self.models, int(real.sum(1).max()) // 2):
-            return self._compare(alike, real)
+            return self._try_ways(alike, real)
 
-    def _compare(self, alike: Mapping[str, Any], real: Tensor) -> tuple[tuple[nn.Module, ...], str]:
-        """Compute rows that begin alike as they are, and as one tree."""
+    def _try_ways(self, alike: Mapping[str, Any], real: Tensor) -> Sharing:
+        """Compute rows that begin alike as they are, and as one tree, in one way or the other."""
         ids, mask = alike["input_ids"], alike.get("attention_mask")
         with watching_bodies(*self.models) as plain:
             loss = self.loss_of(alike)
         bodies = tuple(plain.bodies)
         if not bodies:
-            return (), "no part of the model was seen to compute hidden states of its rows"
+            return Sharing(
+                refused="no part of the model was seen to compute hidden states of its rows"
+            )
         for body in bodies:
             if why := why_no_masks(getattr(body, "config", None)):
-                return (), why
+                return Sharing(refused=why)
             if "position_ids" not in inspect.signature(body.forward).parameters:
-                return (), "it takes no position_ids, and a token's place in a tree is not its own"
-        trees = lay_out_trees(ids, mask, [range(len(ids))])
+                return Sharing(
+                    refused="it takes no position_ids, and a token's place in a tree is not its own"
+                )
+        by_rows = all(takes_rows(body.config) for body in bodies)
+        refused = ""
+        # Models that call torch's attention by themselves take a mask over the tree.
+        for way in (True, False) if by_rows else (False,):
+            trees = lay_out_trees(ids, mask, [range(len(ids))], by_rows=way)
+            try:
+                why = self._compare(trees, bodies, alike, loss, plain.outputs, real)
+            except Exception:
+                if not way:
+                    raise
+                continue
+            if not why:
+                return Sharing(bodies, by_rows=way)
+            refused = refused or why
+        return Sharing(refused=refused)
+
+    def _compare(
+        self,
+        trees: Trees,
+        bodies: Sequence[nn.Module],
+        alike: Mapping[str, Any],
+        loss: float,
+        plain: Sequence[Any],
+        real: Tensor,
+    ) -> str:
+        """Compare rows as trees with rows as they are; empty if they agree."""
         tree_loss, outputs = self._run_as(trees, bodies, alike)
-        if len(outputs) < len(plain.outputs):
-            return (), "its body is not given rows of tokens alone"
+        if len(outputs) < len(plain):
+            return "its body is not given rows of tokens alone"
         if not differ(tree_loss, loss) <= rounding_of(self.dtype, "shortcut"):
             figures = f"its loss as a tree is {tree_loss:.7g} where that of rows is {loss:.7g}"
-            return (), f"{figures}: {_NOT_BY_MASK}"
-        expected = [_hidden(output) for output in plain.outputs]
+            return f"{figures}: {_NOT_BY_MASK}"
+        expected = [_hidden(output) for output in plain]
         actual = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, real) for a, b in zip(actual, expected, strict=True)):
-            return (), f"its hidden states differ between a tree and rows: {_NOT_BY_MASK}"
+            return f"its hidden states differ between a tree and rows: {_NOT_BY_MASK}"
         changed, others = _with_other_tokens(trees, real)
         _, outputs = self._run_as(changed, bodies, alike)
         moved = [_hidden(output) for output in outputs]
         if any(self._moved(a, b, others, "isolation") for a, b in zip(moved, actual, strict=True)):
-            return (), "in a tree one row changes the hidden states of the others"
+            return "in a tree one row changes the hidden states of the others"
         for width in {_table_size(body) for body in bodies} - {0}:
             try:
                 _, outputs = self._run_as(_wider(trees, width + 1), bodies, alike)
                 wide = [_hidden(output) for output in outputs]
-                moved_any = any(self._moved(a, b, real) for a, b in zip(wide, actual, strict=True))
+                has_moved = any(self._moved(a, b, real) for a, b in zip(wide, actual, strict=True))
             except RuntimeError:
-                moved_any = True
-            if moved_any:
-                return (), f"it looks places up in a table of {width}, and a tree may have more"
-        return bodies, ""
+                has_moved = True
+            if has_moved:
+                return f"it looks places up in a table of {width}, and a tree may have more"
+        return ""
 
     def _run_as(
         self, trees: Trees, bodies: Sequence[nn.Module], inputs: Mapping[str, Any]
@@ -250,8 +281,9 @@ def _table_size(body: nn.Module) -> int:
 
 
 def _wider(trees: Trees, width: int) -> Trees:
-    """Pad a single tree to a width."""
+    """Pad a single tree to a width, and attend over it under a mask."""
     more = width - trees.ids.shape[1]
+    trees = replace(trees, groups=(), places=None)
     if more <= 0:
         return trees
     pad = torch.nn.functional.pad
@@ -313,14 +345,12 @@ def with_sharing(
         asked=asked,
     )
     refused = shortcuts.refused + ((("shared_prefix", found.refused),) if found.refused else ())
-    return replace(shortcuts, bodies=found.bodies, refused=refused)
+    return replace(shortcuts, bodies=found.bodies, trees_by_rows=found.by_rows, refused=refused)
 
 
 def why_not_shared(model: nn.Module, setting: Setting, *, asked: bool) -> str:
     """Return what is known to speak against trees before they are tried, empty for nothing."""
     args = setting.args
-    if not asked and args.layout != "auto":
-        return f"layout = {args.layout!r}"
     if setting.splits_rows:
         return "several ranks compute each row together (cp_size, sp_size)"
     if setting.facts.pad_to_one_width:

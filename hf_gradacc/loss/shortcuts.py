@@ -78,6 +78,7 @@ class Shortcuts:
         linears: Layers that multiply by oneDNN.
         bodies: Parts of models that compute rows which begin alike as trees, see
             `hf_gradacc.loss.trees`; none if rows are computed as they are.
+        trees_by_rows: Their attention is computed row by row, see `TreeCost`.
     """
 
     target_only_logits: bool = False
@@ -90,6 +91,7 @@ class Shortcuts:
     owner: PreTrainedModel | None = field(default=None, repr=False, compare=False)
     linears: tuple[nn.Linear, ...] = field(default=(), repr=False, compare=False)
     bodies: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+    trees_by_rows: bool = False
 
     def shape(
         self, inputs: Mapping[str, Any], *, as_trees: bool = False

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
 
 from hf_gradacc.loss.layouts import find_head
+from hf_gradacc.loss.tree_attention import Group, Marker, attending_by_rows, group_rows
 from hf_gradacc.updates.prefixes import sort_by_prefix
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "computing_these",
     "computing_trees",
     "lay_out_trees",
+    "takes_rows",
     "tree_masks",
     "watching_bodies",
     "why_no_masks",
@@ -57,6 +59,9 @@ class Trees:
         nodes: For each token of the rows ``[rows, seq]``, its place in the flattened trees. Padding
             has that of its row's first token, and whatever comes back there goes nowhere.
         num_tokens: Tokens of all trees, without what pads them.
+        groups: How their attention is computed row by row, see `hf_gradacc.loss.tree_attention`;
+            none if it is computed under a mask over each tree.
+        places: See `group_rows`.
     """
 
     rows: Tensor
@@ -65,16 +70,28 @@ class Trees:
     ends: Tensor
     nodes: Tensor
     num_tokens: int
+    groups: tuple[Group, ...] = ()
+    places: Tensor | None = None
 
     def to(self, device: torch.device) -> Trees:
         """Copy to a device, without waiting for it."""
         names = ("rows", "ids", "positions", "ends", "nodes")
-        return replace(
-            self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        )
+        there: dict[str, Any] = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in names
+        }
+        if self.places is not None:
+            there["places"] = self.places.to(device, non_blocking=True)
+            there["groups"] = tuple(group.to(device) for group in self.groups)
+        return replace(self, **there)
 
 
-def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[Sequence[int]]) -> Trees:
+def lay_out_trees(
+    ids: Tensor,
+    mask: Tensor | None,
+    trees: Sequence[Sequence[int]],
+    *,
+    by_rows: bool = False,
+) -> Trees:
     """Lay out padded rows as trees.
 
     Args:
@@ -82,6 +99,7 @@ def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[Sequence[int
         mask: 1 for tokens, 0 for padding, of that shape; None if there is no padding.
         trees: The rows of each tree; every row is in one. Rows of a tree that have nothing in
             common stand beside each other in it.
+        by_rows: Attention is computed row by row. All trees then stand in one row, without padding.
 
     >>> trees = lay_out_trees(torch.tensor([[5, 6, 7], [5, 6, 8]]), None, [(0, 1)])
     >>> trees.ids.tolist(), trees.positions.tolist(), trees.ends.tolist(), trees.nodes.tolist()
@@ -89,7 +107,9 @@ def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[Sequence[int
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
     tokens = [row[of_row].numpy() for row, of_row in zip(ids, real, strict=True)]
-    grown = [_grow(tokens, rows) for rows in trees]
+    # Nothing tells trees in one row from a tree whose rows have nothing in common.
+    together = [[row for rows in trees for row in rows]] if by_rows else trees
+    grown = [_grow(tokens, rows) for rows in together]
     width = max(len(tree.ids) for tree in grown)
     shape = (len(grown), width)
     # What pads a tree sees itself alone: attention to nothing is NaN.
@@ -106,7 +126,14 @@ def lay_out_trees(ids: Tensor, mask: Tensor | None, trees: Sequence[Sequence[int
             where = torch.tensor(path, dtype=torch.int64) + place * width
             nodes[row] = where[0] if len(where) else place * width
             nodes[row, real[row]] = where
-    return Trees(ids, flat_ids, positions, ends, nodes, sum(len(tree.ids) for tree in grown))
+    laid_out = Trees(ids, flat_ids, positions, ends, nodes, sum(len(tree.ids) for tree in grown))
+    if not by_rows:
+        return laid_out
+    (tree,) = grown
+    groups, places = group_rows(
+        list(tree.paths.values()), [tree.num_own[row] for row in tree.paths]
+    )
+    return replace(laid_out, groups=tuple(groups), places=places)
 
 
 @dataclass
@@ -117,12 +144,13 @@ class _Tree:
     positions: list[int]
     ends: list[int]
     paths: dict[int, list[int]]
+    num_own: dict[int, int]
 
 
 def _grow(tokens: Sequence[Any], rows: Sequence[int]) -> _Tree:
     """Write the tokens of some rows depth first, common prefixes once."""
     found = sort_by_prefix([tokens[row] for row in rows])
-    tree = _Tree([], [], [], {})
+    tree = _Tree([], [], [], {}, {})
     path: list[int] = []
     for place, shared in zip(found.order.tolist(), found.shared.tolist(), strict=True):
         own = tokens[rows[place]][shared:].tolist()
@@ -133,29 +161,44 @@ def _grow(tokens: Sequence[Any], rows: Sequence[int]) -> _Tree:
         tree.ids += own
         tree.positions += range(shared, shared + len(own))
         tree.ends += [0] * len(own)
-        tree.paths[rows[place]] = path
+        tree.paths[rows[place]], tree.num_own[rows[place]] = path, len(own)
     for node in path:
         tree.ends[node] = len(tree.ids)
     return tree
 
 
-def tree_masks(trees: Trees, config: Any, *, dtype: torch.dtype) -> Any:
+def tree_masks(
+    trees: Trees,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    mark: Callable[[Marker], None] | None = None,
+) -> Any:
     """Make the masks of trees, as a model's body takes them.
 
     Args:
         trees: On the device of the model.
         config: The configuration of the body: its attention, windows, kinds of layers.
         dtype: What the model computes in.
+        mark: From `attending_by_rows`, if attention is computed row by row.
 
     Returns:
         One mask ``[trees, 1, width, width]``, or a flex attention's of that shape; or one for each
         kind of layer, where the configuration names kinds.
     """
     makes: dict[str, Callable[[], Any]] = {
-        _FULL: lambda: _mask(trees, config, dtype=dtype),
-        _SLIDING: lambda: _mask(trees, config, window=config.sliding_window, dtype=dtype),
-        _CHUNKED: lambda: _mask(trees, config, chunk=config.attention_chunk_size, dtype=dtype),
+        _FULL: lambda: make(),
+        _SLIDING: lambda: make(window=config.sliding_window),
+        _CHUNKED: lambda: make(chunk=config.attention_chunk_size),
     }
+
+    def make(**limits: int | None) -> Any:
+        if mark is not None and trees.groups and config._attn_implementation == "sdpa":
+            marker = _marker(trees, **limits)
+            mark(marker)
+            return marker.mask
+        return _mask(trees, config, dtype=dtype, **limits)
+
     kinds = _kinds_of_layers(config)
     if kinds and kinds != [_FULL]:
         return {kind: makes[kind]() for kind in kinds}
@@ -167,6 +210,11 @@ def tree_masks(trees: Trees, config: Any, *, dtype: torch.dtype) -> Any:
 def _kinds_of_layers(config: Any) -> list[str]:
     """Return the kinds of layers that a configuration names, none if it names none."""
     return sorted(set(getattr(config, "layer_types", None) or ()))
+
+
+def takes_rows(config: Any) -> bool:
+    """Return whether trees may stand in one row: no mask over all of them has to be computed."""
+    return str(getattr(config, "_attn_implementation", "")) in ("sdpa", "flex_attention")
 
 
 def why_no_masks(config: Any) -> str:
@@ -181,6 +229,14 @@ def why_no_masks(config: Any) -> str:
             f"choose what they attend to"
         )
     return ""
+
+
+def _marker(trees: Trees, *, window: int | None = None, chunk: int | None = None) -> Marker:
+    assert trees.places is not None
+    num_trees, width = trees.ids.shape
+    mask = torch.ones((), dtype=torch.bool, device=trees.ids.device)
+    masks = [group.mask(window=window, chunk=chunk) for group in trees.groups]
+    return Marker(mask.expand(num_trees, 1, width, width), trees.groups, masks, trees.places)
 
 
 def _mask(
@@ -294,14 +350,15 @@ def computing_trees(
     """
     computed: list[Trees] = []
     handles = []
-    for body in bodies:
-        hooks = _Hooks(body, lay_out, computed)
-        handles += [
-            body.register_forward_pre_hook(hooks.before, with_kwargs=True),
-            body.register_forward_hook(hooks.after, always_call=True),
-        ]
     try:
-        yield computed
+        with attending_by_rows() as mark:
+            for body in bodies:
+                hooks = _Hooks(body, lay_out, computed, mark)
+                handles += [
+                    body.register_forward_pre_hook(hooks.before, with_kwargs=True),
+                    body.register_forward_hook(hooks.after, always_call=True),
+                ]
+            yield computed
     finally:
         for handle in handles:
             handle.remove()
@@ -319,7 +376,7 @@ def computing_these(
         ids: The rows' token ids ``[rows, seq]`` as the model is given them.
 
     Yields:
-        The trees that were computed, one for each call of a body.
+        As `computing_trees`.
     """
     here = trees.to(ids.device)
 
@@ -340,10 +397,12 @@ class _Hooks:
         body: nn.Module,
         lay_out: Callable[[Tensor, Tensor | None], Trees | None],
         computed: list[Trees],
+        mark: Callable[[Marker], None],
     ) -> None:
         self.config: Any = body.config
         self.lay_out = lay_out
         self.computed = computed
+        self.mark = mark
         self.running: Trees | None = None
 
     def before(
@@ -363,7 +422,7 @@ class _Hooks:
         given |= {
             "input_ids": trees.ids,
             "position_ids": trees.positions,
-            "attention_mask": tree_masks(trees, self.config, dtype=dtype),
+            "attention_mask": tree_masks(trees, self.config, dtype=dtype, mark=self.mark),
             "use_cache": False,
         }
         self.running = trees
@@ -376,8 +435,8 @@ class _Hooks:
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
-_OF_A_LOSS = ("shift_labels", "num_items_in_batch")
-"""What models with a head pass on to their body with all other arguments, and no body reads."""
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+"""What models hand on with everything else, and their loss alone reads."""
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -394,7 +453,8 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
         return None
     if given.get("position_ids") is not None or given.get("output_attentions"):
         return None
-    others = [value for key, value in given.items() if key not in (*_TAKEN, *_OF_A_LOSS)]
+    known = (*_TAKEN, *_OF_THE_LOSS)
+    others = [value for key, value in given.items() if key not in known]
     return None if any(_holds_something(value) for value in others) else given
 
 

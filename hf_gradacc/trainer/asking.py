@@ -142,7 +142,9 @@ def ask_trainer(
             )
             with held_in_mode(bare, training=training):
                 shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
-                if collator.foresees_sharing or args.layout == "shared_prefix":
+                if args.layout == "shared_prefix" or (
+                    args.layout == "auto" and collator.foresees_sharing
+                ):
                     shortcuts = with_sharing(
                         shortcuts,
                         find_models(trainer),
@@ -154,7 +156,7 @@ def ask_trainer(
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
-        collator.shares_prefixes = bool(shortcuts.bodies)
+        collator.share_prefixes(shortcuts.bodies, by_rows=shortcuts.trees_by_rows)
         collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
 

@@ -78,6 +78,7 @@ def plain_for_steps_behind(
     return Shortcuts(
         refused=tuple((name, shortcuts.reason(name) or why) for name in names),
         linears=shortcuts.linears,
+        trees_by_rows=shortcuts.trees_by_rows,
         bodies=shortcuts.bodies,  # rows stay as they are outside of the model
     )
 

@@ -26,13 +26,6 @@ __all__ = ["MicroBatchStep", "loss_of_rows", "smoothed_loss"]
 
 logger = logging.get_logger(__name__)
 
-_NO_TREES = (
-    "rows that begin alike were planned as trees, but the model was given something else than the "
-    "rows of a micro-batch, so they were computed as they are. The gradient is the same; "
-    "computed_tokens_per_update and shared_fraction tell what was planned. "
-    "layout = 'padded' plans no trees."
-)
-
 
 class MicroBatchStep:
     """Runs the stock step on one micro-batch, and holds what its loss is divided by.
@@ -122,12 +115,11 @@ class MicroBatchStep:
             trees = self._trees_of(inputs)
             shaped, positions = taken.shape(inputs, as_trees=trees is not None)
             inputs, positions = start_copies(shaped, positions, device)
+        computed: list[Trees] | None = None
         with contextlib.ExitStack() as layout:
-            computed = None
             if taken is not None and trees is not None:
-                computed = layout.enter_context(
-                    computing_these(taken.bodies, trees, inputs["input_ids"])
-                )
+                watched = computing_these(taken.bodies, trees, inputs["input_ids"])
+                computed = layout.enter_context(watched)
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
             if taken is not None and positions is not None:
@@ -136,10 +128,14 @@ class MicroBatchStep:
                     onednn = bool(taken.linears)
                     layout.enter_context(without_logits(taken.owner, taken.head, onednn=onednn))
             loss = stock_step(model, inputs, count)
-            if computed == []:
-                logger.warning_once(_NO_TREES)
         if self.after is not None:
             self.after()
+        if computed == []:
+            logger.warning_once(
+                "rows that begin alike were to be computed as trees, but the model was called with "
+                "other rows, so they were computed one by one: the gradient is the same, the time "
+                "is not. Set layout = 'padded'."
+            )
         return loss
 
     def _trees_of(self, inputs: Mapping[str, Any]) -> Trees | None:
@@ -151,7 +147,7 @@ class MicroBatchStep:
         # A step of somebody's own may run other rows.
         if not isinstance(ids, Tensor) or len(ids) != sum(map(len, grown.rows)):
             return None
-        return lay_out_trees(ids, mask, grown.rows)
+        return lay_out_trees(ids, mask, grown.rows, by_rows=grown.by_rows)
 
     def _with_noise(
         self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool

@@ -6,6 +6,7 @@ Runs in the DataLoader's workers, so that planning and padding cost the training
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -279,6 +280,16 @@ class UpdateCollator:
         if shared.cost > (1 - self.least_saving) * costs:
             return plan, plain
         return shared.pieces, list(shared.trees)
+
+    def share_prefixes(self, bodies: Sequence[Any], *, by_rows: bool) -> None:
+        """Plan rows that begin alike as trees if any part of a model computes those.
+
+        Args:
+            bodies: The parts that do.
+            by_rows: See `TreeCost`.
+        """
+        self.shares_prefixes = bool(bodies)
+        self.tree_cost = replace(self.tree_cost, by_rows=by_rows)
 
     def lay_out(self, micro_batch: MicroBatch, trees: GrownTrees | None = None) -> MicroBatch:
         """Say how a collated micro-batch will be laid out, and count its padding by that."""

@@ -318,7 +318,8 @@ def build_loader(
     collator.num_ranks = world_size
     # A layer costs 24 h² per token and 4 h more for each token it attends to (forward FLOPs).
     attention_length = 6 * hidden_size if hidden_size else None
-    collator.tree_cost = TreeCost(attention_length)
+    # Of a square of attention, what stands before is half.
+    collator.tree_cost = TreeCost(attention_length and 2 * attention_length, by_rows=True)
     collator.rows_repeat = sampler is not None
     deal = partial(
         deal_update,

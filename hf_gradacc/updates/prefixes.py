@@ -23,6 +23,7 @@ import numpy as np
 from hf_gradacc.updates.planner import cut_sorted
 
 __all__ = [
+    "BRANCH",
     "MASKED_ATTENTION",
     "GrownTrees",
     "SharedPlan",
@@ -39,6 +40,9 @@ __all__ = [
 MASKED_ATTENTION = 2
 """What a token of a tree pays for each token of the tree, in what a token of a row pays for each
 token of its row: attention under a mask computes both halves of its square."""
+
+BRANCH = 8
+"""What a row costs in a tree besides its own tokens, in tokens: it is gathered for attention."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,25 @@ class TreeCost:
     """What rows and trees cost to compute, in tokens of a row that attends to nothing.
 
     Attributes:
-        attention_length: Length at which attending costs a row as much as all the rest, see
-            `deal_rows`; None leaves attention out.
+        attention_length: Length at which attending to what stands before costs a row as much as all
+            the rest; None leaves attention out.
+        by_rows: Attention over a tree is computed row by row, and trees stand in one row without
+            padding; else under a mask over each tree, padded to the widest.
         masked: See `MASKED_ATTENTION`.
     """
 
     attention_length: int | None = None
+    by_rows: bool = False
     masked: float = MASKED_ATTENTION
 
     def row(self, width: np.ndarray | int) -> Any:
         """Cost of a row of this width, its padding included."""
         return width * (1 + width / self.attention_length) if self.attention_length else 1.0 * width
+
+    def branch(self, own: np.ndarray | int, length: np.ndarray | int) -> Any:
+        """Cost of a row's own tokens in a tree whose attention is computed row by row."""
+        attends = self.masked * length / self.attention_length if self.attention_length else 0.0
+        return own * (1 + attends) + BRANCH
 
     def tree(self, width: np.ndarray | int) -> Any:
         """Cost of a tree of this width under a mask."""
@@ -162,6 +174,16 @@ def grow_trees(
     apart = np.flatnonzero(rows.shared == 0)
     next_apart = np.append(apart, n)[np.searchsorted(apart, np.arange(n), side="right")]
     widest = cost.widest(int(rows.shared.max()), int(rows.lengths.max()))
+    if cost.by_rows:
+        widest = None
+        if max_tokens is None and max_rows is None:
+            # What a row costs in a tree depends on no other row of it.
+            splits = cost.branch(own, rows.lengths) >= cost.row(rows.lengths)
+            starts = np.flatnonzero(splits | (rows.shared == 0)).tolist()
+            return [
+                (a, b, int(ends[b] - ends[a] + rows.shared[a]))
+                for a, b in itertools.pairwise([*starts, n])
+            ]
     limits = [limit for limit in (max_tokens, widest) if limit is not None]
     limit = min(limits, default=None)
     # The first row of a tree has no neighbour to share with: it pays for all its tokens.
@@ -171,6 +193,7 @@ def grow_trees(
         stops = np.minimum(stops, np.arange(n) + max_rows)
     if limit is not None:
         stops = np.minimum(stops, np.searchsorted(ends, befores + limit, side="right") - 1)
+    added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
     best = np.zeros(n + 1)
     take = [1] * n
     alone, last = cost.row(rows.lengths).tolist(), 0.0
@@ -179,7 +202,10 @@ def grow_trees(
     ):
         last += alone[start]
         if stop >= start + 2:
-            costs = cost.tree(ends[start + 2 : stop + 1] - before)
+            if cost.by_rows:
+                costs = added[start + 2 : stop + 1] + (alone[start] - added[start + 1])
+            else:
+                costs = cost.tree(ends[start + 2 : stop + 1] - before)
             costs += best[start + 2 : stop + 1]
             least = int(costs.argmin())
             if costs[least] < last:
@@ -216,10 +242,12 @@ class GrownTrees:
     Attributes:
         rows: Rows of each tree; every row is in one.
         sizes: Tokens of each tree.
+        by_rows: See `TreeCost`.
     """
 
     rows: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
+    by_rows: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -228,13 +256,15 @@ class GrownTrees:
 
     @property
     def num_computed(self) -> int:
-        """Tokens that are computed: each tree is padded to the widest."""
+        """Tokens that are computed, with what pads each tree to the widest."""
+        if self.by_rows:
+            return self.num_tokens
         return len(self.sizes) * max(self.sizes, default=0)
 
     @property
     def are_rows(self) -> bool:
-        """Whether each tree is a single row, so that nothing is shared."""
-        return all(len(rows) == 1 for rows in self.rows)
+        """Whether each tree is a single row, to be computed as rows are."""
+        return not self.by_rows and all(len(rows) == 1 for rows in self.rows)
 
 
 def plan_shared_micro_batches(
@@ -263,22 +293,59 @@ def plan_shared_micro_batches(
     found = sort_by_prefix(rows)
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
-    if not trees:
-        return SharedPlan([], [], 0.0)
-    if max_sequences is None:
+    if all(last - first == 1 for first, last, _ in trees):
+        return SharedPlan([], [], math.inf)
+    if cost.by_rows:
+        bins = _fill(trees, max_tokens, max_sequences)
+    elif max_sequences is None:
         cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
     else:
         cuts = _cut_counting(trees, max_tokens, max_sequences)
+    if not cost.by_rows:
+        bins = [trees[start:stop] for start, stop in cuts]
     pieces, grown, total = [], [], 0.0
-    for start, stop in cuts:
-        inside = trees[start:stop]
+    for inside in bins:
         pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
         ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
         rows = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([0, *ends]))
-        grown.append(GrownTrees(rows, tuple(size for *_, size in inside)))
-        price = cost.row if grown[-1].are_rows else cost.tree
-        total += len(inside) * float(price(inside[0][2])) + overhead_tokens
+        grown.append(GrownTrees(rows, tuple(size for *_, size in inside), cost.by_rows))
+        total += _cost_of(inside, found, cost) + overhead_tokens
     return SharedPlan(pieces, grown, total)
+
+
+def _cost_of(trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: TreeCost) -> float:
+    """Return the cost of one micro-batch of trees, the widest first."""
+    if not cost.by_rows:
+        are_rows = all(last - first == 1 for first, last, _ in trees)
+        price = cost.row if are_rows else cost.tree
+        return len(trees) * float(price(trees[0][2]))
+    own = rows.lengths - rows.shared
+    return sum(
+        BRANCH
+        + float(cost.row(rows.lengths[first]))
+        + float(cost.branch(own[first + 1 : last], rows.lengths[first + 1 : last]).sum())
+        for first, last, _ in trees
+    )
+
+
+def _fill(
+    trees: Sequence[tuple[int, int, int]], max_tokens: int | None, max_sequences: int | None
+) -> list[list[tuple[int, int, int]]]:
+    """Fill micro-batches whose trees stand end to end: each tree into the first with room."""
+    bins: list[list[tuple[int, int, int]]] = []
+    room: list[list[int]] = []
+    most = [max_tokens or 2**62, max_sequences or 2**62]
+    for tree in trees:
+        first, last, size = tree
+        fits = (k for k, (a, b) in enumerate(room) if size <= a and last - first <= b)
+        place = next(fits, len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(list(most))
+        bins[place].append(tree)
+        room[place][0] -= size
+        room[place][1] -= last - first
+    return bins
 
 
 def _cut_counting(
@@ -334,9 +401,11 @@ def trees_of(
     grown = GrownTrees(
         tuple(tuple(order[first:last]) for first, last, _ in trees),
         tuple(size for *_, size in trees),
+        cost.by_rows,
     )
-    if grown.are_rows:
+    if all(len(inside) == 1 for inside in grown.rows):
         return None
     lengths = found.lengths.tolist()
     as_rows = padded_cost(lengths, [range(len(lengths))], cost)
-    return grown if len(grown.sizes) * float(cost.tree(max(grown.sizes))) < as_rows else None
+    as_trees = _cost_of(sorted(trees, key=lambda tree: -tree[2]), found, cost)
+    return grown if as_trees < as_rows else None

@@ -1,0 +1,263 @@
+"""Attention over trees, row by row: a row's own tokens attend to the tokens they descend from.
+
+A mask over a whole tree computes a square of which most is masked. Here the own tokens of each row
+are the queries of one call and all tokens of the row its keys, so that no more is computed than the
+tokens of trees have to attend to. Rows of like size share a call.
+
+For as long as a micro-batch runs, this stands in front of Transformers' ``sdpa`` in its table of
+attentions, which is made for that. It takes the calls whose mask is a marker that it knows, and
+passes all others on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["Group", "Marker", "attending_by_rows", "group_rows"]
+
+_CALL = 4096
+"""What one more call costs, in pairs of a query and a key that are computed and masked."""
+
+_NAME = "sdpa"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows whose attention is computed in one call.
+
+    Attributes:
+        queries: Where the own tokens of each row are ``[rows, most own]``; what pads them names
+            the last again.
+        keys: Where all tokens of each row are ``[rows, most tokens]``, likewise.
+        num_own: Own tokens of each row ``[rows]``.
+        num_tokens: All tokens of each row ``[rows]``.
+        real: Which of the flattened queries pad nothing ``[own tokens of all rows]``.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    num_own: Tensor
+    num_tokens: Tensor
+    real: Tensor
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether all tokens of every row are its own."""
+        return self.queries.shape == self.keys.shape
+
+    def to(self, device: torch.device) -> Group:
+        """Copy to a device."""
+        names = ("queries", "keys", "num_own", "num_tokens", "real")
+        return Group(*(getattr(self, name).to(device, non_blocking=True) for name in names))
+
+    def mask(self, *, window: int | None = None, chunk: int | None = None) -> Tensor | None:
+        """Return which keys each query sees ``[rows, 1, queries, keys]``; None for those before it.
+
+        Args:
+            window: Tokens of the row that a query sees, itself among them.
+            chunk: A query sees no token of the row before its chunk of this many.
+        """
+        widest = self.keys.shape[1]
+        if self.are_whole and all(n is None or n >= widest for n in (window, chunk)):
+            return None
+        here = self.keys.device
+        number = torch.arange(self.queries.shape[1], device=here)
+        number = torch.minimum(number, self.num_own[:, None] - 1)
+        query = (self.num_tokens - self.num_own)[:, None] + number  # its place in the row
+        query, key = query[:, :, None], torch.arange(widest, device=here)
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if chunk is not None:
+            seen = seen & (query // chunk == key // chunk)
+        return seen.unsqueeze(1)
+
+
+def group_rows(
+    paths: Sequence[Sequence[int]], num_own: Sequence[int]
+) -> tuple[list[Group], Tensor]:
+    """Put rows of like size into one call of attention each.
+
+    Args:
+        paths: Where the tokens of each row are.
+        num_own: How many of them, at its end, are its own; rows without any attend to nothing new.
+
+    Returns:
+        The groups, and where each token is among all queries of theirs ``[tokens]``, one group
+        after the other.
+    """
+    rows = [
+        (len(path), own, row)
+        for row, (path, own) in enumerate(zip(paths, num_own, strict=True))
+        if own
+    ]
+    rows.sort(key=lambda row: (row[0] != row[1], -row[0], -row[1]))
+    groups: list[Group] = []
+    inside: list[tuple[int, int, int]] = []
+    pairs = most_own = most_tokens = 0
+    for tokens, own, row in rows:
+        wide = max(most_own, own) * max(most_tokens, tokens) * (len(inside) + 1)
+        is_whole = tokens == own
+        changes = bool(inside) and (inside[0][0] == inside[0][1]) != is_whole
+        if inside and (changes or wide - pairs - own * tokens > _CALL):
+            groups.append(_make_group(inside, paths))
+            inside, pairs, most_own, most_tokens = [], 0, 0, 0
+        inside.append((tokens, own, row))
+        pairs += own * tokens
+        most_own, most_tokens = max(most_own, own), max(most_tokens, tokens)
+    if inside:
+        groups.append(_make_group(inside, paths))
+    # Counted in the queries of all groups, what pads them included.
+    starts = np.cumsum([0, *(group.queries.numel() for group in groups)])
+    found = [group.real + int(start) for group, start in zip(groups, starts, strict=False)]
+    order = torch.cat([group.queries.reshape(-1)[group.real] for group in groups])
+    places = torch.empty_like(order)
+    places[order] = torch.cat(found)
+    return groups, places
+
+
+def _make_group(rows: Sequence[tuple[int, int, int]], paths: Sequence[Sequence[int]]) -> Group:
+    most_tokens, most_own = max(row[0] for row in rows), max(row[1] for row in rows)
+    queries = torch.empty(len(rows), most_own, dtype=torch.int64)
+    keys = torch.empty(len(rows), most_tokens, dtype=torch.int64)
+    for place, (tokens, own, row) in enumerate(rows):
+        path = torch.as_tensor(paths[row], dtype=torch.int64)
+        keys[place, :tokens], keys[place, tokens:] = path, path[-1]
+        queries[place, :own], queries[place, own:] = path[tokens - own :], path[-1]
+    num_tokens, num_own = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
+    real = (torch.arange(most_own) < num_own[:, None]).reshape(-1).nonzero()[:, 0]
+    return Group(queries, keys, num_own, num_tokens, real)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What stands for the mask of trees in the calls of attention.
+
+    Attributes:
+        mask: The mask that is passed through the model: of the right shape, without content.
+        groups: The rows, call by call.
+        masks: What each group sees.
+        places: See `group_rows`.
+    """
+
+    mask: Tensor
+    groups: Sequence[Group]
+    masks: Sequence[Tensor | None]
+    places: Tensor
+
+
+@contextlib.contextmanager
+def attending_by_rows() -> Iterator[Callable[[Marker], None]]:
+    """Let ``sdpa`` compute trees row by row for as long as the context lasts.
+
+    Yields:
+        What to call with each marker before the model runs.
+    """
+    known: dict[int, Marker] = {}
+    stock: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
+    own = ALL_ATTENTION_FUNCTIONS._local_mapping.get(_NAME)
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        marker = known.get(id(attention_mask))
+        if marker is None:
+            found: tuple[Tensor, None] = stock(module, query, key, value, attention_mask, **kwargs)
+            return found
+        return _attend(stock, marker, module, query, key, value, **kwargs), None
+
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    try:
+        yield lambda marker: known.update({id(marker.mask): marker})
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        if own is not None:
+            ALL_ATTENTION_FUNCTIONS[_NAME] = own
+
+
+def _attend(
+    stock: Any,
+    marker: Marker,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """Return what each token's query found ``[1, tokens, heads, width]``."""
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("a learned bias of positions is not one of trees")
+    kwargs.pop("is_causal", None)
+    groups, places = marker.groups, marker.places
+    spread: Any = _Spread.apply
+    collect: Any = _Collect.apply
+    queries, keys = (
+        torch.cat([getattr(group, name).reshape(-1) for group in groups])
+        for name in ("queries", "keys")
+    )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    each = zip(
+        groups,
+        marker.masks,
+        _split(spread(query, queries, places), [group.queries for group in groups]),
+        _split(key.index_select(0, keys), [group.keys for group in groups]),
+        _split(value.index_select(0, keys), [group.keys for group in groups]),
+        strict=True,
+    )
+    found = [
+        stock(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0].flatten(0, 1)
+        for _, mask, q, k, v in each
+    ]
+    collected: Tensor = collect(torch.cat(found), queries, places)
+    return collected.unsqueeze(0)
+
+
+def _split(states: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+    """Split ``[tokens of all groups, heads, width]`` into ``[rows, heads, seq, width]`` of each."""
+    parts = torch.split(states, [of_group.numel() for of_group in places])
+    return [
+        part.view(*of_group.shape, *states.shape[1:]).transpose(1, 2)
+        for part, of_group in zip(parts, places, strict=True)
+    ]
+
+
+class _Spread(torch.autograd.Function):
+    """Take each token to its place among the queries; what pads those is given the last again.
+
+    Autograd would add gradients up token by token. But each token is one query, and nothing reads
+    what a query that pads has found, so that its gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, queries: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return states.index_select(0, queries)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The way back: take what each token's query has found to the token."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, queries: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_queries = len(queries)
+        return found.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.num_queries, *grad.shape[1:])
+        return whole.index_copy_(0, places, grad), None, None
