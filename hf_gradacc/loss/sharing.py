@@ -130,10 +130,10 @@ class _Trial:
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
         alike = {**self.inputs, "input_ids": _beginning_alike(ids, real)}
         with _narrow_windows(self.models, int(real.sum(1).max()) // 2):
-            return self._compare(alike, real)
+            return self._try_ways(alike, real)
 
-    def _compare(self, alike: Mapping[str, Any], real: Tensor) -> Sharing:
-        """Compute rows that begin alike as they are, and as one tree."""
+    def _try_ways(self, alike: Mapping[str, Any], real: Tensor) -> Sharing:
+        """Compute rows that begin alike as they are, and as one tree, in one way or the other."""
         ids, mask = alike["input_ids"], alike.get("attention_mask")
         with watching_bodies(*self.models) as plain:
             loss = self.loss_of(alike)
@@ -193,10 +193,10 @@ class _Trial:
             try:
                 _, outputs = self._run_as(_wider(trees, width + 1), bodies, alike)
                 wide = [_hidden(output) for output in outputs]
-                moved_any = any(self._moved(a, b, real) for a, b in zip(wide, actual, strict=True))
+                has_moved = any(self._moved(a, b, real) for a, b in zip(wide, actual, strict=True))
             except RuntimeError:
-                moved_any = True
-            if moved_any:
+                has_moved = True
+            if has_moved:
                 return f"it looks places up in a table of {width}, and a tree may have more"
         return ""
 
@@ -294,8 +294,9 @@ def _table_size(body: nn.Module) -> int:
 
 
 def _wider(trees: Trees, width: int) -> Trees:
-    """Pad a single tree to a width."""
+    """Pad a single tree to a width, and attend over it under a mask."""
     more = width - trees.ids.shape[1]
+    trees = replace(trees, groups=(), places=None)
     if more <= 0:
         return trees
     pad = torch.nn.functional.pad

@@ -219,7 +219,6 @@ def grow_trees(
             ]
     limits = [limit for limit in (max_tokens, widest) if limit is not None]
     limit = min(limits, default=None)
-    added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
     # The first row of a tree has no neighbour to share with: it pays for all its tokens.
     befores = ends[:-1] - rows.shared
     stops = next_apart
@@ -227,6 +226,7 @@ def grow_trees(
         stops = np.minimum(stops, np.arange(n) + max_rows)
     if limit is not None:
         stops = np.minimum(stops, np.searchsorted(ends, befores + limit, side="right") - 1)
+    added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
     best = np.zeros(n + 1)
     take = [1] * n
     # Rows that stay together are a tree by themselves.
@@ -238,7 +238,7 @@ def grow_trees(
         last += alone[start]
         if stop >= start + 2:
             if cost.by_rows:
-                costs = alone[start] + added[start + 2 : stop + 1] - added[start + 1]
+                costs = added[start + 2 : stop + 1] + (alone[start] - added[start + 1])
             else:
                 costs = cost.tree(ends[start + 2 : stop + 1] - before)
             costs += best[start + 2 : stop + 1]

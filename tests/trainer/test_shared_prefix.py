@@ -28,11 +28,23 @@ from hf_gradacc.trainer.step import MicroBatchStep
 EXACT = 1e-12
 AS_TREES = {"layout": "shared_prefix", "per_device_train_batch_size": 5}
 
-ROWS = [
-    {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * (n % 4) + ids[n % 4 :]}
-    for n, ids in enumerate(paths(low=3, high=VOCABULARY))
-]
+
+def labelled(unit):
+    return [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels_of(ids, n % 4)}
+        for n, ids in enumerate(paths(unit=unit, low=3, high=VOCABULARY))
+    ]
+
+
+def labels_of(ids, masked):
+    return [-100] * masked + ids[masked:]
+
+
+ROWS = labelled(3)
 """Tokens that rows share are targets of some of them."""
+
+LONG_ROWS = labelled(7)
+"""Rows with so much in common that it pays to share it."""
 
 
 def as_rows(monkeypatch):
@@ -121,10 +133,10 @@ def expect(loss_of=None, *, model=None, rows=ROWS):
         return reference_gradient(model or tiny_llama(), rows, pad, **options)
 
 
-def assert_exact(trained, expected):
+def assert_exact(trained, expected, *, rows=ROWS):
     trainer, gradient, computed = trained
     assert len(computed) >= 2, trainer.shortcuts.reason("shared_prefix")
-    assert sum(trees.num_tokens for trees in computed) < sum(len(r["input_ids"]) for r in ROWS)
+    assert sum(trees.num_tokens for trees in computed) < sum(len(r["input_ids"]) for r in rows)
     assert relative_error(gradient, expected) <= EXACT
 
 
@@ -208,7 +220,8 @@ def test_all_logits(tmp_path):
 
 
 def test_trees_are_taken_by_themselves_where_rows_begin_alike(tmp_path):
-    assert_exact(train(tmp_path, layout="auto"), expect())
+    trained = train(tmp_path, layout="auto", rows=LONG_ROWS)
+    assert_exact(trained, expect(rows=LONG_ROWS), rows=LONG_ROWS)
 
 
 def test_a_run_of_several_updates_follows_the_same_weights(tmp_path):
@@ -278,7 +291,7 @@ def test_it_trains_on_in_silence_where_nobody_asked(name, caplog):
             trainers.append(self)
 
     with float64_everywhere():
-        model, rows = case.build(), rows_alike(case.head)
+        model, rows = case.build(), rows_alike(case.head, unit=7)
         collator = case.collator(model)
         expected = reference_gradient(model, rows, collator)
         with counting_trees() as computed:
@@ -298,7 +311,9 @@ def test_a_prompt_in_front_is_refused(tmp_path):
 
 
 def test_dropout_is_refused_unless_trees_were_asked_for_by_name(tmp_path):
-    trainer, _, computed = train(tmp_path, model=tiny_llama(attention_dropout=0.1), layout="auto")
+    trainer, _, computed = train(
+        tmp_path, model=tiny_llama(attention_dropout=0.1), rows=LONG_ROWS, layout="auto"
+    )
     assert "dropout" in trainer.shortcuts.reason("shared_prefix")
     assert computed == []
     _, _, computed = train(tmp_path, model=tiny_llama(attention_dropout=0.1))
@@ -339,5 +354,5 @@ def test_rows_that_were_planned_as_trees_and_never_reached_the_model_are_named(t
     with float64_everywhere():
         trainer = make_trainer(tmp_path, ROWS * 2, **AS_TREES | options)
         trainer.train()
-    assert "computed as they are" in caplog.text
+    assert "computed one by one" in caplog.text
     assert json.dumps(log_rows(trainer))

@@ -1,6 +1,7 @@
 """Rows become trees that hold each row once, no common prefix twice, and cost the least."""
 
 import itertools
+import math
 import random
 import time
 import tracemalloc
@@ -11,11 +12,11 @@ import torch
 from support.alike import paths
 
 from hf_gradacc.updates.prefixes import (
+    BRANCH,
     Sorted,
     TreeCost,
     count_distinct_tokens,
     grow_trees,
-    padded_cost,
     plan_shared_micro_batches,
     sort_by_prefix,
     trees_of,
@@ -24,10 +25,16 @@ from hf_gradacc.updates.prefixes import (
 SEEDS = range(0, 60, 10)
 """Each of ten sets of rows."""
 COSTS = [TreeCost(), TreeCost(4), TreeCost(40), TreeCost(40, masked=1.0), TreeCost(4000)]
+COSTS += [TreeCost(by_rows=True), TreeCost(400, by_rows=True)]
 
 
 def sets_of_rows(seed, *, most=12):
     return [random_rows(one, most=most) for one in range(seed, seed + 10)]
+
+
+def stretched(rows, cost):
+    """Rows of twenty times as many tokens where a row in a tree costs some tokens by itself."""
+    return [[token for token in row for _ in range(20)] for row in rows] if cost.by_rows else rows
 
 
 def random_rows(seed, *, most=12):
@@ -101,17 +108,28 @@ def test_a_tree_holds_its_rows_once_and_each_of_their_beginnings_once(seed, cost
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_cut_into_runs_of_neighbours_is_cheaper(seed, limits, cost):
     for rows in sets_of_rows(seed, most=5):
+        rows = stretched(rows, cost)
+        if cost.by_rows and "max_tokens" in limits:
+            limits = {"max_tokens": 140}
         found = sort_by_prefix(rows)
         trees = grow_trees(found, cost, **limits)
         least = cheapest(found, rows, cost, **limits)
-        assert total(trees, cost) == pytest.approx(least, rel=1e-12)
+        paid = sum(price_of([rows[i] for i in found.order[a:b]], cost) for a, b, _ in trees)
+        assert paid == pytest.approx(least, rel=1e-12)
 
 
-def total(trees, cost):
-    return sum(
-        float(cost.row(size) if stop == start + 1 else cost.tree(size))
-        for start, stop, size in trees
-    )
+def price_of(inside, cost):
+    """What rows cost as one tree, or one row by itself."""
+    if len(inside) == 1:
+        return float(cost.row(len(inside[0])))
+    if not cost.by_rows:
+        return float(cost.tree(len(prefixes_of(inside))))
+    price = float(cost.row(len(inside[0])))
+    for place, row in enumerate(inside[1:], 1):
+        own = len(row) - max(common(row, other) for other in inside[:place])
+        attends = cost.masked * len(row) / cost.attention_length if cost.attention_length else 0
+        price += own * (1 + attends) + BRANCH
+    return price
 
 
 def cheapest(found, rows, cost, *, max_rows=99, max_tokens=10**9):
@@ -121,13 +139,9 @@ def cheapest(found, rows, cost, *, max_rows=99, max_tokens=10**9):
         for places in itertools.combinations(range(1, n), count):
             price = 0.0
             for start, stop in itertools.pairwise([0, *places, n]):
-                size = len(prefixes_of([rows[i] for i in found.order[start:stop]]))
-                if stop == start + 1:
-                    price += float(cost.row(size))
-                elif stop - start > max_rows or size > max_tokens:
-                    price = float("inf")
-                else:
-                    price += float(cost.tree(size))
+                inside = [rows[i] for i in found.order[start:stop]]
+                fits = len(inside) <= max_rows and len(prefixes_of(inside)) <= max_tokens
+                price += price_of(inside, cost) if fits or len(inside) == 1 else float("inf")
             least = min(least, price)
     return least
 
@@ -138,19 +152,28 @@ def test_a_prefix_too_short_to_pay_for_its_wider_tree_is_not_shared():
     assert len(grow_trees(sort_by_prefix(rows), TreeCost())) == 1
 
 
+@pytest.mark.parametrize("cost", [TreeCost(40), TreeCost(400, by_rows=True)], ids=str)
 @pytest.mark.parametrize("overhead", [0, 10**6])
-@pytest.mark.parametrize("max_sequences", [None, 1, 3])
+@pytest.mark.parametrize("max_sequences", [None, 2, 3])
 @pytest.mark.parametrize("max_tokens", [None, 6, 15])
-def test_a_plan_keeps_its_limits_and_every_row(max_tokens, max_sequences, overhead):
+def test_a_plan_keeps_its_limits_and_every_row(max_tokens, max_sequences, overhead, cost):
+    if max_tokens is not None and cost.by_rows:
+        max_tokens *= 20
+    num_shared = 0
     for seed in range(40):
-        rows = random_rows(seed)
+        rows = stretched(random_rows(seed), cost)
         plan = plan_shared_micro_batches(
             rows,
-            TreeCost(40),
+            cost,
             max_tokens=max_tokens,
             max_sequences=max_sequences,
             overhead_tokens=overhead,
         )
+        if plan.cost == math.inf:  # nothing is worth sharing
+            limits = {"max_tokens": max_tokens, "max_rows": max_sequences}
+            assert len(grow_trees(sort_by_prefix(rows), cost, **limits)) == len(rows)
+            continue
+        num_shared += 1
         assert sorted(itertools.chain(*plan.pieces)) == list(range(len(rows)))
         for piece, trees in zip(plan.pieces, plan.trees, strict=True):
             assert sorted(itertools.chain(*trees.rows)) == list(range(len(piece)))
@@ -158,6 +181,7 @@ def test_a_plan_keeps_its_limits_and_every_row(max_tokens, max_sequences, overhe
                 assert size == len(prefixes_of([rows[piece[i]] for i in inside]))
             assert max_sequences is None or len(piece) <= max_sequences
             assert max_tokens is None or trees.num_computed <= max_tokens or len(piece) == 1
+    assert num_shared >= 15
 
 
 @pytest.mark.parametrize("max_sequences", [None, 1, 3])
@@ -183,7 +207,7 @@ def test_a_plan_costs_what_it_says(seed):
     cost = TreeCost(40)
     for rows in sets_of_rows(seed):
         plan = plan_shared_micro_batches(rows, cost, max_tokens=20, overhead_tokens=5)
-        price = 0.0
+        price = 0.0 if plan.trees else math.inf
         for trees in plan.trees:
             one = cost.row if trees.are_rows else cost.tree
             price += 5 + len(trees.sizes) * float(one(max(trees.sizes)))
@@ -192,16 +216,15 @@ def test_a_plan_costs_what_it_says(seed):
 
 def test_no_rows_make_no_plan():
     plan = plan_shared_micro_batches([], TreeCost())
-    assert (plan.pieces, plan.trees, plan.cost) == ([], [], 0.0)
+    assert (plan.pieces, plan.trees) == ([], [])
     assert grow_trees(sort_by_prefix([]), TreeCost()) == []
 
 
-def test_rows_with_nothing_in_common_cost_as_much_as_rows():
+@pytest.mark.parametrize("cost", COSTS, ids=str)
+def test_rows_with_nothing_in_common_are_never_planned_as_trees(cost):
     rows = [[i, *range(i)] for i in range(3, 20)]
-    plan = plan_shared_micro_batches(rows, TreeCost(40), max_tokens=60)
-    assert all(trees.are_rows for trees in plan.trees)
-    assert plan.cost == padded_cost([len(row) for row in rows], plan.pieces, TreeCost(40))
-    assert trees_of(rows, TreeCost(40)) is None
+    assert plan_shared_micro_batches(rows, cost, max_tokens=60).cost == math.inf
+    assert trees_of(rows, cost) is None
 
 
 def test_trees_of_a_micro_batch_hold_its_rows():
@@ -234,23 +257,24 @@ def many_rows():
     return list(deep_rows(20_000))
 
 
-def plan_many(rows):
-    return plan_shared_micro_batches(
-        rows, TreeCost(6 * 2048), max_tokens=16_384, overhead_tokens=1024
-    )
+def plan_many(rows, *, by_rows=False):
+    cost = TreeCost(6 * 2048, by_rows=by_rows)
+    return plan_shared_micro_batches(rows, cost, max_tokens=16_384, overhead_tokens=1024)
 
 
-def cpu_seconds(rows):
+def cpu_seconds(rows, *, by_rows):
     took = []
     for _ in range(3):
         start = time.process_time()
-        plan_many(rows)
+        plan_many(rows, by_rows=by_rows)
         took.append(time.process_time() - start)
     return min(took)
 
 
-def test_planning_deep_rows_takes_time_in_proportion_to_them(many_rows):
-    half, whole = cpu_seconds(many_rows[:10_000]), cpu_seconds(many_rows)
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_planning_deep_rows_takes_time_in_proportion_to_them(many_rows, by_rows):
+    half = cpu_seconds(many_rows[:10_000], by_rows=by_rows)
+    whole = cpu_seconds(many_rows, by_rows=by_rows)
     assert half < 2, f"{half:.2f} s for 10,000 rows of 11 million tokens; 0.14 s were measured"
     assert whole < 4 * half
 
