@@ -37,6 +37,7 @@ __all__ = [
     "choose_rows_to_ask",
     "describe",
     "find_padding_targets",
+    "foresees_sharing",
     "rows_per_sequence_in",
 ]
 
