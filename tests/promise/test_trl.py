@@ -191,7 +191,8 @@ def test_pairs_are_planned_by_what_both_answers_cost():
 
         trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
 
-    run("dpo", mixed=True, prepare=note, effective_batch_size=7, max_tokens_per_micro_batch=120)
+    options = {"effective_batch_size": 7, "max_tokens_per_micro_batch": 120, "layout": "padded"}
+    run("dpo", mixed=True, prepare=note, **options)
     assert max(rows * width for rows, width in seen) <= 120
     assert max(rows for rows, _ in seen) > 2
     first = [width for _, width in seen[: len(seen) // 2]]
