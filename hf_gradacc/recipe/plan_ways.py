@@ -202,7 +202,7 @@ def _cut(
             plan = collator.cut(lengths, at_random=at_random)
         else:
             own = [read(index) for index in kept]
-            plan, trees = collator.cut_rows(own, lengths, at_random=at_random)
+            plan, trees = collator.cut_rows(collator.sequences(own), lengths, at_random=at_random)
         sizes, shared = [], 0
         for piece, grown in itertools.zip_longest(plan, trees):
             widths = [lengths[i] for i in piece]

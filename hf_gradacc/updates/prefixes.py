@@ -103,7 +103,7 @@ def sort_by_prefix(
     for row in rows:
         ids = np.asarray(row).reshape(-1)
         of_rows.append(ids.size)
-        tokens.append(ids[:most].astype(dtype))
+        tokens.append(np.asarray(ids[:most], dtype=dtype))
     # Half the bytes sort twice as fast. Ids that 32 bits cannot hold may sort rows apart that begin
     # alike, and nothing worse: what two neighbours share is counted in the ids themselves.
     keys = [ids.astype(np.int32, copy=False).tobytes() for ids in tokens]
@@ -372,6 +372,8 @@ def plan_trees(
     """
     trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
     trees.sort(key=lambda tree: -tree[2])
+    if not trees:
+        return SharedPlan([], [], [])
     if cost.by_rows:
         bins = _fill(trees, max_tokens, max_sequences)
     elif max_sequences is None:

@@ -211,7 +211,9 @@ def test_a_model_returns_for_trees_what_it_returns_for_rows(attention, left):
         else:
             expected = model(**batch)
         trees = trees_for(batch)
-        with computing_these(body_of(model, batch), trees, batch["input_ids"]) as computed:
+        with computing_these(
+            body_of(model, batch), trees, batch["input_ids"], batch.get("attention_mask")
+        ) as computed:
             actual = model(**batch)
     assert len(computed) == 1
     assert computed[0].num_tokens < int(batch["attention_mask"].sum())
@@ -236,7 +238,9 @@ def test_flex_attention_computes_trees_forward():
     # Compiling takes a minute, and there is no backward on a CPU.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = model(**batch).logits
-        with computing_these(body_of(model, batch), trees_for(batch), batch["input_ids"]) as done:
+        with computing_these(
+            body_of(model, batch), trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+        ) as done:
             actual = model(**batch).logits
     real = batch["attention_mask"].bool()
     assert len(done) == 1
@@ -252,7 +256,9 @@ def test_what_layers_return_comes_back_as_rows_too(name):
         model.config.use_cache = False
         batch = pad(ROWS)
         expected = model(**batch, output_hidden_states=True).hidden_states
-        with computing_these(body_of(model, batch), trees_for(batch), batch["input_ids"]) as done:
+        with computing_these(
+            body_of(model, batch), trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+        ) as done:
             actual = model(**batch, output_hidden_states=True).hidden_states
     real = batch["attention_mask"].bool()
     assert len(done) == 1
@@ -274,7 +280,7 @@ def test_hooks_leave_nothing_behind():
     before = model(**batch).logits
     bodies = body_of(model, batch)
     assert hooks_of(model) == []
-    with computing_these(bodies, trees_for(batch), batch["input_ids"]):
+    with computing_these(bodies, trees_for(batch), batch["input_ids"], batch.get("attention_mask")):
         model(**batch)
     assert hooks_of(model) == []
     assert torch.equal(model(**batch).logits, before)
@@ -290,14 +296,16 @@ def test_hooks_leave_nothing_behind_after_an_error():
     bodies, layer = body_of(model, batch), model.model.layers[1]
     model.model.layers[1] = Failing()
     for context in (
-        computing_these(bodies, trees_for(batch), batch["input_ids"]),
+        computing_these(bodies, trees_for(batch), batch["input_ids"], batch.get("attention_mask")),
         watching_bodies(model),
     ):
         with pytest.raises(KeyError, match="a layer"), context:
             model(**batch)
     assert hooks_of(model) == []
     model.model.layers[1] = layer
-    with computing_these(bodies, trees_for(batch), batch["input_ids"]) as done:
+    with computing_these(
+        bodies, trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+    ) as done:
         model(**batch)
     assert len(done) == 1
 
@@ -306,7 +314,7 @@ def test_a_body_that_failed_within_a_context_computes_the_next_call():
     model, batch = tiny_llama(), pad(ROWS)
     bodies, layer = body_of(model, batch), model.model.layers[1]
     expected = model(**batch).logits
-    with computing_these(bodies, trees_for(batch), batch["input_ids"]):
+    with computing_these(bodies, trees_for(batch), batch["input_ids"], batch.get("attention_mask")):
         model.model.layers[1] = Failing()
         with pytest.raises(KeyError):
             model(**batch)
@@ -342,7 +350,9 @@ def test_a_body_that_is_called_with_something_else_computes_that(name):
     model, call = tiny_llama(), other_calls()[name]
     batch = pad(ROWS)
     expected = model(**call).logits
-    with computing_these(body_of(model, batch), trees_for(batch), batch["input_ids"]) as done:
+    with computing_these(
+        body_of(model, batch), trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+    ) as done:
         actual = model(**call).logits
     assert done == []
     assert torch.equal(actual, expected)
@@ -363,7 +373,9 @@ def test_a_body_that_goes_on_from_a_cache_computes_that():
 
 def test_rows_are_known_by_their_tokens_where_a_trainer_hands_on_a_copy():
     model, batch = tiny_llama(), pad(ROWS)
-    with computing_these(body_of(model, batch), trees_for(batch), batch["input_ids"]) as done:
+    with computing_these(
+        body_of(model, batch), trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+    ) as done:
         model(input_ids=batch["input_ids"].clone(), attention_mask=batch["attention_mask"])
     assert len(done) == 1
 
@@ -371,7 +383,9 @@ def test_rows_are_known_by_their_tokens_where_a_trainer_hands_on_a_copy():
 def test_what_a_head_passes_on_for_its_loss_is_no_other_call():
     model, batch = tiny_llama(), pad(ROWS)
     labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    with computing_these(body_of(model, batch), trees_for(batch), batch["input_ids"]) as done:
+    with computing_these(
+        body_of(model, batch), trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+    ) as done:
         model(**batch, shift_labels=labels, num_items_in_batch=torch.tensor(50))
     assert len(done) == 1
 
@@ -387,7 +401,9 @@ def gradients(monkeypatch=None, break_it=None, **changes):
         trees = trees_for(batch)
         if break_it is not None:
             trees = break_it(trees, monkeypatch)
-        with computing_these(body_of(model, batch), trees, batch["input_ids"]) as done:
+        with computing_these(
+            body_of(model, batch), trees, batch["input_ids"], batch.get("attention_mask")
+        ) as done:
             actual = weighted_gradient(model, [batch], [1.0])
         assert len(done) == 1
     return relative_error(actual, expected)
@@ -443,7 +459,9 @@ def test_windows_are_counted_along_the_row(monkeypatch):
             model.config.sliding_window, model.config.use_cache = 4, False
             expected = weighted_gradient(model, [batch], [1.0], loss_of=model_loss)
             bodies = body_of(model, batch)
-            with computing_these(bodies, trees_for(batch), batch["input_ids"]):
+            with computing_these(
+                bodies, trees_for(batch), batch["input_ids"], batch.get("attention_mask")
+            ):
                 actual = weighted_gradient(model, [batch], [1.0])
         return relative_error(actual, expected)
 
