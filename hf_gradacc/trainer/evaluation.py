@@ -298,7 +298,9 @@ def _trees_in(trainer: Any, inputs: Any) -> Trees | None:
     grown = trees_of(tokens, collator.tree_cost, max_tokens=rows["input_ids"].numel())
     if grown is None:
         return None
-    return lay_out_trees(rows["input_ids"], rows["attention_mask"], grown.rows)
+    return lay_out_trees(
+        rows["input_ids"], rows["attention_mask"], grown.rows, by_rows=grown.by_rows
+    )
 
 
 def _more_metrics(trainer: Any, prefix: str) -> dict[str, float]:
