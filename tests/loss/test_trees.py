@@ -414,6 +414,23 @@ def test_trees_have_the_gradient_of_their_rows(attention):
     assert gradients(attn_implementation=attention) <= 1e-14
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "llama4"])
+def test_attention_row_by_row_has_that_gradient_too(name):
+    with float64_everywhere():
+        model, batch = Case(name, "causal").build(), pad(ROWS)
+        model.config.use_cache = False
+        if getattr(model.config, "sliding_window", None):
+            model.config.sliding_window = 5
+        expected = weighted_gradient(model, [batch], [1.0])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        trees = lay_out_trees(ids, mask, TREES, by_rows=True)
+        with computing_these(body_of(model, batch), trees, ids) as done:
+            actual = weighted_gradient(model, [batch], [1.0])
+    assert len(done) == 1
+    assert trees.ids.shape == (1, trees.num_tokens)
+    assert relative_error(actual, expected) <= 1e-14
+
+
 def siblings_seen(trees, _):
     width = trees.ids.shape[1]
     return replace(trees, ends=torch.full_like(trees.ends, width))
