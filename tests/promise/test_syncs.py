@@ -39,10 +39,10 @@ def count_waits(tmp_path, monkeypatch, *, size, **options):
     )
     waits, stock_run, stock_shape = Waits(), UpdateRunner.run_micro_batches, Shortcuts.shape
 
-    def shape(self, inputs):
+    def shape(self, inputs, **how):
         waits.paused = True
         try:
-            return stock_shape(self, inputs)
+            return stock_shape(self, inputs, **how)
         finally:
             waits.paused = False
 

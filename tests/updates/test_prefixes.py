@@ -223,7 +223,9 @@ def test_no_rows_make_no_plan():
 @pytest.mark.parametrize("cost", COSTS, ids=str)
 def test_rows_with_nothing_in_common_are_never_planned_as_trees(cost):
     rows = [[i, *range(i)] for i in range(3, 20)]
-    assert plan_shared_micro_batches(rows, cost, max_tokens=60).cost == math.inf
+    plan = plan_shared_micro_batches(rows, cost, max_tokens=60)
+    assert sorted(itertools.chain(*plan.pieces)) == list(range(len(rows)))
+    assert not plan.pays(math.inf, least_saving=0.0)
     assert trees_of(rows, cost) is None
 
 
