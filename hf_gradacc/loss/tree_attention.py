@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Group", "Marker", "attending_by_rows", "group_rows"]
+__all__ = ["Group", "Marker", "attending_by_rows", "group_rows", "repeat"]
 
 _CALL = 4096
 """What one more call costs, in pairs of a query and a key that are computed and masked."""
@@ -163,7 +163,6 @@ def attending_by_rows() -> Iterator[Callable[[Marker], None]]:
     """
     known: dict[int, Marker] = {}
     stock: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
-    own = ALL_ATTENTION_FUNCTIONS._local_mapping.get(_NAME)
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -179,8 +178,8 @@ def attending_by_rows() -> Iterator[Callable[[Marker], None]]:
         yield lambda marker: known.update({id(marker.mask): marker})
     finally:
         del ALL_ATTENTION_FUNCTIONS[_NAME]
-        if own is not None:
-            ALL_ATTENTION_FUNCTIONS[_NAME] = own
+        if ALL_ATTENTION_FUNCTIONS[_NAME] is not stock:  # somebody had put theirs in front
+            ALL_ATTENTION_FUNCTIONS[_NAME] = stock
 
 
 def _attend(
@@ -208,8 +207,8 @@ def _attend(
         groups,
         marker.masks,
         _split(spread(query, queries, places), [group.queries for group in groups]),
-        _split(key.index_select(0, keys), [group.keys for group in groups]),
-        _split(value.index_select(0, keys), [group.keys for group in groups]),
+        _split(repeat(key, keys), [group.keys for group in groups]),
+        _split(repeat(value, keys), [group.keys for group in groups]),
         strict=True,
     )
     found = [
@@ -218,6 +217,31 @@ def _attend(
     ]
     collected: Tensor = collect(torch.cat(found), queries, places)
     return collected.unsqueeze(0)
+
+
+def repeat(states: Tensor, places: Tensor) -> Tensor:
+    """Take rows of a tensor, some of them several times, along its first dimension.
+
+    As ``index_select``, but what comes back to a row from many places is added up in float32 or
+    wider: the sum over all rows that share a token is one of many small parts.
+    """
+    taken: Tensor = _Repeat.apply(states, places)  # type: ignore[no-untyped-call]
+    return taken
+
+
+class _Repeat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = states.shape
+        return states.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        return total.index_add_(0, places, grad.to(wide)).to(grad.dtype), None
 
 
 def _split(states: Tensor, places: Sequence[Tensor]) -> list[Tensor]:

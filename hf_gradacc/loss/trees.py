@@ -25,7 +25,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
 
 from hf_gradacc.loss.layouts import find_head
-from hf_gradacc.loss.tree_attention import Group, Marker, attending_by_rows, group_rows
+from hf_gradacc.loss.tree_attention import (
+    Group,
+    Marker,
+    attending_by_rows,
+    group_rows,
+    repeat,
+)
 from hf_gradacc.updates.prefixes import sort_by_prefix
 
 __all__ = [
@@ -482,10 +488,10 @@ def _as_rows(output: Any, trees: Trees) -> Any:
         num_trees, width = trees.ids.shape
         flat = trees.nodes.reshape(-1).to(output.device)
         if output.shape[:2] == (num_trees, width):
-            found = output.reshape(num_trees * width, *output.shape[2:]).index_select(0, flat)
+            found = repeat(output.reshape(num_trees * width, *output.shape[2:]), flat)
             return found.view(*trees.nodes.shape, *output.shape[2:])
         if output.ndim == 2 and output.shape[0] == num_trees * width:  # logits of a router
-            return output.index_select(0, flat)
+            return repeat(output, flat)
         return output
     if isinstance(output, dict):  # Transformers' outputs, which are dictionaries of their fields
         for key, value in list(output.items()):
