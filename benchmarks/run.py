@@ -33,7 +33,7 @@ def commands(*, quick: bool) -> list[list[str]]:
         rounds = ["--rounds", "1" if quick else "5"]
         rows = ["gsm8k"] if quick else ALL_ROWS
         speed = [["speed.py", *rounds, "--rows", *rows, *out("speed-llama-9m")]]
-        sizes = ["--sizes", "8", "--budgets", "1024", "2048", "4096"]
+        sizes = ["--sizes", "8", "--budgets", "2048", "4096"]
         few = ["--rounds", "1" if quick else "3", *sizes]
         kinds = SHARING[1:] if quick else SHARING
         speed.append(["speed.py", *few, "--rows", *kinds, *out("speed-sharing")])
