@@ -121,6 +121,18 @@ def _exactness(cases: tuple[str, ...]) -> list[Check]:
         for i, case in enumerate(cases)
         for precision in PRECISIONS
     ]
+    for attention, packages in {"sdpa": (), "flex_attention": ("triton",)}.items():
+        found += [
+            Check(
+                f"exactness/trees-{attention}/{model_type}",
+                "exactness:compare_trees",
+                f"exactness-trees-{attention}",
+                150,
+                packages=packages,
+                options={"model_type": model_type, "attention": attention},
+            )
+            for model_type in ("llama", "qwen3")
+        ]
     attentions = {
         "flash_attention_2": ("flash_attn",),
         "flash_attention_3": ("flash_attn_interface",),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support import reference, zoo, zoo_runs
+from support import alike, reference, zoo, zoo_runs
 from support.reference import Batch, Gradient
 from support.zoo_configs import tiny_config
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "auto": {},
     "packed": {"layout": "packed"},
+    "shared_prefix": {"layout": "shared_prefix"},
 }
 _OF_A_CAUSAL_LM = {"target_only_logits", "chunked_loss", "drop_mask"}
 SHORTCUTS = {"llama-causal": _OF_A_CAUSAL_LM, "qwen3-causal": _OF_A_CAUSAL_LM}
@@ -53,7 +54,9 @@ def compare(setting: Setting, *, case: str, precision: str) -> dict[str, Any]:
     """Train one update of an architecture in every layout it allows, and compare."""
     found = zoo.case_named(case)
     rows = found.rows()
-    layouts = list(LAYOUTS) if found.head == "causal" else ["auto"]
+    layouts = [name for name in LAYOUTS if name != "shared_prefix"]  # these rows share nothing
+    if found.head != "causal":
+        layouts = ["auto"]
     if setting.is_rehearsal and precision != "float32":
         layouts = ["auto"]
 
@@ -93,6 +96,31 @@ def compare_packed(setting: Setting, *, model_type: str, attention: str) -> dict
         comparison.shortcuts.clear()
         figures[layout] = comparison.of(layout)
         assert "packed" in comparison.shortcuts, f"{layout} did not pack"
+    return figures
+
+
+def compare_trees(setting: Setting, *, model_type: str, attention: str) -> dict[str, Any]:
+    """Compare rows that begin alike, computed as trees, with the whole batch, in float32."""
+    if attention == "flex_attention":
+        setting.needs_cuda(f"{attention} has no backward elsewhere")
+    config = tiny_config(
+        model_type, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    )
+    case = zoo.case_named(f"{model_type}-causal")
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).train()
+
+    rows: list[Any] = alike.rows_alike("causal", unit=8)
+    comparison = _Comparison(setting, build, rows, case.collator(build()), precision="float32")
+    figures: dict[str, Any] = comparison.whole()
+    comparison.attention = attention
+    for layout in ("shared_prefix", "auto"):
+        with alike.counting_trees() as computed:
+            figures[layout] = comparison.of(layout)
+        assert computed, f"{layout} computed no trees"
+        figures[f"{layout}, tokens"] = sum(trees.num_tokens for trees in computed)
     return figures
 
 

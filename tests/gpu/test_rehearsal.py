@@ -25,6 +25,8 @@ OF_A_DEVICE = {
     "exactness/packed-flash_attention_3/qwen3",
     "exactness/packed-flex_attention/llama",
     "exactness/packed-flex_attention/qwen3",
+    "exactness/trees-flex_attention/llama",
+    "exactness/trees-flex_attention/qwen3",
     "out-of-memory/pressure",
     "waits/packed-flash",
     "modes/fp16",
