@@ -67,7 +67,7 @@ def micro_batches(rows, terms):
         for piece in plan
     ]
     shared = plan_shared_micro_batches(rows, terms.cost, **limits)
-    return each if shared.cost > (1 - terms.least_saving) * sum(each) else shared.costs
+    return shared.costs if shared.pays(sum(each), least_saving=terms.least_saving) else each
 
 
 def slowest(rows, shares, terms):
