@@ -11,10 +11,17 @@ from support.failing import Failure
 from support.rank_jobs import Stream
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.resume_jobs import train_and_report
-from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
+from support.tiny import VOCABULARY, Recorder, log_rows, make_trainer, pad, tiny_llama
 from torch.utils.data import DataLoader
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Trainer,
+)
 
-from hf_gradacc import GradAccTrainer, MemoryBudgetError
+from hf_gradacc import GradAccMixin, GradAccTrainer, MemoryBudgetError
 
 NUM_ROWS = 12
 ROWS = rows_of_prompts(NUM_ROWS)
@@ -62,6 +69,43 @@ def test_rows_of_a_stream_are_shared():
 def test_loader_workers_plan_trees():
     with training(dataloader_num_workers=1) as trainer:
         assert_exact_as_trees(trainer)
+
+
+def small_gpt2():
+    """Hands its layers the mask by place, so that it comes detached where they run again."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **none))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_masks_that_come_detached_are_those_of_the_tree(reentrant):
+    kwargs = {"use_reentrant": reentrant}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    with training(model=small_gpt2(), in_float64=False, **options) as trainer:
+        assert trainer.calls.num_trained_trees > 0
+        rows = reference_gradient(small_gpt2(), ROWS, pad)
+        assert relative_error(trainer.gradients[0], rows) < 1e-5
+
+
+def test_a_window_is_no_hindrance_where_the_rows_asked_with_begin_alike_already():
+    """The trial narrows windows: what layers returned before, under the wide one, is no answer."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=64,
+    )
+    with float64_everywhere():
+        torch.manual_seed(0)
+        model = MistralForCausalLM(config)
+    with training(model=model, layout="auto") as trainer:
+        assert trainer.shortcuts.reason("shared_prefix") == ""
+        assert trainer.calls.num_trained_trees > 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -174,6 +218,24 @@ class AddsRow(GradAccTrainer):
 def test_a_step_that_changes_rows_trains_on_what_it_has_made_of_them(trainer_class):
     with training(trainer_class=trainer_class) as trainer:
         assert relative_error(trainer.gradients[0], expected()) < 1e-12
+
+
+class WritesIntoRows(Trainer):
+    """Writes into the rows it is given, behind the mixin, where nobody has tried it."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs["input_ids"][:, 2] = 7
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_step_that_writes_into_rows_trains_on_what_it_has_written(caplog):
+    trainer_class = type("Mixed", (GradAccMixin, WritesIntoRows), {})
+    gradients = []
+    for layout in ("shared_prefix", "padded"):
+        with training(trainer_class=trainer_class, layout=layout) as trainer:
+            gradients.append(trainer.gradients[0])
+    assert relative_error(*gradients) < 1e-12
+    assert "so they were computed as they are" in caplog.text
 
 
 def test_a_loss_that_changes_rows_computes_them_as_they_are():
