@@ -206,6 +206,14 @@ class ReversesRows(GradAccTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+class ReversesBatches(GradAccTrainer):
+    """Changes the rows of an update's batches before any of them runs."""
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        return [{key: value.flip(0) for key, value in one.items()} for one in batches], count
+
+
 class AddsRow(GradAccTrainer):
     """Lets the first row count twice; the mean is over what it was before."""
 
@@ -214,9 +222,10 @@ class AddsRow(GradAccTrainer):
         return super().compute_loss(model, twice, *args, **kwargs)
 
 
-@pytest.mark.parametrize("trainer_class", [ReversesRows])
+@pytest.mark.parametrize("trainer_class", [ReversesRows, ReversesBatches])
 def test_a_step_that_changes_rows_trains_on_what_it_has_made_of_them(trainer_class):
     with training(trainer_class=trainer_class) as trainer:
+        assert trainer.calls.num_trained_trees > 0
         assert relative_error(trainer.gradients[0], expected()) < 1e-12
 
 
