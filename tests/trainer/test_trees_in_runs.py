@@ -154,13 +154,14 @@ def test_a_row_that_does_not_fit_alone_is_named_with_trees_as_without():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["shared_prefix", "auto"])
 @pytest.mark.parametrize("form", ["rows", "stream"])
-def test_a_run_of_trees_is_resumed_bit_for_bit(tmp_path, form):
+def test_a_run_of_trees_is_resumed_bit_for_bit(tmp_path, form, layout):
     rows = rows_of_prompts(30, seed=2)
     options = {
-        "layout": "shared_prefix",
+        "layout": layout,
         "rows": rows if form == "rows" else Stream(rows),
-        "dropout": 0.2,
+        "dropout": 0.2 if layout == "shared_prefix" else 0.0,  # else there are no trees
         "max_steps": 6,
         "num_train_epochs": 1,
         "effective_batch_size": 8 if form == "rows" else 4,
