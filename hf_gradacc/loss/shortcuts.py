@@ -118,6 +118,11 @@ class Shortcuts:
         """Return why a shortcut is not taken, empty if it is."""
         return dict(self.refused).get(name, "")
 
+    def without_trees(self, why: str) -> Shortcuts:
+        """Compute rows as they are; `why` counts unless another reason is known."""
+        known = () if self.reason("shared_prefix") else (("shared_prefix", why),)
+        return replace(self, bodies=(), trees_by_rows=False, refused=self.refused + known)
+
 
 @dataclass(frozen=True)
 class Trial:

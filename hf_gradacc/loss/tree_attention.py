@@ -167,19 +167,27 @@ def attending_by_rows() -> Iterator[Callable[[Marker], None]]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        marker = known.get(id(attention_mask))
-        if marker is None:
+        marker = known.get(_storage_of(attention_mask))
+        if marker is None or marker.mask.shape != attention_mask.shape:
             found: tuple[Tensor, None] = stock(module, query, key, value, attention_mask, **kwargs)
             return found
         return _attend(stock, marker, module, query, key, value, **kwargs), None
 
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     try:
-        yield lambda marker: known.update({id(marker.mask): marker})
+        yield lambda marker: known.update({_storage_of(marker.mask): marker})
     finally:
         del ALL_ATTENTION_FUNCTIONS[_NAME]
         if ALL_ATTENTION_FUNCTIONS[_NAME] is not stock:  # somebody had put theirs in front
             ALL_ATTENTION_FUNCTIONS[_NAME] = stock
+
+
+def _storage_of(mask: Any) -> int:
+    """Return what tells a marker's mask from any other; 0 for what is no tensor.
+
+    Layers that are computed again in a backward are given it detached: another object.
+    """
+    return mask.untyped_storage().data_ptr() if isinstance(mask, Tensor) else 0
 
 
 def _attend(

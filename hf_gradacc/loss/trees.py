@@ -102,7 +102,7 @@ def lay_out_trees(
     """Lay out padded rows as trees.
 
     Args:
-        ids: Token ids ``[rows, seq]``, on the CPU.
+        ids: Token ids ``[rows, seq]``; trees are laid out on the CPU.
         mask: 1 for tokens, 0 for padding, of that shape; None if there is no padding.
         trees: The rows of each tree; every row is in one. Rows of a tree that have nothing in
             common stand beside each other in it.
@@ -112,7 +112,8 @@ def lay_out_trees(
     >>> trees.ids.tolist(), trees.positions.tolist(), trees.ends.tolist(), trees.nodes.tolist()
     ([[5, 6, 7, 8]], [[0, 1, 2, 2]], [[4, 4, 3, 4]], [[0, 1, 2], [0, 1, 3]])
     """
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
+    ids = ids.cpu()  # a step of somebody's own may have moved the rows
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().ne(0)
     tokens = [row[of_row].numpy() for row, of_row in zip(ids, real, strict=True)]
     # Nothing tells trees in one row from a tree whose rows have nothing in common.
     together = [[row for rows in trees for row in rows]] if by_rows else trees
@@ -390,12 +391,21 @@ def computing_these(
         The trees that were computed, one for each call of a body that they took the place of.
     """
     here = trees.to(ids.device)
+    laid_out = _versions(ids, mask)
 
     def lay_out(given: Tensor, of_given: Tensor | None) -> Trees | None:
+        # A step or a loss may have written into the rows after they were laid out.
+        if _versions(ids, mask) != laid_out:
+            return None
         return here if is_same(given, ids) and is_same(of_given, mask) else None
 
     with computing_trees(bodies, lay_out) as computed:
         yield computed
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    """Return how often each was written into, as far as torch counts that."""
+    return [0 if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def is_same(given: Tensor | None, known: Tensor | None) -> bool:

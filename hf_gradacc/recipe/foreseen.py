@@ -85,12 +85,16 @@ def _of_layout(sections: ReadableSections) -> Iterator[Finding]:
     get = sections.trains_with
     if get("layout") != "shared_prefix":
         return
-    key, fix = ("train", "layout"), "leave it out, or set it to padded"
+    key, fix = ("train", "layout"), "set it to padded"
     if sections.model is not None and sections.model.task == "seq2seq":
-        yield key, "needs a model in which each token sees the tokens before it alone", fix
+        yield (
+            key,
+            "needs a model in which each token sees the tokens before it alone",
+            f"leave it out, or {fix}",
+        )
     for name in ("neftune_noise_alpha", "torch_compile"):
         if get(name):
-            yield key, f"does not go with train.{name}", f"leave out one of the two, or {fix[14:]}"
+            yield key, f"does not go with train.{name}", f"leave out one of the two, or {fix}"
 
 
 def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:

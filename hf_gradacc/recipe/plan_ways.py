@@ -138,7 +138,7 @@ def plan_ways(
     if budget == "auto":
         limit = f"{limit} (then tuned)"
     limit_as_asked = limit if budget else f"{size} rows"
-    sharing, takes_sharing = _share(load, arguments, rows)
+    sharing, takes_sharing = _cut_as_trees(load, arguments, rows)
     # Whoever asks for sharing by name and may not share is refused, and cut in no other way.
     padded = "chosen" if not takes_sharing else "stands_in" if arguments.layout == "auto" else ""
     mark = {padded: True} if padded and not packed else {}
@@ -216,7 +216,7 @@ def _cut(
     return found
 
 
-def _share(
+def _cut_as_trees(
     load: Callable[[Any], UpdateLoader], arguments: Any, rows: RowsToPlan
 ) -> tuple[list[_Share] | None, bool]:
     """Cut the updates so that common prefixes are computed once.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -158,9 +157,11 @@ def ask_trainer(
             progress.begin("trying shortcuts to the same loss on the model", usual=6)
             with held_in_mode(bare, training=training), layers.returning():
                 shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
-                if args.layout == "shared_prefix" or (
-                    args.layout == "auto" and collator.foresees_sharing
-                ):
+            if args.layout == "shared_prefix" or (
+                args.layout == "auto" and collator.foresees_sharing
+            ):
+                # The trial of trees changes windows and masks below the head: it needs the layers.
+                with held_in_mode(bare, training=training):
                     shortcuts = with_sharing(
                         shortcuts,
                         find_models(trainer),
@@ -169,10 +170,10 @@ def ask_trainer(
                         setting=setting,
                         dtype=dtype,
                     )
-                    # Ranks deal rows by it: if one of them ran out of memory here, none shares.
-                    fails = int(not shortcuts.bodies)
-                    if largest_over_ranks(fails, device=args.device):
-                        shortcuts = replace(shortcuts, bodies=())
+                # Ranks deal rows by it: if one of them ran out of memory here, none shares.
+                fails = int(not shortcuts.bodies)
+                if largest_over_ranks(fails, device=args.device):
+                    shortcuts = shortcuts.without_trees("another rank could not compute trees")
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed

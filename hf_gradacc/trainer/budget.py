@@ -36,7 +36,7 @@ def timed_for_budget(
     """
     tuner = budget.tuner
     if tuner is None or tuner.settled:
-        with _timed_for_layout(trainer, update, budget.turns):
+        with _timed_for_layout(trainer, update, budget):
             yield
         return
     if budget.cap is not None and tuner.tokens > budget.cap:
@@ -66,8 +66,9 @@ def timed_for_budget(
 
 
 @contextlib.contextmanager
-def _timed_for_layout(trainer: Any, update: Update, turns: LayoutTurns | None) -> Iterator[None]:
+def _timed_for_layout(trainer: Any, update: Update, budget: TokenBudget) -> Iterator[None]:
     """Time one update of trees or of rows while the two take turns, after the budget is settled."""
+    turns, cap = budget.turns, budget.cap
     if turns is None or not _takes_turns(trainer, turns):
         yield
         return
@@ -77,8 +78,9 @@ def _timed_for_layout(trainer: Any, update: Update, turns: LayoutTurns | None) -
     started = time.perf_counter()
     yield
     _finish_device_work(device)
-    # Trees that would save too little were not taken: this update compares nothing.
-    if has_trees or not update.takes_trees:
+    # Trees that would save too little were not taken: such an update compares nothing, and neither
+    # does one that ran out of memory and was run again.
+    if budget.cap == cap and (has_trees or not update.takes_trees):
         turns.note(
             has_trees,
             seconds=time.perf_counter() - started,

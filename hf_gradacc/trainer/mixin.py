@@ -821,7 +821,6 @@ class GradAccMixin(Trainer):
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
         if shortcuts is not None and self.update_collator is not None:
             self.update_collator.packed = shortcuts.packed
-            self.update_collator.share_prefixes(shortcuts.bodies, by_rows=shortcuts.trees_by_rows)
         self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
         return facts
 

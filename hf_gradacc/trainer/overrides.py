@@ -75,11 +75,12 @@ def plain_for_steps_behind(
         return shortcuts
     why = f"{behind[0].__name__}.training_step sees the rows as they are"
     names = ("target_only_logits", "chunked_loss", "drop_attention_mask", "packed")
+    others = tuple((name, reason) for name, reason in shortcuts.refused if name not in names)
     return Shortcuts(
-        refused=tuple((name, shortcuts.reason(name) or why) for name in names),
+        refused=tuple((name, shortcuts.reason(name) or why) for name in names) + others,
         linears=shortcuts.linears,
-        trees_by_rows=shortcuts.trees_by_rows,
         bodies=shortcuts.bodies,  # rows stay as they are outside of the model
+        trees_by_rows=shortcuts.trees_by_rows,
     )
 
 

@@ -153,6 +153,7 @@ class MicroBatchStep:
         # A step of somebody's own may run other rows.
         tokens = tokens_of_batch(inputs)
         if tokens is None or len(tokens) != sum(map(len, grown.rows)):
+            logger.warning_once(_NO_TREES)
             return None
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         return lay_out_trees(ids, mask, grown.rows, by_rows=grown.by_rows)

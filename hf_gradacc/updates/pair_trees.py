@@ -19,6 +19,7 @@ from hf_gradacc.updates.prefixes import (
     SharedPlan,
     Sorted,
     TreeCost,
+    count_common,
     count_distinct_tokens,
     plan_shared_micro_batches,
     plan_trees,
@@ -48,23 +49,13 @@ def sort_together(sequences: Sequence[Sequence[Any]]) -> Sorted:
     for before, here in itertools.pairwise(order):
         # Whoever is added to a tree finds at least its longest path there.
         both = itertools.product(rows[before], rows[here])
-        shared.append(max(_count_common(a, b) for a, b in both))
+        shared.append(max(count_common(a, b) for a, b in both))
     return Sorted(
         np.asarray(order, dtype=np.int64),
         np.asarray(lengths, dtype=np.int64),
         np.asarray(shared, dtype=np.int64),
         rows_each=max(map(len, rows), default=1),
     )
-
-
-def _count_common(a: np.ndarray, b: np.ndarray) -> int:
-    """Count the tokens that two rows begin with alike."""
-    least = min(len(a), len(b))
-    if least == 0 or a[0] != b[0]:
-        return 0
-    differs = a[:least] != b[:least]
-    first = int(differs.argmax())
-    return first if differs[first] else least
 
 
 def plan_shared_sequences(

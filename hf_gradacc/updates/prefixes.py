@@ -30,6 +30,7 @@ __all__ = [
     "Sorted",
     "TreeCost",
     "cost_of_trees",
+    "count_common",
     "count_distinct_tokens",
     "grow_trees",
     "padded_cost",
@@ -108,18 +109,27 @@ def sort_by_prefix(
     # alike, and nothing worse: what two neighbours share is counted in the ids themselves.
     keys = [ids.astype(np.int32, copy=False).tobytes() for ids in tokens]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    shared = [0] * len(keys)
-    for place, (before, here) in enumerate(itertools.pairwise([tokens[i] for i in order]), 1):
-        least = min(before.size, here.size)
-        if least:
-            differs = before[:least] != here[:least]
-            first = int(differs.argmax())
-            shared[place] = first if differs[first] else least
+    neighbours = itertools.pairwise([tokens[i] for i in order])
+    shared = [0] * min(len(keys), 1) + [count_common(before, here) for before, here in neighbours]
     return Sorted(
         order=np.asarray(order, dtype=np.int64),
         lengths=np.asarray([of_rows[i] for i in order], dtype=np.int64),
         shared=np.asarray(shared, dtype=np.int64),
     )
+
+
+def count_common(a: np.ndarray, b: np.ndarray) -> int:
+    """Count the tokens that two rows begin with alike.
+
+    >>> count_common(np.array([5, 6, 7]), np.array([5, 6, 8, 9]))
+    2
+    """
+    least = min(a.size, b.size)
+    if least == 0 or a[0] != b[0]:
+        return 0
+    differs = a[:least] != b[:least]
+    first = int(differs.argmax())
+    return first if differs[first] else least
 
 
 def count_distinct_tokens(rows: Sorted) -> int:
@@ -334,7 +344,7 @@ def plan_shared_micro_batches(
     max_sequences: int | None = None,
     overhead_tokens: int = 0,
 ) -> SharedPlan:
-    """Cut rows into micro-batches of trees, each padded to the widest tree of its micro-batch.
+    """Cut rows into micro-batches of trees: of like width, padded to the widest; by rows unpadded.
 
     Args:
         rows: Token ids of each row.

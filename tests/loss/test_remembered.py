@@ -55,6 +55,30 @@ def test_nothing_is_returned_if_it_needs_a_gradient_or_was_changed():
     assert counted.model.model.layers[0].mlp.up_proj.weight.grad.any()
 
 
+def test_whoever_changes_what_was_returned_changes_it_for_nobody_else():
+    """Hooks behind a body put other hidden states into its output, as trees do."""
+    counted = Counted()
+    memory, body, ids = RememberedLayers(find_layers(counted.model)), counted.model.model, BATCH
+    with memory.returning(), torch.no_grad():
+        expected = body(ids["input_ids"]).last_hidden_state
+        for _ in range(2):
+            output = body(ids["input_ids"])
+            assert output.last_hidden_state.equal(expected)
+            output["last_hidden_state"] = torch.zeros(1)
+    assert counted.runs == 1
+
+
+def test_what_was_asked_is_not_taken_for_what_has_been_written_over_it():
+    counted = Counted()
+    memory, body, ids = RememberedLayers(find_layers(counted.model)), counted.model.model, BATCH
+    given = ids["input_ids"].clone()
+    with memory.returning(), torch.no_grad():
+        body(given)
+        given[:, 0] = 5
+        body(given.clone())
+    assert counted.runs == 2
+
+
 def test_a_forward_that_drew_random_numbers_is_not_remembered():
     counted = Counted(attention_dropout=0.5)
     counted.model.train()

@@ -24,7 +24,7 @@ class Module(torch.nn.Module):
     is_causal = True
 
 
-def attend_by_rows(trees, states, **limits):
+def attend_by_rows(trees, states, *, hand_on=lambda mask: mask, **limits):
     """What the marked call of sdpa gives for the tokens of trees."""
     width = trees.ids.shape[1]
     mask = torch.ones((), dtype=torch.bool).expand(1, 1, width, width)
@@ -32,7 +32,7 @@ def attend_by_rows(trees, states, **limits):
     query, key, value = (part[None].transpose(1, 2) for part in states)
     with attending_by_rows() as mark:
         mark(Marker(mask, trees.groups, masks, trees.places))
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query, key, value, mask)[0][0]
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query, key, value, hand_on(mask))[0][0]
 
 
 def attend_by_definition(trees, states, *, window=None, chunk=None):
@@ -69,6 +69,15 @@ def test_each_token_attends_to_its_row_up_to_itself(limits):
     assert torch.allclose(actual, expected, rtol=0, atol=1e-14)
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("hand_on", [torch.Tensor.detach, lambda mask: mask[:, :, :, :]])
+def test_a_marker_is_known_in_whatever_object_layers_hand_it_on(hand_on):
+    trees = lay_out_trees(*padded(ROWS), [[0, 1, 3], [2, 4, 5]], by_rows=True)
+    torch.manual_seed(0)
+    states = [torch.randn(trees.ids.shape[1], heads, 4) for heads in (4, 2, 2)]
+    expected = attend_by_rows(trees, states)
+    assert attend_by_rows(trees, states, hand_on=hand_on).equal(expected)
 
 
 def test_rows_of_like_size_share_a_call_and_every_token_is_one_query():

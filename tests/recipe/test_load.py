@@ -578,6 +578,7 @@ FORESEEN = [
     (["model.attn_implementation=sdap"], "model.attn_implementation", "sdpa"),
     (["train.layout=shared_prefix", "train.neftune_noise_alpha=5"], "train.layout", "neftune"),
     (["train.layout=shared_prefix", "train.torch_compile=true"], "train.layout", "torch_compile"),
+    (["train.layout=shared_prefix", "train.torch_compile=true"], "train.layout", "two, or set it"),
     (["train.fsdp=true", "train.noise_scale_every=5"], "train.noise_scale_every", "DDP"),
     (["train.fsdp=true", "peft=lora", "peft.merge_on_save=true"], "peft.merge_on_save", "fsdp"),
 ]

@@ -156,6 +156,16 @@ def test_pieces_of_a_batch_that_did_not_fit_are_trees_as_well(tmp_path, in_float
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-12)
 
 
+def test_rows_are_evaluated_as_rows_where_those_have_proved_faster(tmp_path, in_float64):
+    trainer = trained_to_share(tmp_path)
+    expected = trainer.evaluate()["eval_loss"]
+    trainer.update_collator.takes_trees = False
+    with watching_calls() as calls:
+        metrics = trainer.evaluate()
+    assert calls.num_trees == 0
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_an_evaluation_before_training_computes_rows(tmp_path, in_float64):
     trainer = make_trainer(tmp_path, rows_of_prompts(8), eval_dataset=PROMPTED)
     with watching_calls() as calls:

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_gradacc import GradAccMixin, GradAccTrainer
-from hf_gradacc.trainer.overrides import OwnStep, find_own_step
+from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.trainer.overrides import OwnStep, find_own_step, plain_for_steps_behind
 
 
 class OnlyLooks(Trainer):
@@ -79,3 +80,18 @@ def test_gradients_add_up_by_their_weights(tmp_path, divides, weights):
     """A micro-batch that weighs nothing comes first, or last, or not at all."""
     total = weigh(tmp_path, divides=divides, weights=weights)
     assert total == pytest.approx(sum(weights), rel=1e-14)
+
+
+def test_a_step_behind_leaves_trees_and_why_there_are_none():
+    kind = mixed(OnlyLooks)
+    body = torch.nn.Linear(2, 2)
+    for known in (
+        Shortcuts(packed=True, bodies=(body,), trees_by_rows=True),
+        Shortcuts(packed=True, refused=(("shared_prefix", "it has dropout"),)),
+    ):
+        plain = plain_for_steps_behind(known, kind, mixin=GradAccMixin)
+        assert not plain.packed
+        assert "OnlyLooks" in plain.reason("packed")
+        assert plain.bodies == known.bodies
+        assert plain.trees_by_rows == known.trees_by_rows
+        assert plain.reason("shared_prefix") == known.reason("shared_prefix")

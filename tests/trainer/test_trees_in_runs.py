@@ -11,10 +11,17 @@ from support.failing import Failure
 from support.rank_jobs import Stream
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.resume_jobs import train_and_report
-from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
+from support.tiny import VOCABULARY, Recorder, log_rows, make_trainer, pad, tiny_llama
 from torch.utils.data import DataLoader
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Trainer,
+)
 
-from hf_gradacc import GradAccTrainer, MemoryBudgetError
+from hf_gradacc import GradAccMixin, GradAccTrainer, MemoryBudgetError
 
 NUM_ROWS = 12
 ROWS = rows_of_prompts(NUM_ROWS)
@@ -64,6 +71,43 @@ def test_loader_workers_plan_trees():
         assert_exact_as_trees(trainer)
 
 
+def small_gpt2():
+    """Hands its layers the mask by place, so that it comes detached where they run again."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **none))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_masks_that_come_detached_are_those_of_the_tree(reentrant):
+    kwargs = {"use_reentrant": reentrant}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    with training(model=small_gpt2(), in_float64=False, **options) as trainer:
+        assert trainer.calls.num_trained_trees > 0
+        rows = reference_gradient(small_gpt2(), ROWS, pad)
+        assert relative_error(trainer.gradients[0], rows) < 1e-5
+
+
+def test_a_window_is_no_hindrance_where_the_rows_asked_with_begin_alike_already():
+    """The trial narrows windows: what layers returned before, under the wide one, is no answer."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=64,
+    )
+    with float64_everywhere():
+        torch.manual_seed(0)
+        model = MistralForCausalLM(config)
+    with training(model=model, layout="auto") as trainer:
+        assert trainer.shortcuts.reason("shared_prefix") == ""
+        assert trainer.calls.num_trained_trees > 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_layers_that_are_computed_again_see_the_tree(reentrant):
     """What is computed again in a backward is out of reach of `float64_everywhere`."""
@@ -110,13 +154,14 @@ def test_a_row_that_does_not_fit_alone_is_named_with_trees_as_without():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["shared_prefix", "auto"])
 @pytest.mark.parametrize("form", ["rows", "stream"])
-def test_a_run_of_trees_is_resumed_bit_for_bit(tmp_path, form):
+def test_a_run_of_trees_is_resumed_bit_for_bit(tmp_path, form, layout):
     rows = rows_of_prompts(30, seed=2)
     options = {
-        "layout": "shared_prefix",
+        "layout": layout,
         "rows": rows if form == "rows" else Stream(rows),
-        "dropout": 0.2,
+        "dropout": 0.2 if layout == "shared_prefix" else 0.0,  # else there are no trees
         "max_steps": 6,
         "num_train_epochs": 1,
         "effective_batch_size": 8 if form == "rows" else 4,
@@ -162,6 +207,14 @@ class ReversesRows(GradAccTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+class ReversesBatches(GradAccTrainer):
+    """Changes the rows of an update's batches before any of them runs."""
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        return [{key: value.flip(0) for key, value in one.items()} for one in batches], count
+
+
 class AddsRow(GradAccTrainer):
     """Lets the first row count twice; the mean is over what it was before."""
 
@@ -170,10 +223,29 @@ class AddsRow(GradAccTrainer):
         return super().compute_loss(model, twice, *args, **kwargs)
 
 
-@pytest.mark.parametrize("trainer_class", [ReversesRows])
+@pytest.mark.parametrize("trainer_class", [ReversesRows, ReversesBatches])
 def test_a_step_that_changes_rows_trains_on_what_it_has_made_of_them(trainer_class):
     with training(trainer_class=trainer_class) as trainer:
+        assert trainer.calls.num_trained_trees > 0
         assert relative_error(trainer.gradients[0], expected()) < 1e-12
+
+
+class WritesIntoRows(Trainer):
+    """Writes into the rows it is given, behind the mixin, where nobody has tried it."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs["input_ids"][:, 2] = 7
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_step_that_writes_into_rows_trains_on_what_it_has_written(caplog):
+    trainer_class = type("Mixed", (GradAccMixin, WritesIntoRows), {})
+    gradients = []
+    for layout in ("shared_prefix", "padded"):
+        with training(trainer_class=trainer_class, layout=layout) as trainer:
+            gradients.append(trainer.gradients[0])
+    assert relative_error(*gradients) < 1e-12
+    assert "so they were computed as they are" in caplog.text
 
 
 def test_a_loss_that_changes_rows_computes_them_as_they_are():

@@ -2,16 +2,20 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 from transformers import TrainerCallback
 
 from hf_gradacc import GradAccArguments
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.trainer.budget import timed_for_budget
 from hf_gradacc.updates import remembered_budgets as budget_memory
-from hf_gradacc.updates.budget import BudgetTuner, LayoutTurns
+from hf_gradacc.updates.budget import BudgetTuner, LayoutTurns, TokenBudget
+from hf_gradacc.updates.collator import UpdateCollator
 
 
 def tune(seconds_per_token, *, num_tokens=9000, longest=300, lag=0, fits=None):
@@ -270,3 +274,19 @@ def test_who_asks_for_trees_by_name_gets_them(tmp_path):
     assert trainer.token_budget.tuner.settled
     assert trainer.token_budget.turns.tried == {True: [], False: []}
     assert trainer.last_update.stats.num_shared_tokens > 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_update_that_ran_out_of_memory_and_ran_again_is_not_compared(fails):
+    collator = UpdateCollator(pad, max_tokens=400)
+    collator.share_prefixes(["a body"], by_rows=True)
+    budget = TokenBudget()
+    budget.begin("auto")
+    budget.tuner.adopt(400)
+    shortcuts = SimpleNamespace(bodies=("a body",))
+    args = SimpleNamespace(device=torch.device("cpu"), layout="auto")
+    trainer = SimpleNamespace(args=args, shortcuts=shortcuts, update_collator=collator)
+    with timed_for_budget(trainer, torch.nn.Identity(), collator(ALIKE), budget):
+        if fails:
+            budget.shrink_to(200)
+    assert len(budget.turns.tried[True]) == (0 if fails else 1)
