@@ -24,6 +24,7 @@ from hf_gradacc.updates.planner import cut_sorted
 
 __all__ = [
     "BRANCH",
+    "HELD",
     "MASKED_ATTENTION",
     "GrownTrees",
     "SharedPlan",
@@ -46,6 +47,10 @@ token of its row: attention under a mask computes both halves of its square."""
 
 BRANCH = 4
 """What a row costs in a tree besides its own tokens, in tokens: it is gathered for attention."""
+
+HELD = 1 / 8
+"""What a token that a row shares still needs of memory where attention is computed row by row: its
+key and value in each layer, beside the twenty or so vectors that a computed token leaves there."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,8 @@ def grow_trees(
     Args:
         rows: From `sort_by_prefix`.
         cost: What trees and rows cost.
-        max_tokens: Most tokens in a tree; a longer row is alone.
+        max_tokens: Most tokens in a tree, and what shared ones hold, see `HELD`; a longer row is
+            alone.
         max_rows: Most rows in a tree.
 
     Returns:
@@ -235,7 +241,10 @@ def grow_trees(
     if max_rows is not None:
         stops = np.minimum(stops, np.arange(n) + max_rows)
     if limit is not None:
-        stops = np.minimum(stops, np.searchsorted(ends, befores + limit, side="right") - 1)
+        held = HELD * rows.shared if cost.by_rows else np.zeros(n)
+        room = limit + ends[:-1] - rows.shared + np.concatenate(([0.0], np.cumsum(held)))[1:]
+        most = np.searchsorted(ends + np.concatenate(([0.0], np.cumsum(held))), room, side="right")
+        stops = np.minimum(stops, most - 1)
     added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
     best = np.zeros(n + 1)
     take = [1] * n
@@ -385,7 +394,7 @@ def plan_trees(
     if not trees:
         return SharedPlan([], [], [])
     if cost.by_rows:
-        bins = _fill(trees, max_tokens, max_sequences)
+        bins = _fill(trees, found, max_tokens, max_sequences)
     elif max_sequences is None:
         cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
     else:
@@ -424,14 +433,18 @@ def cost_of_trees(trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: Tre
 
 
 def _fill(
-    trees: Sequence[tuple[int, int, int]], max_tokens: int | None, max_sequences: int | None
+    trees: Sequence[tuple[int, int, int]],
+    rows: Sorted,
+    max_tokens: int | None,
+    max_sequences: int | None,
 ) -> list[list[tuple[int, int, int]]]:
     """Fill micro-batches whose trees stand end to end: each tree into the first with room."""
     bins: list[list[tuple[int, int, int]]] = []
-    room: list[list[int]] = []
-    most = [max_tokens or 2**62, max_sequences or 2**62]
+    room: list[list[float]] = []
+    most = [max_tokens or math.inf, max_sequences or math.inf]
     for tree in trees:
-        first, last, size = tree
+        first, last, computed = tree
+        size = computed + HELD * float(rows.shared[first + 1 : last].sum())
         fits = (k for k, (a, b) in enumerate(room) if size <= a and last - first <= b)
         place = next(fits, len(bins))
         if place == len(bins):

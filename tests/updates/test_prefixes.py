@@ -140,7 +140,10 @@ def cheapest(found, rows, cost, *, max_rows=99, max_tokens=10**9):
             price = 0.0
             for start, stop in itertools.pairwise([0, *places, n]):
                 inside = [rows[i] for i in found.order[start:stop]]
-                fits = len(inside) <= max_rows and len(prefixes_of(inside)) <= max_tokens
+                size = len(prefixes_of(inside))
+                if cost.by_rows:  # keys and values of all tokens lie there
+                    size += (sum(map(len, inside)) - size) / 8
+                fits = len(inside) <= max_rows and size <= max_tokens
                 price += price_of(inside, cost) if fits or len(inside) == 1 else float("inf")
             least = min(least, price)
     return least
