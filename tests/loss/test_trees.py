@@ -424,7 +424,7 @@ def test_attention_row_by_row_has_that_gradient_too(name):
         expected = weighted_gradient(model, [batch], [1.0])
         ids, mask = batch["input_ids"], batch["attention_mask"]
         trees = lay_out_trees(ids, mask, TREES, by_rows=True)
-        with computing_these(body_of(model, batch), trees, ids) as done:
+        with computing_these(body_of(model, batch), trees, ids, mask) as done:
             actual = weighted_gradient(model, [batch], [1.0])
     assert len(done) == 1
     assert trees.ids.shape == (1, trees.num_tokens)
