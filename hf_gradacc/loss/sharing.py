@@ -31,7 +31,14 @@ from hf_gradacc.loss.trees import (
 )
 from hf_gradacc.updates.targets import count_targets
 
-__all__ = ["Sharing", "choose_sharing", "drops_out", "why_not_shared", "with_sharing"]
+__all__ = [
+    "Sharing",
+    "choose_sharing",
+    "drops_out",
+    "why_not_by_options",
+    "why_not_shared",
+    "with_sharing",
+]
 
 
 @dataclass(frozen=True)
@@ -363,16 +370,25 @@ def with_sharing(
 
 def why_not_shared(model: nn.Module, setting: Setting, *, asked: bool) -> str:
     """Return what is known to speak against trees before they are tried, empty for nothing."""
-    args = setting.args
     if setting.splits_rows:
         return "several ranks compute each row together (cp_size, sp_size)"
     if setting.facts.pad_to_one_width:
         return "padding changes the loss of this model"
+    return why_not_by_options(setting.args, drops=not asked and drops_out(model))
+
+
+def why_not_by_options(args: Any, *, drops: bool) -> str:
+    """Return what a run's options alone speak against trees, empty for nothing.
+
+    Args:
+        args: The options.
+        drops: Whether dropout counts, which it does unless sharing is asked for by name.
+    """
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha draws noise for each row, and a common prefix is one"
     if args.torch_compile:
         return "torch.compile would compile anew for each shape of a tree"
-    if not asked and drops_out(model):
+    if drops:
         return (
             "dropout would drop the same of a common prefix in all rows that hold it; "
             "layout = 'shared_prefix' shares them all the same"

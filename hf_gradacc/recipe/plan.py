@@ -48,6 +48,7 @@ class RecipePlan:
         longest: Row numbers of the longest rows, longest first.
         starts: The first tokens of each of them.
         max_tokens: `max_tokens_per_micro_batch`, where it is a number.
+        why_not_shared: What is known before a run to speak against sharing prefixes, if anything.
     """
 
     num_sequences: int
@@ -66,6 +67,7 @@ class RecipePlan:
     longest: tuple[int, ...]
     starts: tuple[list[int], ...]
     max_tokens: int | None
+    why_not_shared: str = ""
 
     @property
     def chosen(self) -> WayToPlan:
@@ -109,6 +111,7 @@ def plan_recipe(
     on_accelerator: bool = False,
     lockstep: bool = False,
     trees_by_rows: bool = True,
+    why_not_shared: str = "",
 ) -> RecipePlan:
     """Draw the updates of the first epoch, and cut them in several ways.
 
@@ -124,6 +127,7 @@ def plan_recipe(
         on_accelerator: Whether one more micro-batch costs what it costs on a GPU.
         lockstep: Whether ranks wait for each other in every micro-batch (FSDP).
         trees_by_rows: How the model would attend to rows that begin alike, see `TreeCost`.
+        why_not_shared: What is known before a run to speak against computing them as trees.
     """
     is_sample = not hasattr(rows, "__len__")
     if is_sample:
@@ -185,9 +189,11 @@ def plan_recipe(
                 are_pairs=pairs is not None,
                 trees_by_rows=trees_by_rows,
                 may_share=not model.encoder_decoder,
+                why_not_shared=why_not_shared,
             ),
         ),
         longest=tuple(longest),
         starts=tuple(first_ids(rows[index])[:24] for index in longest),
         max_tokens=budget if isinstance(budget, int) else None,
+        why_not_shared=why_not_shared,
     )

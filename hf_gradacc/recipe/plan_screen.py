@@ -17,7 +17,8 @@ from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.loss.trees import takes_rows
+from hf_gradacc.loss.sharing import drops_out, why_not_by_options
+from hf_gradacc.loss.trees import takes_rows, why_no_masks
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.measure import (
@@ -113,6 +114,7 @@ def show_plan(
         on_accelerator=not recipe.train.get("use_cpu"),
         lockstep=bool(recipe.train.get("fsdp")),
         trees_by_rows=takes_rows(model.config),
+        why_not_shared=_why_not_shared(recipe, model, arguments),
     )
     gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
     memory = estimate_memory(
@@ -148,6 +150,18 @@ def show_plan(
         draw_plan(plan, png)
         console.print(f"written: {png}", highlight=False, markup=False)
     return plan
+
+
+def _why_not_shared(recipe: Recipe, model: Any, arguments: Any) -> str:
+    """Return what is known without weights to speak against sharing prefixes."""
+    if arguments.layout not in ("auto", "shared_prefix"):
+        return ""
+    pairs: Any = {"dpo": recipe.dpo, "reward": recipe.reward}.get(recipe.model.task)
+    keeps_dropout = pairs is None or not pairs.disable_dropout
+    drops = arguments.layout != "shared_prefix" and keeps_dropout and drops_out(model)
+    return why_not_by_options(arguments, drops=drops) or why_no_masks(
+        model.config.get_text_config()
+    )
 
 
 def _print_updates(plan: RecipePlan, console: Console) -> None:
@@ -216,6 +230,8 @@ def _mark(way: WayToPlan, plan: RecipePlan) -> str:
 
 def _who_takes(plan: RecipePlan, sharing: WayToPlan) -> str:
     """Say when common prefixes are computed once."""
+    if plan.why_not_shared:
+        return f"not taken: {plan.why_not_shared}"
     if not sharing.chosen:
         return "not taken by this recipe"
     return "taken by auto where the model allows it" if plan.depends_on_model else "asked for"

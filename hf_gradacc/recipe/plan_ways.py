@@ -92,6 +92,7 @@ class RowsToPlan:
         are_pairs: Each is two answers.
         trees_by_rows: How the model would attend to trees, see `TreeCost`.
         may_share: Whether a model of this kind may share prefixes at all.
+        why_not_shared: What is known before a run to speak against it, in plain words.
     """
 
     dataset: Any
@@ -100,6 +101,7 @@ class RowsToPlan:
     are_pairs: bool = False
     trees_by_rows: bool = True
     may_share: bool = True
+    why_not_shared: str = ""
 
 
 def changed(arguments: Any, **changes: Any) -> Any:
@@ -232,7 +234,8 @@ def _cut_as_trees(
         return None, False
     # As training does: the first rows decide whether "auto" tries it.
     choose_probe_rows(loader, loader.collator)
-    taken = asked or (arguments.layout == "auto" and loader.collator.foresees_sharing)
+    foreseen = arguments.layout == "auto" and loader.collator.foresees_sharing
+    taken = asked or (foreseen and not rows.why_not_shared)
     loader.collator.share_prefixes([rows], by_rows=rows.trees_by_rows)
     loader.collator.rows_per_sequence = 2 if rows.are_pairs else 1
     cut = _cut(loader, rows, read)

@@ -4,6 +4,7 @@ Its memory counts what a real model has.
 """
 
 import io
+import json
 import random
 
 import datasets
@@ -17,12 +18,14 @@ from hf_gradacc import GradAccArguments
 from hf_gradacc.loss.trees import takes_rows
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.recipe.activations import kept_for_backward
+from hf_gradacc.recipe.load import load_recipe
 from hf_gradacc.recipe.memory import MemoryEstimate, estimate_memory
 from hf_gradacc.recipe.model import apply_peft, load_model
 from hf_gradacc.recipe.plan import plan_recipe
-from hf_gradacc.recipe.plan_screen import _print_ways, give_advice
+from hf_gradacc.recipe.plan_screen import _print_ways, give_advice, show_plan
 from hf_gradacc.recipe.plan_ways import Spread
 from hf_gradacc.recipe.sections import PeftSection, Recipe
+from hf_gradacc.recipe.shipped import find_recipe
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.targets import TargetRule
 
@@ -255,6 +258,33 @@ def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words
     assert f"{plan.sharing.computed_per_update:,.0f}" in line
     assert f"begin alike: {plan.sharing.shared_fraction:.0%} of the input tokens" in shown[-1]
     assert words in shown[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_taken", "words"),
+    [
+        ((), True, "taken by auto where the model"),
+        (("peft=lora", "peft.dropout=0.05"), False, "not taken: dropout would drop the same"),
+        (("model.config.attention_dropout=0.1",), False, "not taken: dropout"),
+        (("model.config.attention_dropout=0.1", "train.layout=shared_prefix"), True, "asked for"),
+        (("peft=lora", "peft.dropout=0.05", "train.layout=padded"), False, "by this recipe"),
+        (("train.neftune_noise_alpha=5",), False, "not taken: neftune_noise_alpha"),
+        (("train.torch_compile=true",), False, "not taken: torch.compile"),
+    ],
+)
+def test_a_plan_promises_no_sharing_that_training_would_refuse(
+    tmp_path, overrides, is_taken, words
+):
+    head = "Answer as a careful teacher of arithmetic would, step by step and in few words. "
+    data = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"question": f"{head}{n} + 1?", "answer": f"{n + 1}"}) for n in range(64)]
+    data.write_text("\n".join(lines))
+    own = (f"data.train={data}", "data.holdout=4", *overrides)
+    recipe = load_recipe(find_recipe("quickstart"), overrides=own)
+    console = Console(record=True, width=200, file=io.StringIO())
+    plan = show_plan(recipe, console=console)
+    assert plan.sharing.chosen is is_taken
+    assert words in console.export_text()
 
 
 def test_a_stream_is_planned_by_a_sample():
