@@ -99,7 +99,7 @@ def test_trees_have_the_gradient_of_padded_rows(monkeypatch, name):
     assert run.loss == pytest.approx(padded.loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "flint", "granitemoe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "flint", "olmoe"])
 def test_experts_are_balanced_over_the_rows_and_not_over_the_trees(monkeypatch, name):
     run, expected, computed = run_case(monkeypatch, f"{name}-causal-router")
     assert computed
