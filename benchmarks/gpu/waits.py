@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 import hf_gradacc
 from benchmarks.gpu.checks import Setting
+from hf_gradacc.loss import chunked
 from hf_gradacc.loss.shortcuts import Shortcuts
 
 PACKAGE = str(Path(hf_gradacc.__file__).parent)
@@ -122,22 +123,24 @@ class _OfTheSecondUpdate(TrainerCallback):
     @contextlib.contextmanager
     def laying_out_uncounted(self) -> Iterator[None]:
         """Leave out what runs on the host by design, where only operations can be counted."""
-        shape = Shortcuts.shape
+        shape, reads_for_free = Shortcuts.shape, chunked._reads_for_free
 
-        def uncounted(shortcuts: Shortcuts, inputs: Any) -> Any:
+        def uncounted(shortcuts: Shortcuts, inputs: Any, **how: Any) -> Any:
             if self._mode is None:
-                return shape(shortcuts, inputs)
+                return shape(shortcuts, inputs, **how)
             self._mode.paused = True
             try:
-                return shape(shortcuts, inputs)
+                return shape(shortcuts, inputs, **how)
             finally:
                 self._mode.paused = False
 
         Shortcuts.shape = uncounted  # type: ignore[method-assign]
+        chunked._reads_for_free = lambda device_type: False  # as on a GPU, which would wait
         try:
             yield
         finally:
             Shortcuts.shape = shape  # type: ignore[method-assign]
+            chunked._reads_for_free = reads_for_free
 
     @contextlib.contextmanager
     def _of_cuda(self) -> Iterator[None]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_gradacc.updates.update import start_copy
+
 __all__ = ["Group", "Marker", "attending_by_rows", "group_rows", "repeat"]
 
 _CALL = 4096
@@ -56,7 +58,7 @@ class Group:
     def to(self, device: torch.device) -> Group:
         """Copy to a device."""
         names = ("queries", "keys", "num_own", "num_tokens", "real")
-        return Group(*(getattr(self, name).to(device, non_blocking=True) for name in names))
+        return Group(*(start_copy(getattr(self, name), device) for name in names))
 
     def mask(self, *, window: int | None = None, chunk: int | None = None) -> Tensor | None:
         """Return which keys each query sees ``[rows, 1, queries, keys]``; None for those before it.

@@ -33,6 +33,7 @@ from hf_gradacc.loss.tree_attention import (
     repeat,
 )
 from hf_gradacc.updates.prefixes import sort_by_prefix
+from hf_gradacc.updates.update import start_copy
 
 __all__ = [
     "ATTENTIONS",
@@ -83,11 +84,9 @@ class Trees:
     def to(self, device: torch.device) -> Trees:
         """Copy to a device, without waiting for it."""
         names = ("rows", "ids", "positions", "ends", "nodes")
-        there: dict[str, Any] = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in names
-        }
+        there: dict[str, Any] = {name: start_copy(getattr(self, name), device) for name in names}
         if self.places is not None:
-            there["places"] = self.places.to(device, non_blocking=True)
+            there["places"] = start_copy(self.places, device)
             there["groups"] = tuple(group.to(device) for group in self.groups)
         return replace(self, **there)
 

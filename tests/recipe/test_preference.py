@@ -212,7 +212,7 @@ def test_verify_passes_on_pairs(folder, tmp_path, task, method):
 
 
 def test_a_plan_of_pairs_counts_pairs_and_the_padding_within_them(folder, tmp_path):
-    recipe = read(folder, f"output.dir={tmp_path}")
+    recipe = read(folder, f"output.dir={tmp_path}", "train.layout=padded")
     trainer, data = build_trainer(recipe)
     plan = plan_recipe(data.train, arguments=trainer.args, task="dpo")
     assert plan.targets_per_update.most == 6

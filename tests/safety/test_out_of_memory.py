@@ -583,7 +583,7 @@ def test_a_budget_on_trial_is_on_trial_after_a_resume_too():
 @pytest.mark.slow
 def test_a_budget_that_has_grown_back_cuts_as_before(tmp_path, monkeypatch):
     options = {"num_train_epochs": 4, "model": {"attention_dropout": 0.0}}
-    monkeypatch.setattr(TokenBudget.__init__, "__defaults__", (*[None] * 4, 0, 5, False))
+    monkeypatch.setattr(TokenBudget.__init__, "__defaults__", (*[None] * 5, 0, 5, False))
     failing = train(
         tmp_path / "failing", failure={"when": lambda rows, width, seen: seen == 0}, **options
     )

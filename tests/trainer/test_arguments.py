@@ -91,5 +91,5 @@ class OptionsLast(TrainingArguments, GradAccOptions):
 
 def test_options_behind_the_stock_arguments_are_checked_too(tmp_path):
     arguments = OptionsLast(output_dir=str(tmp_path), use_cpu=True, layout="squashed")
-    with pytest.raises(ConfigError, match="layout = 'squashed': use 'auto', 'padded' or 'packed'"):
+    with pytest.raises(ConfigError, match="layout = 'squashed': use 'auto', 'padded', 'packed'"):
         GradAccTrainer(tiny_llama(), arguments)
