@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.patience import HUNG_AFTER_SECONDS
+from support.ranks import free_port
 
 import hf_gradacc
 from hf_gradacc import cli
@@ -560,7 +561,7 @@ def test_a_launcher_starts_a_recipe_on_two_ranks(run, recipe, tmp_path):
     from torch.testing import assert_close
 
     run("train", recipe, "train.save_strategy=no", "output.dir=alone")
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     command = [sys.executable, "-m", *launcher, "-m", "hf_gradacc", "train", str(recipe)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
@@ -575,14 +576,6 @@ def test_a_launcher_starts_a_recipe_on_two_ranks(run, recipe, tmp_path):
     assert "over 2 ranks" in done.stdout
     assert done.stdout.count("saved: together") == 1, "only the first rank speaks"
     assert_close(load_file("together/model.safetensors"), load_file("alone/model.safetensors"))
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 def test_it_works_as_a_module_and_without_a_terminal(tmp_path):

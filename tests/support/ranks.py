@@ -7,9 +7,11 @@ process group.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from typing import Any
 
 from .patience import Watch
 
-__all__ = ["run_and_kill", "run_ranks"]
+__all__ = ["free_port", "run_and_kill", "run_ranks"]
 
 _TESTS = Path(__file__).resolve().parents[1]
 
@@ -71,7 +73,7 @@ def run_ranks(
     """
     _start_server()
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             # No daemons: those may not have loader workers.
             _context.Process(target=_be_rank, args=(job, kwargs, rank, world_size, port, folder))
@@ -139,10 +141,19 @@ def _be_rank(
             os._exit(1)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """Return a port that nobody listens on, and that no other worker of the tests is given.
+
+    One that the system chooses is given away again to whoever asks next, before a rank listens on
+    it. So it is below the range from which the system chooses, and each worker has a part of it.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20
+    first = 20_000 + 500 * worker
+    for port in random.Random().sample(range(first, first + 500), 500):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError(f"no free port from {first} to {first + 499}")
 
 
 def _read(path: Path) -> str:
