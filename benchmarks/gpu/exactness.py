@@ -76,17 +76,23 @@ def compare(setting: Setting, *, case: str, precision: str) -> dict[str, Any]:
     return figures
 
 
-def compare_packed(setting: Setting, *, model_type: str, attention: str) -> dict[str, Any]:
-    """Compare packed rows under an attention that takes them for free, in bfloat16."""
-    setting.needs_cuda(f"{attention} has no backward elsewhere")
+def _with_wide_heads(model_type: str) -> nn.Module:
+    """A causal LM whose heads are as wide as kernels of attention want them."""
     config = tiny_config(
         model_type, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32
     )
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
+def compare_packed(setting: Setting, *, model_type: str, attention: str) -> dict[str, Any]:
+    """Compare packed rows under an attention that takes them for free, in bfloat16."""
+    setting.needs_cuda(f"{attention} has no backward elsewhere")
     case = zoo.case_named(f"{model_type}-causal")
 
     def build() -> nn.Module:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).double().train()
+        return _with_wide_heads(model_type).double()
 
     rows = case.rows(seed=2)
     comparison = _Comparison(setting, build, rows, case.collator(build()), precision="bfloat16")
@@ -103,14 +109,10 @@ def compare_trees(setting: Setting, *, model_type: str, attention: str) -> dict[
     """Compare rows that begin alike, computed as trees, with the whole batch, in float32."""
     if attention == "flex_attention":
         setting.needs_cuda(f"{attention} has no backward elsewhere")
-    config = tiny_config(
-        model_type, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32
-    )
     case = zoo.case_named(f"{model_type}-causal")
 
     def build() -> nn.Module:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).train()
+        return _with_wide_heads(model_type)
 
     rows: list[Any] = alike.rows_alike("causal", unit=8)
     comparison = _Comparison(setting, build, rows, case.collator(build()), precision="float32")

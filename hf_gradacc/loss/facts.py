@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hf_gradacc.loss.class_weights import ClassWeights
 from hf_gradacc.loss.coupling import Coupling
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch
 
-__all__ = ["Compared", "LossFacts", "TermFacts", "Weighing", "differ", "rounding_of"]
+__all__ = ["Compared", "LossFacts", "TermFacts", "Weighing", "differ", "have_moved", "rounding_of"]
 
 Compared = Literal["loss", "rows_gradient", "shortcut", "isolation", "update_gradient"]
 """What two evaluations are compared by; `rounding_of` says how far apart they may be.
@@ -226,6 +227,36 @@ def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:
     """
     limits = _ROUNDING[kind]
     return limits.get(dtype, limits[torch.float32])
+
+
+def have_moved(
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    kind: Compared = "shortcut",
+) -> bool:
+    """Return whether any hidden state moved by more than rounding explains.
+
+    Each is compared by itself, since a leak reaches some only. Rounding of a hidden state is
+    allowed four times that of a loss, which is a mean over many.
+
+    Args:
+        actual: Hidden states ``[..., hidden]``.
+        expected: What they should be.
+        dtype: What the model computes in.
+        rows: Which of them to compare, a mask over all dimensions but the last; None for all.
+        kind: See `rounding_of`.
+    """
+    if actual.shape != expected.shape:
+        return True
+    if rows is not None:
+        actual, expected = actual[rows.to(actual.device)], expected[rows.to(actual.device)]
+    wide = torch.float64 if actual.device.type != "mps" else torch.float32
+    size = expected.to(wide).norm(dim=-1).clamp_min(1e-30)
+    moved = (actual.to(wide) - expected.to(wide)).norm(dim=-1) / size
+    return not float(moved.max()) <= 4 * rounding_of(dtype, kind)
 
 
 def differ(a: float, b: float) -> float:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.loss.facts import Compared, differ, rounding_of
-from hf_gradacc.loss.shortcuts import Setting, Shortcuts
+from hf_gradacc.loss.facts import Compared, differ, have_moved, rounding_of
+from hf_gradacc.loss.shortcuts import Setting, Shortcuts, other_tokens
 from hf_gradacc.loss.trees import (
     Trees,
     computing_trees,
@@ -232,14 +232,9 @@ class _Trial:
         self, actual: Tensor, expected: Tensor, rows: Tensor, kind: Compared = "shortcut"
     ) -> bool:
         """Return whether the hidden state of any such token moved by more than rounding."""
-        if actual.shape != expected.shape or actual.shape[:2] != rows.shape:
+        if actual.shape[:2] != rows.shape:
             return True
-        wide = torch.float32 if actual.device.type == "mps" else torch.float64
-        rows = rows.to(actual.device)
-        a, b = actual[rows].to(wide), expected[rows].to(wide)
-        moved = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
-        # Rounding of a hidden state is allowed four times that of a loss, as for other shortcuts.
-        return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
+        return have_moved(actual, expected, dtype=self.dtype, rows=rows, kind=kind)
 
 
 def _hidden(output: Any) -> Tensor:
@@ -327,9 +322,7 @@ def _with_other_tokens(trees: Trees, real: Tensor) -> tuple[Trees, Tensor]:
     own = torch.ones(trees.ids.numel(), dtype=torch.bool)
     own[trees.nodes[others]] = False
     ids = trees.ids.reshape(-1).clone()
-    low, high = int(ids.min()), int(ids.max())
-    other = torch.where(ids < high, ids + 1, low) if low < high else ids + 1 - 2 * int(low > 0)
-    ids[own] = other[own]
+    ids[own] = other_tokens(ids)[own]
     return replace(trees, ids=ids.view(trees.ids.shape)), others
 
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.asking import has_router_loss
 from hf_gradacc.loss.chunked import find_owner, why_not_chunked, without_logits
-from hf_gradacc.loss.facts import Compared, LossFacts, rounding_of
+from hf_gradacc.loss.facts import Compared, LossFacts, have_moved, rounding_of
 from hf_gradacc.loss.layouts import (
     find_head,
     is_right_padded,
@@ -50,6 +50,7 @@ __all__ = [
     "can_try_shortcuts",
     "choose_shortcuts",
     "describe_speed",
+    "other_tokens",
 ]
 
 logger = logging.get_logger(__name__)
@@ -192,7 +193,9 @@ class Trial:
         bare_loss, bare_hidden = self._run(bare)
         if self._differs(bare_loss, loss) or self._moved(bare_hidden, hidden, real):
             return f"its loss moves without the mask: {bare_loss:.7g} instead of {loss:.7g}"
-        other = torch.where(padded["attention_mask"].ne(0), bare["input_ids"], _others(bare))
+        other = torch.where(
+            padded["attention_mask"].ne(0), bare["input_ids"], other_tokens(bare["input_ids"])
+        )
         _, other_hidden = self._run({**bare, "input_ids": other})
         if self._moved(other_hidden, bare_hidden, real, kind="isolation"):
             return "without a mask, padding changes the hidden states of real tokens"
@@ -210,7 +213,7 @@ class Trial:
         rows = range(count_rows(bare))
         both = slice_rows(bare, [*rows, *rows])
         ids = bare["input_ids"]
-        other = torch.where(real.view_as(ids), ids, _others(bare))
+        other = torch.where(real.view_as(ids), ids, other_tokens(bare["input_ids"]))
         both["input_ids"] = torch.cat([ids, other])
         both_loss, both_hidden = self._run(both)
         half = len(real)
@@ -241,7 +244,7 @@ class Trial:
             return "its hidden states differ between a packed and a padded batch"
         first = int(packed["position_ids"][0].eq(0).nonzero()[1])
         ids = packed["input_ids"].clone()
-        ids[0, :first] = _others(packed)[0, :first]
+        ids[0, :first] = other_tokens(packed["input_ids"])[0, :first]
         _, moved = self._run({**packed, "input_ids": ids})
         rest = torch.arange(ids.shape[1]) >= first
         if self._moved(moved, packed_hidden, rest, kind="isolation"):
@@ -280,16 +283,7 @@ class Trial:
         kind: Compared = "shortcut",
     ) -> bool:
         """Return whether any row of hidden states moved by more than rounding explains."""
-        if actual.shape != expected.shape:
-            return True
-        if rows is not None:
-            actual, expected = actual[rows.to(actual.device)], expected[rows.to(actual.device)]
-        wide = torch.float64 if actual.device.type != "mps" else torch.float32
-        size = expected.to(wide).norm(dim=-1).clamp_min(1e-30)
-        moved = (actual.to(wide) - expected.to(wide)).norm(dim=-1) / size
-        # Row by row, since a leak reaches some rows only. Rounding of a hidden state is allowed
-        # four times that of a loss, which is a mean over many.
-        return not float(moved.max()) <= 4 * rounding_of(self.dtype, kind)
+        return have_moved(actual, expected, dtype=self.dtype, rows=rows, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -515,9 +509,8 @@ def can_try_shortcuts(inputs: Any) -> bool:
     )
 
 
-def _others(inputs: Mapping[str, Any]) -> Tensor:
+def other_tokens(ids: Tensor) -> Tensor:
     """Return other tokens in every place, from the same range of the vocabulary."""
-    ids = inputs["input_ids"]
     low, high = int(ids.min()), int(ids.max())
     if low == high:
         return torch.full_like(ids, low - 1 if low > 0 else low + 1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,16 @@ class Marker:
     masks: Sequence[Tensor | None]
     places: Tensor
 
+    @cached_property
+    def queries(self) -> Tensor:
+        """Where the queries of all groups are, one group after the other."""
+        return torch.cat([group.queries.reshape(-1) for group in self.groups])
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Where their keys are, likewise."""
+        return torch.cat([group.keys.reshape(-1) for group in self.groups])
+
 
 @contextlib.contextmanager
 def attending_by_rows() -> Iterator[Callable[[Marker], None]]:
@@ -208,13 +219,9 @@ def _attend(
     groups, places = marker.groups, marker.places
     spread: Any = _Spread.apply
     collect: Any = _Collect.apply
-    queries, keys = (
-        torch.cat([getattr(group, name).reshape(-1) for group in groups])
-        for name in ("queries", "keys")
-    )
+    queries, keys = marker.queries, marker.keys
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     each = zip(
-        groups,
         marker.masks,
         _split(spread(query, queries, places), [group.queries for group in groups]),
         _split(repeat(key, keys), [group.keys for group in groups]),
@@ -223,7 +230,7 @@ def _attend(
     )
     found = [
         stock(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0].flatten(0, 1)
-        for _, mask, q, k, v in each
+        for mask, q, k, v in each
     ]
     collected: Tensor = collect(torch.cat(found), queries, places)
     return collected.unsqueeze(0)

@@ -241,9 +241,9 @@ def grow_trees(
     if max_rows is not None:
         stops = np.minimum(stops, np.arange(n) + max_rows)
     if limit is not None:
-        held = HELD * rows.shared if cost.by_rows else np.zeros(n)
-        room = limit + ends[:-1] - rows.shared + np.concatenate(([0.0], np.cumsum(held)))[1:]
-        most = np.searchsorted(ends + np.concatenate(([0.0], np.cumsum(held))), room, side="right")
+        held = np.cumsum(HELD * rows.shared if cost.by_rows else np.zeros(n))
+        filled = ends + np.concatenate(([0.0], held))
+        most = np.searchsorted(filled, befores + limit + held, side="right")
         stops = np.minimum(stops, most - 1)
     added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
     best = np.zeros(n + 1)

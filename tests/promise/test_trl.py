@@ -26,6 +26,7 @@ from support.trl_cases import (
     NO_SINGLE_MEAN,
     ROWS_PER_UPDATE,
     WHOLE,
+    assert_same,
     chat_rows,
     language_model,
     run,
@@ -51,16 +52,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-
-
-def assert_same(actual, expected, tolerance):
-    """Compare gradients, each tensor relative to its largest entry."""
-    assert len(actual) == len(expected) > 0
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name, gradient in theirs.items():
-            scale = float(gradient.abs().max()) or 1.0
-            assert float((mine[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
 def metrics_of(row):

@@ -16,6 +16,7 @@ from support.trl_cases import (
     NUM_ROWS,
     ROWS_PER_UPDATE,
     WHOLE,
+    assert_same,
     prompted_rows,
     run,
 )
@@ -60,15 +61,6 @@ def whole(name):
 
 def is_a_time(key):
     return key.endswith(("_runtime", "_time", "_per_second"))
-
-
-def assert_same(actual, expected, tolerance):
-    assert len(actual) == len(expected) > 0
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name, gradient in theirs.items():
-            scale = float(gradient.abs().max()) or 1.0
-            assert float((mine[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("name", NAMES)

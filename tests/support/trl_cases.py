@@ -343,3 +343,13 @@ def run_as_rank(names: list[str], **options: Any) -> dict[str, Any]:
         ]
         told[name] = gradients, result.rows, result.evaluation
     return told
+
+
+def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
+    """Compare gradients, each tensor relative to its largest entry."""
+    assert len(actual) == len(expected) > 0
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            scale = float(gradient.abs().max()) or 1.0
+            assert float((mine[name] - gradient).abs().max()) <= tolerance * scale, name
