@@ -27,9 +27,9 @@ from hf_gradacc.updates.collator import LEAST_SAVING, UpdateCollator
 from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
 from hf_gradacc.updates.loader import UpdateLoader, count_targets_of, read_row, read_rows
 from hf_gradacc.updates.pair_trees import plan_shared_sequences
-from hf_gradacc.updates.prefixes import padded_cost
 from hf_gradacc.updates.stream import Rows, UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import IGNORE_INDEX, can_have_target, count_row_targets
+from hf_gradacc.updates.tree_cost import padded_cost
 
 __all__ = [
     "ProbeRows",

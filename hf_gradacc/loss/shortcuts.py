@@ -78,7 +78,7 @@ class Shortcuts:
         owner: The model that computes a loss from its logits, see `find_owner`.
         linears: Layers that multiply by oneDNN.
         bodies: Parts of models that compute rows which begin alike as trees, see
-            `hf_gradacc.loss.trees`; none if rows are computed as they are.
+            `hf_gradacc.loss.tree_hooks`; none if rows are computed as they are.
         trees_by_rows: Their attention is computed row by row, see `TreeCost`.
     """
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.sharing import drops_out, why_not_by_options
-from hf_gradacc.loss.trees import takes_rows, why_no_masks
+from hf_gradacc.loss.tree_masks import takes_rows, why_no_masks
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
 from hf_gradacc.recipe.measure import (

@@ -50,9 +50,9 @@ from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.pair_trees import halve_trees, trees_of_sequences
-from hf_gradacc.updates.prefixes import GrownTrees
 from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.tree_plan import GrownTrees
 from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats, start_copy
 
 __all__ = ["UpdateResult", "UpdateRunner"]

@@ -16,7 +16,8 @@ from hf_gradacc.loss.layouts import kept_rows
 from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
-from hf_gradacc.loss.trees import Trees, computing_these, lay_out_trees
+from hf_gradacc.loss.tree_hooks import computing_these
+from hf_gradacc.loss.trees import Trees, lay_out_trees
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.batch import tokens_of_batch

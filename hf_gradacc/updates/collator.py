@@ -23,7 +23,6 @@ from hf_gradacc.updates.planner import (
     plan_micro_batches,
     plan_packed_micro_batches,
 )
-from hf_gradacc.updates.prefixes import GrownTrees, TreeCost, padded_cost
 from hf_gradacc.updates.targets import (
     IGNORE_INDEX,
     TargetRule,
@@ -31,6 +30,8 @@ from hf_gradacc.updates.targets import (
     count_all_targets,
     count_input_tokens,
 )
+from hf_gradacc.updates.tree_cost import TreeCost, padded_cost
+from hf_gradacc.updates.tree_plan import GrownTrees
 from hf_gradacc.updates.update import MicroBatch, Update
 
 __all__ = ["LEAST_SAVING", "UpdateCollator", "make_micro_batch", "refuse_unknown_tokens"]
@@ -57,7 +58,7 @@ class UpdateCollator:
             padding into their result. Collates the share once and cuts it by rows.
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
         shares_prefixes: Rows that begin alike may be computed as trees, see
-            `hf_gradacc.updates.prefixes`.
+            `hf_gradacc.updates.tree_plan`.
         foresees_sharing: Rows of the dataset begin alike, so that sharing is worth a try.
         least_saving: The part of an update's cost that trees must save to be taken.
         tree_cost: What rows and trees cost.

@@ -18,14 +18,9 @@ import numpy as np
 
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.planner import cut_sorted
-from hf_gradacc.updates.prefixes import (
-    Sorted,
-    TreeCost,
-    cost_of_trees,
-    grow_trees,
-    padded_cost,
-    plan_trees,
-)
+from hf_gradacc.updates.prefixes import Sorted
+from hf_gradacc.updates.tree_cost import TreeCost, cost_of_trees, padded_cost
+from hf_gradacc.updates.tree_plan import grow_trees, plan_trees
 
 __all__ = ["DealTerms", "deal_trees", "price_share"]
 

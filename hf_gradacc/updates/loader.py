@@ -25,7 +25,7 @@ from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
 from hf_gradacc.updates.prefix_order import PrefixOrder, sort_rows
-from hf_gradacc.updates.prefixes import Sorted, TreeCost
+from hf_gradacc.updates.prefixes import Sorted
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import (
     Rows,
@@ -35,6 +35,7 @@ from hf_gradacc.updates.stream import (
     take_until,
 )
 from hf_gradacc.updates.targets import can_have_target, count_row_targets
+from hf_gradacc.updates.tree_cost import TreeCost
 
 if TYPE_CHECKING:
     from hf_gradacc.arguments import GradAccArguments

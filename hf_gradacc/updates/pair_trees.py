@@ -2,7 +2,7 @@
 
 The two answers of a preference have one prompt, and it is computed once. Several pairs may be one
 tree where that costs less: of the same prompt, or of prompts that begin alike. Pure functions on
-integers, as in `hf_gradacc.updates.prefixes`.
+integers, as in `hf_gradacc.updates.tree_plan`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.updates.prefixes import (
+from hf_gradacc.updates.prefixes import Sorted, count_common, count_distinct_tokens, sort_by_prefix
+from hf_gradacc.updates.tree_cost import TreeCost
+from hf_gradacc.updates.tree_plan import (
     GrownTrees,
     SharedPlan,
-    Sorted,
-    TreeCost,
-    count_common,
-    count_distinct_tokens,
     plan_shared_micro_batches,
     plan_trees,
-    sort_by_prefix,
     trees_of,
 )
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_gradacc.updates.batch import tokens_of_batch
-from hf_gradacc.updates.prefixes import GrownTrees
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
+from hf_gradacc.updates.tree_plan import GrownTrees
 
 __all__ = ["MicroBatch", "Update", "UpdateStats", "start_copies", "start_copy"]
 

@@ -12,15 +12,11 @@ from support.tiny import VOCABULARY, pad, tiny_llama
 from support.zoo import Case
 from torch import nn
 
-from hf_gradacc.loss import trees as module
-from hf_gradacc.loss.trees import (
-    computing_these,
-    computing_trees,
-    lay_out_trees,
-    tree_masks,
-    watching_bodies,
-    why_no_masks,
-)
+from hf_gradacc.loss import tree_hooks
+from hf_gradacc.loss import tree_masks as masks
+from hf_gradacc.loss.tree_hooks import computing_these, computing_trees, watching_bodies
+from hf_gradacc.loss.tree_masks import tree_masks, why_no_masks
+from hf_gradacc.loss.trees import lay_out_trees
 
 
 def padded(rows, *, left=False):
@@ -442,7 +438,7 @@ def positions_go_on(trees, _):
 
 def shared_counted_once(trees, monkeypatch):
     """Let only one row that holds a token send its gradient back."""
-    stock = module._as_rows
+    stock = tree_hooks._as_rows
 
     def once(output, trees):
         found = stock(output, trees)
@@ -453,7 +449,7 @@ def shared_counted_once(trees, monkeypatch):
             found = torch.where(keep, found, found.detach())
         return found
 
-    monkeypatch.setattr(module, "_as_rows", once)
+    monkeypatch.setattr(tree_hooks, "_as_rows", once)
     return trees
 
 
@@ -483,11 +479,11 @@ def test_windows_are_counted_along_the_row(monkeypatch):
         return relative_error(actual, expected)
 
     assert error() <= 1e-14
-    stock = module._mask
+    stock = masks._mask
 
     def over_the_tree(trees, config, **options):
         places = torch.arange(trees.ids.shape[1]).expand_as(trees.ids)
         return stock(replace(trees, positions=places), config, **options)
 
-    monkeypatch.setattr(module, "_mask", over_the_tree)
+    monkeypatch.setattr(masks, "_mask", over_the_tree)
     assert error() > 1e-3

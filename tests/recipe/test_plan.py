@@ -15,7 +15,7 @@ from rich.console import Console
 from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
-from hf_gradacc.loss.trees import takes_rows
+from hf_gradacc.loss.tree_masks import takes_rows
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.recipe.activations import kept_for_backward
 from hf_gradacc.recipe.load import load_recipe

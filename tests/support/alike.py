@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.loss import trees
+from hf_gradacc.loss import tree_hooks
+from hf_gradacc.loss.trees import Trees
 
 from .zoo_rows import FIRST_PLAIN_TOKEN, IGNORE_INDEX, VOCAB_SIZE, HeadRow, rows_for
 
@@ -69,18 +70,18 @@ def rows_alike(head: str, *, seed: int = 0, unit: int = 3) -> list[HeadRow]:
 
 
 @contextlib.contextmanager
-def counting_trees() -> Iterator[list[trees.Trees]]:
+def counting_trees() -> Iterator[list[Trees]]:
     """List the trees that bodies compute in training; those of a trial have no gradient."""
-    computed: list[trees.Trees] = []
-    stock = trees.tree_masks
+    computed: list[Trees] = []
+    stock = tree_hooks.tree_masks
 
-    def counted(laid: trees.Trees, *args: Any, **kwargs: Any) -> Any:
+    def counted(laid: Trees, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             computed.append(laid)
         return stock(laid, *args, **kwargs)
 
-    trees.tree_masks = counted
+    tree_hooks.tree_masks = counted
     try:
         yield computed
     finally:
-        trees.tree_masks = stock
+        tree_hooks.tree_masks = stock

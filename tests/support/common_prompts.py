@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.loss import trees
+from hf_gradacc.loss import tree_hooks
 
 from .tiny import VOCABULARY, Row
 
@@ -79,7 +79,7 @@ class Calls:
 @contextlib.contextmanager
 def watching_calls() -> Iterator[Calls]:
     """See which calls of bodies compute trees for as long as the context lasts."""
-    calls, before = Calls(), trees._Hooks.before
+    calls, before = Calls(), tree_hooks._Hooks.before
 
     def note(self: Any, body: Any, args: Any, kwargs: Any) -> Any:
         changed = before(self, body, args, kwargs)
@@ -88,8 +88,8 @@ def watching_calls() -> Iterator[Calls]:
         calls.widths.append(0 if changed is None else self.running.ids.numel())
         return changed
 
-    trees._Hooks.before = note  # type: ignore[method-assign]
+    tree_hooks._Hooks.before = note  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        trees._Hooks.before = before  # type: ignore[method-assign]
+        tree_hooks._Hooks.before = before  # type: ignore[method-assign]

@@ -15,12 +15,9 @@ from hf_gradacc.updates.dealing_trees import DealTerms, deal_trees
 from hf_gradacc.updates.loader import deal_update
 from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.prefix_order import sort_rows
-from hf_gradacc.updates.prefixes import (
-    TreeCost,
-    padded_cost,
-    plan_shared_micro_batches,
-    sort_by_prefix,
-)
+from hf_gradacc.updates.prefixes import sort_by_prefix
+from hf_gradacc.updates.tree_cost import TreeCost, padded_cost
+from hf_gradacc.updates.tree_plan import plan_shared_micro_batches
 
 rows_of_an_update = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 30)), max_size=24

@@ -20,9 +20,9 @@ from hf_gradacc.updates.pair_trees import (
     sort_together,
     trees_of_sequences,
 )
-from hf_gradacc.updates.prefixes import TreeCost, padded_cost
 from hf_gradacc.updates.recut import cut_to_limit, even_out
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.tree_cost import TreeCost, padded_cost
 from hf_gradacc.updates.update import Update
 
 

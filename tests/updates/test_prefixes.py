@@ -11,16 +11,9 @@ import pytest
 import torch
 from support.alike import paths
 
-from hf_gradacc.updates.prefixes import (
-    BRANCH,
-    Sorted,
-    TreeCost,
-    count_distinct_tokens,
-    grow_trees,
-    plan_shared_micro_batches,
-    sort_by_prefix,
-    trees_of,
-)
+from hf_gradacc.updates.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
+from hf_gradacc.updates.tree_cost import BRANCH, TreeCost
+from hf_gradacc.updates.tree_plan import grow_trees, plan_shared_micro_batches, trees_of
 
 SEEDS = range(0, 60, 10)
 """Each of ten sets of rows."""
