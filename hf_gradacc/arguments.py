@@ -79,6 +79,15 @@ class GradAccOptions:
             "lengths instead of tuning anew."
         },
     )
+    group_by_prefix: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw rows that begin alike together, so that an update computes their "
+            "beginning once. At most a quarter of an update, and 16 rows, are drawn together; each "
+            "row still comes once an epoch. Changes which rows meet: those of an update resemble "
+            "each other."
+        },
+    )
     incomplete_update: Literal["keep", "drop"] | None = field(
         default=None,
         metadata={
@@ -318,6 +327,15 @@ _SIZES = (
 )
 
 
+_SWITCHES = (
+    "group_by_prefix",
+    "remember_tuned_budget",
+    "wandb_per_rank",
+    "wandb_report",
+    "wandb_upload_text",
+)
+
+
 def _find_problems(args: Any) -> Any:
     """Yield every problem of the options, each naming the field, the value and the way out."""
     for name in _SIZES:
@@ -372,9 +390,11 @@ def _find_problems(args: Any) -> Any:
         yield f"update_passes = {args.update_passes!r}: use 'auto', 1 or 2."
     if args.layout not in ("auto", "padded", "packed", "shared_prefix"):
         yield f"layout = {args.layout!r}: use 'auto', 'padded', 'packed' or 'shared_prefix'."
-    for name in ("wandb_per_rank", "wandb_report", "wandb_upload_text", "remember_tuned_budget"):
+    for name in _SWITCHES:
         if not isinstance(getattr(args, name), bool):
             yield f"{name} = {getattr(args, name)!r}: use True or False."
+    if args.group_by_prefix is True:
+        yield from _find_grouping_problems(args)
     if args.remember_tuned_budget is True and args.max_tokens_per_micro_batch != "auto":
         yield (
             f"remember_tuned_budget = True, but max_tokens_per_micro_batch = "
@@ -383,6 +403,27 @@ def _find_problems(args: Any) -> Any:
     yield from _find_rate_problems(args)
     yield from _find_schedule_problems(args)
     yield from _find_transaction_problems(args)
+
+
+def _find_grouping_problems(args: Any) -> Any:
+    """Yield what rows that are drawn together do not go with."""
+    if getattr(args, "train_sampling_strategy", None) == "sequential":
+        yield (
+            "group_by_prefix = True draws families of rows at random, and train_sampling_strategy "
+            "= 'sequential' keeps the dataset's order: leave out one of the two."
+        )
+    if args.layout in ("padded", "packed"):
+        yield (
+            f"group_by_prefix = True lets rows meet that begin alike, and layout = {args.layout!r} "
+            f"computes each of them whole: set layout to 'auto' or 'shared_prefix', or leave "
+            f"group_by_prefix out."
+        )
+    if args.noise_scale_every is not None:
+        yield (
+            f"noise_scale_every = {args.noise_scale_every} takes the rows of an update for drawn "
+            f"one by one, and would measure too little noise under group_by_prefix = True: leave "
+            f"out one of the two."
+        )
 
 
 def _find_rate_problems(args: Any) -> Any:

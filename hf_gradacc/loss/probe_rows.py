@@ -193,7 +193,8 @@ def choose_probe_rows(
             f"({describe(candidates[0])}). Tokenize the dataset first, or count sequences: "
             f"per_device_train_batch_size and effective_batch_size."
         )
-    collator.foresees_sharing = foresees_sharing(candidates, collator)
+    has_families = bool(getattr(loader.batch_sampler, "families", None))
+    collator.foresees_sharing = has_families or foresees_sharing(candidates, collator)
     traits = [_traits(row, collator.main_input) for row in candidates]
     chosen = _choose_unlike(traits, min(count, len(candidates)))
     chosen = sorted(chosen, key=lambda i: traits[i][0])

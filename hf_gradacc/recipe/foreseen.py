@@ -47,6 +47,7 @@ def find_foreseen(sections: ReadableSections) -> Iterator[Finding]:
     yield from _of_sizes(sections)
     yield from _of_sharding(sections)
     yield from _of_layout(sections)
+    yield from _of_grouping(sections)
     yield from _of_evaluation(sections)
     yield from _of_stream(sections)
     yield from _of_words(sections)
@@ -95,6 +96,17 @@ def _of_layout(sections: ReadableSections) -> Iterator[Finding]:
     for name in ("neftune_noise_alpha", "torch_compile"):
         if get(name):
             yield key, f"does not go with train.{name}", f"leave out one of the two, or {fix}"
+
+
+def _of_grouping(sections: ReadableSections) -> Iterator[Finding]:
+    """Where rows cannot be drawn together, or would be for nothing."""
+    if not sections.trains_with("group_by_prefix"):
+        return
+    key, fix = ("train", "group_by_prefix"), "leave it out"
+    if sections.data is not None and sections.data.streaming:
+        yield key, "draws rows together, and a stream gives them in its own order", fix
+    if sections.model is not None and sections.model.task == "seq2seq":
+        yield key, "lets rows meet that begin alike, and an encoder-decoder shares nothing", fix
 
 
 def _of_evaluation(sections: ReadableSections) -> Iterator[Finding]:

@@ -17,10 +17,12 @@ from hf_gradacc.recipe.plan_ways import (
     Spread,
     WayToPlan,
     changed,
+    plan_grouping,
     plan_ways,
 )
 from hf_gradacc.tracking.preview import first_ids
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
+from hf_gradacc.updates.prefix_order import PrefixOrder
 
 __all__ = ["RecipePlan", "plan_recipe"]
 
@@ -49,6 +51,9 @@ class RecipePlan:
         starts: The first tokens of each of them.
         max_tokens: `max_tokens_per_micro_batch`, where it is a number.
         why_not_shared: What is known before a run to speak against sharing prefixes, if anything.
+        grouping: Tokens computed in an update without `group_by_prefix` and with it; None if that
+            changes nothing.
+        is_grouped: Whether the recipe draws rows together that begin alike.
     """
 
     num_sequences: int
@@ -68,6 +73,8 @@ class RecipePlan:
     starts: tuple[list[int], ...]
     max_tokens: int | None
     why_not_shared: str = ""
+    grouping: tuple[float, float] | None = None
+    is_grouped: bool = False
 
     @property
     def chosen(self) -> WayToPlan:
@@ -132,7 +139,8 @@ def plan_recipe(
     is_sample = not hasattr(rows, "__len__")
     if is_sample:
         rows = list(itertools.islice(rows, MOST_STREAMED_ROWS))
-        arguments = changed(arguments, train_sampling_strategy="sequential")
+        sequential = {"train_sampling_strategy": "sequential", "group_by_prefix": False}
+        arguments = changed(arguments, **sequential)
     model = model or ModelFacts(encoder_decoder=task == "seq2seq")
     lengths, targets = measure_lengths(rows), measure_targets(rows, task=task)
     # An encoder-decoder computes its labels as well.
@@ -141,6 +149,8 @@ def plan_recipe(
     tokens, pairs = costs, measure_pairs(rows)
     if pairs is not None:  # both answers are padded to the longer one
         costs = 2 * pairs.max(axis=1)
+
+    by_tokens = PrefixOrder(rows, main_input=model.main_input)
 
     def load(arguments: Any) -> UpdateLoader:
         loader = load_updates(
@@ -155,16 +165,31 @@ def plan_recipe(
             lockstep=lockstep,
             lengths=costs,
             target_counts=targets.tolist(),
+            by_tokens=by_tokens,
         )
         loader.collator.packed = arguments.layout == "packed"
         return loader
 
+    to_plan = RowsToPlan(
+        rows,
+        costs,
+        tokens,
+        are_pairs=pairs is not None,
+        trees_by_rows=trees_by_rows,
+        may_share=not model.encoder_decoder,
+        why_not_shared=why_not_shared,
+    )
     sampler: Any = load(arguments).batch_sampler
     members = sampler.membership(0)
     per_epoch = len(members)
     epochs = arguments.num_train_epochs
     num_updates = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs * per_epoch)
     budget = arguments.max_tokens_per_micro_batch
+    may_group = (
+        arguments.train_sampling_strategy != "sequential"
+        and arguments.noise_scale_every is None
+        and arguments.resolve_effective_batch_size(world_size) != 1
+    )
     longest = np.argsort(-lengths, kind="stable")[:5].tolist()
     return RecipePlan(
         num_sequences=len(lengths),
@@ -179,21 +204,11 @@ def plan_recipe(
         inputs_per_update=Spread.of([lengths[update].sum() for update in members]),
         last_update=len(members[-1]),
         updates_cut=min(per_epoch, MOST_UPDATES_CUT),
-        ways=plan_ways(
-            load,
-            arguments,
-            RowsToPlan(
-                rows,
-                costs,
-                tokens,
-                are_pairs=pairs is not None,
-                trees_by_rows=trees_by_rows,
-                may_share=not model.encoder_decoder,
-                why_not_shared=why_not_shared,
-            ),
-        ),
+        ways=plan_ways(load, arguments, to_plan),
         longest=tuple(longest),
         starts=tuple(first_ids(rows[index])[:24] for index in longest),
         max_tokens=budget if isinstance(budget, int) else None,
         why_not_shared=why_not_shared,
+        grouping=plan_grouping(load, arguments, to_plan) if may_group else None,
+        is_grouped=arguments.group_by_prefix,
     )

@@ -30,7 +30,7 @@ from hf_gradacc.recipe.measure import (
 from hf_gradacc.recipe.memory import MemoryEstimate, anonymous_bytes, estimate_memory
 from hf_gradacc.recipe.model import check_model
 from hf_gradacc.recipe.plan import RecipePlan, plan_recipe
-from hf_gradacc.recipe.plan_ways import Spread, WayToPlan
+from hf_gradacc.recipe.plan_ways import LEAST_GROUPED, Spread, WayToPlan
 from hf_gradacc.recipe.positions import check_longest_row, check_max_length
 from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.recipe.show_rows import make_visible, show_rows
@@ -218,6 +218,14 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if plan.grouping and plan.is_grouped:
+        alone, grouped = plan.grouping
+        console.print(
+            f"rows that begin alike are drawn together (group_by_prefix): {grouped:,.0f} computed "
+            f"tokens in an update instead of {alone:,.0f}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _mark(way: WayToPlan, plan: RecipePlan) -> str:
@@ -356,6 +364,12 @@ def give_advice(
         yield (
             f"train.max_tokens_per_micro_batch: {smaller}   # smaller micro-batches hold rows of "
             f"more equal length (padding is {by_tokens.padding_fraction:.0%} now)"
+        )
+    alone, grouped = plan.grouping or (0.0, 0.0)
+    if not plan.is_grouped and grouped < (1 - LEAST_GROUPED) * alone:
+        yield (
+            f"train.group_by_prefix: true   # would compute {grouped:,.0f} tokens in an update "
+            f"instead of {alone:,.0f}; rows that begin alike would share updates"
         )
     if 4 * plan.last_update < plan.sequences_per_update.most and plan.updates_per_epoch > 1:
         yield (

@@ -16,17 +16,22 @@ from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.prefixes import sort_by_prefix
 
 __all__ = [
+    "LEAST_GROUPED",
     "LEAST_SHARED",
     "MOST_UPDATES_CUT",
     "RowsToPlan",
     "Spread",
     "WayToPlan",
     "changed",
+    "plan_grouping",
     "plan_ways",
 ]
 
 MOST_UPDATES_CUT = 200
 """Updates whose micro-batches are planned; the rest is alike, and a plan should take seconds."""
+
+LEAST_GROUPED = 0.25
+"""Part of an update's computed tokens that drawing rows together has to save to be proposed."""
 
 LEAST_SHARED = 0.01
 """Part of the input tokens from which on sharing prefixes is told: a template's first tokens are
@@ -157,6 +162,38 @@ def plan_ways(
         name = f"{limit_as_asked}, shared prefixes"
         ways.append(_way(name, sharing, chosen=takes_sharing))
     return tuple(ways)
+
+
+def plan_grouping(
+    load: Callable[[Any], UpdateLoader], arguments: Any, rows: RowsToPlan
+) -> tuple[float, float] | None:
+    """Plan updates with and without `group_by_prefix`.
+
+    Args:
+        load: As for `plan_ways`.
+        arguments: Likewise.
+        rows: Likewise.
+
+    Returns:
+        Tokens computed in an update, padding included, of rows drawn one by one and of families;
+        None if there are none, or nothing would be shared.
+    """
+    shares = rows.may_share and not rows.why_not_shared
+    if not shares or arguments.layout not in ("auto", "shared_prefix"):
+        return None
+    grouped = changed(arguments, group_by_prefix=True)
+    sampler: Any = load(grouped).batch_sampler
+    if not sampler.families:
+        return None
+    alone = changed(arguments, group_by_prefix=False)
+    return _computed(load, alone, rows), _computed(load, grouped, rows)
+
+
+def _computed(load: Callable[[Any], UpdateLoader], arguments: Any, rows: RowsToPlan) -> float:
+    """Count the tokens that training computes for an update, where the model allows trees."""
+    cut, taken = _cut_as_trees(load, arguments, rows)
+    way = _way("", cut if taken and cut else _cut(load(arguments), rows))
+    return float(way.computed_per_update)
 
 
 @dataclass(frozen=True)

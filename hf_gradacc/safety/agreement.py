@@ -21,6 +21,7 @@ COMPARED = (
     "eval_steps",
     "eval_strategy",
     "fp16",
+    "group_by_prefix",
     "ignore_data_skip",
     "label_smoothing_factor",
     "learning_rate",

@@ -50,6 +50,7 @@ _IN_MEMBERSHIP = (
     "data_seed",
     "dataloader_drop_last",
     "effective_batch_size",
+    "group_by_prefix",
     "incomplete_update",
     "tokens_per_update",
     "train_sampling_strategy",

@@ -24,6 +24,7 @@ BATCH_OPTIONS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "incomplete_update",
+    "group_by_prefix",
     "layout",
     "target_only_logits",
     "accumulate_grads_in_fp32",
@@ -68,7 +69,8 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
         "requested": the options as the user wrote them; "effective_batch_size" or
         "tokens_per_update": the one that decides, over all ranks; "world_size"; and, where the
         loader is ours, "max_sequences_per_micro_batch", "max_tokens_per_micro_batch", and
-        "shares_prefixes" if rows that begin alike are computed as trees.
+        "shares_prefixes" if rows that begin alike are computed as trees; "families" and
+        "rows_in_families" if those are drawn together.
     """
     requested = {name: getattr(args, name) for name in BATCH_OPTIONS if hasattr(args, name)}
     facts: dict[str, Any] = {"requested": requested, "world_size": getattr(args, "world_size", 1)}
@@ -93,6 +95,8 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
             facts[ours] = getattr(collator, theirs)
     if getattr(collator, "shares_prefixes", False):
         facts["shares_prefixes"] = True
+    if families := getattr(sampler, "families", None):
+        facts["families"], facts["rows_in_families"] = len(families), families.num_rows
     return facts
 
 

@@ -354,6 +354,9 @@ def plan_rows(
         else f"{batch['effective_batch_size']:,} sequences"
     )
     yield "update", size if ranks == 1 else f"{size}, over {ranks} ranks"
+    if "families" in batch:
+        rows = f"{batch['rows_in_families']:,} rows"
+        yield "families", f"{batch['families']:,}, of {rows} drawn together that begin alike"
     limits = [
         f"at most {batch[key]:,} {word}"
         for key, word in (

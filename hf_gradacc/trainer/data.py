@@ -25,6 +25,7 @@ from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.waiting import TellOfWait
 from hf_gradacc.trainer.as_requested import changed
 from hf_gradacc.trainer.asking import has_foreign_loss
+from hf_gradacc.trainer.grouping import refuse_own_loader, tell_families, telling_of_search
 from hf_gradacc.trainer.position import Ledger
 from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
@@ -33,6 +34,7 @@ from hf_gradacc.updates.collator import (
     make_micro_batch,
     refuse_unknown_tokens,
 )
+from hf_gradacc.updates.families import Families
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.loading import LoadingNow
@@ -56,6 +58,7 @@ class TrainingData:
         collator: Makes updates of rows; None before there is a loader, or if a subclass built it.
         sample: A few dataset rows to ask the model with; None if the collator returns no mapping.
         sample_inputs: The same, collated; None for a stream that cannot be read ahead.
+        families: Rows that are drawn together; None unless that is asked for.
         hands_out: An override of ``get_batch_samples`` runs now, and is given batches.
     """
 
@@ -63,6 +66,7 @@ class TrainingData:
         self.collator: UpdateCollator | None = None
         self.sample: ProbeRows | None = None
         self.sample_inputs: Any = None
+        self.families: Families | None = None
         self._stream: UpdateStream | None = None
         self.hands_out = False
         self._awaited = 0
@@ -111,20 +115,23 @@ class TrainingData:
                 seed_worker, num_workers=args.dataloader_num_workers, rank=layout.replica
             ),
         }
-        loader = load_updates(
-            dataset,
-            data_collator,
-            args,
-            model=ModelFacts.of(trainer.model),
-            effective_batch_size=self.effective_batch_size(trainer),
-            max_sequences=trainer._train_batch_size,
-            rank=layout.replica,
-            world_size=layout.num_replicas,
-            on_accelerator=args.device.type != "cpu",
-            lockstep=engine.deals_in_lockstep,
-            sampler=sampler,
-            **options,
-        )
+        with telling_of_search(trainer):
+            loader = load_updates(
+                dataset,
+                data_collator,
+                args,
+                model=ModelFacts.of(trainer.model),
+                effective_batch_size=self.effective_batch_size(trainer),
+                max_sequences=trainer._train_batch_size,
+                rank=layout.replica,
+                world_size=layout.num_replicas,
+                on_accelerator=args.device.type != "cpu",
+                lockstep=engine.deals_in_lockstep,
+                sampler=sampler,
+                **options,
+            )
+        self.families = getattr(loader.batch_sampler, "families", None)
+        tell_families(self.families)
         self.collator = loader.collator
         self.collator.pad_token_id = getattr(trainer.processing_class, "pad_token_id", None)
         self.collator.vocab_size = _vocab_size(trainer.model)
@@ -199,6 +206,7 @@ class TrainingData:
         """Return our updates, or group the batches of a subclass's loader into updates."""
         if isinstance(loader, BatchLoader):
             return loader.updates
+        refuse_own_loader(trainer)
         if trainer.rank_layout.sp_size > 1:
             raise ConfigError(
                 f"sp_size = {trainer.rank_layout.sp_size}: the ranks that compute a row together "
@@ -319,7 +327,10 @@ class TrainingData:
         """Return what decides which sequences share an update; a resume must not change it."""
         args = trainer.args
         first_rows = None if self._stream is None else self._stream.first_rows
+        # Of none without families: such a run goes on from checkpoints of any release.
+        families = {} if self.families is None else {"families": self.families.digest}
         return {
+            **families,
             "effective_batch_size": self.effective_batch_size(trainer),
             "tokens_per_update": args.tokens_per_update,
             "seed": args.seed if args.data_seed is None else args.data_seed,
@@ -472,4 +483,6 @@ def _order(trainer: Any) -> str:
     sampler = _users_sampler(trainer)
     if sampler is not None:
         return type(sampler).__name__
+    if trainer.args.group_by_prefix:
+        return "shuffled with group_by_prefix"
     return "sequential" if trainer.args.train_sampling_strategy == "sequential" else "shuffled"

@@ -69,6 +69,7 @@ from hf_gradacc.trainer.data import TrainingData
 from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
+from hf_gradacc.trainer.grouping import tell_if_nothing_is_shared
 from hf_gradacc.trainer.log_row import LogBook
 from hf_gradacc.trainer.low_precision import OptimizerSteps
 from hf_gradacc.trainer.noise import NoiseListener
@@ -822,6 +823,7 @@ class GradAccMixin(Trainer):
         if shortcuts is not None and self.update_collator is not None:
             self.update_collator.packed = shortcuts.packed
         self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
+        tell_if_nothing_is_shared(self.args, self._training_data.families, self.shortcuts)
         return facts
 
     def _replaces_smoothing(self, inputs: Any) -> bool:

@@ -22,7 +22,7 @@ from hf_gradacc.updates.sampler import UpdateSampler
 from hf_gradacc.updates.stream import UpdateStream
 from hf_gradacc.updates.update import UpdateStats
 
-__all__ = ["Ledger", "begin_epoch", "find_place", "note_losses", "restored"]
+__all__ = ["FACTS_OF_DATA", "Ledger", "begin_epoch", "find_place", "note_losses", "restored"]
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,7 @@ class Ledger(TrainerCallback, ExportableState):
             for key, now in self.membership.items()
             if key in saved["membership"] and saved["membership"][key] != now
         }
-        of_data = {key: changed.pop(key) for key in _FACTS_OF_DATA if key in changed}
+        of_data = {key: changed.pop(key) for key in FACTS_OF_DATA if key in changed}
         if changed:
             raise ConfigError(
                 "the checkpoint was trained with other updates, so its step does not say which "
@@ -122,7 +122,8 @@ class Ledger(TrainerCallback, ExportableState):
         self.loss_sums, self.last_logged = list(saved["loss_sums"]), saved["last_logged"]
 
 
-_FACTS_OF_DATA = ("num_sequences", "fingerprint")
+FACTS_OF_DATA = ("num_sequences", "fingerprint", "families")
+"""Keys of a membership that the training rows decide, and no setting."""
 
 
 def _list(changed: dict[str, tuple[Any, Any]]) -> str:

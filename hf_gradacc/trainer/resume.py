@@ -31,6 +31,7 @@ from hf_gradacc.safety.withheld import shown_without_secrets
 from hf_gradacc.tracking.run_facts import versions
 from hf_gradacc.trainer.choosing import Start, read_record
 from hf_gradacc.trainer.package_optimizers import projectors_readable, refuse_lost_state
+from hf_gradacc.trainer.position import FACTS_OF_DATA
 
 __all__ = ["Beginning"]
 
@@ -309,7 +310,7 @@ def _agree(trainer: Any, membership: dict[str, Any], model: dict[str, Any]) -> N
     if not found:
         return
     lines = "\n  ".join(describe_disagreement(name, values) for name, values in found.items())
-    if any(name in ("updates.fingerprint", "updates.num_sequences") for name in found):
+    if any(f"updates.{name}" in found for name in FACTS_OF_DATA):
         raise DataError(
             f"ranks have other training data:\n  {lines}\nEach update is dealt to the ranks here, "
             f"so rows would be trained twice or never. Give every rank the whole dataset in the "

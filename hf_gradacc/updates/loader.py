@@ -21,6 +21,7 @@ from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.dealing_trees import DealTerms, deal_trees
 from hf_gradacc.updates.draws import ReadsByRow
+from hf_gradacc.updates.grouping import families_of, refuse_grouping
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
@@ -214,6 +215,7 @@ def load_updates(
     sampler: Any = None,
     lengths: Sequence[int] | np.ndarray | None = None,
     target_counts: Sequence[int] | None = None,
+    by_tokens: PrefixOrder | None = None,
     **options: Any,
 ) -> UpdateLoader:
     """Build the loader of a run's updates from its options.
@@ -232,9 +234,11 @@ def load_updates(
         sampler: A user's own sampler of indices, instead of shuffling by seed.
         lengths: See `build_loader`.
         target_counts: See `build_loader`.
+        by_tokens: See `build_loader`.
         **options: Passed on to ``torch.utils.data.DataLoader``.
 
     Raises:
+        ConfigError: If rows are to be drawn together, and cannot be.
         DataError: If the dataset is empty.
     """
     budget: Any = arguments.max_tokens_per_micro_batch
@@ -255,6 +259,8 @@ def load_updates(
     collator.noise_scale_every = arguments.noise_scale_every
     if arguments.layout == "shared_prefix":
         collator.least_saving = 0.0
+    if arguments.group_by_prefix:
+        refuse_grouping(dataset, sampler=sampler, effective_batch_size=effective_batch_size)
     return build_loader(
         dataset,
         collator,
@@ -270,6 +276,8 @@ def load_updates(
         lockstep=lockstep,
         lengths=lengths,
         target_counts=target_counts,
+        group_by_prefix=arguments.group_by_prefix,
+        by_tokens=by_tokens,
         **options,
     )
 
@@ -290,6 +298,8 @@ def build_loader(
     lockstep: bool = False,
     lengths: Sequence[int] | np.ndarray | None = None,
     target_counts: Sequence[int] | None = None,
+    group_by_prefix: bool = False,
+    by_tokens: PrefixOrder | None = None,
     **options: Any,
 ) -> UpdateLoader:
     """Build the DataLoader whose items are updates.
@@ -310,9 +320,12 @@ def build_loader(
         lengths: Tokens that each row costs, 0 without a target, if they are known without reading
             the dataset's rows one by one.
         target_counts: Targets of each row, likewise.
+        group_by_prefix: Draw rows that begin alike together, see `Families`.
+        by_tokens: The dataset's rows by their tokens, for several loaders of it.
         **options: Passed on to ``torch.utils.data.DataLoader``.
 
     Raises:
+        ConfigError: If rows to be drawn together have no token ids.
         DataError: If the dataset is empty.
     """
     # No closures: workers that are no forks (Python 3.14's default) get both by pickle.
@@ -356,6 +369,19 @@ def build_loader(
         target_counts = [count(row) for row in read_rows(dataset)]
     if world_size > 1 and lengths is None:
         lengths = _known_lengths(dataset, length_of)
+    by_tokens = by_tokens or PrefixOrder(dataset, main_input=collator.main_input)
+    families = None
+    if group_by_prefix:
+        updates_per_epoch = len(dataset) / (effective_batch_size or len(dataset))
+        if tokens_per_update is not None and target_counts is not None:
+            updates_per_epoch = sum(target_counts) / tokens_per_update
+        families = families_of(
+            dataset,
+            by_tokens,
+            main_input=collator.main_input,
+            read=partial(_read_first, IndexedRows(dataset, seed=collator.seed)),
+            updates_per_epoch=updates_per_epoch,
+        )
     update_sampler = UpdateSampler(
         len(dataset) if sampler is None else len(sampler),
         effective_batch_size=effective_batch_size,
@@ -364,12 +390,13 @@ def build_loader(
         seed=seed,
         shuffle=shuffle,
         order=None if sampler is None else partial(_order_of, sampler),
+        families=families,
         incomplete_update=incomplete_update,
         rank=rank,
         world_size=world_size,
         lengths=lengths,
         deal=deal,
-        sort=PrefixOrder(dataset, main_input=collator.main_input),
+        sort=by_tokens,
         noise_scale_every=collator.noise_scale_every,
     )
     return UpdateLoader.over_dataset(
@@ -393,6 +420,11 @@ def _order_of(sampler: Any, epoch: int) -> list[int]:
 def read_rows(dataset: Any) -> Iterator[Any]:
     """Read all rows of a map dataset in its own order, one at a time."""
     return (read_row(dataset, i) for i in range(len(dataset)))
+
+
+def _read_first(rows: IndexedRows, indices: Sequence[int]) -> Rows:
+    """Read rows as the first epoch will: what is drawn for one is the same on all ranks."""
+    return rows.__getitems__(Share(indices, epoch=0, update=0))
 
 
 def _length_of(row: Any, *, collator: UpdateCollator) -> int:

@@ -32,6 +32,9 @@ class PrefixOrder:
         dataset: A list of rows, or a ``datasets.Dataset``.
         main_input: The feature that holds the tokens.
         most_tokens: See `MOST_TOKENS`.
+
+    Attributes:
+        of_answers: The rows by the tokens of their first answer, once somebody has read them all.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class PrefixOrder:
         self._dataset = dataset
         self._main_input = main_input
         self._most_tokens = most_tokens
+        self.of_answers: Sorted | None = None
         self._is_sorted = False
         self._rows: Sorted | None = None
         self._place_of = np.zeros(0, dtype=np.int64)
@@ -58,17 +62,22 @@ class PrefixOrder:
         >>> found.order.tolist(), found.lengths.tolist(), found.shared.tolist()
         ([2, 0, 1], [3, 3, 1], [0, 2, 0])
         """
-        if not self._is_sorted:
-            self._sort()
-        if self._rows is None:
+        if self.all_rows is None:
             return None
         places = self._place_of[np.asarray(members, dtype=np.int64)]
         order = np.argsort(places, kind="stable")
         different, first = np.unique(places[order], return_index=True)
-        lengths = self._rows.lengths[places[order]]
+        lengths = self.all_rows.lengths[places[order]]
         shared = lengths.copy()  # of a row that is named again
-        shared[first] = self._rows.among(different).shared
+        shared[first] = self.all_rows.among(different).shared
         return Sorted(order, lengths, shared)
+
+    @property
+    def all_rows(self) -> Sorted | None:
+        """All rows of the dataset; None if they are not of tokens."""
+        if not self._is_sorted:
+            self._sort()
+        return self._rows
 
     def _sort(self) -> None:
         self._is_sorted = True

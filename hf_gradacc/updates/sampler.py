@@ -17,6 +17,7 @@ import numpy as np
 
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.updates.dealing import deal_at_random, deal_by_cost, measures_noise
+from hf_gradacc.updates.families import Families
 from hf_gradacc.updates.prefixes import Sorted
 
 __all__ = ["Deal", "Share", "SortRows", "UpdateSampler", "bound_updates_by_tokens", "count_updates"]
@@ -62,6 +63,7 @@ class UpdateSampler:
         shuffle: False keeps the dataset's order.
         order: Called with the epoch, gives the order of indices itself (a user's own sampler).
             It must give the same order on every rank.
+        families: Rows to draw together, see `Families`, instead of each by itself.
         incomplete_update: What to do with an epoch's last update if it is short.
         rank: This rank.
         world_size: Number of ranks.
@@ -91,6 +93,7 @@ class UpdateSampler:
         seed: int = 0,
         shuffle: bool = True,
         order: Callable[[int], Sequence[int]] | None = None,
+        families: Families | None = None,
         incomplete_update: Literal["keep", "drop"] = "keep",
         rank: int = 0,
         world_size: int = 1,
@@ -123,7 +126,8 @@ class UpdateSampler:
         self.world_size = world_size
         self.noise_scale_every = noise_scale_every
         self.epoch = 0
-        self._order = order
+        self.families = families
+        self._order = self._draw_families if families else order
         self._drawn: tuple[int, np.ndarray] | None = None
         self._target_counts = None if target_counts is None else np.asarray(target_counts)
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
@@ -144,12 +148,20 @@ class UpdateSampler:
         """Return the epoch's order of dataset indices, the same on every rank."""
         if self._order is not None:
             if self._drawn is None or self._drawn[0] != epoch:
-                # Once: a sampler without a seed of its own would draw another order each time.
+                # Once: a user's sampler without a seed would draw another order each time.
                 self._drawn = epoch, np.asarray(self._order(epoch), dtype=np.int64)
             return self._drawn[1]
         if not self.shuffle:
             return np.arange(self.num_sequences)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+
+    def _draw_families(self, epoch: int) -> np.ndarray:
+        assert self.families is not None
+        size, weights = self.effective_batch_size, None
+        if self.tokens_per_update is not None:
+            size, weights = self.tokens_per_update, self._target_counts
+        assert size is not None
+        return self.families.draw(self.seed, epoch, size=size, weights=weights)
 
     def bounds(self, order: np.ndarray) -> np.ndarray:
         """Return the positions in `order` at which updates begin, and the end of the last one."""
