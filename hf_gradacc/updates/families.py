@@ -19,8 +19,8 @@ from hf_gradacc.updates.prefixes import Sorted
 __all__ = ["LEAST_SHARED", "MOST_ROWS", "Families", "find_families", "most_rows_of"]
 
 LEAST_SHARED = 1 / 8
-"""Part of their tokens that drawing rows together must save, beyond what shuffling lets them share.
-An eighth keeps the first turn of a chat, which is short, with those that follow."""
+"""Part of what rows compute if they are shuffled that drawing them together must save. An eighth
+keeps the first turn of a chat, which is short, with those that follow."""
 
 MOST_ROWS = 16
 """Rows drawn together compute 1/16 of what they have in common. More would save no more than that,
@@ -128,8 +128,8 @@ def find_families(found: Sorted, *, rows_per_update: float) -> Families:
     """Find families: runs of rows, as coarse as possible, whose common beginning is worth it.
 
     From all rows down to ever longer beginnings: rows are a family if what all of them share saves
-    `LEAST_SHARED` of their tokens. Rows of which an update has several anyway, since nearly all
-    begin like that (a system prompt), save little by meeting, and are told apart further on.
+    `LEAST_SHARED` of what they compute. A beginning that an update has several times anyway, since
+    nearly all rows have it (a system prompt), saves little, and rows are told apart further on.
 
     Args:
         found: The rows of the dataset, sorted by their tokens.
@@ -141,31 +141,41 @@ def find_families(found: Sorted, *, rows_per_update: float) -> Families:
     >>> [families.rows[a:b].tolist() for a, b in zip(families.starts, families.stops)]
     [[0, 2]]
     """
-    n = len(found.order)
+    n, most_rows = len(found.order), most_rows_of(rows_per_update)
     tokens_before = _cumulated(found.lengths)
-    starts, stops = np.zeros(1, dtype=np.int64), np.full(1, n, dtype=np.int64)
     none = np.zeros(0, dtype=np.int64)
     kept = [(none, none)]
-    while len(starts):
+    starts, stops = np.zeros(1, dtype=np.int64), np.full(1, n, dtype=np.int64)
+    # Of each run, a beginning that is longer than one looked at before: its tokens, and how many of
+    # them are shared even by rows that are shuffled.
+    depth = by_chance = np.zeros(1)
+    while True:
         several = stops - starts > 1
         starts, stops = starts[several], stops[several]
+        depth, by_chance = depth[several], by_chance[several]
         if not len(starts):
             break
         sizes = stops - starts
         inside = _ranges(starts + 1, stops)
         shared = found.shared[inside]
-        begins = np.concatenate(([0], np.cumsum(sizes - 1)[:-1]))
-        common = np.minimum.reduceat(shared, begins)
-        tokens = np.maximum(tokens_before[stops] - tokens_before[starts], 1)
-        alone = 1 - _met_by_chance(sizes * (rows_per_update / n))
-        pays = common * (sizes - 1) * alone >= LEAST_SHARED * tokens
-        pays &= common > 0
+        common = np.minimum.reduceat(shared, _cumulated(sizes - 1)[:-1])
+        met = _met_by_chance(sizes * (rows_per_update / n))
+        # No more can be saved where an update has as many of them as are drawn together.
+        met[met >= 1 - 1 / most_rows] = 1.0
+        by_chance = by_chance + (common - depth) * met
+        saved = (common - by_chance) * (sizes - sizes / np.minimum(sizes, most_rows))
+        computed = tokens_before[stops] - tokens_before[starts] - by_chance * sizes
+        pays = (saved > 0) & (saved >= LEAST_SHARED * computed)
         kept.append((starts[pays], stops[pays]))
-        cuts = inside[(shared == np.repeat(common, sizes - 1)) & ~np.repeat(pays, sizes - 1)]
+        goes_on = np.repeat(~pays, sizes - 1)
+        cuts = inside[(shared == np.repeat(common, sizes - 1)) & goes_on]
+        parents = starts
         starts = np.sort(np.concatenate((starts[~pays], cuts)))
         stops = np.sort(np.concatenate((stops[~pays], cuts)))
+        parent_of = np.searchsorted(parents, starts, side="right") - 1
+        depth, by_chance = common[parent_of], by_chance[parent_of]
     first, last = (np.sort(np.concatenate(ends)) for ends in zip(*kept, strict=True))
-    return Families(found.order, found.shared, first, last, most_rows_of(rows_per_update))
+    return Families(found.order, found.shared, first, last, most_rows)
 
 
 def _met_by_chance(expected: np.ndarray) -> np.ndarray:
