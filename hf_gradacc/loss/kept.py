@@ -155,10 +155,12 @@ def _all_held(body: KeptBody) -> Iterator[Held]:
 
 def _state_of(body: nn.Module) -> tuple[Any, ...]:
     """Return what decides, besides its weights, what a body computes: adapters may be off."""
-    adapters = (m for m in body.modules() if hasattr(m, "disable_adapters"))
-    first = next(adapters, None)
-    off = None if first is None else (first.disable_adapters, str(first.active_adapters))
-    return torch.is_grad_enabled(), body.training, off
+    adapters = tuple(
+        (module.disable_adapters, str(getattr(module, "active_adapters", "")))
+        for module in body.modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool)  # PEFT's layers
+    )
+    return torch.is_grad_enabled(), body.training, adapters
 
 
 def _why_not_caught(caught: Mapping[int, Sequence[tuple[Tensor, Tensor, bool]]], num: int) -> str:
