@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.facts import Compared, differ, have_moved, rounding_of
+from hf_gradacc.loss.kept import KeptBeginning, why_not_kept_by
 from hf_gradacc.loss.shortcuts import Setting, Shortcuts, other_tokens
 from hf_gradacc.loss.tree_hooks import computing_trees, is_same, watching_bodies
 from hf_gradacc.loss.tree_masks import takes_rows, why_no_masks
@@ -30,6 +31,7 @@ __all__ = [
     "choose_sharing",
     "drops_out",
     "why_not_by_options",
+    "why_not_kept_by_options",
     "why_not_shared",
     "with_sharing",
 ]
@@ -43,11 +45,13 @@ class Sharing:
         bodies: The parts of models that compute trees; none if rows are computed as they are.
         refused: Why, in plain words; empty if they compute trees.
         by_rows: Attention over trees is computed row by row.
+        not_kept: Why no beginning is kept over several micro-batches; empty if that is done.
     """
 
     bodies: tuple[nn.Module, ...] = ()
     refused: str = ""
     by_rows: bool = False
+    not_kept: str = "rows are computed as they are"
 
 
 def choose_sharing(
@@ -57,6 +61,7 @@ def choose_sharing(
     *,
     dtype: torch.dtype,
     why_not: str = "",
+    why_not_kept: str = "",
     asked: bool = False,
 ) -> Sharing:
     """Try to compute rows as trees, unless something is known to speak against it.
@@ -67,6 +72,7 @@ def choose_sharing(
         loss_of: Returns the loss of collated inputs, without gradients.
         dtype: The coarsest dtype of a forward.
         why_not: What speaks against it, in plain words; empty for nothing.
+        why_not_kept: What speaks against keeping beginnings alone, likewise.
         asked: It was asked for by name.
 
     Raises:
@@ -75,7 +81,7 @@ def choose_sharing(
     found = Sharing(refused=why_not)
     if not why_not:
         try:
-            found = _Trial(models, inputs, loss_of, dtype).run()
+            found = _Trial(models, inputs, loss_of, dtype, why_not_kept).run()
         except Exception as error:  # an optional layout must not end a run, whatever it trips over
             first_line = (str(error).splitlines() or [""])[0]
             found = Sharing(refused=f"it fails with {type(error).__name__}: {first_line}")
@@ -106,6 +112,7 @@ _NOT_BY_MASK = (
     "it does not go by the mask and the positions it is given, as layers do that carry a state, "
     "look ahead or go by distance"
 )
+_MASKED = "its attention over trees is not computed row by row"
 _NO_POSITIONS = "it takes no position_ids, and a token's place in a tree is not its own"
 _LONGEST_TABLE = 8192
 """Places of the longest table that a trial outgrows; what has more was made for any length."""
@@ -117,6 +124,7 @@ class _Trial:
     inputs: Mapping[str, Any]
     loss_of: Callable[[Mapping[str, Any]], float]
     dtype: torch.dtype
+    why_not_kept: str = ""
     taken: list[bool] = field(default_factory=list)
     """Which calls of bodies had the rows, and computed trees. A loss may ask with others as well
     (KTO does, for its KL), and they stay as they are."""
@@ -160,7 +168,8 @@ class _Trial:
                     raise
                 continue
             if not why:
-                return Sharing(bodies, by_rows=way)
+                kept = self._try_kept(bodies, alike, loss, plain.outputs, real) if way else _MASKED
+                return Sharing(bodies, by_rows=way, not_kept=kept)
             refused = refused or why
         return Sharing(refused=refused)
 
@@ -201,11 +210,52 @@ class _Trial:
                 return f"it looks places up in a table of {width}, and a tree may have more"
         return ""
 
+    def _try_kept(
+        self,
+        bodies: Sequence[nn.Module],
+        alike: Mapping[str, Any],
+        loss: float,
+        plain: Sequence[Any],
+        real: Tensor,
+    ) -> str:
+        """Compute the rows behind a beginning that is kept; empty if they are as they were."""
+        whys = [self.why_not_kept, *(why_not_kept_by(body.config) for body in bodies)]
+        if why := next(filter(None, whys), ""):
+            return why
+        if len(plain) > len(bodies):
+            return "its loss calls the model several times"
+        ids, mask = alike["input_ids"], alike.get("attention_mask")
+        shortest = int(real.sum(1).min())
+        beginning = ids[0][real[0]][: max(1, shortest // 2)]
+        if len(beginning) >= shortest:
+            return "the rows to try it on are too short"
+
+        def lay_out(behind: KeptBeginning) -> Trees:
+            return lay_out_trees(ids, mask, [range(len(ids))], by_rows=True, behind=behind)
+
+        behind = KeptBeginning(beginning)
+        trees = lay_out(behind)
+        after = real & (real.cumsum(1) > len(beginning))
+        try:
+            why = self._compare_with(trees, bodies, alike, loss, plain, real)
+            if not why:
+                other = KeptBeginning(other_tokens(beginning))
+                _, outputs = self._run_as(lay_out(other), bodies, alike)
+                pairs = zip(outputs, self._of_trees(plain), strict=True)
+                if not all(self._moved(_hidden(a), _hidden(b), after) for a, b in pairs):
+                    why = "its rows do not see the beginning that they stand behind"
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            why = f"it fails with {type(error).__name__}: {first_line}"
+        return behind.refused or why
+
     def _run_as(
         self, trees: Trees, bodies: Sequence[nn.Module], inputs: Mapping[str, Any]
     ) -> tuple[float, list[Any]]:
         """Return the loss of rows computed as trees, and what those calls returned that did."""
         self.taken.clear()
+        if trees.behind is not None:
+            trees.behind.begin_micro_batch()
         known = inputs.get("attention_mask")
 
         def lay_out(ids: Tensor, mask: Tensor | None) -> Trees | None:
@@ -314,7 +364,8 @@ def _with_other_tokens(trees: Trees, real: Tensor) -> tuple[Trees, Tensor]:
     others = real.clone()
     others[longest] = False
     own = torch.ones(trees.ids.numel(), dtype=torch.bool)
-    own[trees.nodes[others]] = False
+    nodes = trees.nodes[others] - (0 if trees.behind is None else len(trees.behind.tokens))
+    own[nodes[nodes >= 0]] = False
     ids = trees.ids.reshape(-1).clone()
     ids[own] = other_tokens(ids)[own]
     return replace(trees, ids=ids.view(trees.ids.shape)), others
@@ -349,10 +400,34 @@ def with_sharing(
         lambda rows: loss_of(rows, count),
         dtype=dtype,
         why_not=why,
+        why_not_kept=_why_not_kept(setting),
         asked=asked,
     )
-    refused = shortcuts.refused + ((("shared_prefix", found.refused),) if found.refused else ())
-    return replace(shortcuts, bodies=found.bodies, trees_by_rows=found.by_rows, refused=refused)
+    refused = {"shared_prefix": found.refused, "kept_beginnings": found.not_kept}
+    return replace(
+        shortcuts,
+        bodies=found.bodies,
+        trees_by_rows=found.by_rows,
+        keeps_beginnings=not found.not_kept,
+        refused=shortcuts.refused + tuple((name, why) for name, why in refused.items() if why),
+    )
+
+
+def _why_not_kept(setting: Setting) -> str:
+    """Return what is known to speak against keeping beginnings, empty for nothing."""
+    if not setting.keeps_beginnings:
+        return "weights are split between ranks"
+    if setting.facts.coupling is not None:
+        return "its loss takes two passes over an update"
+    return why_not_kept_by_options(setting.args)
+
+
+def why_not_kept_by_options(args: Any) -> str:
+    """Return what a run's options alone speak against keeping beginnings, empty for nothing."""
+    again = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {})
+    if again and again.get("use_reentrant"):
+        return "gradient checkpointing with use_reentrant = True computes layers without a graph"
+    return ""
 
 
 def why_not_shared(model: nn.Module, setting: Setting, *, asked: bool) -> str:

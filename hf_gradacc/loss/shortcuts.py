@@ -80,6 +80,8 @@ class Shortcuts:
         bodies: Parts of models that compute rows which begin alike as trees, see
             `hf_gradacc.loss.tree_hooks`; none if rows are computed as they are.
         trees_by_rows: Their attention is computed row by row, see `TreeCost`.
+        keeps_beginnings: What rows of several micro-batches begin with is computed once, see
+            `hf_gradacc.loss.kept`.
     """
 
     target_only_logits: bool = False
@@ -93,6 +95,7 @@ class Shortcuts:
     linears: tuple[nn.Linear, ...] = field(default=(), repr=False, compare=False)
     bodies: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
     trees_by_rows: bool = False
+    keeps_beginnings: bool = False
 
     def shape(
         self, inputs: Mapping[str, Any], *, as_trees: bool = False
@@ -122,7 +125,13 @@ class Shortcuts:
     def without_trees(self, why: str) -> Shortcuts:
         """Compute rows as they are; `why` counts unless another reason is known."""
         known = () if self.reason("shared_prefix") else (("shared_prefix", why),)
-        return replace(self, bodies=(), trees_by_rows=False, refused=self.refused + known)
+        return replace(
+            self,
+            bodies=(),
+            trees_by_rows=False,
+            keeps_beginnings=False,
+            refused=self.refused + known,
+        )
 
 
 @dataclass(frozen=True)
@@ -298,6 +307,7 @@ class Setting:
         smooths_labels: Label smoothing is on.
         lockstep: The engine puts weights together for each forward.
         splits_rows: Several ranks compute each row together.
+        keeps_beginnings: A backward may run beside those of micro-batches.
     """
 
     args: Any
@@ -307,6 +317,7 @@ class Setting:
     smooths_labels: bool = False
     lockstep: bool = False
     splits_rows: bool = False
+    keeps_beginnings: bool = True
 
     def why_none(self, inputs: Any) -> str:
         """Return why no shortcut at all may be tried, empty if they may."""

@@ -12,8 +12,8 @@ passes all others on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_gradacc.updates.update import start_copy
 
-__all__ = ["Group", "Marker", "attending_by_rows", "group_rows", "repeat"]
+__all__ = [
+    "Group",
+    "Held",
+    "Marker",
+    "RowAttention",
+    "attending_by_rows",
+    "group_rows",
+    "hold",
+    "repeat",
+    "repeat_behind",
+]
 
 _CALL = 4096
 """What one more call costs, in pairs of a query and a key that are computed and masked."""
@@ -43,6 +53,8 @@ class Group:
         num_own: Own tokens of each row ``[rows]``.
         num_tokens: All tokens of each row ``[rows]``.
         real: Which of the flattened queries pad nothing ``[own tokens of all rows]``.
+        num_kept: Tokens that are kept stand in front of those of every row. Its queries see them,
+            and they are not among its keys.
     """
 
     queries: Tensor
@@ -50,16 +62,17 @@ class Group:
     num_own: Tensor
     num_tokens: Tensor
     real: Tensor
+    num_kept: int = 0
 
     @property
     def are_whole(self) -> bool:
         """Whether all tokens of every row are its own."""
-        return self.queries.shape == self.keys.shape
+        return self.queries.shape == self.keys.shape and not self.num_kept
 
     def to(self, device: torch.device) -> Group:
         """Copy to a device."""
         names = ("queries", "keys", "num_own", "num_tokens", "real")
-        return Group(*(start_copy(getattr(self, name), device) for name in names))
+        return replace(self, **{name: start_copy(getattr(self, name), device) for name in names})
 
     def mask(self, *, window: int | None = None, chunk: int | None = None) -> Tensor | None:
         """Return which keys each query sees ``[rows, 1, queries, keys]``; None for those before it.
@@ -68,13 +81,14 @@ class Group:
             window: Tokens of the row that a query sees, itself among them.
             chunk: A query sees no token of the row before its chunk of this many.
         """
-        widest = self.keys.shape[1]
+        widest = self.num_kept + self.keys.shape[1]
         if self.are_whole and all(n is None or n >= widest for n in (window, chunk)):
             return None
         here = self.keys.device
         number = torch.arange(self.queries.shape[1], device=here)
         number = torch.minimum(number, self.num_own[:, None] - 1)
-        query = (self.num_tokens - self.num_own)[:, None] + number  # its place in the row
+        before = self.num_kept + self.num_tokens - self.num_own
+        query = before[:, None] + number  # its place in the row
         query, key = query[:, :, None], torch.arange(widest, device=here)
         seen = key <= query
         if window is not None:
@@ -85,20 +99,21 @@ class Group:
 
 
 def group_rows(
-    paths: Sequence[Sequence[int]], num_own: Sequence[int]
+    paths: Sequence[Sequence[int]], num_own: Sequence[int], *, num_kept: int = 0
 ) -> tuple[list[Group], Tensor]:
     """Put rows of like size into one call of attention each.
 
     Args:
         paths: Where the tokens of each row are.
         num_own: How many of them, at its end, are its own; rows without any attend to nothing new.
+        num_kept: See `Group`.
 
     Returns:
         The groups, and where each token is among all queries of theirs ``[tokens]``, one group
         after the other.
     """
     rows = [
-        (len(path), own, row)
+        (num_kept + len(path), own, row)
         for row, (path, own) in enumerate(zip(paths, num_own, strict=True))
         if own
     ]
@@ -111,13 +126,13 @@ def group_rows(
         is_whole = tokens == own
         changes = bool(inside) and (inside[0][0] == inside[0][1]) != is_whole
         if inside and (changes or wide - pairs - own * tokens > _CALL):
-            groups.append(_make_group(inside, paths))
+            groups.append(_make_group(inside, paths, num_kept))
             inside, pairs, most_own, most_tokens = [], 0, 0, 0
         inside.append((tokens, own, row))
         pairs += own * tokens
         most_own, most_tokens = max(most_own, own), max(most_tokens, tokens)
     if inside:
-        groups.append(_make_group(inside, paths))
+        groups.append(_make_group(inside, paths, num_kept))
     # Counted in the queries of all groups, what pads them included.
     starts = np.cumsum([0, *(group.queries.numel() for group in groups)])
     found = [group.real + int(start) for group, start in zip(groups, starts, strict=False)]
@@ -127,7 +142,10 @@ def group_rows(
     return groups, places
 
 
-def _make_group(rows: Sequence[tuple[int, int, int]], paths: Sequence[Sequence[int]]) -> Group:
+def _make_group(
+    rows: Sequence[tuple[int, int, int]], paths: Sequence[Sequence[int]], num_kept: int
+) -> Group:
+    rows = [(tokens - num_kept, own, row) for tokens, own, row in rows]
     most_tokens, most_own = max(row[0] for row in rows), max(row[1] for row in rows)
     queries = torch.empty(len(rows), most_own, dtype=torch.int64)
     keys = torch.empty(len(rows), most_tokens, dtype=torch.int64)
@@ -137,7 +155,7 @@ def _make_group(rows: Sequence[tuple[int, int, int]], paths: Sequence[Sequence[i
         queries[place, :own], queries[place, own:] = path[tokens - own :], path[-1]
     num_tokens, num_own = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
     real = (torch.arange(most_own) < num_own[:, None]).reshape(-1).nonzero()[:, 0]
-    return Group(queries, keys, num_own, num_tokens, real)
+    return Group(queries, keys, num_own, num_tokens, real, num_kept)
 
 
 @dataclass(frozen=True)
@@ -167,28 +185,103 @@ class Marker:
         return torch.cat([group.keys.reshape(-1) for group in self.groups])
 
 
+@dataclass(frozen=True)
+class Held:
+    """A tensor of kept tokens, cut off from the graph that it came out of.
+
+    Attributes:
+        state: Its values ``[tokens, ...]``.
+        source: The tensor itself; None if no gradient goes back.
+        leaf: Of its shape, where gradients of micro-batches add up, in float32 or wider. It has no
+            values of its own, and takes no memory.
+    """
+
+    state: Tensor
+    source: Tensor | None = None
+    leaf: Tensor | None = None
+
+
+def hold(states: Tensor) -> Held:
+    """Cut a tensor off from its graph, and make room for gradients if it has one."""
+    if not states.requires_grad:
+        return Held(states)
+    wide = torch.promote_types(states.dtype, torch.float32)
+    room = torch.zeros((), dtype=wide, device=states.device).expand(states.shape)
+    return Held(states.detach(), states, room.requires_grad_())
+
+
+Kept = Mapping[int, tuple[Held, Held]]
+"""Keys and values of kept tokens ``[tokens, heads, width]``, by the ``id`` of the attention."""
+
+
+class RowAttention:
+    """Stands in front of an attention: takes the calls that have a marker in place of a mask.
+
+    Args:
+        stock: The attention.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+        self._known: dict[int, tuple[Marker, Kept | None]] = {}
+        self._caught: dict[int, list[tuple[Tensor, Tensor, bool]]] | None = None
+
+    def mark(self, marker: Marker, kept: Kept | None = None) -> None:
+        """Take the calls with this marker, before the model runs.
+
+        Args:
+            marker: What stands for the mask.
+            kept: What all rows see in front of their own tokens.
+        """
+        self._known[_storage_of(marker.mask)] = marker, kept
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[dict[int, list[tuple[Tensor, Tensor, bool]]]]:
+        """Catch the keys and values of all calls that have no marker.
+
+        Yields:
+            By the ``id`` of the module that calls: key and value of each call, and whether it ran
+            with gradients.
+        """
+        self._caught = {}
+        try:
+            yield self._caught
+        finally:
+            self._caught = None
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attend as ``sdpa`` does."""
+        marker, kept = self._known.get(_storage_of(mask), (None, None))
+        if marker is None or marker.mask.shape != mask.shape:
+            if self._caught is not None:
+                call = key, value, torch.is_grad_enabled()
+                self._caught.setdefault(id(module), []).append(call)
+            found: tuple[Tensor, None] = self.stock(module, query, key, value, mask, **kwargs)
+            return found
+        held = None if kept is None else kept[id(module)]
+        return _attend(self.stock, marker, held, module, query, key, value, **kwargs), None
+
+
 @contextlib.contextmanager
-def attending_by_rows() -> Iterator[Callable[[Marker], None]]:
+def attending_by_rows() -> Iterator[RowAttention]:
     """Let ``sdpa`` compute trees row by row for as long as the context lasts.
 
     Yields:
-        What to call with each marker before the model runs.
+        What has to be told each marker before the model runs.
     """
-    known: dict[int, Marker] = {}
     stock: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
+    attention = RowAttention(stock)
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        marker = known.get(_storage_of(attention_mask))
-        if marker is None or marker.mask.shape != attention_mask.shape:
-            found: tuple[Tensor, None] = stock(module, query, key, value, attention_mask, **kwargs)
-            return found
-        return _attend(stock, marker, module, query, key, value, **kwargs), None
+        return attention(module, query, key, value, attention_mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     try:
-        yield lambda marker: known.update({_storage_of(marker.mask): marker})
+        yield attention
     finally:
         del ALL_ATTENTION_FUNCTIONS[_NAME]
         if ALL_ATTENTION_FUNCTIONS[_NAME] is not stock:  # somebody had put theirs in front
@@ -206,6 +299,7 @@ def _storage_of(mask: Any) -> int:
 def _attend(
     stock: Any,
     marker: Marker,
+    kept: tuple[Held, Held] | None,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -221,11 +315,12 @@ def _attend(
     collect: Any = _Collect.apply
     queries, keys = marker.queries, marker.keys
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    of_keys, of_values = (None, None) if kept is None else kept
     each = zip(
         marker.masks,
         _split(spread(query, queries, places), [group.queries for group in groups]),
-        _split(repeat(key, keys), [group.keys for group in groups]),
-        _split(repeat(value, keys), [group.keys for group in groups]),
+        _split(repeat(key, keys), [group.keys for group in groups], of_keys),
+        _split(repeat(value, keys), [group.keys for group in groups], of_values),
         strict=True,
     )
     found = [
@@ -250,24 +345,78 @@ class _Repeat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.shape = states.shape
+        ctx.num_tokens = len(states)
         return states.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
-        return total.index_add_(0, places, grad.to(wide)).to(grad.dtype), None
+        return _add_up(grad, places, ctx.num_tokens).to(grad.dtype), None
 
 
-def _split(states: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
-    """Split ``[tokens of all groups, heads, width]`` into ``[rows, heads, seq, width]`` of each."""
-    parts = torch.split(states, [of_group.numel() for of_group in places])
-    return [
-        part.view(*of_group.shape, *states.shape[1:]).transpose(1, 2)
-        for part, of_group in zip(parts, places, strict=True)
+def _add_up(grad: Tensor, places: Tensor, num_tokens: int) -> Tensor:
+    """Add up what comes back to each token, in float32 or wider."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = torch.zeros((num_tokens, *grad.shape[1:]), dtype=wide, device=grad.device)
+    return total.index_add_(0, places, grad.to(wide))
+
+
+def _split(states: Tensor, places: Sequence[Tensor], kept: Held | None = None) -> list[Tensor]:
+    """Split ``[tokens of all groups, heads, width]`` into ``[rows, heads, seq, width]`` of each.
+
+    Kept tokens are put in front of every row.
+    """
+    split = torch.split(states, [of_group.numel() for of_group in places])
+    parts = [
+        part.view(*of_group.shape, *states.shape[1:])
+        for part, of_group in zip(split, places, strict=True)
     ]
+    if kept is not None:
+        in_front: Any = _InFront.apply
+        parts = [in_front(kept.leaf, kept.state, part) for part in parts]
+    return [part.transpose(1, 2) for part in parts]
+
+
+class _InFront(torch.autograd.Function):
+    """Put kept tokens in front of each row; what comes back to them is added up over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor | None, state: Tensor, own: Tensor) -> Tensor:
+        ctx.num_kept = len(state)
+        return torch.cat((state.expand(len(own), *state.shape), own), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
+        total = None
+        if ctx.needs_input_grad[0]:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            total = grad[:, : ctx.num_kept].sum(0, dtype=wide)
+        return total, None, grad[:, ctx.num_kept :]
+
+
+def repeat_behind(kept: Held, states: Tensor, places: Tensor) -> Tensor:
+    """As `repeat`, of kept tokens and those behind them, laid end to end."""
+    apply: Any = _RepeatBehind.apply
+    taken: Tensor = apply(kept.leaf, kept.state, states, places)
+    return taken
+
+
+class _RepeatBehind(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: Tensor | None, state: Tensor, states: Tensor, places: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_kept, ctx.num_tokens = len(state), len(state) + len(states)
+        return torch.cat((state, states)).index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
+        (places,) = ctx.saved_tensors
+        total = _add_up(grad, places, ctx.num_tokens)
+        kept, own = total[: ctx.num_kept], total[ctx.num_kept :].to(grad.dtype)
+        # Apart: a view would hold on to the sums of this micro-batch's own tokens.
+        return kept.clone() if ctx.needs_input_grad[0] else None, None, own, None
 
 
 class _Spread(torch.autograd.Function):

@@ -13,14 +13,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_gradacc.loss.kept import KeptBody
 from hf_gradacc.loss.layouts import find_head
-from hf_gradacc.loss.tree_attention import Marker, attending_by_rows, repeat
+from hf_gradacc.loss.tree_attention import (
+    RowAttention,
+    attending_by_rows,
+    repeat,
+    repeat_behind,
+)
 from hf_gradacc.loss.tree_masks import tree_masks
 from hf_gradacc.loss.trees import Trees
 
@@ -107,9 +114,9 @@ def computing_trees(
     computed: list[Trees] = []
     handles = []
     try:
-        with attending_by_rows() as mark:
+        with attending_by_rows() as attention:
             for body in bodies:
-                hooks = _Hooks(body, lay_out, computed, mark)
+                hooks = _Hooks(body, lay_out, computed, attention)
                 handles += [
                     body.register_forward_pre_hook(hooks.before, with_kwargs=True),
                     body.register_forward_hook(hooks.after, always_call=True),
@@ -139,6 +146,8 @@ def computing_these(
         The trees that were computed, one for each call of a body that they took the place of.
     """
     here = trees.to(ids.device)
+    if trees.behind is not None:
+        trees.behind.begin_micro_batch()
     laid_out = _versions(ids, mask)
 
     def lay_out(given: Tensor, of_given: Tensor | None) -> Trees | None:
@@ -174,13 +183,13 @@ class _Hooks:
         body: nn.Module,
         lay_out: Callable[[Tensor, Tensor | None], Trees | None],
         computed: list[Trees],
-        mark: Callable[[Marker], None],
+        attention: RowAttention,
     ) -> None:
         self.config: Any = body.config
         self.lay_out = lay_out
         self.computed = computed
-        self.mark = mark
-        self.running: Trees | None = None
+        self.attention = attention
+        self.running: tuple[Trees, KeptBody | None] | None = None
 
     def before(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,27 +202,44 @@ class _Hooks:
         trees = self.lay_out(given["input_ids"], mask if isinstance(mask, Tensor) else None)
         if trees is None:
             return None
+        trees, kept = self.kept_for(trees, body, given)
+        mark = partial(self.attention.mark, kept=None if kept is None else kept.keys)
         dtype = next((p.dtype for p in body.parameters()), torch.float32)
         if torch.is_autocast_enabled(trees.ids.device.type):
             dtype = torch.get_autocast_dtype(trees.ids.device.type)
         given |= {
             "input_ids": trees.ids,
             "position_ids": trees.positions,
-            "attention_mask": tree_masks(trees, self.config, dtype=dtype, mark=self.mark),
+            "attention_mask": tree_masks(trees, self.config, dtype=dtype, mark=mark),
             "use_cache": False,
         }
-        self.running = trees
+        self.running = trees, kept
         self.computed.append(trees)
         return (), given
 
+    def kept_for(
+        self, trees: Trees, body: nn.Module, given: Mapping[str, Any]
+    ) -> tuple[Trees, KeptBody | None]:
+        """Return the trees that a body computes, and what it keeps of a beginning in front."""
+        if trees.behind is None or trees.whole is None:
+            return trees, None
+        others = {key: value for key, value in given.items() if key not in _KNOWN}
+        ids = trees.ids
+        kept = trees.behind.of(body, others, attention=self.attention, ids=ids)
+        return (trees.whole().to(ids.device), None) if kept is None else (trees, kept)
+
     def after(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        trees, self.running = self.running, None
-        return output if trees is None or output is None else _as_rows(output, trees)
+        running, self.running = self.running, None
+        if running is None or output is None:
+            return output
+        trees, kept = running
+        return _as_rows(output, trees, None if kept is None else kept.outputs)
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
 _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 """What models hand on with everything else, and their loss alone reads."""
+_KNOWN = (*_TAKEN, *_OF_THE_LOSS)
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -230,8 +256,7 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
         return None
     if given.get("position_ids") is not None or given.get("output_attentions"):
         return None
-    known = (*_TAKEN, *_OF_THE_LOSS)
-    others = [value for key, value in given.items() if key not in known]
+    others = [value for key, value in given.items() if key not in _KNOWN]
     return None if any(_holds_something(value) for value in others) else given
 
 
@@ -240,21 +265,35 @@ def _holds_something(value: Any) -> bool:
     return not (value is None or isinstance(value, bool | int | float | str))
 
 
-def _as_rows(output: Any, trees: Trees) -> Any:
-    """Give every row what a body has computed for its tokens."""
+def _as_rows(output: Any, trees: Trees, kept: Any = None) -> Any:
+    """Give every row what a body has computed for its tokens.
+
+    Args:
+        output: What the body returned.
+        trees: Those that it computed.
+        kept: What it has returned for a beginning in front of them, see `held_outputs`.
+    """
     if isinstance(output, Tensor):
         num_trees, width = trees.ids.shape
-        flat = trees.nodes.reshape(-1).to(output.device)
         if output.shape[:2] == (num_trees, width):
-            found = repeat(output.reshape(num_trees * width, *output.shape[2:]), flat)
+            found = _taken(output.reshape(num_trees * width, *output.shape[2:]), trees, kept)
             return found.view(*trees.nodes.shape, *output.shape[2:])
         if output.ndim == 2 and output.shape[0] == num_trees * width:  # logits of a router
-            return repeat(output, flat)
+            return _taken(output, trees, kept)
         return output
     if isinstance(output, dict):  # Transformers' outputs, which are dictionaries of their fields
         for key, value in list(output.items()):
-            output[key] = _as_rows(value, trees)
+            output[key] = _as_rows(value, trees, None if kept is None else kept[key])
         return output
     if isinstance(output, tuple | list):
-        return type(output)(_as_rows(value, trees) for value in output)
+        parts = [None] * len(output) if kept is None else kept
+        pairs = zip(output, parts, strict=True)
+        return type(output)(_as_rows(value, trees, part) for value, part in pairs)
     return output
+
+
+def _taken(states: Tensor, trees: Trees, kept: Any) -> Tensor:
+    nodes = trees.nodes.reshape(-1).to(states.device)
+    if trees.behind is None:
+        return repeat(states, nodes)
+    return repeat_behind(kept, states, nodes)

@@ -7,13 +7,15 @@ Positions count from the root, so that they are those of the row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_gradacc.loss.kept import KeptBeginning
 from hf_gradacc.loss.tree_attention import Group, group_rows
 from hf_gradacc.updates.prefixes import sort_by_prefix
 from hf_gradacc.updates.update import start_copy
@@ -36,6 +38,9 @@ class Trees:
         groups: How their attention is computed row by row, see `hf_gradacc.loss.tree_attention`;
             none if it is computed under a mask over each tree.
         places: See `group_rows`.
+        behind: What stands kept in front of all rows. Trees then hold the tokens after it, and
+            `nodes` counts in its tokens and theirs, laid end to end.
+        whole: Lays out the rows with their beginning, in case it cannot be kept.
     """
 
     rows: Tensor
@@ -46,6 +51,8 @@ class Trees:
     num_tokens: int
     groups: tuple[Group, ...] = ()
     places: Tensor | None = None
+    behind: KeptBeginning | None = None
+    whole: Callable[[], Trees] | None = None
 
     def to(self, device: torch.device) -> Trees:
         """Copy to a device, without waiting for it."""
@@ -63,6 +70,7 @@ def lay_out_trees(
     trees: Sequence[Sequence[int]],
     *,
     by_rows: bool = False,
+    behind: KeptBeginning | None = None,
 ) -> Trees:
     """Lay out padded rows as trees.
 
@@ -72,6 +80,7 @@ def lay_out_trees(
         trees: The rows of each tree; every row is in one. Rows of a tree that have nothing in
             common stand beside each other in it.
         by_rows: Attention is computed row by row. All trees then stand in one row, without padding.
+        behind: What all rows begin with, if it is kept; every row has more tokens than that.
 
     >>> trees = lay_out_trees(torch.tensor([[5, 6, 7], [5, 6, 8]]), None, [(0, 1)])
     >>> trees.ids.tolist(), trees.positions.tolist(), trees.ends.tolist(), trees.nodes.tolist()
@@ -79,7 +88,8 @@ def lay_out_trees(
     """
     ids = ids.cpu()  # a step of somebody's own may have moved the rows
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().ne(0)
-    tokens = [row[of_row].numpy() for row, of_row in zip(ids, real, strict=True)]
+    num_kept = 0 if behind is None else len(behind.tokens)
+    tokens = [row[of_row][num_kept:].numpy() for row, of_row in zip(ids, real, strict=True)]
     # Nothing tells trees in one row from a tree whose rows have nothing in common.
     together = [[row for rows in trees for row in rows]] if by_rows else trees
     grown = [_grow(tokens, rows) for rows in together]
@@ -93,10 +103,11 @@ def lay_out_trees(
     for place, tree in enumerate(grown):
         size = len(tree.ids)
         flat_ids[place, :size] = torch.tensor(tree.ids, dtype=ids.dtype)
-        positions[place, :size] = torch.tensor(tree.positions)
+        positions[place, :size] = torch.tensor(tree.positions) + num_kept
         ends[place, :size] = torch.tensor(tree.ends)
         for row, path in tree.paths.items():
-            where = torch.tensor(path, dtype=torch.int64) + place * width
+            where = torch.tensor([*range(num_kept), *(num_kept + node for node in path)])
+            where += place * width
             nodes[row] = where[0] if len(where) else place * width
             nodes[row, real[row]] = where
     laid_out = Trees(ids, flat_ids, positions, ends, nodes, sum(len(tree.ids) for tree in grown))
@@ -104,9 +115,15 @@ def lay_out_trees(
         return laid_out
     (tree,) = grown
     groups, places = group_rows(
-        list(tree.paths.values()), [tree.num_own[row] for row in tree.paths]
+        list(tree.paths.values()),
+        [tree.num_own[row] for row in tree.paths],
+        num_kept=num_kept,
     )
-    return replace(laid_out, groups=tuple(groups), places=places)
+    laid_out = replace(laid_out, groups=tuple(groups), places=places)
+    if behind is None:
+        return laid_out
+    whole = partial(lay_out_trees, ids, mask, trees, by_rows=True)
+    return replace(laid_out, behind=behind, whole=whole)
 
 
 @dataclass

@@ -63,6 +63,7 @@ class Engine:
         deals_in_lockstep: Rows are dealt to ranks for a run in which ranks wait for each other in
             every micro-batch.
         can_differentiate_outside: The bare model can compute a gradient, without its wrapper.
+        keeps_beginnings: A backward may run beside those of micro-batches.
         splits_layers: Several ranks may compute each layer together (``tp_size``).
         splits_rows_by: The setting that lets several ranks compute each row together.
     """
@@ -71,6 +72,7 @@ class Engine:
     shards_weights = False
     deals_in_lockstep = False
     can_differentiate_outside = True
+    keeps_beginnings = False
     splits_layers = False
     splits_rows_by = ""
 
@@ -196,10 +198,13 @@ class Engine:
 class OneProcess(Engine):
     """One rank: nothing is held back, and nothing is reduced."""
 
+    keeps_beginnings = True
+
 
 class DataParallel(Engine):
     """DDP. Gradients are summed once per update, outside of DDP, see `ranks.reduction`."""
 
+    keeps_beginnings = True
     _reduction: Reduction
     _places: list[int]
 

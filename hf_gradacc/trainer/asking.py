@@ -153,6 +153,7 @@ def ask_trainer(
                 smooths_labels=trainer.label_smoother is not None,
                 lockstep=engine.lockstep,
                 splits_rows=engine.layout.row_parts > 1,
+                keeps_beginnings=engine.keeps_beginnings,
             )
             progress.begin("trying shortcuts to the same loss on the model", usual=6)
             with held_in_mode(bare, training=training), layers.returning():
@@ -177,7 +178,9 @@ def ask_trainer(
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
-        collator.share_prefixes(shortcuts.bodies, by_rows=shortcuts.trees_by_rows)
+        collator.share_prefixes(
+            shortcuts.bodies, by_rows=shortcuts.trees_by_rows, keeps=shortcuts.keeps_beginnings
+        )
         collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
 

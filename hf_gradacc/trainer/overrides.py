@@ -81,6 +81,7 @@ def plain_for_steps_behind(
         linears=shortcuts.linears,
         bodies=shortcuts.bodies,  # rows stay as they are outside of the model
         trees_by_rows=shortcuts.trees_by_rows,
+        keeps_beginnings=shortcuts.keeps_beginnings,
     )
 
 

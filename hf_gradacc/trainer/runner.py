@@ -152,7 +152,7 @@ class UpdateRunner:
             MemoryBudgetError: If one sequence alone does not fit into memory.
             RankFailedError: If another rank failed for another reason.
         """
-        update, stats = self._weigh(trainer, loaded)
+        update, stats = self._weigh(trainer, loaded, keeps=self.step.keeps)
         if stats.num_targets == 0:
             zero = torch.zeros((), device=trainer.args.device)
             _skip_optimizer(trainer, update)
@@ -188,7 +188,7 @@ class UpdateRunner:
             self.rollback.restore()
             free_memory(model)
             self._react(trainer, outcome, failure, tried)
-            update, stats = self._weigh(trainer, loaded)
+            update, stats = self._weigh(trainer, loaded, keeps=False)
         assert loss is not None
         if not trainer.facts.is_plain:
             trainer._loss_settler.end_update(trainer.facts.coupling)
@@ -228,6 +228,7 @@ class UpdateRunner:
         own = self.step.own
         if own is not None:
             own.begin_update()
+        self.step.kept = None
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
             divisor = math.inf
@@ -241,14 +242,20 @@ class UpdateRunner:
             is_last = i + 1 == len(micro_batches)
             # The stock step divides the loss by it.
             after = self.engine.end_backward if is_last else None
-            self.step.begin(divisor, micro_batch, after=after)
+            closing: contextlib.AbstractContextManager[None] | None = None
+            if micro_batch.beginning and (
+                is_last or micro_batches[i + 1].beginning != micro_batch.beginning
+            ):
+                # The backward of what is kept is then the last one of the update.
+                closing = self.engine.hold_gradients(model, is_last=is_last)
+            self.step.begin(divisor, micro_batch, after=after, closing=closing)
             trainer.loss_is_scaled_for_ga = False
             count = None if counts is None else counts[i]
             if facts.terms:
                 trainer._loss_settler.weights = self._weights_of_terms(trainer, micro_batch)
             with (
                 self.metrics.keeping(micro_batch) if collects else contextlib.nullcontext(),
-                self.engine.hold_gradients(model, is_last=is_last),
+                self.engine.hold_gradients(model, is_last=is_last and closing is None),
                 contextlib.nullcontext() if own is None else own.weighing(model, divisor),
                 contextlib.nullcontext()
                 if self._passes is None
@@ -343,8 +350,11 @@ class UpdateRunner:
             )
         }
 
-    def _weigh(self, trainer: Any, update: Update) -> tuple[Update, UpdateStats]:
-        """Cut an update to the cap, drop micro-batches without a target, count over all ranks."""
+    def _weigh(self, trainer: Any, update: Update, *, keeps: bool) -> tuple[Update, UpdateStats]:
+        """Cut an update to the cap, drop micro-batches without a target, count over all ranks.
+
+        Beginnings are kept if `keeps` says so, and nothing reads or runs a micro-batch by itself.
+        """
         rule, collator = trainer.facts.rule, trainer.update_collator
         if self.budget.cap is not None:
             update = cut_to_limit(
@@ -354,6 +364,10 @@ class UpdateRunner:
                 encoder_decoder=ModelFacts.of(trainer.model).encoder_decoder,
                 **padding_style(trainer),
             )
+        if not keeps or self.step.own is not None or trainer.facts.coupling is not None:
+            for micro_batch in update:
+                if micro_batch.beginning:
+                    micro_batch.without_beginning()
         # Those that weigh nothing are left out: the mean over nothing is NaN.
         if trainer.facts.terms or trainer.facts.class_weights is not None:
             update = update.keeping([mb for mb in update if any(sizes_of(trainer, mb))])
@@ -441,6 +455,8 @@ class UpdateRunner:
                 # Only its message: the error's traceback would keep all activations alive.
                 failure.message = message_of(error)
                 failure.outcome = self._describe_failure(trainer.update_collator)
+        finally:
+            self.step.kept = None  # of an attempt that failed
 
     def _describe_failure(self, collator: UpdateCollator | None) -> UpdateOutcome:
         micro_batch = self._running
@@ -450,7 +466,7 @@ class UpdateRunner:
         packed = collator is not None and collator.packed
         cost = sum(lengths) if packed else len(lengths) * max(lengths)
         if micro_batch.trees is not None:
-            cost = micro_batch.trees.num_computed
+            cost = micro_batch.trees.num_computed + micro_batch.trees.kept
         num_rows = micro_batch.num_sequences if can_slice(micro_batch) else 1
         cap = self.budget.propose(cost, num_rows=num_rows)
         if cap is None:

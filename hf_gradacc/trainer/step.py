@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
 from hf_gradacc.loss.chunked import without_logits
+from hf_gradacc.loss.kept import KeptBeginning
 from hf_gradacc.loss.layouts import kept_rows
 from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
@@ -34,6 +35,10 @@ _NO_TREES = (
     "computed_tokens_per_update and shared_fraction tell what was planned. "
     "layout = 'padded' plans no trees."
 )
+_NOT_KEPT = (
+    "what rows of several micro-batches begin with is computed in each of them and not kept: {}. "
+    "The gradient is the same."
+)
 
 
 class MicroBatchStep:
@@ -48,6 +53,8 @@ class MicroBatchStep:
         after: What to call once the stock step has run; None for nothing.
         noise: NEFTune's, by the row.
         micro_batch: The one that runs, or ran last.
+        kept: What its rows begin with, if that is kept; None else.
+        keeps: Beginnings may be kept.
     """
 
     def __init__(self) -> None:
@@ -58,6 +65,9 @@ class MicroBatchStep:
         self.divisor = 1.0
         self.num_reads = 0
         self.after: Callable[[], None] | None = None
+        self.kept: KeptBeginning | None = None
+        self.keeps = True
+        self.closing: contextlib.AbstractContextManager[Any] | None = None
 
     def begin(
         self,
@@ -65,10 +75,18 @@ class MicroBatchStep:
         micro_batch: MicroBatch | None = None,
         *,
         after: Callable[[], None] | None = None,
+        closing: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
-        """Set the micro-batch that comes next, its weight, and what to call after it."""
+        """Set the micro-batch that comes next, its weight, and what to do after it.
+
+        Args:
+            divisor: What its loss is divided by.
+            micro_batch: It.
+            after: What to call once its backward is over.
+            closing: It is the last one behind a kept beginning, whose backward runs in this.
+        """
         self.divisor, self.num_reads, self.after = divisor, 0, after
-        self.micro_batch = micro_batch
+        self.micro_batch, self.closing = micro_batch, closing
 
     def read_divisor(self) -> float:
         """Return what a loss must be divided by."""
@@ -142,6 +160,8 @@ class MicroBatchStep:
             loss = stock_step(model, inputs, count)
             if computed == []:
                 logger.warning_once(_NO_TREES)
+            if self.kept is not None:
+                self._end_behind(self.kept)
         if self.after is not None:
             self.after()
         return loss
@@ -157,7 +177,31 @@ class MicroBatchStep:
             logger.warning_once(_NO_TREES)
             return None
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        return lay_out_trees(ids, mask, grown.rows, by_rows=grown.by_rows)
+        behind = self._kept_for(tokens) if grown.kept else None
+        return lay_out_trees(ids, mask, grown.rows, by_rows=grown.by_rows, behind=behind)
+
+    def _kept_for(self, tokens: Sequence[Tensor]) -> KeptBeginning | None:
+        """Return what is kept of the rows; None if they begin otherwise than was planned."""
+        assert self.micro_batch is not None
+        beginning = torch.tensor(self.micro_batch.beginning)
+        n = len(beginning)
+        if not self.keeps or not all(
+            len(row) > n and torch.equal(row[:n].cpu().long(), beginning) for row in tokens
+        ):
+            return None
+        if self.kept is None or not torch.equal(self.kept.tokens, beginning):
+            self.kept = KeptBeginning(beginning)
+        return self.kept
+
+    def _end_behind(self, kept: KeptBeginning) -> None:
+        """Send the gradient of a kept beginning back if no other micro-batch adds to it."""
+        if kept.refused and self.keeps:
+            self.keeps = False
+            logger.warning_once(_NOT_KEPT.format(kept.refused))
+        if self.closing is not None:
+            self.kept = None
+            with self.closing:
+                kept.close()
 
     def _with_noise(
         self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool

@@ -307,15 +307,16 @@ class UpdateCollator:
             return plan, plain
         return shared.pieces, list(shared.trees)
 
-    def share_prefixes(self, bodies: Sequence[Any], *, by_rows: bool) -> None:
+    def share_prefixes(self, bodies: Sequence[Any], *, by_rows: bool, keeps: bool = False) -> None:
         """Plan rows that begin alike as trees if any part of a model computes those.
 
         Args:
             bodies: The parts that do.
             by_rows: See `TreeCost`.
+            keeps: Likewise.
         """
         self.shares_prefixes = bool(bodies)
-        self.tree_cost = replace(self.tree_cost, by_rows=by_rows)
+        self.tree_cost = replace(self.tree_cost, by_rows=by_rows, keeps=keeps)
 
     def lay_out(self, micro_batch: MicroBatch, trees: GrownTrees | None = None) -> MicroBatch:
         """Say how a collated micro-batch will be laid out, and count its padding by that."""

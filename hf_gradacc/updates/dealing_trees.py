@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.kept_plan import plan_with_kept
 from hf_gradacc.updates.planner import cut_sorted
 from hf_gradacc.updates.prefixes import Sorted
 from hf_gradacc.updates.tree_cost import TreeCost, cost_of_trees, padded_cost
-from hf_gradacc.updates.tree_plan import grow_trees, plan_trees
+from hf_gradacc.updates.tree_plan import grow_trees
 
 __all__ = ["DealTerms", "deal_trees", "price_share"]
 
@@ -112,7 +113,7 @@ def price_share(found: Sorted, terms: DealTerms) -> list[float]:
     """
     if not len(found.order):
         return []
-    shared = plan_trees(
+    shared = plan_with_kept(
         found,
         terms.cost,
         max_tokens=terms.max_tokens,

@@ -488,7 +488,11 @@ def deal_update(
         return shares
     terms = DealTerms(
         # How a model attends to trees is the same on all ranks; what a device was fitted to is not.
-        replace(tree_cost or TreeCost(), by_rows=collator.tree_cost.by_rows),
+        replace(
+            tree_cost or TreeCost(),
+            by_rows=collator.tree_cost.by_rows,
+            keeps=collator.tree_cost.keeps,
+        ),
         max_tokens=max_tokens,
         max_sequences=collator.max_sequences,
         overhead_tokens=collator.overhead_tokens,

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.kept_plan import plan_with_kept
 from hf_gradacc.updates.prefixes import Sorted, count_common, count_distinct_tokens, sort_by_prefix
 from hf_gradacc.updates.tree_cost import TreeCost
 from hf_gradacc.updates.tree_plan import (
     GrownTrees,
     SharedPlan,
-    plan_shared_micro_batches,
     plan_trees,
     trees_of,
 )
@@ -75,7 +75,7 @@ def plan_shared_sequences(
     ([[0, 2], [1]], [((0, 1, 2, 3),), ((0, 1),)], [(7,), (2,)])
     """
     if all(len(each) == 1 for each in sequences):
-        return plan_shared_micro_batches([each[0] for each in sequences], cost, **limits)
+        return plan_with_kept(sort_by_prefix([each[0] for each in sequences]), cost, **limits)
     plan = plan_trees(sort_together(sequences), cost, **limits)
     trees = []
     for piece, grown in zip(plan.pieces, plan.trees, strict=True):

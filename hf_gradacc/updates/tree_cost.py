@@ -35,11 +35,14 @@ class TreeCost:
         by_rows: Attention over a tree is computed row by row, and trees stand in one row without
             padding; else under a mask over each tree, padded to the widest.
         masked: See `MASKED_ATTENTION`.
+        keeps: A beginning may be computed once for several micro-batches, see
+            `hf_gradacc.updates.kept_plan`.
     """
 
     attention_length: int | None = None
     by_rows: bool = False
     masked: float = MASKED_ATTENTION
+    keeps: bool = False
 
     def row(self, width: np.ndarray | float) -> Any:
         """Cost of a row of this width, its padding included."""

@@ -23,6 +23,7 @@ from hf_gradacc.updates.tree_cost import HELD, TreeCost, cost_of_trees, padded_c
 __all__ = [
     "GrownTrees",
     "SharedPlan",
+    "fill_bins",
     "grow_trees",
     "plan_shared_micro_batches",
     "plan_trees",
@@ -137,7 +138,9 @@ class SharedPlan:
 
     def pays(self, cost_of_rows: float, *, least_saving: float) -> bool:
         """Return whether rows share anything, and cost less by the part that this has to save."""
-        shares = any(len(rows) > 1 for trees in self.trees for rows in trees.rows)
+        shares = any(
+            trees.kept or any(len(rows) > 1 for rows in trees.rows) for trees in self.trees
+        )
         return shares and self.cost <= (1 - least_saving) * cost_of_rows
 
 
@@ -147,13 +150,16 @@ class GrownTrees:
 
     Attributes:
         rows: Rows of each tree; every row is in one.
-        sizes: Tokens of each tree.
+        sizes: Tokens of each tree, those that are kept not among them.
         by_rows: See `TreeCost`.
+        kept: Tokens that all rows begin with, computed once for several micro-batches and kept
+            while these run; 0 if there are none. Then there is one tree.
     """
 
     rows: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
     by_rows: bool = False
+    kept: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -175,16 +181,21 @@ class GrownTrees:
     def counted(self, tokens: Sequence[Any]) -> GrownTrees:
         """Count the tokens of each tree anew, by those its rows have.
 
+        Nothing is kept if some row does not begin as the others do, or has no token after that.
+
         >>> GrownTrees(((0, 1), (2,)), (9, 9)).counted([[5, 6], [5, 7], [8]]).sizes
         (3, 1)
+        >>> GrownTrees(((0, 1),), (9,), kept=1).counted([[5, 6], [5, 7]])
+        GrownTrees(rows=((0, 1),), sizes=(2,), by_rows=False, kept=1)
         """
-        return replace(
-            self,
-            sizes=tuple(
-                count_distinct_tokens(sort_by_prefix([tokens[row] for row in rows]))
-                for rows in self.rows
-            ),
-        )
+        found = [sort_by_prefix([tokens[row] for row in rows]) for rows in self.rows]
+        sizes = tuple(map(count_distinct_tokens, found))
+        if not self.kept:
+            return replace(self, sizes=sizes)
+        (tree,) = found
+        if min(*tree.lengths[:1], *tree.lengths - 1, *tree.shared[1:]) < self.kept:
+            return replace(self, sizes=sizes, kept=0)
+        return replace(self, sizes=(sizes[0] - self.kept,))
 
 
 def plan_shared_micro_batches(
@@ -236,7 +247,7 @@ def plan_trees(
     if not trees:
         return SharedPlan([], [], [])
     if cost.by_rows:
-        bins = _fill(trees, found, max_tokens, max_sequences)
+        bins = fill_bins(trees, found, max_tokens, max_sequences)
     elif max_sequences is None:
         cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
     else:
@@ -259,19 +270,33 @@ def plan_trees(
     return SharedPlan(pieces, grown, costs)
 
 
-def _fill(
+def fill_bins(
     trees: Sequence[tuple[int, int, int]],
     rows: Sorted,
     max_tokens: int | None,
     max_sequences: int | None,
+    *,
+    held_by_each: float = 0.0,
 ) -> list[list[tuple[int, int, int]]]:
-    """Fill micro-batches whose trees stand end to end: each tree into the first with room."""
+    """Fill micro-batches whose trees stand end to end: each tree into the first with room.
+
+    Args:
+        trees: From `grow_trees`.
+        rows: What they were grown of.
+        max_tokens: Most tokens in a micro-batch.
+        max_sequences: Most rows in one.
+        held_by_each: Tokens that each row takes of it besides.
+
+    Returns:
+        The trees of each micro-batch.
+    """
     bins: list[list[tuple[int, int, int]]] = []
     room: list[list[float]] = []
     most = [max_tokens or math.inf, max_sequences or math.inf]
     for tree in trees:
         first, last, computed = tree
         size = computed + HELD * float(rows.shared[first + 1 : last].sum())
+        size += held_by_each * (last - first)
         fits = (k for k, (a, b) in enumerate(room) if size <= a and last - first <= b)
         place = next(fits, len(bins))
         if place == len(bins):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_gradacc.updates.batch import tokens_of_batch
+from hf_gradacc.updates.kept_plan import count_kept
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
 from hf_gradacc.updates.tree_plan import GrownTrees
 
@@ -39,7 +40,9 @@ class MicroBatch:
         num_decoder_tokens: How many of the input tokens are labels, fed to a decoder.
         num_decoder_padding: How much of the padding pads those.
         trees: The rows as trees whose common prefixes are computed once; None to compute rows.
-        num_shared_tokens: Input tokens that are not computed, since a row before has them.
+        num_shared_tokens: Input tokens that are not computed, since a row before has them, or they
+            are kept.
+        beginning: The tokens that all rows begin with and that are kept, see `GrownTrees`.
     """
 
     inputs: Any
@@ -56,6 +59,7 @@ class MicroBatch:
     num_decoder_padding: int = 0
     trees: GrownTrees | None = None
     num_shared_tokens: int = 0
+    beginning: tuple[int, ...] = ()
 
     def as_trees(self, trees: GrownTrees | None) -> MicroBatch:
         """Compute the rows as trees if they can be, and count what that computes.
@@ -71,6 +75,13 @@ class MicroBatch:
             self.trees = trees = trees.counted(tokens)
             self.num_shared_tokens = self.num_input_tokens - trees.num_tokens
             self.num_padding_tokens = trees.num_computed - trees.num_tokens
+            self.beginning = tuple(tokens[trees.rows[0][0]].tolist()[: trees.kept])
+        return self
+
+    def without_beginning(self) -> MicroBatch:
+        """Compute what the rows begin with in this micro-batch, and keep nothing."""
+        if self.trees is not None and self.trees.kept:
+            self.as_trees(replace(self.trees, kept=0))
         return self
 
     @property
@@ -127,6 +138,7 @@ class Update:
     def stats(self, rule: TargetRule) -> UpdateStats:
         """Add up what this rank's share holds."""
         micro_batches = self.micro_batches
+        num_kept = count_kept(mb.beginning for mb in micro_batches)
         return UpdateStats(
             num_targets=sum([mb.targets.under(rule) for mb in micro_batches]),
             num_sequences=sum([mb.num_sequences for mb in micro_batches]),
@@ -136,7 +148,7 @@ class Update:
             num_left_out=self.num_left_out,
             num_decoder_tokens=sum([mb.num_decoder_tokens for mb in micro_batches]),
             num_decoder_padding=sum([mb.num_decoder_padding for mb in micro_batches]),
-            num_shared_tokens=sum([mb.num_shared_tokens for mb in micro_batches]),
+            num_shared_tokens=sum([mb.num_shared_tokens for mb in micro_batches]) - num_kept,
         )
 
     def pin_memory(self) -> Update:

@@ -30,8 +30,8 @@ def attend_by_rows(trees, states, *, hand_on=lambda mask: mask, **limits):
     mask = torch.ones((), dtype=torch.bool).expand(1, 1, width, width)
     masks = [group.mask(**limits) for group in trees.groups]
     query, key, value = (part[None].transpose(1, 2) for part in states)
-    with attending_by_rows() as mark:
-        mark(Marker(mask, trees.groups, masks, trees.places))
+    with attending_by_rows() as attention:
+        attention.mark(Marker(mask, trees.groups, masks, trees.places))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query, key, value, hand_on(mask))[0][0]
 
 

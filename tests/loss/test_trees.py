@@ -440,8 +440,8 @@ def shared_counted_once(trees, monkeypatch):
     """Let only one row that holds a token send its gradient back."""
     stock = tree_hooks._as_rows
 
-    def once(output, trees):
-        found = stock(output, trees)
+    def once(output, trees, *kept):
+        found = stock(output, trees, *kept)
         if isinstance(found, torch.Tensor) and found.shape[:2] == trees.nodes.shape:
             flat, seen = trees.nodes.reshape(-1).tolist(), set()
             first = [not (node in seen or seen.add(node)) for node in flat]
