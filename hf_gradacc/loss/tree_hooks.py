@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from hf_gradacc.loss.layouts import find_head
 from hf_gradacc.loss.tree_attention import Marker, attending_by_rows, repeat
 from hf_gradacc.loss.tree_masks import tree_masks
+from hf_gradacc.loss.tree_targets import TreeTargets
 from hf_gradacc.loss.trees import Trees
 
 __all__ = ["Watched", "computing_these", "computing_trees", "is_same", "watching_bodies"]
@@ -90,7 +91,10 @@ def _has_head(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def computing_trees(
-    bodies: Sequence[nn.Module], lay_out: Callable[[Tensor, Tensor | None], Trees | None]
+    bodies: Sequence[nn.Module],
+    lay_out: Callable[[Tensor, Tensor | None], Trees | None],
+    *,
+    targets: TreeTargets | None = None,
 ) -> Iterator[list[Trees]]:
     """Let bodies compute trees in place of rows for as long as the context lasts.
 
@@ -100,6 +104,7 @@ def computing_trees(
         bodies: From `watching_bodies`.
         lay_out: Called with the token ids and the mask that a body is given, on its device. Returns
             their trees, on that device; None to compute them as they are.
+        targets: What the head will read of them, if that is known.
 
     Yields:
         The trees that were computed, one for each call of a body.
@@ -109,7 +114,7 @@ def computing_trees(
     try:
         with attending_by_rows() as mark:
             for body in bodies:
-                hooks = _Hooks(body, lay_out, computed, mark)
+                hooks = _Hooks(body, lay_out, computed, mark, targets)
                 handles += [
                     body.register_forward_pre_hook(hooks.before, with_kwargs=True),
                     body.register_forward_hook(hooks.after, always_call=True),
@@ -122,7 +127,12 @@ def computing_trees(
 
 @contextlib.contextmanager
 def computing_these(
-    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor, mask: Tensor | None = None
+    bodies: Sequence[nn.Module],
+    trees: Trees,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    targets: TreeTargets | None = None,
 ) -> Iterator[list[Trees]]:
     """Let bodies compute given trees wherever they are called with the rows that these are of.
 
@@ -134,6 +144,7 @@ def computing_these(
         trees: Of the rows, on the CPU.
         ids: The rows' token ids ``[rows, seq]`` as the model is given them.
         mask: Their mask, likewise.
+        targets: See `computing_trees`.
 
     Yields:
         The trees that were computed, one for each call of a body that they took the place of.
@@ -147,7 +158,7 @@ def computing_these(
             return None
         return here if is_same(given, ids) and is_same(of_given, mask) else None
 
-    with computing_trees(bodies, lay_out) as computed:
+    with computing_trees(bodies, lay_out, targets=targets) as computed:
         yield computed
 
 
@@ -175,11 +186,13 @@ class _Hooks:
         lay_out: Callable[[Tensor, Tensor | None], Trees | None],
         computed: list[Trees],
         mark: Callable[[Marker], None],
+        targets: TreeTargets | None,
     ) -> None:
         self.config: Any = body.config
         self.lay_out = lay_out
         self.computed = computed
         self.mark = mark
+        self.targets = targets
         self.running: Trees | None = None
 
     def before(
@@ -208,7 +221,11 @@ class _Hooks:
 
     def after(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         trees, self.running = self.running, None
-        return output if trees is None or output is None else _as_rows(output, trees)
+        in_trees = _states_of(output)
+        rows = output if trees is None or output is None else _as_rows(output, trees)
+        if self.targets is not None:
+            self.targets.note(None if trees is None else in_trees, _states_of(rows))
+        return rows
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
@@ -238,6 +255,13 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
 def _holds_something(value: Any) -> bool:
     """Return whether an input may differ from token to token; flags and numbers do not."""
     return not (value is None or isinstance(value, bool | int | float | str))
+
+
+def _states_of(output: Any) -> Any:
+    """Return what stands first in a body's output: the hidden states of its last layer."""
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return (output or (None,))[0] if isinstance(output, tuple | list) else output
 
 
 def _as_rows(output: Any, trees: Trees) -> Any:
