@@ -27,6 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_gradacc.loss.head_gradient import add_product
 from hf_gradacc.loss.onednn import matmul
+from hf_gradacc.loss.tree_targets import TreeTargets
 
 __all__ = ["ChunkedLoss", "find_owner", "rows_per_chunk", "why_not_chunked", "without_logits"]
 
@@ -123,6 +124,7 @@ def without_logits(
     *,
     onednn: bool = False,
     divisor: float = 1.0,
+    targets: TreeTargets | None = None,
 ) -> Iterator[None]:
     """Let a model compute its loss in chunks for as long as the context lasts.
 
@@ -136,6 +138,7 @@ def without_logits(
         onednn: Let oneDNN multiply, see `hf_gradacc.loss.onednn`.
         divisor: What the loss will be divided by before its backward, as far as is known. It
             saves time if it is so, and changes nothing if not.
+        targets: What the head reads where rows are computed as trees.
     """
     if owner is None or head is None:
         yield
@@ -161,12 +164,17 @@ def without_logits(
             raise RuntimeError("the model does something to its logits before the loss")
         if shift_labels is None or isinstance(weight, DTensor):
             raise RuntimeError("the loss got no shift_labels, or the head's weight is sharded")
+        num_items = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
+        weights = None
+        if targets is not None:
+            logits, shift_labels, weights = targets.weigh(logits, shift_labels)
         return _mean_loss(
             logits,
             shift_labels,
             weight=weight,
             bias=head.bias,
-            num_items=num_items_in_batch,
+            num_items=num_items,
+            weights=weights,
             onednn=onednn,
             divisor=divisor,
         )
@@ -193,11 +201,12 @@ def _mean_loss(
     *,
     weight: Tensor,
     bias: Tensor | None,
-    num_items: Tensor | int | None,
+    num_items: Tensor | int,
+    weights: Tensor | None = None,
     onednn: bool = False,
     divisor: float = 1.0,
 ) -> Tensor:
-    """Return what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``."""
+    """Return what `ForCausalLMLoss` gives for ``hidden @ weight.T + bias``, each row so often."""
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
     labels = labels.reshape(-1).to(weight.device)
     device_type = hidden.device.type
@@ -209,7 +218,7 @@ def _mean_loss(
         onednn = onednn and device_type == "cpu" and hidden.dtype == torch.float32
         expected = 1.0
         if _reads_for_free(device_type) and hidden.dtype in (torch.float32, torch.float64):
-            count = float(len(labels) if num_items is None else num_items)
+            count = float(num_items)
             expected = 1.0 / (divisor * count) if count else 0.0
         loss: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             hidden,
@@ -219,10 +228,11 @@ def _mean_loss(
             torch.is_grad_enabled(),
             onednn,
             expected or 1.0,  # 0: weightless
+            None if weights is None else weights.to(weight.device),
         )
     if isinstance(num_items, Tensor):
         num_items = num_items.to(loss.device)
-    return loss / (len(labels) if num_items is None else num_items)
+    return loss / num_items
 
 
 def _reads_for_free(device_type: str) -> bool:
@@ -250,6 +260,7 @@ class ChunkedLoss(torch.autograd.Function):
         wants_grad: bool,
         onednn: bool = False,
         expected: float = 1.0,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Return the summed loss, a scalar in float32 or wider.
 
@@ -264,6 +275,7 @@ class ChunkedLoss(torch.autograd.Function):
             expected: The gradient of this sum that the backward will be handed; other than 1 on a
                 CPU in float32 or wider only. A row of hidden states is then multiplied by it
                 instead of the weight's gradient, which is as many times larger as the vocabulary.
+            weights: How often each row counts ``[rows]``, in float32; None for once.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wants = [wants_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -284,10 +296,17 @@ class ChunkedLoss(torch.autograd.Function):
             scores = logits.to(wide)  # the same memory, unless weights are in half precision
             del logits
             torch.log_softmax(scores, 1, out=scores)
-            loss -= scores.gather(1, right).sum()
+            found = scores.gather(1, right)
+            of_row = None
+            if weights is not None:
+                of_row = weights[start : start + size, None].to(wide)
+                found = found * of_row
+            loss -= found.sum()
             if not any(wants):
                 continue
             scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
+            if of_row is not None:
+                scores.mul_(of_row)
             rows = rows if expected == 1.0 else rows * expected
             narrow = scores.to(rows.dtype)  # what a linear layer's backward would be handed
             if of_hidden is not None:
@@ -328,7 +347,7 @@ class ChunkedLoss(torch.autograd.Function):
             None if x is None else (x if factor is None else x.mul_(factor)).to(dtype)
             for x, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _grad_dtype(x: Tensor | None) -> torch.dtype | None:

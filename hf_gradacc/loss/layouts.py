@@ -14,7 +14,7 @@ its logits (soft-capping, scaling, biases) still happens to those that are left.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -157,7 +157,12 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def kept_rows(head: nn.Module | None, rows: Tensor | None) -> Iterator[None]:
+def kept_rows(
+    head: nn.Module | None,
+    rows: Tensor | None,
+    *,
+    read: Callable[[Tensor], Tensor | None] | None = None,
+) -> Iterator[None]:
     """Let only some positions through a head while the context lasts.
 
     The backward pass has to run inside too, in case it computes the forward again (gradient
@@ -167,6 +172,8 @@ def kept_rows(head: nn.Module | None, rows: Tensor | None) -> Iterator[None]:
         head: Takes hidden states ``[batch, seq, hidden]``; see `find_head`.
         rows: Positions ``[kept]`` in the flattened ``[batch * seq]`` hidden states. The head then
             gives logits ``[1, kept, vocab]``. None keeps all.
+        read: Called first with the hidden states. Returns what the head is given ``[kept, hidden]``
+            in place of those positions, or None.
     """
     if head is None or rows is None:
         yield
@@ -174,6 +181,9 @@ def kept_rows(head: nn.Module | None, rows: Tensor | None) -> Iterator[None]:
 
     def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
+        known = None if read is None else read(hidden)
+        if known is not None:
+            return (known.unsqueeze(0), *rest)
         flat = hidden.reshape(-1, hidden.shape[-1])
         # Of a model over several devices, the layers in front may be on another one.
         return (flat.index_select(0, rows.to(flat.device)).unsqueeze(0), *rest)

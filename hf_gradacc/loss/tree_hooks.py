@@ -29,6 +29,7 @@ from hf_gradacc.loss.tree_attention import (
     repeat_behind,
 )
 from hf_gradacc.loss.tree_masks import tree_masks
+from hf_gradacc.loss.tree_targets import TreeTargets
 from hf_gradacc.loss.trees import Trees
 
 __all__ = ["Watched", "computing_these", "computing_trees", "is_same", "watching_bodies"]
@@ -97,7 +98,10 @@ def _has_head(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def computing_trees(
-    bodies: Sequence[nn.Module], lay_out: Callable[[Tensor, Tensor | None], Trees | None]
+    bodies: Sequence[nn.Module],
+    lay_out: Callable[[Tensor, Tensor | None], Trees | None],
+    *,
+    targets: TreeTargets | None = None,
 ) -> Iterator[list[Trees]]:
     """Let bodies compute trees in place of rows for as long as the context lasts.
 
@@ -107,6 +111,7 @@ def computing_trees(
         bodies: From `watching_bodies`.
         lay_out: Called with the token ids and the mask that a body is given, on its device. Returns
             their trees, on that device; None to compute them as they are.
+        targets: What the head will read of them, if that is known.
 
     Yields:
         The trees that were computed, one for each call of a body.
@@ -116,7 +121,7 @@ def computing_trees(
     try:
         with attending_by_rows() as attention:
             for body in bodies:
-                hooks = _Hooks(body, lay_out, computed, attention)
+                hooks = _Hooks(body, lay_out, computed, attention, targets)
                 handles += [
                     body.register_forward_pre_hook(hooks.before, with_kwargs=True),
                     body.register_forward_hook(hooks.after, always_call=True),
@@ -129,7 +134,12 @@ def computing_trees(
 
 @contextlib.contextmanager
 def computing_these(
-    bodies: Sequence[nn.Module], trees: Trees, ids: Tensor, mask: Tensor | None = None
+    bodies: Sequence[nn.Module],
+    trees: Trees,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    targets: TreeTargets | None = None,
 ) -> Iterator[list[Trees]]:
     """Let bodies compute given trees wherever they are called with the rows that these are of.
 
@@ -141,6 +151,7 @@ def computing_these(
         trees: Of the rows, on the CPU.
         ids: The rows' token ids ``[rows, seq]`` as the model is given them.
         mask: Their mask, likewise.
+        targets: See `computing_trees`.
 
     Yields:
         The trees that were computed, one for each call of a body that they took the place of.
@@ -156,7 +167,7 @@ def computing_these(
             return None
         return here if is_same(given, ids) and is_same(of_given, mask) else None
 
-    with computing_trees(bodies, lay_out) as computed:
+    with computing_trees(bodies, lay_out, targets=targets) as computed:
         yield computed
 
 
@@ -184,11 +195,13 @@ class _Hooks:
         lay_out: Callable[[Tensor, Tensor | None], Trees | None],
         computed: list[Trees],
         attention: RowAttention,
+        targets: TreeTargets | None,
     ) -> None:
         self.config: Any = body.config
         self.lay_out = lay_out
         self.computed = computed
         self.attention = attention
+        self.targets = targets
         self.running: tuple[Trees, KeptBody | None] | None = None
 
     def before(
@@ -230,10 +243,15 @@ class _Hooks:
 
     def after(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         running, self.running = self.running, None
-        if running is None or output is None:
-            return output
-        trees, kept = running
-        return _as_rows(output, trees, None if kept is None else kept.outputs)
+        rows, in_trees, held = output, None, None
+        if running is not None and output is not None:
+            trees, kept = running
+            of_kept = None if kept is None else kept.outputs
+            in_trees, held = _states_of(output), _states_of(of_kept)
+            rows = _as_rows(output, trees, of_kept)
+        if self.targets is not None:
+            self.targets.note(in_trees, _states_of(rows), behind=held)
+        return rows
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")
@@ -263,6 +281,13 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] |
 def _holds_something(value: Any) -> bool:
     """Return whether an input may differ from token to token; flags and numbers do not."""
     return not (value is None or isinstance(value, bool | int | float | str))
+
+
+def _states_of(output: Any) -> Any:
+    """Return what stands first in a body's output: the hidden states of its last layer."""
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return (output or (None,))[0] if isinstance(output, tuple | list) else output
 
 
 def _as_rows(output: Any, trees: Trees, kept: Any = None) -> Any:

@@ -18,6 +18,7 @@ from hf_gradacc.loss.onednn import onednn_linears
 from hf_gradacc.loss.shortcuts import Shortcuts
 from hf_gradacc.loss.smoothing import smoothing_correction
 from hf_gradacc.loss.tree_hooks import computing_these
+from hf_gradacc.loss.tree_targets import TreeTargets
 from hf_gradacc.loss.trees import Trees, lay_out_trees
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
@@ -137,26 +138,35 @@ class MicroBatchStep:
         if self.noise.is_active:
             packed = taken is not None and taken.packed
             stock_step = self._with_noise(stock_step, inputs, packed=packed)
-        trees = None
+        trees = targets = None
         if taken is not None and isinstance(inputs, Mapping):
             trees = self._trees_of(inputs)
-            shaped, positions = taken.shape(inputs, as_trees=trees is not None)
-            inputs, positions = start_copies(shaped, positions, device)
+            shaped, found = taken.shape(inputs, as_trees=trees is not None)
+            inputs, positions = start_copies(shaped, found, device)
+            if trees is not None and found is not None:
+                labels, given = shaped["shift_labels"], inputs["shift_labels"]
+                targets = TreeTargets(trees, found, labels, given=given, merge=taken.chunked_loss)
         computed: list[Trees] | None = None
         with contextlib.ExitStack() as layout:
             if taken is not None and trees is not None:
                 ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-                computed = layout.enter_context(computing_these(taken.bodies, trees, ids, mask))
+                computed = layout.enter_context(
+                    computing_these(taken.bodies, trees, ids, mask, targets=targets)
+                )
             if taken is not None and taken.linears:
                 layout.enter_context(onednn_linears(taken.linears))
             if taken is not None and positions is not None:
-                layout.enter_context(kept_rows(taken.head, positions))
+                read = None if targets is None else targets.read
+                layout.enter_context(kept_rows(taken.head, positions, read=read))
                 if taken.chunked_loss:
-                    onednn = bool(taken.linears)
-                    divisor = self.divisor if self.own is None else 1.0
-                    layout.enter_context(
-                        without_logits(taken.owner, taken.head, onednn=onednn, divisor=divisor)
+                    chunked = without_logits(
+                        taken.owner,
+                        taken.head,
+                        onednn=bool(taken.linears),
+                        divisor=self.divisor if self.own is None else 1.0,
+                        targets=targets,
                     )
+                    layout.enter_context(chunked)
             loss = stock_step(model, inputs, count)
             if computed == []:
                 logger.warning_once(_NO_TREES)
