@@ -93,8 +93,8 @@ class TreeTargets:
     def __init__(
         self, trees: Trees, positions: Tensor, labels: Tensor, *, given: Tensor, merge: bool
     ) -> None:
-        nodes = trees.nodes.reshape(-1)[positions]
-        merged = merge_targets(nodes, labels.reshape(-1)) if merge else None
+        nodes = trees.nodes.reshape(-1)[positions.cpu()]
+        merged = merge_targets(nodes, labels.reshape(-1).cpu()) if merge else None
         nodes = nodes if merged is None else nodes[merged.first]
         self._merged = None if merged is None else merged.to(given.device)
         self._nodes = start_copy(nodes, given.device)
