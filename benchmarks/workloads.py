@@ -36,6 +36,7 @@ PAD, END = 0, 1
 SHAPES = {
     "llama-9m": (256, 688, 6, 4, 16_384, True),  # 8.9M parameters
     "llama-25m": (512, 1376, 6, 8, 16_384, True),  # 27M, 19M of them in the layers
+    "small-head": (512, 1376, 8, 8, 4_096, True),  # 27M, 2.1M of them in the head
     "qwen3-0.6b": (1024, 3072, 28, 16, 151_936, True),
     "rehearsal": (32, 64, 2, 2, 512, True),  # to try the code
 }
@@ -66,7 +67,13 @@ def make_model(shape: str, *, seed: int = 0, **changes: Any) -> Any:
 
 
 def make_rows(kind: str, count: int, *, vocab_size: int = 16_384, seed: int = 0) -> list[Row]:
-    """`count` rows of one kind; those of `SHARING` begin alike."""
+    """`count` rows of one kind; those of `SHARING` begin alike.
+
+    Of a kind with ``-all`` behind its name every token is a target.
+    """
+    if kind.endswith("-all"):
+        rows = make_rows(kind.removesuffix("-all"), count, vocab_size=vocab_size, seed=seed)
+        return [{**row, "labels": list(row["input_ids"])} for row in rows]
     rng = np.random.default_rng([seed, len(kind)])
     if kind == "gsm8k-4shot":
         rows = make_rows("gsm8k", 4 + count, vocab_size=vocab_size, seed=seed)
@@ -103,7 +110,7 @@ def make_rows(kind: str, count: int, *, vocab_size: int = 16_384, seed: int = 0)
     return [_random_row(rng, int(n), vocab_size) for n in lengths]
 
 
-SHARING = ("gsm8k-4shot", "chat-turns", "pairs")
+SHARING = ("gsm8k-4shot", "chat-turns", "pairs", "gsm8k-4shot-all", "chat-turns-all")
 """Kinds of rows that begin alike: a head of four examples before every question; chats with one row
 for each turn of the assistant, behind its true beginning; a prompt and two answers of half its
 length."""

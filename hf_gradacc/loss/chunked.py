@@ -296,12 +296,9 @@ class ChunkedLoss(torch.autograd.Function):
             scores = logits.to(wide)  # the same memory, unless weights are in half precision
             del logits
             torch.log_softmax(scores, 1, out=scores)
+            of_row = None if weights is None else weights[start : start + size, None].to(wide)
             found = scores.gather(1, right)
-            of_row = None
-            if weights is not None:
-                of_row = weights[start : start + size, None].to(wide)
-                found = found * of_row
-            loss -= found.sum()
+            loss -= (found if of_row is None else found * of_row).sum()
             if not any(wants):
                 continue
             scores.exp_().scatter_add_(1, right, scores.new_full((len(rows), 1), -1.0))
