@@ -202,7 +202,8 @@ class _Hooks:
         self.computed = computed
         self.attention = attention
         self.targets = targets
-        self.running: tuple[Trees, KeptBody | None] | None = None
+        self.running: Trees | None = None
+        self.kept: KeptBody | None = None
 
     def before(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,8 +216,9 @@ class _Hooks:
         trees = self.lay_out(given["input_ids"], mask if isinstance(mask, Tensor) else None)
         if trees is None:
             return None
-        trees, kept = self.kept_for(trees, body, given)
-        mark = partial(self.attention.mark, kept=None if kept is None else kept.keys)
+        trees = self.behind_kept(trees, body, given)
+        keys = None if self.kept is None else self.kept.keys
+        mark = partial(self.attention.mark, kept=keys)
         dtype = next((p.dtype for p in body.parameters()), torch.float32)
         if torch.is_autocast_enabled(trees.ids.device.type):
             dtype = torch.get_autocast_dtype(trees.ids.device.type)
@@ -226,26 +228,25 @@ class _Hooks:
             "attention_mask": tree_masks(trees, self.config, dtype=dtype, mark=mark),
             "use_cache": False,
         }
-        self.running = trees, kept
+        self.running = trees
         self.computed.append(trees)
         return (), given
 
-    def kept_for(
-        self, trees: Trees, body: nn.Module, given: Mapping[str, Any]
-    ) -> tuple[Trees, KeptBody | None]:
-        """Return the trees that a body computes, and what it keeps of a beginning in front."""
+    def behind_kept(self, trees: Trees, body: nn.Module, given: Mapping[str, Any]) -> Trees:
+        """Return the trees that a body computes: whole ones if nothing is kept in front of them."""
+        self.kept = None
         if trees.behind is None or trees.whole is None:
-            return trees, None
+            return trees
         others = {key: value for key, value in given.items() if key not in _KNOWN}
         ids = trees.ids
-        kept = trees.behind.of(body, others, attention=self.attention, ids=ids)
-        return (trees.whole().to(ids.device), None) if kept is None else (trees, kept)
+        self.kept = trees.behind.of(body, others, attention=self.attention, ids=ids)
+        return trees.whole().to(ids.device) if self.kept is None else trees
 
     def after(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        running, self.running = self.running, None
+        trees, self.running = self.running, None
+        kept, self.kept = self.kept, None
         rows, in_trees, held = output, None, None
-        if running is not None and output is not None:
-            trees, kept = running
+        if trees is not None and output is not None:
             of_kept = None if kept is None else kept.outputs
             in_trees, held = _states_of(output), _states_of(of_kept)
             rows = _as_rows(output, trees, of_kept)

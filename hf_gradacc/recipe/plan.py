@@ -118,6 +118,7 @@ def plan_recipe(
     on_accelerator: bool = False,
     lockstep: bool = False,
     trees_by_rows: bool = True,
+    keeps_beginnings: bool = False,
     why_not_shared: str = "",
 ) -> RecipePlan:
     """Draw the updates of the first epoch, and cut them in several ways.
@@ -134,6 +135,7 @@ def plan_recipe(
         on_accelerator: Whether one more micro-batch costs what it costs on a GPU.
         lockstep: Whether ranks wait for each other in every micro-batch (FSDP).
         trees_by_rows: How the model would attend to rows that begin alike, see `TreeCost`.
+        keeps_beginnings: Whether the run would keep what several micro-batches begin with.
         why_not_shared: What is known before a run to speak against computing them as trees.
     """
     is_sample = not hasattr(rows, "__len__")
@@ -176,6 +178,7 @@ def plan_recipe(
         tokens,
         are_pairs=pairs is not None,
         trees_by_rows=trees_by_rows,
+        keeps_beginnings=keeps_beginnings,
         may_share=not model.encoder_decoder,
         why_not_shared=why_not_shared,
     )

@@ -17,7 +17,9 @@ from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.loss.sharing import drops_out, why_not_by_options
+from hf_gradacc.loss.asking import has_router_loss
+from hf_gradacc.loss.kept import why_not_kept_by
+from hf_gradacc.loss.sharing import drops_out, why_not_by_options, why_not_kept_by_options
 from hf_gradacc.loss.tree_masks import takes_rows, why_no_masks
 from hf_gradacc.recipe.hub import telling_of_hub
 from hf_gradacc.recipe.load import recipe_arguments
@@ -114,6 +116,7 @@ def show_plan(
         on_accelerator=not recipe.train.get("use_cpu"),
         lockstep=bool(recipe.train.get("fsdp")),
         trees_by_rows=takes_rows(model.config),
+        keeps_beginnings=_keeps_beginnings(recipe, model, arguments),
         why_not_shared=_why_not_shared(recipe, model, arguments),
     )
     gpu_memory = _memory_here() if gpu_memory is None else gpu_memory
@@ -161,6 +164,18 @@ def _why_not_shared(recipe: Recipe, model: Any, arguments: Any) -> str:
     drops = arguments.layout != "shared_prefix" and keeps_dropout and drops_out(model)
     return why_not_by_options(arguments, drops=drops) or why_no_masks(
         model.config.get_text_config()
+    )
+
+
+def _keeps_beginnings(recipe: Recipe, model: Any, arguments: Any) -> bool:
+    """Return whether what is known without weights lets micro-batches keep a beginning."""
+    is_split = bool(recipe.train.get("fsdp") or recipe.train.get("deepspeed"))
+    takes_two_passes = has_router_loss(model) and arguments.update_passes != 1
+    return not (
+        is_split
+        or takes_two_passes
+        or why_not_kept_by(model.config)
+        or why_not_kept_by_options(arguments)
     )
 
 

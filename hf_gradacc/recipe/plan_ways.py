@@ -96,6 +96,7 @@ class RowsToPlan:
         tokens: Input tokens of each row that has a target.
         are_pairs: Each is two answers.
         trees_by_rows: How the model would attend to trees, see `TreeCost`.
+        keeps_beginnings: Whether a run like this may keep what several micro-batches begin with.
         may_share: Whether a model of this kind may share prefixes at all.
         why_not_shared: What is known before a run to speak against it, in plain words.
     """
@@ -105,6 +106,7 @@ class RowsToPlan:
     tokens: np.ndarray
     are_pairs: bool = False
     trees_by_rows: bool = True
+    keeps_beginnings: bool = False
     may_share: bool = True
     why_not_shared: str = ""
 
@@ -202,15 +204,17 @@ class _Share:
 
     Attributes:
         update: Which update.
-        sizes: Tokens that each micro-batch computes.
+        sizes: Tokens that each micro-batch computes, with what it stands behind.
         num_input_tokens: Tokens of its rows.
         num_shared_tokens: How many of them are not computed.
+        num_kept_again: How many of all `sizes` are kept, and were computed for one before.
     """
 
     update: int
     sizes: list[int]
     num_input_tokens: int
     num_shared_tokens: int = 0
+    num_kept_again: int = 0
 
 
 def _shares(loader: UpdateLoader) -> list[Any]:
@@ -242,16 +246,22 @@ def _cut(
         else:
             own = [read(index) for index in kept]
             plan, trees = collator.cut_rows(collator.sequences(own), lengths, at_random=at_random)
-        sizes, shared = [], 0
+        sizes, shared, again = [], 0, 0
+        beginning: Sequence[Any] = ()
         for piece, grown in itertools.zip_longest(plan, trees):
             widths = [lengths[i] for i in piece]
             padded = sum(widths) if collator.packed else len(widths) * max(widths)
             if grown is None or grown.are_rows:
                 sizes.append(padded)
             else:
-                sizes.append(grown.num_computed)
-                shared += int(rows.tokens[[kept[i] for i in piece]].sum()) - grown.num_tokens
-        found.append(_Share(share.update, sizes, int(rows.tokens[kept].sum()), shared))
+                # A kept beginning is computed in front of the first micro-batch behind it.
+                before = beginning
+                beginning = _sequences(own[piece[0]])[0][: grown.kept] if grown.kept else ()
+                again += grown.kept if beginning == before else 0
+                sizes.append(grown.num_computed + grown.kept)
+                computed = grown.num_tokens + (0 if beginning == before else grown.kept)
+                shared += int(rows.tokens[[kept[i] for i in piece]].sum()) - computed
+        found.append(_Share(share.update, sizes, int(rows.tokens[kept].sum()), shared, again))
     return found
 
 
@@ -273,7 +283,7 @@ def _cut_as_trees(
     choose_probe_rows(loader, loader.collator)
     foreseen = arguments.layout == "auto" and loader.collator.foresees_sharing
     taken = asked or (foreseen and not rows.why_not_shared)
-    loader.collator.share_prefixes([rows], by_rows=rows.trees_by_rows)
+    loader.collator.share_prefixes([rows], by_rows=rows.trees_by_rows, keeps=rows.keeps_beginnings)
     loader.collator.rows_per_sequence = 2 if rows.are_pairs else 1
     cut = _cut(loader, rows, read)
     shared = sum(share.num_shared_tokens for share in cut)
@@ -326,7 +336,7 @@ def _cut_like_stock(loader: UpdateLoader, rows: RowsToPlan, *, size: int) -> lis
 
 def _way(name: str, cut: Sequence[_Share], *, chosen: bool = False, stands_in: bool = False) -> Any:
     sizes = [size for share in cut for size in share.sizes]
-    computed = sum(sizes)
+    computed = sum(sizes) - sum(share.num_kept_again for share in cut)
     tokens = sum(share.num_input_tokens for share in cut)
     shared = sum(share.num_shared_tokens for share in cut)
     return WayToPlan(

@@ -22,7 +22,7 @@ from hf_gradacc.updates.tree_plan import GrownTrees, SharedPlan, fill_bins, grow
 
 __all__ = ["MOST_KEPT", "KeptRun", "choose_kept", "count_kept", "plan_with_kept"]
 
-MOST_KEPT = 1 / 2
+MOST_KEPT = 3 / 4
 """Part of a micro-batch's budget that a kept beginning may take."""
 
 

@@ -138,7 +138,8 @@ class Update:
     def stats(self, rule: TargetRule) -> UpdateStats:
         """Add up what this rank's share holds."""
         micro_batches = self.micro_batches
-        num_kept = count_kept(mb.beginning for mb in micro_batches)
+        beginnings = [mb.beginning for mb in micro_batches]
+        num_kept = count_kept(beginnings) if any(beginnings) else 0
         return UpdateStats(
             num_targets=sum([mb.targets.under(rule) for mb in micro_batches]),
             num_sequences=sum([mb.num_sequences for mb in micro_batches]),

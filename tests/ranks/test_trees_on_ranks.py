@@ -4,10 +4,11 @@ import functools
 
 import pytest
 from support.common_prompts import rows_of_prompts
+from support.kept_rows import rows_behind
 from support.ranks import run_ranks
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import pad, tiny_llama
-from support.tree_jobs import NUM_ROWS, PER_UPDATE, train_trees
+from support.tree_jobs import NUM_ROWS, PER_UPDATE, train_kept, train_trees
 
 pytestmark = pytest.mark.slow
 
@@ -53,3 +54,21 @@ def test_layers_that_are_computed_again_on_two_ranks_see_the_tree(reentrant):
     for rank in run_ranks(train_trees, 2, in_float64=False, **options):
         assert rank["trees"] >= 2
         assert relative_error(rank["gradients"][0], truth()[0]) < 1e-6
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_ranks_keep_beginnings_where_a_backward_may_run_by_itself(sharded):
+    rows = rows_behind()
+    with float64_everywhere():
+        model = tiny_llama(attn_implementation="sdpa")
+        wanted = []
+        for _ in range(3):
+            wanted.append(reference_gradient(model, rows, pad))
+            for name, parameter in model.named_parameters():
+                parameter.data -= 0.1 * wanted[-1][name]
+    ranks = run_ranks(train_kept, 2, sharded=sharded)
+    assert any(rank["kept"] for rank in ranks) is not sharded
+    for rank in ranks:
+        assert ("split between ranks" in rank["why"]) is sharded
+        for mine, expected in zip(rank["gradients"], wanted, strict=True):
+            assert relative_error(mine, expected) < 1e-11

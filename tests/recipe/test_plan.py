@@ -217,7 +217,9 @@ def test_a_run_logs_the_computed_tokens_that_were_planned(tmp_path, attention, n
         task="causal_lm",
         model=ModelFacts.of(model),
         trees_by_rows=takes_rows(model.config),
+        keeps_beginnings=attention == "sdpa",
     )
+    assert trainer.shortcuts.keeps_beginnings == (attention == "sdpa")
     row = next(row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
     chosen = plan.chosen
     assert chosen.shared_fraction > 0.2

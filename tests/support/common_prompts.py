@@ -85,7 +85,7 @@ def watching_calls() -> Iterator[Calls]:
         changed = before(self, body, args, kwargs)
         calls.of_trees.append(changed is not None)
         calls.trained.append(torch.is_grad_enabled())
-        calls.widths.append(0 if changed is None else self.running[0].ids.numel())
+        calls.widths.append(0 if changed is None else self.running.ids.numel())
         return changed
 
     tree_hooks._Hooks.before = note  # type: ignore[method-assign]

@@ -7,11 +7,13 @@ import tempfile
 from typing import Any
 
 from .common_prompts import rows_of_prompts, watching_calls
+from .kept_rows import KEEPING, keeping_always, rows_behind, watching_kept
 from .rank_jobs import FSDP2, WholeGradients, allow_sharding_on_cpu
+from .reduction_jobs import small_buckets
 from .reference import float64_everywhere
 from .tiny import log_rows, make_trainer, tiny_llama
 
-__all__ = ["NUM_ROWS", "PER_UPDATE", "train_trees"]
+__all__ = ["NUM_ROWS", "PER_UPDATE", "train_kept", "train_trees"]
 
 NUM_ROWS, PER_UPDATE = 25, 12
 """Rows, and those of an update; the last of an epoch has one, and one rank has none."""
@@ -55,3 +57,27 @@ def train_trees(
         "logs": log_rows(trainer),
         "eval_loss": evaluated["eval_loss"],
     }
+
+
+def train_kept(*, sharded: bool = False, **options: Any) -> dict[str, Any]:
+    """Train two epochs of one update whose beginnings are kept, and say how many each rank kept.
+
+    Args:
+        sharded: By FSDP2.
+        **options: Of the trainer.
+    """
+    if sharded:
+        allow_sharding_on_cpu()
+        options |= FSDP2
+    recorder, rows = WholeGradients(), rows_behind()
+    settings = {"effective_batch_size": len(rows), "num_train_epochs": 3} | KEEPING | options
+    with contextlib.ExitStack() as stack:
+        for context in (float64_everywhere(), keeping_always(), small_buckets()):
+            stack.enter_context(context)
+        kept = stack.enter_context(watching_kept())
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        model = tiny_llama(attn_implementation="sdpa")
+        trainer = make_trainer(out, rows, model=model, callbacks=[recorder], **settings)
+        trainer.train()
+        why = trainer.shortcuts.reason("kept_beginnings")
+    return {"gradients": recorder.gradients, "kept": kept, "why": why, "logs": log_rows(trainer)}

@@ -242,17 +242,20 @@ class ChangesOneBeginning(GradAccTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def test_rows_that_begin_otherwise_than_planned_are_computed_whole():
+def as_rows(monkeypatch):
+    """Keep the cut, but compute its rows."""
+    monkeypatch.setattr(step.MicroBatchStep, "_trees_of", lambda self, inputs: None)
+
+
+def test_rows_that_begin_otherwise_than_planned_are_computed_whole(monkeypatch):
     gradients = []
-    for layout in ("shared_prefix", "padded"):
-        with training(trainer_class=ChangesOneBeginning, layout=layout) as trainer:
+    for change in (None, as_rows):
+        if change is not None:
+            change(monkeypatch)
+        with training(trainer_class=ChangesOneBeginning) as trainer:
             assert trainer.kept == []
             gradients.append(trainer.gradients[0])
-            if layout == "shared_prefix":
-                pieces = [mb.rows for mb in trainer.last_update.update]
-    # The same rows change in both only where both cut alike; so compare with rows cut so.
-    assert len(pieces) > 1
-    assert gradients[0].keys() == gradients[1].keys()
+    assert relative_error(*gradients) < 1e-12
 
 
 class AsksTwice(GradAccTrainer):
@@ -311,21 +314,12 @@ def test_adapters_that_are_off_at_times_see_no_beginning_computed_with_them(monk
         return model
 
     gradients = []
-    for keeps in (True, False):
-        if not keeps:
-            monkeypatch.setattr(kept_module, "why_not_kept_by", lambda config: "not now")
-            monkeypatch.setattr("hf_gradacc.loss.sharing.why_not_kept_by", lambda config: "not now")
-            monkeypatch.setattr(step.MicroBatchStep, "_trees_of", lambda *_: None)
-            monkeypatch.setattr("hf_gradacc.updates.collator.plan_shared_sequences", planned_alike)
+    for change in (None, as_rows):
+        if change is not None:
+            change(monkeypatch)
         with training(model=adapted(), trainer_class=TurnsAdaptersOff) as trainer:
             gradients.append(trainer.gradients[0])
     assert relative_error(*gradients) < 1e-12
-
-
-def planned_alike(sequences, cost, **limits):
-    from hf_gradacc.updates.pair_trees import plan_shared_sequences
-
-    return plan_shared_sequences(sequences, replace(cost, keeps=True), **limits)
 
 
 def test_layers_without_a_graph_are_noticed_when_they_run(monkeypatch, expected):
