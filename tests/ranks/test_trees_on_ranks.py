@@ -53,3 +53,12 @@ def test_layers_that_are_computed_again_on_two_ranks_see_the_tree(reentrant):
     for rank in run_ranks(train_trees, 2, in_float64=False, **options):
         assert rank["trees"] >= 2
         assert relative_error(rank["gradients"][0], truth()[0]) < 1e-6
+
+
+def test_two_ranks_train_the_families_that_one_draws():
+    options = {"group_by_prefix": True, "train_sampling_strategy": "random"}
+    alone = train_trees(**options)
+    for rank in run_ranks(train_trees, 2, **options):
+        assert rank["trees"] >= 2
+        for mine, expected in zip(rank["gradients"], alone["gradients"], strict=True):
+            assert relative_error(mine, expected) < 1e-11
