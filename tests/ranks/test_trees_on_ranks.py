@@ -72,3 +72,12 @@ def test_two_ranks_keep_beginnings_where_a_backward_may_run_by_itself(sharded):
         assert ("split between ranks" in rank["why"]) is sharded
         for mine, expected in zip(rank["gradients"], wanted, strict=True):
             assert relative_error(mine, expected) < 1e-11
+
+
+def test_two_ranks_train_the_families_that_one_draws():
+    options = {"group_by_prefix": True, "train_sampling_strategy": "random"}
+    alone = train_trees(**options)
+    for rank in run_ranks(train_trees, 2, **options):
+        assert rank["trees"] >= 2
+        for mine, expected in zip(rank["gradients"], alone["gradients"], strict=True):
+            assert relative_error(mine, expected) < 1e-11

@@ -579,6 +579,12 @@ FORESEEN = [
     (["train.layout=shared_prefix", "train.neftune_noise_alpha=5"], "train.layout", "neftune"),
     (["train.layout=shared_prefix", "train.torch_compile=true"], "train.layout", "torch_compile"),
     (["train.layout=shared_prefix", "train.torch_compile=true"], "train.layout", "two, or set it"),
+    (
+        ["data.streaming=true", "train.max_steps=3", "train.group_by_prefix=true"],
+        "train.group_by_prefix",
+        "a stream gives them in its own order",
+    ),
+    (["train.layout=padded", "train.group_by_prefix=true"], "train.group_by_prefix", "'auto'"),
     (["train.fsdp=true", "train.noise_scale_every=5"], "train.noise_scale_every", "DDP"),
     (["train.fsdp=true", "peft=lora", "peft.merge_on_save=true"], "peft.merge_on_save", "fsdp"),
 ]

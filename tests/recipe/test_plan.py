@@ -451,3 +451,52 @@ def test_a_forward_without_values_keeps_what_a_real_one_does(lora):
     found, of_layer = kept_for_backward(make("meta"), tokens=40)
     assert found == sum(storage.nbytes() for storage in seen.values())
     assert 0 < of_layer < found / 2
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_run_computes_what_was_planned_for_rows_drawn_one_by_one_and_in_families(
+    tmp_path, grouped
+):
+    rows = rows_of_few_prompts(96, prompts=30)
+    options = {"effective_batch_size": 16, "max_tokens_per_micro_batch": 160, "logging_steps": 6}
+    options["group_by_prefix"] = grouped
+    model = tiny_llama(attn_implementation="eager")
+    trainer = make_trainer(tmp_path, rows, model=model, **options)
+    trainer.train()
+    plan = plan_recipe(
+        rows,
+        arguments=arguments(**options),
+        task="causal_lm",
+        model=ModelFacts.of(model),
+        trees_by_rows=takes_rows(model.config),
+    )
+    (row,) = (row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
+    assert plan.grouping[1] < 0.7 * plan.grouping[0]
+    assert row["computed_tokens_per_update"] == pytest.approx(plan.grouping[grouped])
+    fewer, more = f"{plan.grouping[1]:,.0f}", f"{plan.grouping[0]:,.0f}"
+    proposed = [line for line in give_advice(plan) if "group_by_prefix" in line]
+    assert len(proposed) == (not grouped)
+    for line in proposed:
+        assert f"train.group_by_prefix: true   # would compute {fewer} tokens" in line
+        assert f"instead of {more}" in line
+    console = Console(record=True, width=200, file=io.StringIO())
+    _print_ways(plan, console)
+    told = f"(group_by_prefix): {fewer} computed tokens in an update instead of {more}"
+    assert (told in console.export_text()) is grouped
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "padded"},
+        {"train_sampling_strategy": "sequential"},
+        {"noise_scale_every": 2},
+        {"effective_batch_size": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_nothing_is_proposed_that_the_rest_of_a_recipe_refuses(options):
+    rows = rows_of_few_prompts(96, prompts=30)
+    plan = plan_recipe(rows, arguments=arguments(**options), task="causal_lm")
+    assert plan.grouping is None
+    assert not any("group_by_prefix" in line for line in give_advice(plan))
