@@ -138,7 +138,7 @@ def plan_ways(
     as_asked = {} if packed else {"max_tokens_per_micro_batch": max_tokens, "layout": "packed"}
     limit = f"{by_tokens.collator.max_tokens:,} tokens"
     if budget == "auto":
-        limit = f"{limit} (then tuned)"
+        limit = f"{limit}*"  # the screen says that it is tuned
     limit_as_asked = limit if budget else f"{size} rows"
     sharing, takes_sharing = _cut_as_trees(load, arguments, rows)
     # Whoever asks for sharing by name and may not share is refused, and cut in no other way.

@@ -3,6 +3,7 @@
 Its memory counts what a real model has.
 """
 
+import dataclasses
 import io
 import json
 import random
@@ -241,8 +242,8 @@ def test_rows_that_hardly_begin_alike_are_planned_without_a_word_of_it():
 @pytest.mark.parametrize(
     ("layout", "mark", "words"),
     [
-        ("auto", "<- this recipe, where the model allows it", "taken by auto where the model"),
-        ("shared_prefix", "<- this recipe", "asked for"),
+        ("auto", "<- taken", "taken by auto where the model"),
+        ("shared_prefix", "<- taken", "asked for"),
         ("padded", "", "not taken by this recipe"),
     ],
 )
@@ -252,12 +253,45 @@ def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words
     console = Console(record=True, width=200, file=io.StringIO())
     _print_ways(plan, console)
     shown = console.export_text().splitlines()
-    assert "computed, tokens" in shown[2]
+    assert "computed" in shown[2]
     line = next(line for line in shown if "shared prefixes" in line)
     assert line.rstrip().endswith(mark)
     assert f"{plan.sharing.computed_per_update:,.0f}" in line
     assert f"begin alike: {plan.sharing.shared_fraction:.0%} of the input tokens" in shown[-1]
     assert words in shown[-1]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_ways_to_cut_updates_fit_a_terminal(columns):
+    table = datasets.Dataset.from_list(rows_of_few_prompts(60, prompts=4))
+    options = arguments(max_tokens_per_micro_batch="auto")
+    plan = plan_recipe(table, arguments=options, task="causal_lm", world_size=2)
+    large = [
+        dataclasses.replace(
+            way,
+            name=way.name.replace("1,024", "131,072"),
+            computed_per_update=1_048_576,
+            largest=131_072,
+        )
+        for way in plan.ways
+    ]
+    plan = dataclasses.replace(plan, ways=tuple(large))
+    console = Console(record=True, width=columns, file=io.StringIO())
+    _print_ways(plan, console)
+    shown = console.export_text()
+    assert "…" not in shown
+    lines = shown.splitlines()
+    table_lines = lines[2 : 4 + len(plan.ways)]
+    assert max(len(line.rstrip()) for line in table_lines) <= 80
+    assert table_lines[0].split() == ["computed", "micro-", "largest"]
+    headings = ("micro-batches", "of", "tokens", "padding", "batches", "tokens")
+    assert tuple(table_lines[1].split()) == headings
+    assert table_lines[-1].split() == [
+        *("131,072", "tokens*,", "shared", "prefixes", "1,048,576"),
+        *(f"{large[-1].padding_fraction:.1%}", f"{large[-1].micro_batches.mean:.1f}"),
+        *("131,072", "<-", "taken"),
+    ]
+    assert lines[-2 if "begin alike" in lines[-1] else -3].startswith("* the budget")
 
 
 @pytest.mark.parametrize(
