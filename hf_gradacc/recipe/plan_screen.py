@@ -122,6 +122,7 @@ def show_plan(
         tokenizer=tokenizer,
         arguments=arguments,
         largest=plan.largest,
+        largest_as_rows=plan.largest_as_rows,
         label_names=data.label_names,
         world_size=world_size,
         available=gpu_memory,

@@ -67,6 +67,8 @@ class WayToPlan:
         shared_fraction: Input tokens that need not be computed, since a row before begins alike,
             over all input tokens.
         largest: Tokens of the largest micro-batch, padding included.
+        largest_as_rows: Tokens of the rows of a micro-batch, at most, padding included: more than
+            are computed where prefixes are shared.
         chosen: Whether the recipe plans this way.
         stands_in: Whether it does so if the model does not allow the way that is chosen.
     """
@@ -77,6 +79,7 @@ class WayToPlan:
     computed_per_update: float
     shared_fraction: float
     largest: int
+    largest_as_rows: int
     chosen: bool = False
     stands_in: bool = False
 
@@ -166,12 +169,14 @@ class _Share:
     Attributes:
         update: Which update.
         sizes: Tokens that each micro-batch computes.
+        as_rows: Tokens of the rows of each, padding included.
         num_input_tokens: Tokens of its rows.
         num_shared_tokens: How many of them are not computed.
     """
 
     update: int
     sizes: list[int]
+    as_rows: list[int]
     num_input_tokens: int
     num_shared_tokens: int = 0
 
@@ -205,16 +210,18 @@ def _cut(
         else:
             own = [read(index) for index in kept]
             plan, trees = collator.cut_rows(collator.sequences(own), lengths, at_random=at_random)
-        sizes, shared = [], 0
+        sizes, as_rows, shared = [], [], 0
         for piece, grown in itertools.zip_longest(plan, trees):
             widths = [lengths[i] for i in piece]
             padded = sum(widths) if collator.packed else len(widths) * max(widths)
+            as_rows.append(padded)
             if grown is None or grown.are_rows:
                 sizes.append(padded)
             else:
                 sizes.append(grown.num_computed)
                 shared += int(rows.tokens[[kept[i] for i in piece]].sum()) - grown.num_tokens
-        found.append(_Share(share.update, sizes, int(rows.tokens[kept].sum()), shared))
+        num_input_tokens = int(rows.tokens[kept].sum())
+        found.append(_Share(share.update, sizes, as_rows, num_input_tokens, shared))
     return found
 
 
@@ -283,7 +290,7 @@ def _cut_like_stock(loader: UpdateLoader, rows: RowsToPlan, *, size: int) -> lis
             lengths = rows.costs[share].tolist()
             plan = plan_micro_batches(lengths, max_sequences=size, keep_order=True)
             sizes = [len(piece) * max(lengths[i] for i in piece) for piece in plan]
-            found.append(_Share(update, sizes, int(rows.tokens[share].sum())))
+            found.append(_Share(update, sizes, sizes, int(rows.tokens[share].sum())))
     return found
 
 
@@ -299,6 +306,7 @@ def _way(name: str, cut: Sequence[_Share], *, chosen: bool = False, stands_in: b
         computed_per_update=computed / len({share.update for share in cut}),
         shared_fraction=shared / max(tokens, 1),
         largest=max(sizes, default=0),
+        largest_as_rows=max((size for share in cut for size in share.as_rows), default=0),
         chosen=chosen,
         stands_in=stands_in,
     )
