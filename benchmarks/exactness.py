@@ -21,14 +21,8 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import io
-import json
-import logging
-import signal
+import functools
 import sys
-import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +35,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import router_share  # noqa: E402
 from support import reference, zoo, zoo_runs  # noqa: E402
 from support.zoo_rows import MORE_LENGTHS  # noqa: E402
+from sweeps import group_of, number, quiet, say, sweep  # noqa: E402
 
 EXACT = 1e-10
-SECONDS_PER_CASE = 90
 
 WELL_KNOWN = (
     ("Llama", zoo.Case("llama", "causal")),
@@ -85,7 +79,7 @@ def measure(case: zoo.Case, seed: int = 0) -> Result:
             expected = reference.reference_gradient(model, rows, collator)
         finite = bool(expected) and all(g.isfinite().all() for g in expected.values())
     except Exception as error:
-        return Result(case, "not run", note=_say(error))
+        return Result(case, "not run", note=say(error))
     if not finite:
         return Result(case, "not run", note="the whole batch's gradient is not finite")
     result = Result(case, "WRONG")
@@ -95,7 +89,7 @@ def measure(case: zoo.Case, seed: int = 0) -> Result:
             run = zoo_runs.train_ours(case.build(), rows, collator)
             result.ours = reference.relative_error(run.gradient, expected)
     except Exception as error:
-        result.verdict, result.note = "refused", _say(error)
+        result.verdict, result.note = "refused", say(error)
         return result
     if result.ours <= EXACT:
         result.verdict = "exact"
@@ -112,7 +106,7 @@ def _measure_stock(
             model = case.build()
             run = zoo_runs.train_stock(model, rows, case.collator(model))
     except Exception as error:
-        return None, None, "stock: " + _say(error)
+        return None, None, "stock: " + say(error)
     error = reference.relative_error(run.gradient, expected)
     return error, reference.scale(run.gradient, expected), ""
 
@@ -126,47 +120,34 @@ def ten_models() -> str:
     for name, case in WELL_KNOWN:
         result = measure(case)
         lines.append(
-            f"| {name} | {_number(result.stock)} | {_number(result.stock_scale, '.2f')} | "
-            f"{_number(result.ours)} |"
+            f"| {name} | {number(result.stock)} | {number(result.stock_scale, '.2f')} | "
+            f"{number(result.ours)} |"
         )
     return "\n".join(lines)
 
 
-def sweep(cases: list[zoo.Case], log: Path | None, seed: int = 0) -> str:
+def sweep_all(cases: list[zoo.Case], log: Path | None, seed: int = 0) -> str:
     """Run every case; counts by head, then each case that is not simply exact.
 
     Args:
         cases: What to run.
-        log: A file of JSON lines; cases it holds already are not run again.
+        log: See `sweeps.sweep`.
         seed: Of the rows; it decides their lengths, too.
     """
-    results = _read_log(log)
-    done = {result.case for result in results}
-    started = time.monotonic()
-    for i, case in enumerate(case for case in cases if case not in done):
-        with _time_limit(SECONDS_PER_CASE), contextlib.redirect_stdout(io.StringIO()):
-            result = _measure_or_give_up(case, seed)
-        results.append(result)
-        if log:
-            with log.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
-        if result.verdict != "exact":
-            print(
-                f"{case}: {result.verdict} {_number(result.ours)} {result.note}"[:400], flush=True
-            )
-        if i % 50 == 49:
-            took = time.monotonic() - started
-            print(f"... {len(results)} of {len(cases)}, {took:.0f} s", file=sys.stderr, flush=True)
-    return report(results)
+
+    def line(result: Result) -> str:
+        told = f"{result.case}: {result.verdict} {number(result.ours)} {result.note}"[:400]
+        return "" if result.verdict == "exact" else told
+
+    measure_case = functools.partial(measure, seed=seed)
+    return report(sweep(cases, log, measure=measure_case, result=Result, line=line))
 
 
 def report(results: list[Result]) -> str:
     """Markdown of a sweep."""
     groups: dict[str, list[Result]] = collections.defaultdict(list)
     for result in results:
-        groups[result.case.head + (", router loss on" if result.case.router_loss else "")].append(
-            result
-        )
+        groups[group_of(result.case)].append(result)
     lines = [
         "| head | ran | stock exact | ours exact | warned or refused | neither |",
         "|---|---|---|---|---|---|",
@@ -188,43 +169,8 @@ def report(results: list[Result]) -> str:
         some = [r for r in results if r.verdict == verdict]
         if some:
             lines += ["", f"{title} ({len(some)}):", ""]
-            lines += [f"- {r.case}: {_number(r.ours)} {r.note}".rstrip()[:300] for r in some]
+            lines += [f"- {r.case}: {number(r.ours)} {r.note}".rstrip()[:300] for r in some]
     return "\n".join(lines)
-
-
-def _read_log(log: Path | None) -> list[Result]:
-    if log is None or not log.exists():
-        return []
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [Result(**{**row, "case": zoo.Case(**row["case"])}) for row in rows]
-
-
-def _measure_or_give_up(case: zoo.Case, seed: int) -> Result:
-    try:
-        return measure(case, seed)
-    except TimeoutError:
-        return Result(case, "not run", note=f"longer than {SECONDS_PER_CASE} s")
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    def give_up(*_: Any) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
-
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
-def _number(value: float | None, form: str = ".1e") -> str:
-    return "–" if value is None else f"{value:{form}}"
-
-
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
 
 
 def main() -> None:
@@ -238,13 +184,10 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="go on where this file of results ends")
     parser.add_argument("--no-file", action="store_true", help="print, write no result file")
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("hf_gradacc").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     if chosen.all or chosen.only or chosen.router:
         name = "exactness-all" + (f"-rows-{chosen.rows}" if chosen.rows else "")
-        body = sweep(
+        body = sweep_all(
             [
                 case
                 for case in zoo.all_cases()

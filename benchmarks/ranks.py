@@ -37,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import workloads
+from pairs import StepSeconds, spread_of
 from support.ranks import run_ranks
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_gradacc import GradAccArguments, GradAccTrainer, UpdateCollator
@@ -167,19 +168,19 @@ def print_row(kind: str, updates: list[list[int]], ranks: int, budget: int) -> N
 # ---- real processes --------------------------------------------------------------------------
 
 
-class Clock(TrainerCallback):
+class Clock(StepSeconds):
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        super().__init__()
         self.profiler: Any = None
         self.counted: dict[str, int] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2 and self.profiler is not None:
             self.profiler.start()
-        self.started = time.perf_counter()
+        super().on_step_begin(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
+        super().on_step_end(args, state, control)
         if state.global_step == 3 and self.profiler is not None:
             self.profiler.stop()
             for event in self.profiler.key_averages():
@@ -253,7 +254,7 @@ def print_times(rounds: int, steps: int) -> None:
             f"| {name} | {np.median(one):.2f} | {np.median(two):.2f} | {np.median(one / two):.2f} |"
         )
     ratios = [np.array(seconds[False, n]) / np.array(seconds[True, n]) for n in (1, 2)]
-    cells = [f"{np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})" for r in ratios]
+    cells = [spread_of(of_pairs) for of_pairs in ratios]
     print(f"| stock over ours, pairs | {cells[0]} | {cells[1]} | |")
 
 

@@ -32,9 +32,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from pairs import StepSeconds, spread_of
 from report import machine, table, write_result
 from support.ranks import run_ranks
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
 from hf_gradacc.ranks import reduction
@@ -78,16 +79,10 @@ class Carried:
         self.future.result()
 
 
-class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+class Clock(StepSeconds):
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         dist.barrier()
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
+        super().on_step_begin(*args, **kwargs)
 
 
 def model() -> LlamaForCausalLM:
@@ -185,14 +180,13 @@ def measure(rounds: int, steps: int) -> list[list[str]]:
                     )
                     seconds[way].append(float(np.median(ranks[0]["seconds"])))
             after, inside = (np.array(seconds[way]) for way in WAYS[1:])
-            ratio = inside / after
             name = "loopback" if link is None else f"{link:.0f} MiB/s"
             lines.append(
                 [
                     name,
                     str(micro_batches),
                     *(f"{np.median(seconds[way]):.3f}" for way in WAYS),
-                    f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
+                    spread_of(inside / after),
                 ]
             )
             print(" | ".join(lines[-1]), file=sys.stderr, flush=True)

@@ -19,12 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import io
-import json
-import logging
 import sys
-import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +30,10 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from exactness import EXACT, SECONDS_PER_CASE, _number, _say, _time_limit  # noqa: E402
+from exactness import EXACT  # noqa: E402
 from support import alike, reference, zoo, zoo_configs, zoo_runs  # noqa: E402
 from support.windows import windows_of  # noqa: E402
+from sweeps import group_of, number, quiet, say, sweep  # noqa: E402
 
 from hf_gradacc.errors import ConfigError  # noqa: E402
 from hf_gradacc.loss.sharing import choose_sharing  # noqa: E402
@@ -80,7 +76,7 @@ def measure(case: zoo.Case) -> Result:
             expected = reference.reference_gradient(model, rows, collator)
         finite = bool(expected) and all(g.isfinite().all() for g in expected.values())
     except Exception as error:
-        return Result(case, "not run", note=_say(error))
+        return Result(case, "not run", note=say(error))
     if not finite:
         return Result(case, "not run", note="the whole batch's gradient is not finite")
     result = Result(case, "WRONG")
@@ -104,7 +100,7 @@ def measure(case: zoo.Case) -> Result:
     except ConfigError as error:
         result.verdict, result.note = "refused", _reason(error)
     except Exception as error:
-        result.verdict, result.note = "WRONG", "fails in training: " + _say(error)
+        result.verdict, result.note = "WRONG", "fails in training: " + say(error)
     with _windows(case, WIDE_WINDOW), reference.float64_everywhere():
         result.after_short_rows, note = after_a_short_trial(case)
     if result.verdict != "WRONG" and not (result.after_short_rows or 0.0) <= EXACT:
@@ -144,7 +140,7 @@ def after_a_short_trial(case: zoo.Case) -> tuple[float | None, str]:
         with computing_trees(found.bodies, lay_out):
             actual = reference.weighted_gradient(model, [batch], [1.0])
     except Exception as error:
-        return float("inf"), _say(error)
+        return float("inf"), say(error)
     return reference.relative_error(actual, expected), "long rows differ"
 
 
@@ -173,36 +169,22 @@ def _reason(error: ConfigError) -> str:
     return first.partition("same gradient: ")[2] or first
 
 
-def sweep(cases: list[zoo.Case], log: Path | None) -> str:
-    """Run every case that a log of JSON lines does not hold already; report all."""
-    results = _read_log(log)
-    done = {result.case for result in results}
-    started = time.monotonic()
-    for i, case in enumerate(case for case in cases if case not in done):
-        try:
-            with _time_limit(SECONDS_PER_CASE), contextlib.redirect_stdout(io.StringIO()):
-                result = measure(case)
-        except TimeoutError:
-            result = Result(case, "not run", note=f"longer than {SECONDS_PER_CASE} s")
-        results.append(result)
-        if log:
-            with log.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
-        if result.verdict not in ("exact", "refused"):
-            error, after = _number(result.error), _number(result.after_short_rows)
-            print(f"{case}: {result.verdict} {error} {after} {result.note}"[:300], flush=True)
-        if i % 50 == 49:
-            took = time.monotonic() - started
-            print(f"... {len(results)} of {len(cases)}, {took:.0f} s", file=sys.stderr, flush=True)
-    return report(results)
+def sweep_all(cases: list[zoo.Case], log: Path | None) -> str:
+    """Run every case that the log does not hold already; report all."""
+
+    def line(result: Result) -> str:
+        error, after = number(result.error), number(result.after_short_rows)
+        told = f"{result.case}: {result.verdict} {error} {after} {result.note}"[:300]
+        return "" if result.verdict in ("exact", "refused") else told
+
+    return report(sweep(cases, log, measure=measure, result=Result, line=line))
 
 
 def report(results: list[Result]) -> str:
     """Markdown of a sweep."""
     groups: dict[str, list[Result]] = collections.defaultdict(list)
     for result in results:
-        name = result.case.head + (", router loss on" if result.case.router_loss else "")
-        groups[name].append(result)
+        groups[group_of(result.case)].append(result)
     lines = ["| head | ran | exact as trees | refused | wrong |", "|---|---|---|---|---|"]
     for name, group in [*groups.items(), ("all", results)]:
         count = collections.Counter(r.verdict for r in group if r.verdict != "not run")
@@ -213,8 +195,8 @@ def report(results: list[Result]) -> str:
     after = [r.after_short_rows for r in results if r.after_short_rows is not None]
     lines += [
         "",
-        f"Largest error of those that are exact: {_number(max(errors, default=None))}; of "
-        f"{len(after)} whose trial saw short rows only: {_number(max(after, default=None))}.",
+        f"Largest error of those that are exact: {number(max(errors, default=None))}; of "
+        f"{len(after)} whose trial saw short rows only: {number(max(after, default=None))}.",
         "",
         "Refused:",
         "",
@@ -233,7 +215,7 @@ def report(results: list[Result]) -> str:
         some = [r for r in results if r.verdict == verdict]
         if some:
             lines += ["", f"{verdict} ({len(some)}):", ""]
-            lines += [f"- {r.case}: {_number(r.error)} {r.note}".rstrip()[:300] for r in some]
+            lines += [f"- {r.case}: {number(r.error)} {r.note}".rstrip()[:300] for r in some]
     return "\n".join(lines)
 
 
@@ -244,13 +226,6 @@ def _without_figures(note: str) -> str:
     if note.startswith("it fails with"):
         return note.partition(":")[0] + " on the mask of a tree, or on one row for many"
     return note
-
-
-def _read_log(log: Path | None) -> list[Result]:
-    if log is None or not log.exists():
-        return []
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [Result(**{**row, "case": zoo.Case(**row["case"])}) for row in rows]
 
 
 def main() -> None:
@@ -265,10 +240,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if not (chosen.all or chosen.only):
         parser.error("--all or --only")
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("hf_gradacc").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     cases = [
         case
         for case in zoo.all_cases()
@@ -279,7 +251,8 @@ def main() -> None:
         f"of {alike.NUM_ROWS} rows that begin alike, at most {ROWS_PER_MICRO_BATCH} a micro-batch, "
         f"layout = 'shared_prefix', windows and chunks of {WINDOW} tokens, rows of up to 32.\n\n"
         f"A second trial sees rows shorter than windows of {WIDE_WINDOW}; what it lets pass "
-        f"computes rows of up to {zoo_configs.MAX_LENGTH} tokens.\n\n{sweep(cases, chosen.log)}\n"
+        f"computes rows of up to {zoo_configs.MAX_LENGTH} tokens.\n\n"
+        f"{sweep_all(cases, chosen.log)}\n"
     )
     print(text)
     if not (chosen.no_file or chosen.only or chosen.head):

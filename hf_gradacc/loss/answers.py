@@ -128,7 +128,13 @@ class Loss:
         drew, gradient = self.has_drawn(), None
         if loss.requires_grad:
             with contextlib.suppress(RuntimeError):  # cuDNN's RNNs, in evaluation mode
-                parts = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+                parts = torch.autograd.grad(
+                    loss,
+                    chosen,
+                    retain_graph=True,  # layers that are remembered have it in common
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
                 first = parts[0].device  # a model may be spread over several
                 gradient = torch.cat([_in_double(part.to(first)).reshape(-1) for part in parts])
         return Answer(float(loss.detach()), gradient, drew, self._weighted)

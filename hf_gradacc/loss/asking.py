@@ -166,6 +166,7 @@ def ask(
     pad_token_id: int,
     left: bool,
     is_large: bool = False,
+    two_passes_follow: bool = False,
 ) -> LossFacts:
     """Find out what a loss is a mean over, and whether padding matters to it.
 
@@ -177,6 +178,7 @@ def ask(
         pad_token_id: What rows are widened by.
         left: Padding goes in front.
         is_large: See `is_costly`.
+        two_passes_follow: See `Evidence`.
 
     Raises:
         Exception: Whatever the model raises on the rows together.
@@ -190,6 +192,7 @@ def ask(
         "encoder_decoder": model.encoder_decoder,
         "main_input": main_input,
         "has_router_loss": has_router_loss(loss.model),
+        "two_passes_follow": two_passes_follow,
     }
     if num_rows > 1 and (known is not None or can_slice_rows(inputs, num_rows)):
         try:

@@ -67,6 +67,8 @@ class Evidence:
         encoder_decoder: Likewise.
         main_input: Likewise.
         has_router_loss: Likewise.
+        two_passes_follow: Two passes are measured next, so it is not asked how far rows with a
+            router loss are from adding up without them.
         num_rows: Likewise.
         take: Likewise.
     """
@@ -80,6 +82,7 @@ class Evidence:
         encoder_decoder: bool = False,
         main_input: str = "input_ids",
         has_router_loss: bool = False,
+        two_passes_follow: bool = False,
         num_rows: int | None = None,
         take: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
     ) -> None:
@@ -90,6 +93,7 @@ class Evidence:
         self.is_coarse = dtype in (torch.bfloat16, torch.float16)
         self.encoder_decoder = encoder_decoder
         self.has_router_loss = has_router_loss
+        self.two_passes_follow = two_passes_follow
         self.num_rows = num_rows or count_rows(inputs, main_input)
         self.take = take or partial(slice_rows, inputs)
         self.count = partial(count_targets, main_input=main_input)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ def probe_loss(
     facts = _facts(evidence)
     if facts.pad_to_one_width:
         return facts
-    add_up = not (facts.warnings or evidence.is_coarse or evidence.has_router_loss)
+    add_up = "rows_alone" in vars(evidence) and not (facts.warnings or evidence.has_router_loss)
     error = measure_padding(
         evidence,
         facts,
@@ -176,13 +176,19 @@ def measure_padding(
     if is_large and has_margin:
         others = []  # the first row says as much
     worst = 0.0
-    try:
-        pairs = [(evidence.together, _ask_for(evidence, facts, part)) for part in others]
+
+    def pairs() -> Iterator[tuple[Answer, Answer]]:
         if not rows_alone_add_up and width > trim_padding(evidence.rows[0])["input_ids"].shape[-1]:
-            pairs.append((evidence.first_alone, _first_row_padded(evidence, facts)))
-        for expected, actual in pairs:
+            yield evidence.first_alone, _first_row_padded(evidence, facts)
+        for part in others:
+            yield evidence.together, _ask_for(evidence, facts, part)
+
+    try:
+        for expected, actual in pairs():
             error = misfit(expected, [actual], [1], "mean")
             worst = max(worst, error[0] if evidence.fits(error) else max(error))
+            if not worst <= evidence.loss_limit:
+                break  # more would say no more
     except CANNOT_TAKE:
         return math.inf
     return worst
@@ -249,9 +255,13 @@ def _find(evidence: Evidence) -> tuple[Found | None, Errors, bool]:
         What was found, the errors under all rules, and whether padding explains them.
     """
     if evidence.has_router_loss:
-        return evidence.by_masks, evidence.errors_of(evidence.rows_alone), False
+        found = evidence.by_masks
+        if found is not None and evidence.two_passes_follow:
+            return found, {}, False
+        return found, evidence.errors_of(evidence.rows_alone), False
     errors: Errors = {}
-    if not evidence.is_coarse:
+    if not (evidence.is_coarse or "start_positions" in evidence.inputs):
+        # Where positions are classes, padding adds some, and rows without it tell no more.
         errors = evidence.errors_of(evidence.rows_alone)
         if found := evidence.first_fit(errors):
             return found, errors, False
@@ -285,7 +295,7 @@ def _find_with_own_count(evidence: Evidence) -> tuple[Found, Errors, bool] | Non
     if found is None or found[1] == "sum":
         return None
     evidence.wants_own_count = True
-    return found, {found: errors[found]}, is_padding
+    return found, {found: errors.get(found, _NOTHING)}, is_padding
 
 
 def _divided_by_its_count(evidence: Evidence, rule: TargetRule) -> bool:

@@ -3,7 +3,9 @@
 Most trials change what comes after the layers: which positions reach the LM head, which labels
 count, how the loss is computed. The layers are given the same tokens each time, and return the same
 numbers bit for bit. `RememberedLayers` keeps what they returned and returns it again, so such a
-trial costs the head and the loss alone.
+trial costs the head and the loss alone. So does masking labels in place, which asks for gradients
+as well: the graph of one forward is kept for that. It reaches the few last parameters that are
+asked for, and no deeper.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,15 +51,22 @@ class RememberedLayers:
         layers: From `find_layers`; None remembers nothing.
         has_drawn: Tells whether a random number was drawn in this forward. Such a forward is
             never remembered.
+        keeps_graph: Keep the graph of the last forward, too, for `repeating`.
     """
 
     def __init__(
-        self, layers: nn.Module | None, *, has_drawn: Callable[[], bool] = lambda: False
+        self,
+        layers: nn.Module | None,
+        *,
+        has_drawn: Callable[[], bool] = lambda: False,
+        keeps_graph: bool = False,
     ) -> None:
         self._layers = layers
         self._has_drawn = has_drawn
-        self._kept: list[tuple[Any, Any, list[tuple[Tensor, int]]]] = []
-        self._returns = False
+        self._keeps_graph = keeps_graph
+        self._kept: list[_Kept] = []
+        self._last: _Kept | None = None
+        self._returns = self._repeats = False
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -90,21 +100,68 @@ class RememberedLayers:
             self._returns = False
             self._kept.clear()
 
+    @contextlib.contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Return inside what the last forward returned, if the layers are given the same again.
+
+        With its graph: gradients of whatever is computed from it are those of a new forward.
+        """
+        if not self._keeps_graph:
+            yield
+            return
+        self._repeats = True
+        try:
+            with self.keeping():
+                yield
+        finally:
+            self._repeats, self._last = False, None
+
     def _call(self, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         assert self._layers is not None
         given = {k: v for k, v in kwargs.items() if k not in _AFTER_LAYERS}
         question = (*args, self._layers.training, given)
         if self._returns and not torch.is_grad_enabled():
-            for before, output, versions in self._kept:
-                if _same(before, question) and all(t._version == v for t, v in versions):
-                    return _detached(output)  # whoever puts something into it changes no other
+            for kept in self._kept:
+                if kept.answers(question):
+                    return _copied(kept.output, detached=True)
+        if self._repeats and torch.is_grad_enabled():
+            if self._last is not None and self._last.answers(question):
+                return _copied(self._last.output, detached=False)
+            self._last = None  # before another forward needs its memory
         result = forward(*args, **kwargs)
-        if len(self._kept) < _MOST_KEPT and not self._has_drawn():
-            output = _detached(result)
-            tensors: list[Tensor] = []
-            _collect((question, output), tensors)
-            self._kept.append((_detached(question), output, [(t, t._version) for t in tensors]))
+        if not self._has_drawn():
+            if len(self._kept) < _MOST_KEPT:
+                self._kept.append(_Kept.of(question, result, detached=True))
+            # Checkpointed layers, which only train, may unpack what they saved but once.
+            if self._keeps_graph and torch.is_grad_enabled() and not self._layers.training:
+                self._last = _Kept.of(question, result, detached=False)
         return result
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What layers were given and returned.
+
+    Attributes:
+        question: Given.
+        output: Returned.
+        versions: Their tensors, and how often each had been written to.
+    """
+
+    question: Any
+    output: Any
+    versions: list[tuple[Tensor, int]]
+
+    @classmethod
+    def of(cls, question: Any, result: Any, *, detached: bool) -> _Kept:
+        output = _copied(result, detached=detached)
+        tensors: list[Tensor] = []
+        _collect((question, output), tensors)
+        return cls(_copied(question, detached=True), output, [(t, t._version) for t in tensors])
+
+    def answers(self, question: Any) -> bool:
+        """Return whether the same is asked again, and nothing was written over since."""
+        return _same(self.question, question) and all(t._version == v for t, v in self.versions)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -132,16 +189,22 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _detached(value: Any) -> Any:
-    """Return a value without the graph of its tensors, which would hold activations."""
+def _copied(value: Any, *, detached: bool) -> Any:
+    """Return the same tensors in containers of their own, so that filling those changes no other.
+
+    Args:
+        value: What holds the tensors.
+        detached: Without their graph, which would hold activations.
+    """
+    copied = functools.partial(_copied, detached=detached)
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach() if detached else value
     if isinstance(value, ModelOutput):
-        return type(value)(**{key: _detached(part) for key, part in value.items()})
+        return type(value)(**{key: copied(part) for key, part in value.items()})
     if isinstance(value, dict):
-        return {key: _detached(part) for key, part in value.items()}
+        return {key: copied(part) for key, part in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_detached(part) for part in value)
+        return type(value)(copied(part) for part in value)
     return value
 
 

@@ -90,6 +90,7 @@ def estimate_memory(
     tokenizer: Any,
     arguments: Any,
     largest: int,
+    largest_as_rows: int = 0,
     label_names: list[str] | None = None,
     world_size: int = 1,
     available: float | None = None,
@@ -101,6 +102,8 @@ def estimate_memory(
         tokenizer: Its tokenizer; decides the vocabulary of a model from a config.
         arguments: Its `GradAccArguments`.
         largest: Tokens of the largest micro-batch, padding included.
+        largest_as_rows: Tokens of its rows, if they share prefixes that are computed once. Keys
+            and values, hidden states behind the layers, and logits are those of rows.
         label_names: Classification: the classes.
         world_size: Ranks.
         available: Bytes of the device, which decide on master weights; unknown by default.
@@ -148,16 +151,22 @@ def estimate_memory(
     kept, of_layer = _activations(model, config, tokens=largest, compute=compute, layers=layers)
     if recomputed:  # the input of each layer, and one layer anew
         kept = largest * config.hidden_size * compute * layers
+    shared = max(0, largest_as_rows - largest)
+    if shared:
+        in_layer = shared * _keys_and_values(config) * compute
+        of_layer += in_layer
+        # Behind the layers hidden states and their gradient.
+        kept += in_layer * (0 if recomputed else layers) + 2 * shared * config.hidden_size * compute
     task = recipe.model.task
     classes = config.vocab_size if task not in ("classification", "reward") else 0
-    at_once = largest
+    at_once = positions = largest + shared
     if task == "dpo":
-        at_once, classes = min(largest, _TRL_TILE[0]), min(classes, _TRL_TILE[1])
+        at_once, classes = min(positions, _TRL_TILE[0]), min(classes, _TRL_TILE[1])
     copies = task == "dpo" and recipe.peft.method == "none"
     if task == "causal_lm" and arguments.chunked_loss is not False:
         device_type = arguments.device.type
         at_once = min(
-            largest, rows_per_chunk(classes, width=config.hidden_size, device_type=device_type)
+            positions, rows_per_chunk(classes, width=config.hidden_size, device_type=device_type)
         )
     return MemoryEstimate(
         num_parameters=total,
@@ -185,6 +194,13 @@ def anonymous_bytes() -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def _keys_and_values(config: Any) -> int:
+    """Return the numbers that a layer keeps of a token others attend to."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * size * (getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _activations(

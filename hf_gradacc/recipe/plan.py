@@ -87,6 +87,11 @@ class RecipePlan:
         return max(way.largest for way in self.ways if way.chosen or way.stands_in)
 
     @property
+    def largest_as_rows(self) -> int:
+        """Tokens of the rows of a micro-batch, at most: those of shared prefixes once a row."""
+        return max(way.largest_as_rows for way in self.ways if way.chosen or way.stands_in)
+
+    @property
     def depends_on_model(self) -> bool:
         """Whether the model decides between two ways: no weights are loaded, so none has tried."""
         return any(way.stands_in for way in self.ways)

@@ -125,6 +125,7 @@ def show_plan(
         tokenizer=tokenizer,
         arguments=arguments,
         largest=plan.largest,
+        largest_as_rows=plan.largest_as_rows,
         label_names=data.label_names,
         world_size=world_size,
         available=gpu_memory,
@@ -212,9 +213,10 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
     )
     console.print(f"\n[bold]Ways to cut the same updates[/bold]{of}")
     sharing = plan.sharing
-    computed = ["computed, tokens"] if sharing else []
+    computed = ["computed\ntokens"] if sharing else []
     table = _table(
-        *("micro-batches of", *computed, "padding", "micro-batches", "largest, tokens", "")
+        *("micro-batches of", *computed, "padding", "micro-\nbatches", "largest\ntokens", ""),
+        gap=1,  # a plan of millions of tokens fits a terminal of 80 columns
     )
     for way in plan.ways:
         table.add_row(
@@ -223,9 +225,11 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
             f"{way.padding_fraction:.1%}",
             f"{way.micro_batches.mean:.1f}",
             f"{way.largest:,}",
-            _mark(way, plan),
+            _mark(way),
         )
     console.print(table)
+    if any("*" in way.name for way in plan.ways):
+        console.print("* the budget of the first updates; then it is tuned", highlight=False)
     if sharing:
         console.print(
             f"rows begin alike: {sharing.shared_fraction:.0%} of the input tokens need not be "
@@ -243,12 +247,11 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
         )
 
 
-def _mark(way: WayToPlan, plan: RecipePlan) -> str:
+def _mark(way: WayToPlan) -> str:
     """Mark the way that the recipe plans."""
     if way.stands_in:
         return "<- else"
-    allowed = ", where the model allows it" if plan.depends_on_model else ""
-    return f"<- this recipe{allowed}" if way.chosen else ""
+    return "<- taken" if way.chosen else ""
 
 
 def _who_takes(plan: RecipePlan, sharing: WayToPlan) -> str:
@@ -324,9 +327,9 @@ def _print_time(
     console.print(table)
 
 
-def _table(*headers: str) -> Table:
+def _table(*headers: str, gap: int = 2) -> Table:
     """Aligned columns without lines: the same in a terminal, a log file and a notebook."""
-    table = Table(*headers, box=None, show_header=bool(headers), pad_edge=False, padding=(0, 2))
+    table = Table(*headers, box=None, show_header=bool(headers), pad_edge=False, padding=(0, gap))
     for index in range(len(headers) or 3):
         if not headers:
             table.add_column()

@@ -72,6 +72,8 @@ class WayToPlan:
         shared_fraction: Input tokens that need not be computed, since a row before begins alike,
             over all input tokens.
         largest: Tokens of the largest micro-batch, padding included.
+        largest_as_rows: Tokens of the rows of a micro-batch, at most, padding included: more than
+            are computed where prefixes are shared.
         chosen: Whether the recipe plans this way.
         stands_in: Whether it does so if the model does not allow the way that is chosen.
     """
@@ -82,6 +84,7 @@ class WayToPlan:
     computed_per_update: float
     shared_fraction: float
     largest: int
+    largest_as_rows: int
     chosen: bool = False
     stands_in: bool = False
 
@@ -145,7 +148,7 @@ def plan_ways(
     as_asked = {} if packed else {"max_tokens_per_micro_batch": max_tokens, "layout": "packed"}
     limit = f"{by_tokens.collator.max_tokens:,} tokens"
     if budget == "auto":
-        limit = f"{limit} (then tuned)"
+        limit = f"{limit}*"  # the screen says that it is tuned
     limit_as_asked = limit if budget else f"{size} rows"
     sharing, takes_sharing = _cut_as_trees(load, arguments, rows)
     # Whoever asks for sharing by name and may not share is refused, and cut in no other way.
@@ -205,6 +208,7 @@ class _Share:
     Attributes:
         update: Which update.
         sizes: Tokens that each micro-batch computes, with what it stands behind.
+        as_rows: Tokens of the rows of each, padding included.
         num_input_tokens: Tokens of its rows.
         num_shared_tokens: How many of them are not computed.
         num_kept_again: How many of all `sizes` are kept, and were computed for one before.
@@ -212,6 +216,7 @@ class _Share:
 
     update: int
     sizes: list[int]
+    as_rows: list[int]
     num_input_tokens: int
     num_shared_tokens: int = 0
     num_kept_again: int = 0
@@ -246,11 +251,12 @@ def _cut(
         else:
             own = [read(index) for index in kept]
             plan, trees = collator.cut_rows(collator.sequences(own), lengths, at_random=at_random)
-        sizes, shared, again = [], 0, 0
+        sizes, as_rows, shared, again = [], [], 0, 0
         beginning: Sequence[Any] = ()
         for piece, grown in itertools.zip_longest(plan, trees):
             widths = [lengths[i] for i in piece]
             padded = sum(widths) if collator.packed else len(widths) * max(widths)
+            as_rows.append(padded)
             if grown is None or grown.are_rows:
                 sizes.append(padded)
             else:
@@ -261,7 +267,8 @@ def _cut(
                 sizes.append(grown.num_computed + grown.kept)
                 computed = grown.num_tokens + (0 if beginning == before else grown.kept)
                 shared += int(rows.tokens[[kept[i] for i in piece]].sum()) - computed
-        found.append(_Share(share.update, sizes, int(rows.tokens[kept].sum()), shared, again))
+        num_input_tokens = int(rows.tokens[kept].sum())
+        found.append(_Share(share.update, sizes, as_rows, num_input_tokens, shared, again))
     return found
 
 
@@ -330,7 +337,7 @@ def _cut_like_stock(loader: UpdateLoader, rows: RowsToPlan, *, size: int) -> lis
             lengths = rows.costs[share].tolist()
             plan = plan_micro_batches(lengths, max_sequences=size, keep_order=True)
             sizes = [len(piece) * max(lengths[i] for i in piece) for piece in plan]
-            found.append(_Share(update, sizes, int(rows.tokens[share].sum())))
+            found.append(_Share(update, sizes, sizes, int(rows.tokens[share].sum())))
     return found
 
 
@@ -346,6 +353,7 @@ def _way(name: str, cut: Sequence[_Share], *, chosen: bool = False, stands_in: b
         computed_per_update=computed / len({share.update for share in cut}),
         shared_fraction=shared / max(tokens, 1),
         largest=max(sizes, default=0),
+        largest_as_rows=max((size for share in cut for size in share.as_rows), default=0),
         chosen=chosen,
         stands_in=stands_in,
     )

@@ -69,8 +69,8 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
         "requested": the options as the user wrote them; "effective_batch_size" or
         "tokens_per_update": the one that decides, over all ranks; "world_size"; and, where the
         loader is ours, "max_sequences_per_micro_batch", "max_tokens_per_micro_batch", and
-        "shares_prefixes" if rows that begin alike are computed as trees; "families" and
-        "rows_in_families" if those are drawn together.
+        "shares_prefixes" if rows that begin alike are computed as trees in some updates;
+    "families" and "rows_in_families" if those are drawn together.
     """
     requested = {name: getattr(args, name) for name in BATCH_OPTIONS if hasattr(args, name)}
     facts: dict[str, Any] = {"requested": requested, "world_size": getattr(args, "world_size", 1)}
@@ -93,7 +93,8 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
     ):
         if hasattr(collator, theirs):
             facts[ours] = getattr(collator, theirs)
-    if getattr(collator, "shares_prefixes", False):
+    # An update that measures the noise scale computes rows, and with 1 each update does.
+    if getattr(collator, "shares_prefixes", False) and getattr(args, "noise_scale_every", 0) != 1:
         facts["shares_prefixes"] = True
     if families := getattr(sampler, "families", None):
         facts["families"], facts["rows_in_families"] = len(families), families.num_rows

@@ -18,6 +18,7 @@ from hf_gradacc.loss.asking import (
     ask,
     choose_mode,
     dtype_computed_in,
+    has_router_loss,
     held_in_mode,
     is_costly,
     sample_of,
@@ -36,7 +37,7 @@ from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, devices_of
 from hf_gradacc.safety.waiting import telling
-from hf_gradacc.trainer.coupling import find_coupling
+from hf_gradacc.trainer.coupling import find_coupling, may_balance_experts
 from hf_gradacc.trainer.overrides import definers
 from hf_gradacc.trainer.terms import ask_terms
 from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
@@ -123,7 +124,10 @@ def ask_trainer(
         )
         remembers = not engine.lockstep and trainer.compute_loss_func is None and not is_foreign
         layers = RememberedLayers(
-            find_layers(bare) if remembers else None, has_drawn=trace.has_drawn
+            find_layers(bare) if remembers else None,
+            has_drawn=trace.has_drawn,
+            # A router loss is asked by masks, whatever else is.
+            keeps_graph=has_router_loss(bare),
         )
         try:
             progress.begin("asking the model how its loss counts", usual=1 + count_rows(asked))
@@ -133,7 +137,14 @@ def ask_trainer(
                 )
             with held_in_mode(bare, training=training):
                 facts = _ask_in_mode(
-                    trainer, loss, asked, known, dtype=dtype, engine=engine, is_large=is_large
+                    trainer,
+                    loss,
+                    asked,
+                    known,
+                    layers=layers,
+                    dtype=dtype,
+                    engine=engine,
+                    is_large=is_large,
                 )
         except GradAccError:
             raise
@@ -175,6 +186,8 @@ def ask_trainer(
                 fails = int(not shortcuts.bodies)
                 if largest_over_ranks(fails, device=args.device):
                     shortcuts = shortcuts.without_trees("another rank could not compute trees")
+            else:
+                shortcuts = shortcuts.without_trees(_why_untried(args.layout))
     _tell(bare, facts, is_news=stated == "auto")
     if collator is not None and shortcuts is not None:
         collator.packed = shortcuts.packed
@@ -183,6 +196,16 @@ def ask_trainer(
         )
         collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
+
+
+def _why_untried(layout: str) -> str:
+    """Say why trees were not even tried on the model."""
+    if layout == "auto":
+        return (
+            "the rows looked at do not begin alike, so it was not tried; "
+            "layout = 'shared_prefix' tries it whatever they are"
+        )
+    return f"layout = {layout!r} lays out rows as they are"
 
 
 class _Progress:
@@ -220,6 +243,7 @@ def _ask_in_mode(
     asked: Mapping[str, Any],
     known: ProbeRows | None,
     *,
+    layers: RememberedLayers,
     dtype: torch.dtype,
     engine: Engine,
     is_large: bool,
@@ -228,9 +252,17 @@ def _ask_in_mode(
     stated, style = trainer.args.loss_is_mean_over, padding_style(trainer)
     parts = partial(_two_parts, asked, known)
 
-    def ask_one(one: Loss) -> LossFacts:
+    def ask_one(one: Loss, *, two_passes_follow: bool = False) -> LossFacts:
         if stated == "auto":
-            return ask(one, asked, known, dtype=dtype, is_large=is_large, **style)
+            return ask(
+                one,
+                asked,
+                known,
+                dtype=dtype,
+                is_large=is_large,
+                two_passes_follow=two_passes_follow,
+                **style,
+            )
         return stated_facts(one, asked, stated, dtype=dtype, is_large=is_large, **style)
 
     settler = trainer._loss_settler
@@ -244,17 +276,28 @@ def _ask_in_mode(
         return of_terms
     if settler.added is not None:  # another release of TRL, or a loss that adds still more
         settler.added, loss = None, loss.computed_by(loss.compute)
-    return find_coupling(
-        trainer,
-        loss,
-        asked,
-        parts(),
-        ask_one(loss),
-        dtype=dtype,
-        engine=engine,
-        rows_per_sequence=1 if known is None else known.rows_per_sequence,
-        left=style["left"],
-    )
+
+    def ask_with_passes(*, two_passes_follow: bool) -> LossFacts:
+        with layers.repeating():
+            facts = ask_one(loss, two_passes_follow=two_passes_follow)
+        return find_coupling(
+            trainer,
+            loss,
+            asked,
+            parts(),
+            facts,
+            dtype=dtype,
+            engine=engine,
+            rows_per_sequence=1 if known is None else known.rows_per_sequence,
+            left=style["left"],
+        )
+
+    if may_balance_experts(trainer, loss.model):
+        # Two passes most often settle it, and how far rows are from it is of no interest then.
+        facts = ask_with_passes(two_passes_follow=True)
+        if facts.coupling is not None:
+            return facts
+    return ask_with_passes(two_passes_follow=False)
 
 
 def _two_parts(inputs: Mapping[str, Any], known: ProbeRows | None) -> list[Mapping[str, Any]]:

@@ -78,15 +78,17 @@ def _timed_for_layout(trainer: Any, update: Update, budget: TokenBudget) -> Iter
     started = time.perf_counter()
     yield
     _finish_device_work(device)
-    # Trees that would save too little were not taken: such an update compares nothing, and neither
-    # does one that ran out of memory and was run again.
-    if budget.cap == cap and (has_trees or not update.takes_trees):
+    # Where trees would save too little, none were taken: such an update compares nothing, and
+    # neither does one that ran out of memory and was run again.
+    if budget.cap == cap and update.takes_trees and not has_trees:
+        turns.note_without_saving()
+    elif budget.cap == cap:
         turns.note(
             has_trees,
             seconds=time.perf_counter() - started,
             num_tokens=sum(micro_batch.num_input_tokens for micro_batch in update),
         )
-        trainer.update_collator.takes_trees = turns.with_trees
+    trainer.update_collator.takes_trees = turns.with_trees
     if turns.settled:
         logger.info(turns.describe())
         record_event(trainer, "layout_tuned", text=turns.describe() + ".", alert=False)

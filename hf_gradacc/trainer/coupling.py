@@ -30,7 +30,7 @@ from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.updates.collator import make_micro_batch
 
-__all__ = ["find_coupling", "measure_coupling"]
+__all__ = ["find_coupling", "may_balance_experts", "measure_coupling"]
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +45,13 @@ def _find_router_loss(trainer: Any, model: nn.Module, facts: LossFacts) -> Coupl
     plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
     is_compiled = plugin is not None and plugin.backend != DynamoBackend.NO
     return find_router_loss(model, compiled=is_compiled or trainer.args.torch_compile)
+
+
+def may_balance_experts(trainer: Any, model: nn.Module) -> bool:
+    """Return whether two passes are likely to make a model's router loss exact."""
+    if trainer.args.update_passes == 1 or not has_router_loss(model):
+        return False
+    return find_router_loss(model) is not None
 
 
 _FINDERS: tuple[Finder, ...] = (_find_router_loss,)

@@ -290,6 +290,7 @@ def _trees_in(trainer: Any, inputs: Any) -> Trees | None:
     if not collator.takes_trees:  # rows have proved faster on this device, see `LayoutTurns`
         return None
     names = ("input_ids", "attention_mask")
+    # The loader has moved the batch already, and counting its targets has waited for the device.
     rows: dict[str, Any] = {
         name: value.cpu() if isinstance(value := inputs.get(name), Tensor) else value
         for name in names

@@ -169,15 +169,26 @@ class LayoutTurns:
     >>> turns.with_trees, turns.describe()
     (False, 'layout: rows, since trees take 2.00 of their time')
 
+    Ranks may settle differently, each by its own clock. That changes neither a gradient nor who is
+    dealt what: rows are dealt by costs that all ranks know, and each cuts its share by itself.
+
     Attributes:
         with_trees: Whether the next update may be planned as trees.
         settled: Nothing is compared any more.
         tried: Seconds per input token with trees, and without.
+        num_without_saving: Updates that trees would have saved too little of.
     """
 
     with_trees: bool = True
     settled: bool = False
     tried: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    num_without_saving: int = 0
+
+    def note_without_saving(self) -> None:
+        """Count an update of rows because trees would save too little; many settle on rows."""
+        self.num_without_saving += 1
+        if not self.settled and self.num_without_saving >= _ENOUGH_UPDATES:
+            self.settled, self.with_trees = True, False
 
     def note(self, with_trees: bool, *, seconds: float, num_tokens: int) -> None:
         """Take in one finished update and choose the layout of the next.
@@ -196,6 +207,11 @@ class LayoutTurns:
 
     def describe(self) -> str:
         """Describe what was found, in one line."""
+        if min(map(len, self.tried.values())) < _TRIES_OF_THE_BEST:
+            return (
+                f"layout: rows, since trees would have saved too little in "
+                f"{self.num_without_saving} updates"
+            )
         taken, others = ("trees", "") if self.with_trees else ("rows", "since trees ")
         return f"layout: {taken}, {others or 'which '}take {self._ratio():.2f} of " + (
             "the time of rows" if self.with_trees else "their time"

@@ -90,6 +90,46 @@ def test_a_forward_that_drew_random_numbers_is_not_remembered():
         assert counted.loss() != counted.loss()
 
 
+def last_gradients(model, **changes):
+    loss = model(**BATCH | changes).loss
+    return loss, *torch.autograd.grad(loss, [model.model.norm.weight], retain_graph=True)
+
+
+def test_masked_labels_are_asked_with_gradients_through_the_graph_of_one_forward():
+    counted = Counted(dtype=torch.float64)
+    model, labels = counted.model, BATCH["labels"]
+    row = torch.arange(len(labels)).unsqueeze(1)
+    masked = [labels.where(row == i, -100) for i in range(len(labels))]
+    expected = [last_gradients(model, labels=part) for part in masked]
+    memory, counted.runs = RememberedLayers(find_layers(model), keeps_graph=True), 0
+    with memory.keeping():
+        last_gradients(model)
+    with memory.repeating():
+        got = [last_gradients(model, labels=part) for part in masked]
+        assert counted.runs == 1
+        last_gradients(model, input_ids=BATCH["input_ids"].flip(0))
+        assert counted.runs == 2
+        last_gradients(model)  # the last forward is kept, and no other
+        assert counted.runs == 3
+        model.train()
+        last_gradients(model)
+        last_gradients(model)
+        assert counted.runs == 5
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    model.eval()
+    last_gradients(model)
+    assert counted.runs == 6
+
+
+def test_without_being_told_no_graph_is_kept():
+    counted = Counted()
+    memory = RememberedLayers(find_layers(counted.model))
+    with memory.keeping(), memory.repeating():
+        last_gradients(counted.model)
+        last_gradients(counted.model)
+    assert counted.runs == 2
+
+
 class OwnLayers(LlamaModel):
     """May do what no second look would repeat."""
 

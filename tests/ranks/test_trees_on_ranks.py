@@ -47,6 +47,17 @@ def test_two_ranks_of_trees_take_the_steps_of_the_whole_batch(name):
     assert ranks[0]["eval_loss"] == pytest.approx(ranks[1]["eval_loss"], rel=1e-12)
 
 
+def test_ranks_whose_clocks_settle_differently_take_the_steps_of_the_whole_batch():
+    """Each cuts its share by itself, and ranks in lockstep wait for the one with more pieces."""
+    options = {"sharded": True, "max_tokens_per_micro_batch": 80}
+    ranks = run_ranks(train_trees, 2, on_rows=1, **options)
+    assert ranks[0]["trees"] >= 2
+    assert ranks[1]["trees"] == 0
+    for rank in ranks:
+        for mine, expected in zip(rank["gradients"], truth(), strict=True):
+            assert relative_error(mine, expected) < 1e-11
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_layers_that_are_computed_again_on_two_ranks_see_the_tree(reentrant):
     kwargs = {"use_reentrant": reentrant}

@@ -3,6 +3,7 @@
 Its memory counts what a real model has.
 """
 
+import dataclasses
 import io
 import json
 import random
@@ -15,7 +16,9 @@ from rich.console import Console
 from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
+from hf_gradacc.loss.tree_hooks import computing_these
 from hf_gradacc.loss.tree_masks import takes_rows
+from hf_gradacc.loss.trees import lay_out_trees
 from hf_gradacc.ranks.layout import RankLayout
 from hf_gradacc.recipe.activations import kept_for_backward
 from hf_gradacc.recipe.load import load_recipe
@@ -28,6 +31,8 @@ from hf_gradacc.recipe.sections import PeftSection, Recipe
 from hf_gradacc.recipe.shipped import find_recipe
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.targets import TargetRule
+from hf_gradacc.updates.tree_cost import TreeCost
+from hf_gradacc.updates.tree_plan import trees_of
 
 LENGTHS = [2, 3, 4, 5, 6, 7, 30]
 
@@ -243,8 +248,8 @@ def test_rows_that_hardly_begin_alike_are_planned_without_a_word_of_it():
 @pytest.mark.parametrize(
     ("layout", "mark", "words"),
     [
-        ("auto", "<- this recipe, where the model allows it", "taken by auto where the model"),
-        ("shared_prefix", "<- this recipe", "asked for"),
+        ("auto", "<- taken", "taken by auto where the model"),
+        ("shared_prefix", "<- taken", "asked for"),
         ("padded", "", "not taken by this recipe"),
     ],
 )
@@ -254,12 +259,45 @@ def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words
     console = Console(record=True, width=200, file=io.StringIO())
     _print_ways(plan, console)
     shown = console.export_text().splitlines()
-    assert "computed, tokens" in shown[2]
+    assert "computed" in shown[2]
     line = next(line for line in shown if "shared prefixes" in line)
     assert line.rstrip().endswith(mark)
     assert f"{plan.sharing.computed_per_update:,.0f}" in line
     assert f"begin alike: {plan.sharing.shared_fraction:.0%} of the input tokens" in shown[-1]
     assert words in shown[-1]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_ways_to_cut_updates_fit_a_terminal(columns):
+    table = datasets.Dataset.from_list(rows_of_few_prompts(60, prompts=4))
+    options = arguments(max_tokens_per_micro_batch="auto")
+    plan = plan_recipe(table, arguments=options, task="causal_lm", world_size=2)
+    large = [
+        dataclasses.replace(
+            way,
+            name=way.name.replace("1,024", "131,072"),
+            computed_per_update=1_048_576,
+            largest=131_072,
+        )
+        for way in plan.ways
+    ]
+    plan = dataclasses.replace(plan, ways=tuple(large))
+    console = Console(record=True, width=columns, file=io.StringIO())
+    _print_ways(plan, console)
+    shown = console.export_text()
+    assert "…" not in shown
+    lines = shown.splitlines()
+    table_lines = lines[2 : 4 + len(plan.ways)]
+    assert max(len(line.rstrip()) for line in table_lines) <= 80
+    assert table_lines[0].split() == ["computed", "micro-", "largest"]
+    headings = ("micro-batches", "of", "tokens", "padding", "batches", "tokens")
+    assert tuple(table_lines[1].split()) == headings
+    assert table_lines[-1].split() == [
+        *("131,072", "tokens*,", "shared", "prefixes", "1,048,576"),
+        *(f"{large[-1].padding_fraction:.1%}", f"{large[-1].micro_batches.mean:.1f}"),
+        *("131,072", "<-", "taken"),
+    ]
+    assert lines[-2 if "begin alike" in lines[-1] else -3].startswith("* the budget")
 
 
 @pytest.mark.parametrize(
@@ -367,6 +405,53 @@ def test_memory_counts_the_weights_that_a_real_model_has(method):
         sharded, tokenizer=Tokenizer(), arguments=arguments(), largest=64, world_size=4
     )
     assert spread.total < memory.total
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 1])
+def test_memory_of_shared_prefixes_is_what_their_trees_keep(key_value_heads):
+    """A head of 150 tokens before 24 rows of 6: most tokens are seen by rows and computed once."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": key_value_heads}
+    model = {"config": {"model_type": "llama", **sizes}, "dtype": "float32"}
+    recipe = Recipe.model_validate({"model": model, "data": {"train": "rows.jsonl"}})
+    ids = torch.cat([torch.arange(150).expand(24, -1) % 97, torch.arange(144).view(24, 6) % 89], 1)
+    grown = trees_of(ids.tolist(), TreeCost(by_rows=True))
+    trees = lay_out_trees(ids, None, grown.rows, by_rows=True)
+    body = load_model(recipe.model, tokenizer=Tokenizer()).train().model
+
+    def as_trees():
+        with computing_these([body], trees, ids, None):
+            return body(input_ids=ids).last_hidden_state
+
+    real = bytes_kept(body, as_trees)
+    whole, undercounted = (
+        estimate_memory(
+            recipe,
+            tokenizer=Tokenizer(),
+            arguments=arguments(chunked_loss=False),
+            largest=grown.num_computed,
+            largest_as_rows=as_rows,
+        )
+        for as_rows in (ids.numel(), 0)
+    )
+    assert whole.logits == ids.numel() * 100 * 12 > 8 * undercounted.logits
+    assert 0.95 * real < whole.activations < 1.6 * real
+    assert undercounted.activations < 0.92 * real
+
+
+def bytes_kept(model, forward):
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize(

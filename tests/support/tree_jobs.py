@@ -6,6 +6,8 @@ import contextlib
 import tempfile
 from typing import Any
 
+from transformers import TrainerCallback
+
 from .common_prompts import rows_of_prompts, watching_calls
 from .kept_rows import KEEPING, keeping_always, rows_behind, watching_kept
 from .rank_jobs import FSDP2, WholeGradients, allow_sharding_on_cpu
@@ -19,14 +21,29 @@ NUM_ROWS, PER_UPDATE = 25, 12
 """Rows, and those of an update; the last of an epoch has one, and one rank has none."""
 
 
+class _SettledOnRows(TrainerCallback):
+    """Computes rows from the first update on."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.update_collator.takes_trees = False
+
+
 def train_trees(
-    *, sharded: bool = False, in_float64: bool = True, **options: Any
+    *,
+    sharded: bool = False,
+    in_float64: bool = True,
+    on_rows: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train an epoch of rows that begin alike, and say what was computed as trees.
 
     Args:
         sharded: By FSDP2, so that ranks run as many micro-batches.
         in_float64: Without the float32 of norms; not where layers are computed again.
+        on_rows: A rank whose clock has settled on rows.
         **options: Of the trainer.
     """
     if sharded:
@@ -47,6 +64,8 @@ def train_trees(
             eval_dataset=rows[:7],
             **{"layout": "shared_prefix", **settings, **options},
         )
+        if trainer.args.process_index == on_rows:
+            trainer.add_callback(_SettledOnRows(trainer))
         trainer.train()
         trained = calls.num_trained_trees
         evaluated = trainer.evaluate()

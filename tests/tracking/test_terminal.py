@@ -72,17 +72,30 @@ def test_the_terminal_tells_the_plan_and_what_to_do_next(tmp_path, capsys):
     assert any(line.endswith(f"hf-gradacc report {tmp_path / 'out'}") for line in lines)
 
 
+ALIKE = [
+    {
+        "input_ids": [*range(4, 24), *row["input_ids"]],
+        "attention_mask": [1] * 20 + row["attention_mask"],
+        "labels": [-100] * 20 + row["labels"],
+    }
+    for row in ragged_rows(24)
+]
+
+
+def test_a_run_that_measures_noise_in_each_update_is_not_said_to_share(tmp_path, capsys):
+    told = []
+    for every in (1, 2):
+        options = {"effective_batch_size": 8, "max_steps": 2, "noise_scale_every": every}
+        trainer = make_trainer(tmp_path / str(every), ALIKE, **options)
+        trainer.train()
+        assert trainer.update_collator.shares_prefixes
+        told.append("common prefixes" in capsys.readouterr().out)
+    assert told == [False, True]
+
+
 def test_the_terminal_tells_that_prefixes_are_shared_and_how_much(tmp_path, capsys):
-    rows = [
-        {
-            "input_ids": [*range(4, 24), *row["input_ids"]],
-            "attention_mask": [1] * 20 + row["attention_mask"],
-            "labels": [-100] * 20 + row["labels"],
-        }
-        for row in ragged_rows(24)
-    ]
     options = {"effective_batch_size": 8, "max_tokens_per_micro_batch": 128}
-    trainer = make_trainer(tmp_path / "out", rows, **options)
+    trainer = make_trainer(tmp_path / "out", ALIKE, **options)
     trainer.train()
     lines = capsys.readouterr().out.splitlines()
     told = next(line for line in lines if line.strip().startswith("micro-batch"))

@@ -15,7 +15,15 @@ from support.reference import (
     reference_gradient,
     relative_error,
 )
-from support.tiny import VOCABULARY, Recorder, log_rows, make_trainer, pad, tiny_llama
+from support.tiny import (
+    VOCABULARY,
+    Recorder,
+    log_rows,
+    make_trainer,
+    pad,
+    ragged_rows,
+    tiny_llama,
+)
 from support.windows import windows_of
 from support.zoo import case_named
 from support.zoo_runs import train_ours
@@ -306,6 +314,14 @@ def test_it_trains_on_in_silence_where_nobody_asked(name, caplog):
     assert relative_error(run.gradient, expected) <= 1e-10
     assert REFUSED[name] in trainers[0].shortcuts.reason("shared_prefix")
     assert "shared_prefix" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("layout", "why"), [("auto", "do not begin alike"), ("padded", "layout = 'padded'")]
+)
+def test_where_trees_were_not_tried_the_reason_says_so(tmp_path, layout, why):
+    trainer, _, _ = train(tmp_path, rows=ragged_rows(12), layout=layout)
+    assert why in trainer.shortcuts.reason("shared_prefix")
 
 
 def test_a_prompt_in_front_is_refused(tmp_path):

@@ -210,6 +210,29 @@ def test_the_layout_that_is_faster_here_stays(of_trees, expected, lag):
     assert turns.with_trees is expected
 
 
+@pytest.mark.parametrize("compared", [0, 2])
+def test_where_trees_never_save_enough_turns_settle_on_rows(compared):
+    turns = LayoutTurns()
+    for way in [True, False] * compared:
+        turns.note(way, seconds=0.5 if way else 1.0, num_tokens=70)
+    for num_updates in range(1, 21):
+        assert not turns.settled
+        turns.note_without_saving()
+        assert turns.num_without_saving == num_updates
+    assert (turns.settled, turns.with_trees) == (True, False)
+    assert turns.describe() == "layout: rows, since trees would have saved too little in 20 updates"
+
+
+def test_what_was_settled_stays_whatever_later_updates_save():
+    turns = LayoutTurns()
+    while not turns.settled:
+        turns.note(turns.with_trees, seconds=0.5 if turns.with_trees else 1.0, num_tokens=70)
+    for _ in range(30):
+        turns.note_without_saving()
+    assert turns.with_trees
+    assert turns.describe().startswith("layout: trees")
+
+
 HEAD = list(range(5, 25))
 ALIKE = [
     {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
@@ -248,6 +271,28 @@ def test_a_run_that_tunes_compares_both_and_goes_on_with_the_faster(
     shared = [stats.num_shared_tokens > 0 for stats in noting.kept]
     assert {True, False} == set(shared)
     assert set(shared[-4:]) == {faster == "trees"}
+
+
+def test_a_run_whose_updates_hold_no_rows_that_begin_alike_settles_on_rows(tmp_path):
+    """Every other row does, and an update is two rows."""
+    others = [
+        {name: list(reversed(row[name])) for name in row} if i % 2 else row
+        for i, row in enumerate(ALIKE)
+    ]
+    trainer = make_trainer(
+        tmp_path,
+        others,
+        effective_batch_size=2,
+        train_sampling_strategy="sequential",
+        max_tokens_per_micro_batch="auto",
+        max_steps=44,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    assert trainer.update_collator.shares_prefixes
+    turns = trainer.token_budget.turns
+    assert (turns.settled, turns.with_trees) == (True, False)
+    assert not trainer.update_collator.takes_trees
 
 
 class Noting(TrainerCallback):

@@ -226,7 +226,7 @@ def test_what_a_rank_has_tuned_or_measured_moves_no_row_to_another_rank():
         collator.shares_prefixes = True
         collator.share_budget()
     after.max_tokens = 16_384
-    after.tree_cost = TreeCost(50, masked=9.0)
+    after.tree_cost, after.takes_trees = TreeCost(50, masked=9.0), False
     lengths, dataset = [len(row) for row in rows], [{"input_ids": row} for row in rows]
     first, second = (
         deal_update(collator, lengths, 4, lambda: sort_rows(dataset), attention_length=600)
