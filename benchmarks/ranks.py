@@ -224,7 +224,7 @@ def train(ours: bool, steps: int, profiled: bool, ranks: int) -> tuple[dict[str,
 def print_collectives() -> None:
     print("\n| collectives in one update, 2 ranks | stock DDP | ours |\n|---|---|---|")
     counts = [
-        run_ranks(train, 2, timeout=300, ours=ours, steps=3, profiled=True, ranks=2)[0][0]
+        run_ranks(train, 2, still_after=300, ours=ours, steps=3, profiled=True, ranks=2)[0][0]
         for ours in (False, True)
     ]
     for key in sorted({key for count in counts for key in count}):
@@ -240,7 +240,7 @@ def print_times(rounds: int, steps: int) -> None:
         for ranks in (1, 2):
             for ours in (False, True):
                 job = {"ours": ours, "steps": steps, "profiled": False, "ranks": ranks}
-                _, own = run_ranks(train, ranks, timeout=500, **job)[0]
+                _, own = run_ranks(train, ranks, still_after=500, **job)[0]
                 seconds.setdefault((ours, ranks), []).append(float(np.median(own)))
                 done = f"{'ours' if ours else 'stock'}, {ranks} ranks: {np.median(own):.2f} s"
                 print(done, file=sys.stderr, flush=True)

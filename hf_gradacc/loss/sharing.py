@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.facts import Compared, differ, have_moved, rounding_of
 from hf_gradacc.loss.kept import KeptBeginning, why_not_kept_by
-from hf_gradacc.loss.shortcuts import Setting, Shortcuts, other_tokens
+from hf_gradacc.loss.shortcuts import Setting, Shortcuts
 from hf_gradacc.loss.tree_hooks import computing_trees, is_same, watching_bodies
 from hf_gradacc.loss.tree_masks import takes_rows, why_no_masks
 from hf_gradacc.loss.trees import Trees, lay_out_trees
+from hf_gradacc.loss.trials import other_tokens
 from hf_gradacc.updates.targets import count_targets
 
 __all__ = [

@@ -23,7 +23,8 @@ from hf_gradacc.loss.layouts import (
     pack_rows,
     without_mask,
 )
-from hf_gradacc.loss.shortcuts import Setting, Shortcuts, Trial, can_try_shortcuts
+from hf_gradacc.loss.shortcuts import Setting, Shortcuts
+from hf_gradacc.loss.trials import Trial, can_try_shortcuts
 from hf_gradacc.trainer.asking import has_foreign_loss
 from hf_gradacc.updates.targets import TargetRule
 
