@@ -87,6 +87,20 @@ def test_every_update_has_the_gradient_of_its_rows_at_once(options):
     assert sum(shared) / len(shared) > 0.35 > 0.2 > sum(less) / len(less)
 
 
+def test_families_are_shared_even_if_the_rows_looked_at_first_have_nothing_in_common():
+    """Two answers each to 80 questions, far apart: the model is tried for the families' sake."""
+    firsts = rows_of_prompts(80, seed=6, prompts=2000)
+    seconds = [
+        {key: [*values, 5] for key, values in row.items()} for row in firsts[3:] + firsts[:3]
+    ]
+    options = {"max_steps": 2, "layout": "auto"}
+    with training(firsts + seconds, group_by_prefix=False, **options) as apart:
+        assert not apart.update_collator.foresees_sharing
+        assert apart.calls.num_trained_trees == 0
+    with training(firsts + seconds, **options) as together:
+        assert together.calls.num_trained_trees > 0
+
+
 class Map(Dataset):
     """Gives rows one at a time, and draws a random number for each."""
 
