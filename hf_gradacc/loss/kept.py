@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_gradacc.loss.tree_attention import Held, RowAttention, hold
+from hf_gradacc.loss.held import Held, hold
+from hf_gradacc.loss.tree_attention import RowAttention
 from hf_gradacc.updates.update import start_copy
 
 __all__ = ["KeptBeginning", "KeptBody", "held_outputs", "why_not_kept_by"]
