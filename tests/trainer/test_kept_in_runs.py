@@ -344,6 +344,21 @@ def test_adapters_that_are_off_at_times_see_no_beginning_computed_with_them(monk
     assert relative_error(*gradients) < 1e-12
 
 
+class Offloads(GradAccTrainer):
+    def training_step(self, *args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            return super().training_step(*args, **kwargs)
+
+
+def test_a_graph_whose_tensors_are_taken_elsewhere_is_not_kept(monkeypatch, expected):
+    lines = []
+    monkeypatch.setattr(step.logger, "warning_once", lines.append)
+    with training(trainer_class=Offloads) as trainer:
+        assert trainer.kept == []
+        assert error_of(trainer, expected) < 1e-12
+    assert any("moved elsewhere" in line for line in lines)
+
+
 def test_layers_without_a_graph_are_noticed_when_they_run(monkeypatch, expected):
     lines = []
     monkeypatch.setattr(step.logger, "warning_once", lines.append)
