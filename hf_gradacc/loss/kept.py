@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_gradacc.loss.tree_attention import Held, RowAttention, hold
+from hf_gradacc.loss.held import Held, hold
+from hf_gradacc.loss.tree_attention import RowAttention
 from hf_gradacc.updates.update import start_copy
 
 __all__ = ["KeptBeginning", "KeptBody", "held_outputs", "why_not_kept_by"]
@@ -80,6 +81,8 @@ class KeptBeginning:
             self.refused = "its loss calls the model several times with the same rows"
         elif known is not None and known.state != state:
             self.refused = "its layers are set to something else between micro-batches"
+        elif _moves_saved_tensors():
+            self.refused = "activations are moved elsewhere until the end of each micro-batch"
         self._called.add(id(body))
         if self.refused:
             return None
@@ -161,6 +164,12 @@ def _state_of(body: nn.Module) -> tuple[Any, ...]:
         if isinstance(getattr(module, "disable_adapters", None), bool)  # PEFT's layers
     )
     return torch.is_grad_enabled(), body.training, adapters
+
+
+def _moves_saved_tensors() -> bool:
+    """Return whether hooks take what a graph saves, as offloading does: TRL's forget it at once."""
+    autograd: Any = torch._C._autograd
+    return autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _why_not_caught(caught: Mapping[int, Sequence[tuple[Tensor, Tensor, bool]]], num: int) -> str:

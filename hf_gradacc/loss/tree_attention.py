@@ -22,18 +22,15 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_gradacc.loss.held import Held, in_front, repeat
 from hf_gradacc.updates.update import start_copy
 
 __all__ = [
     "Group",
-    "Held",
     "Marker",
     "RowAttention",
     "attending_by_rows",
     "group_rows",
-    "hold",
-    "repeat",
-    "repeat_behind",
 ]
 
 _CALL = 4096
@@ -185,31 +182,6 @@ class Marker:
         return torch.cat([group.keys.reshape(-1) for group in self.groups])
 
 
-@dataclass(frozen=True)
-class Held:
-    """A tensor of kept tokens, cut off from the graph that it came out of.
-
-    Attributes:
-        state: Its values ``[tokens, ...]``.
-        source: The tensor itself; None if no gradient goes back.
-        leaf: Of its shape, where gradients of micro-batches add up, in float32 or wider. It has no
-            values of its own, and takes no memory.
-    """
-
-    state: Tensor
-    source: Tensor | None = None
-    leaf: Tensor | None = None
-
-
-def hold(states: Tensor) -> Held:
-    """Cut a tensor off from its graph, and make room for gradients if it has one."""
-    if not states.requires_grad:
-        return Held(states)
-    wide = torch.promote_types(states.dtype, torch.float32)
-    room = torch.zeros((), dtype=wide, device=states.device).expand(states.shape)
-    return Held(states.detach(), states, room.requires_grad_())
-
-
 Kept = Mapping[int, tuple[Held, Held]]
 """Keys and values of kept tokens ``[tokens, heads, width]``, by the ``id`` of the attention."""
 
@@ -331,36 +303,6 @@ def _attend(
     return collected.unsqueeze(0)
 
 
-def repeat(states: Tensor, places: Tensor) -> Tensor:
-    """Take rows of a tensor, some of them several times, along its first dimension.
-
-    As ``index_select``, but what comes back to a row from many places is added up in float32 or
-    wider: the sum over all rows that share a token is one of many small parts.
-    """
-    taken: Tensor = _Repeat.apply(states, places)  # type: ignore[no-untyped-call]
-    return taken
-
-
-class _Repeat(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.num_tokens = len(states)
-        return states.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return _add_up(grad, places, ctx.num_tokens).to(grad.dtype), None
-
-
-def _add_up(grad: Tensor, places: Tensor, num_tokens: int) -> Tensor:
-    """Add up what comes back to each token, in float32 or wider."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    total = torch.zeros((num_tokens, *grad.shape[1:]), dtype=wide, device=grad.device)
-    return total.index_add_(0, places, grad.to(wide))
-
-
 def _split(states: Tensor, places: Sequence[Tensor], kept: Held | None = None) -> list[Tensor]:
     """Split ``[tokens of all groups, heads, width]`` into ``[rows, heads, seq, width]`` of each.
 
@@ -372,51 +314,8 @@ def _split(states: Tensor, places: Sequence[Tensor], kept: Held | None = None) -
         for part, of_group in zip(split, places, strict=True)
     ]
     if kept is not None:
-        in_front: Any = _InFront.apply
-        parts = [in_front(kept.leaf, kept.state, part) for part in parts]
+        parts = [in_front(kept, part) for part in parts]
     return [part.transpose(1, 2) for part in parts]
-
-
-class _InFront(torch.autograd.Function):
-    """Put kept tokens in front of each row; what comes back to them is added up over the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor | None, state: Tensor, own: Tensor) -> Tensor:
-        ctx.num_kept = len(state)
-        return torch.cat((state.expand(len(own), *state.shape), own), dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
-        total = None
-        if ctx.needs_input_grad[0]:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            total = grad[:, : ctx.num_kept].sum(0, dtype=wide)
-        return total, None, grad[:, ctx.num_kept :]
-
-
-def repeat_behind(kept: Held, states: Tensor, places: Tensor) -> Tensor:
-    """As `repeat`, of kept tokens and those behind them, laid end to end."""
-    apply: Any = _RepeatBehind.apply
-    taken: Tensor = apply(kept.leaf, kept.state, states, places)
-    return taken
-
-
-class _RepeatBehind(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, leaf: Tensor | None, state: Tensor, states: Tensor, places: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.num_kept, ctx.num_tokens = len(state), len(state) + len(states)
-        return torch.cat((state, states)).index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
-        (places,) = ctx.saved_tensors
-        total = _add_up(grad, places, ctx.num_tokens)
-        kept, own = total[: ctx.num_kept], total[ctx.num_kept :].to(grad.dtype)
-        # Apart: a view would hold on to the sums of this micro-batch's own tokens.
-        return kept.clone() if ctx.needs_input_grad[0] else None, None, own, None
 
 
 class _Spread(torch.autograd.Function):

@@ -20,14 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_gradacc.loss.held import repeat, repeat_behind
 from hf_gradacc.loss.kept import KeptBody
 from hf_gradacc.loss.layouts import find_head
-from hf_gradacc.loss.tree_attention import (
-    RowAttention,
-    attending_by_rows,
-    repeat,
-    repeat_behind,
-)
+from hf_gradacc.loss.tree_attention import RowAttention, attending_by_rows
 from hf_gradacc.loss.tree_masks import tree_masks
 from hf_gradacc.loss.tree_targets import TreeTargets
 from hf_gradacc.loss.trees import Trees

@@ -20,10 +20,20 @@ from hf_gradacc.updates.prefixes import Sorted
 from hf_gradacc.updates.tree_cost import BRANCH, HELD, TreeCost
 from hf_gradacc.updates.tree_plan import GrownTrees, SharedPlan, fill_bins, grow_trees, plan_trees
 
-__all__ = ["MOST_KEPT", "KeptRun", "choose_kept", "count_kept", "plan_with_kept"]
+__all__ = [
+    "LEAST_KEPT_SAVING",
+    "MOST_KEPT",
+    "KeptRun",
+    "choose_kept",
+    "count_kept",
+    "plan_with_kept",
+]
 
 MOST_KEPT = 3 / 4
 """Part of a micro-batch's budget that a kept beginning may take."""
+
+LEAST_KEPT_SAVING = 0.02
+"""Beginnings are kept where that promises to save this part of a plan; less than that is noise."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,8 @@ def plan_with_kept(
         overhead_tokens: What one more micro-batch costs, in computed tokens.
 
     Returns:
-        The cheaper plan, with and without. Micro-batches behind one beginning stand in a row.
+        The plan with kept beginnings if it saves `LEAST_KEPT_SAVING`, else that without.
+        Micro-batches behind one beginning stand in a row.
 
     >>> from hf_gradacc.updates.prefixes import sort_by_prefix
     >>> rows = sort_by_prefix([[*range(20), n, n] for n in range(30, 38)])
@@ -95,7 +106,7 @@ def plan_with_kept(
         [trees for part in parts for trees in part.trees],
         [of_piece for part in parts for of_piece in part.costs],
     )
-    return kept if kept.cost < plain.cost else plain
+    return kept if kept.cost < (1 - LEAST_KEPT_SAVING) * plain.cost else plain
 
 
 def _plan_behind(

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.kept import why_not_kept_by
 from hf_gradacc.loss.sharing import choose_sharing, drops_out
 
 SHORT = 3
@@ -156,6 +157,15 @@ def even_rows():
     for row in rows:
         row["input_ids"] = [2 * (token // 2) for token in row["input_ids"]]
     return rows
+
+
+class CountsFromItsFirst(LlamaModel):
+    """Takes the first position that it is given for that of the row."""
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        first = 0 if position_ids is None else position_ids.min()
+        ids = None if position_ids is None else position_ids - first // 2
+        return super().forward(input_ids=input_ids, position_ids=ids, **kwargs)
 
 
 LEAKS = {
@@ -325,3 +335,42 @@ def test_dropout_is_seen_in_modules_and_in_numbers():
     assert drops_out(tiny_llama(attention_dropout=0.1))
     assert drops_out(nn.Sequential(nn.Dropout(0.1)))
     assert not drops_out(nn.Sequential(nn.Dropout(0.0)))
+
+
+# ---- beginnings that are kept --------------------------------------------------------------------
+
+
+def with_sdpa(body_class=LlamaModel):
+    model = tiny_llama(attn_implementation="sdpa")
+    model.model.__class__ = body_class
+    return model
+
+
+def test_a_beginning_may_be_kept_where_attention_goes_row_by_row():
+    with float64_everywhere():
+        assert try_out(with_sdpa(), pad(even_rows())).not_kept == ""
+
+
+def test_nothing_is_kept_under_a_mask():
+    with float64_everywhere():
+        found = try_out(tiny_llama(attn_implementation="eager"), pad(even_rows()))
+    assert found.bodies
+    assert "row by row" in found.not_kept
+    assert "sdpa" in why_not_kept_by(tiny_llama(attn_implementation="flex_attention").config)
+
+
+def test_a_model_that_cannot_stand_behind_a_beginning_computes_trees_all_the_same():
+    with float64_everywhere():
+        found = try_out(with_sdpa(CountsFromItsFirst), pad(even_rows()))
+    assert found.refused == ""
+    assert found.by_rows
+    assert "differ" in found.not_kept or "its loss as a tree" in found.not_kept
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_positions_that_depend_on_the_longest_row_are_refused(kind):
+    config = with_sdpa().config
+    config.rope_parameters = {"full_attention": {"rope_type": kind}}
+    assert "rotary" in why_not_kept_by(config)
+    config.rope_parameters = {"rope_type": "linear"}
+    assert why_not_kept_by(config) == ""

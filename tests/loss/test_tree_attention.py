@@ -7,7 +7,8 @@ import torch
 from support.reference import float64_everywhere
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_gradacc.loss.tree_attention import Marker, attending_by_rows, group_rows, repeat
+from hf_gradacc.loss.held import repeat
+from hf_gradacc.loss.tree_attention import Marker, attending_by_rows, group_rows
 from hf_gradacc.loss.trees import lay_out_trees
 
 ROWS = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [7, 8], [1, 2, 9], [7, 8], [7, 8, 3, 3, 3, 3, 3]]

@@ -12,13 +12,13 @@ import torch
 from support.failing import Failure
 from support.kept_rows import KEEPING, NUM_ROWS, keeping_always, rows_behind, watching_kept
 from support.reference import float64_everywhere, reference_gradient, relative_error
+from support.resume_jobs import train_and_report
 from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
 
 from hf_gradacc import GradAccTrainer
 from hf_gradacc.loss import kept as kept_module
-from hf_gradacc.loss import tree_attention
+from hf_gradacc.loss.held import Held, hold, in_front
 from hf_gradacc.loss.kept import KeptBeginning
-from hf_gradacc.loss.tree_attention import Held
 from hf_gradacc.trainer import step
 from hf_gradacc.updates.prefixes import count_distinct_tokens, sort_by_prefix
 
@@ -108,14 +108,14 @@ def positions_that_start_again(monkeypatch):
 def sums_in_bfloat16(monkeypatch):
     stock = kept_module.hold
 
-    def hold(states):
+    def broken(states):
         held = stock(states)
         if held.leaf is None:
             return held
         leaf = torch.zeros((), dtype=torch.bfloat16).expand(states.shape)
         return replace(held, leaf=leaf.requires_grad_())
 
-    monkeypatch.setattr(kept_module, "hold", hold)
+    monkeypatch.setattr(kept_module, "hold", broken)
 
 
 def keys_alone(monkeypatch):
@@ -216,6 +216,28 @@ def test_a_failed_attempt_keeps_nothing_and_the_next_one_is_exact(expected, wher
             assert error_of(trainer, expected) < 1e-12
             assert trainer.kept == []
     assert not any(body() for body in made)
+
+
+# ---- resumed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_beginnings_is_resumed_bit_for_bit(tmp_path):
+    options = KEEPING | {
+        "rows": [*rows_behind(), *rows_behind(seed=1)],
+        "prepare": lambda trainer: trainer.model.set_attn_implementation("sdpa"),
+        "effective_batch_size": NUM_ROWS,
+        "max_steps": 6,
+        "logging_steps": 1,
+    }
+    with watching_kept() as kept:
+        whole = train_and_report(str(tmp_path / "whole"), **options)
+    assert len(kept) >= 6
+    train_and_report(str(tmp_path / "parts"), stop=2, **options)
+    again = train_and_report(str(tmp_path / "parts"), resume=True, **options)
+    assert again["logs"] == whole["logs"]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(again["weights"][name], weight)
 
 
 # ---- rows, steps and models that are not as they were planned ------------------------------------
@@ -322,6 +344,21 @@ def test_adapters_that_are_off_at_times_see_no_beginning_computed_with_them(monk
     assert relative_error(*gradients) < 1e-12
 
 
+class Offloads(GradAccTrainer):
+    def training_step(self, *args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            return super().training_step(*args, **kwargs)
+
+
+def test_a_graph_whose_tensors_are_taken_elsewhere_is_not_kept(monkeypatch, expected):
+    lines = []
+    monkeypatch.setattr(step.logger, "warning_once", lines.append)
+    with training(trainer_class=Offloads) as trainer:
+        assert trainer.kept == []
+        assert error_of(trainer, expected) < 1e-12
+    assert any("moved elsewhere" in line for line in lines)
+
+
 def test_layers_without_a_graph_are_noticed_when_they_run(monkeypatch, expected):
     lines = []
     monkeypatch.setattr(step.logger, "warning_once", lines.append)
@@ -353,9 +390,9 @@ def test_bfloat16_is_as_near_as_whole_trees_are(monkeypatch, expected, way):
 
 def test_what_comes_back_to_kept_tokens_is_added_up_in_float32():
     kept = torch.ones(2, 1, 3, dtype=torch.bfloat16, requires_grad=True)
-    held = tree_attention.hold(kept)
+    held = hold(kept)
     own = torch.zeros(512, 1, 1, 3, dtype=torch.bfloat16)
-    put = tree_attention._InFront.apply(held.leaf, held.state, own)
+    put = in_front(held, own)
     for _ in range(4):
         (put * 1.0).sum().backward(retain_graph=True)
     assert held.leaf.grad.dtype == torch.float32
