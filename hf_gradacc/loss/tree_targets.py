@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_gradacc.loss.tree_attention import Held, repeat, repeat_behind
+from hf_gradacc.loss.held import Held, repeat, repeat_behind
 from hf_gradacc.loss.trees import Trees
 from hf_gradacc.updates.update import start_copy
 
