@@ -70,7 +70,7 @@ def describe_batch(args: Any, train_dataloader: Any = None) -> dict[str, Any]:
         "tokens_per_update": the one that decides, over all ranks; "world_size"; and, where the
         loader is ours, "max_sequences_per_micro_batch", "max_tokens_per_micro_batch", and
         "shares_prefixes" if rows that begin alike are computed as trees in some updates;
-    "families" and "rows_in_families" if those are drawn together.
+        "families" and "rows_in_families" if those are drawn together.
     """
     requested = {name: getattr(args, name) for name in BATCH_OPTIONS if hasattr(args, name)}
     facts: dict[str, Any] = {"requested": requested, "world_size": getattr(args, "world_size", 1)}
