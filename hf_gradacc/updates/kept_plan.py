@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,9 @@ def plan_with_kept(
     [(20, (8,)), (20, (8,))]
     """
     limits: dict[str, Any] = {"max_tokens": max_tokens, "max_sequences": max_sequences}
-    plain = plan_trees(found, cost, overhead_tokens=overhead_tokens, **limits)
-    runs = choose_kept(found, cost, overhead_tokens=overhead_tokens, **limits)
+    trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
+    plain = plan_trees(found, cost, overhead_tokens=overhead_tokens, trees=trees, **limits)
+    runs = choose_kept(found, cost, overhead_tokens=overhead_tokens, trees=trees, **limits)
     if not runs:
         return plain
     parts = [_plan_behind(found, run, cost, overhead_tokens, **limits) for run in runs]
@@ -154,13 +155,14 @@ def choose_kept(
     max_tokens: int | None = None,
     max_sequences: int | None = None,
     overhead_tokens: int = 0,
+    trees: Sequence[tuple[int, int, int]] | None = None,
 ) -> list[KeptRun]:
     """Choose runs of neighbours whose common beginning pays to be kept.
 
     A run that does not fit into a micro-batch keeps what all its rows begin with, or is parted
     where neighbours have least in common, and each part decides for itself. The places where it may
-    be parted make a binary tree (a Cartesian tree of what neighbours share), and its nodes are
-    priced from the smallest run up, so the time grows with the number of rows.
+    be parted make a tree (a Cartesian tree of what neighbours share), and its nodes are priced from
+    the smallest run up, so the time grows with the number of rows.
 
     Args:
         rows: From `sort_by_prefix`.
@@ -168,6 +170,7 @@ def choose_kept(
         max_tokens: Most tokens in a micro-batch.
         max_sequences: Most rows in one.
         overhead_tokens: What one more micro-batch costs, in computed tokens.
+        trees: What is grown of the rows without keeping anything, if that is known.
 
     Returns:
         The runs, in order; none that overlap.
@@ -176,23 +179,23 @@ def choose_kept(
     has_limit = max_tokens is not None or max_sequences is not None
     if not (cost.keeps and cost.by_rows and has_limit) or n < 3 or rows.rows_each > 1:
         return []
-    prices = _Prices(rows, cost, max_tokens, max_sequences, overhead_tokens)
+    if trees is None:
+        trees = grow_trees(rows, cost, max_tokens=max_tokens, max_rows=max_sequences)
+    prices = _Prices(rows, cost, trees, max_tokens, max_sequences, overhead_tokens)
     # What a run costs at best, and whether it keeps its beginning for that.
     best: dict[tuple[int, int], tuple[float, int]] = {}
-    nodes = _nodes(rows.shared)
-    parts = {(start, stop): middle for start, stop, middle in nodes}
-    for start, stop, middle in nodes:
+    parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for start, stop, cuts in prices.too_large(_nodes(rows.shared)):
+        inside = list(itertools.pairwise([start, *cuts, stop]))
+        apart = sum(best[part][0] if part in best else prices.plain(*part) for part in inside)
         plain, num_kept = prices.plain(start, stop), 0
-        apart = sum(
-            best[part][0] if part in best else prices.plain(*part)
-            for part in ((start, middle), (middle, stop))
-        )
         least = min(plain, apart)
-        kept, price = prices.kept(start, stop, int(rows.shared[middle]))
+        kept, price = prices.kept(start, stop, int(rows.shared[cuts[0]]))
         if price < least:
             least, num_kept = price, kept
         # -1: its parts decide.
         best[start, stop] = least, num_kept or (-1 if apart < plain else 0)
+        parts[start, stop] = inside
     chosen: list[KeptRun] = []
     waiting = [(0, n)]
     while waiting:
@@ -203,7 +206,7 @@ def choose_kept(
         if num_kept > 0:
             chosen.append(KeptRun(*run, num_kept))
         elif num_kept < 0:
-            waiting += [(run[0], parts[run]), (parts[run], run[1])]
+            waiting += parts[run]
     return sorted(chosen, key=lambda run: run.start)
 
 
@@ -214,6 +217,7 @@ class _Prices:
         self,
         rows: Sorted,
         cost: TreeCost,
+        trees: Sequence[tuple[int, int, int]],
         max_tokens: int | None,
         max_sequences: int | None,
         overhead_tokens: int,
@@ -225,7 +229,6 @@ class _Prices:
         first = np.asarray(cost.row(rows.lengths), dtype=float) + BRANCH
         branch = np.asarray(cost.branch(own, rows.lengths), dtype=float)
         # What rows cost and hold as trees are grown today, from which runs are cut out.
-        trees = grow_trees(rows, cost, max_tokens=max_tokens, max_rows=max_sequences)
         self.begins = np.zeros(len(own), dtype=bool)
         self.begins[[start for start, *_ in trees]] = True
         self.more = first - branch
@@ -234,6 +237,24 @@ class _Prices:
         self.held = _sums(own + HELD * rows.shared)
         self.held_as_trees = _sums(np.where(self.begins, rows.lengths, own + HELD * rows.shared))
         self.shortest = _RangeMinimum(rows.lengths)
+
+    def too_large(
+        self, nodes: list[tuple[int, int, list[int]]]
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """Yield the runs that do not fit into one micro-batch; in others nothing is kept."""
+        start, stop, cut = (
+            np.array(which, dtype=np.int64)
+            for which in zip(*((a, b, cuts[0]) for a, b, cuts in nodes), strict=True)
+        )
+        is_large = np.zeros(len(nodes), dtype=bool)
+        if self.max_sequences is not None:
+            is_large |= stop - start > self.max_sequences
+        if self.max_tokens is not None:
+            shared = self.rows.shared
+            held = self.held[stop] - self.held[start]
+            held += (1 - HELD) * shared[start] + HELD * shared[cut]
+            is_large |= held > self.max_tokens
+        return (nodes[i] for i in np.flatnonzero(is_large).tolist())
 
     def num_micro_batches(self, held: float, num_rows: int, kept: int = 0) -> float:
         """Estimate how many micro-batches rows take, part of the last one as a part."""
@@ -292,25 +313,27 @@ class _RangeMinimum:
         return int(min(row[start], row[stop - (1 << level)]))
 
 
-def _nodes(shared: np.ndarray) -> list[tuple[int, int, int]]:
+def _nodes(shared: np.ndarray) -> list[tuple[int, int, list[int]]]:
     """Part the places where neighbours share least, and the parts likewise.
 
     Returns:
-        ``(start, stop, middle)`` of each run of two rows or more: it is parted in front of
-        ``middle``. Runs stand behind the runs that they are made of.
+        ``(start, stop, cuts)`` of each run of two rows or more: it is parted in front of each cut.
+        Runs stand behind the runs that they are made of.
 
-    >>> _nodes(np.array([0, 2, 1, 3]))
-    [(0, 2, 1), (2, 4, 3), (0, 4, 2)]
+    >>> _nodes(np.array([0, 2, 1, 3, 1]))
+    [(0, 2, [1]), (2, 4, [3]), (0, 5, [2, 4])]
     """
-    nodes: list[tuple[int, int, int]] = []
-    # Cuts whose right end is open, what they share growing; each with the start of its run.
-    open_cuts: list[tuple[int, int]] = []
+    nodes: list[tuple[int, int, list[int]]] = []
+    # Runs whose right end is open, what they share growing.
+    open_runs: list[tuple[int, int, list[int]]] = []
     n = len(shared)
     for place, least in enumerate([*shared[1:].tolist(), -1], start=1):
         start = place - 1
-        while open_cuts and shared[open_cuts[-1][1]] > least:
-            start, cut = open_cuts.pop()
-            nodes.append((start, place, cut))
-        if place < n:
-            open_cuts.append((start, place))
+        while open_runs and open_runs[-1][0] > least:
+            _, start, cuts = open_runs.pop()
+            nodes.append((start, place, cuts))
+        if open_runs and open_runs[-1][0] == least:
+            open_runs[-1][2].append(place)
+        elif place < n:
+            open_runs.append((least, start, [place]))
     return nodes

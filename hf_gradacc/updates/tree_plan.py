@@ -237,13 +237,16 @@ def plan_trees(
     max_tokens: int | None = None,
     max_sequences: int | None = None,
     overhead_tokens: int = 0,
+    trees: Sequence[tuple[int, int, int]] | None = None,
 ) -> SharedPlan:
     """As `plan_shared_micro_batches`, of rows that are sorted already.
 
     Rows that stay together are one entry of a piece, and collated as blocks, see `slice_rows`.
+    Trees that were grown already are not grown again.
     """
-    trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
-    trees.sort(key=lambda tree: -tree[2])
+    if trees is None:
+        trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
+    trees = sorted(trees, key=lambda tree: -tree[2])
     if not trees:
         return SharedPlan([], [], [])
     if cost.by_rows:
@@ -290,21 +293,22 @@ def fill_bins(
     Returns:
         The trees of each micro-batch.
     """
+    shared = np.concatenate(([0], np.cumsum(rows.shared))).tolist()
     bins: list[list[tuple[int, int, int]]] = []
-    room: list[list[float]] = []
-    most = [max_tokens or math.inf, max_sequences or math.inf]
+    # Room of as many micro-batches as there may be.
+    tokens = np.full(len(trees), float(max_tokens or math.inf))
+    sequences = np.full(len(trees), float(max_sequences or math.inf))
     for tree in trees:
         first, last, computed = tree
-        size = computed + HELD * float(rows.shared[first + 1 : last].sum())
+        size = computed + HELD * (shared[last] - shared[first + 1])
         size += held_by_each * (last - first)
-        fits = (k for k, (a, b) in enumerate(room) if size <= a and last - first <= b)
-        place = next(fits, len(bins))
+        has_room = (tokens[: len(bins)] >= size) & (sequences[: len(bins)] >= last - first)
+        place = int(has_room.argmax()) if has_room.any() else len(bins)
         if place == len(bins):
             bins.append([])
-            room.append(list(most))
         bins[place].append(tree)
-        room[place][0] -= size
-        room[place][1] -= last - first
+        tokens[place] -= size
+        sequences[place] -= last - first
     return bins
 
 
