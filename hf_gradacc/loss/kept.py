@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradacc.errors import LossError
 from hf_gradacc.loss.held import Held, hold
 from hf_gradacc.loss.tree_attention import RowAttention
 from hf_gradacc.updates.update import start_copy
@@ -24,6 +25,12 @@ __all__ = ["KeptBeginning", "KeptBody", "held_outputs", "why_not_kept_by"]
 
 _BY_LENGTH = ("dynamic", "longrope")
 """Kinds of rotary positions that turn otherwise the longer the longest row of a micro-batch is."""
+
+_WRITTEN = (
+    "weights were written to while the micro-batches of an update ran (on_substep_end?), and what "
+    "their rows begin with was computed before that.\n"
+    "  Write to them once the update is over, or set layout = 'padded'."
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class KeptBeginning:
         if id(body) in self._called:
             self.refused = "its loss calls the model several times with the same rows"
         elif known is not None and known.state != state:
-            self.refused = "its layers are set to something else between micro-batches"
+            self.refused = "its layers are set or written to between micro-batches"
         elif _moves_saved_tensors():
             self.refused = "activations are moved elsewhere until the end of each micro-batch"
         self._called.add(id(body))
@@ -103,7 +110,11 @@ class KeptBeginning:
         return known
 
     def close(self) -> None:
-        """Send back what micro-batches have summed up, once, and free everything."""
+        """Send back what micro-batches have summed up, once, and free everything.
+
+        Raises:
+            LossError: If weights are not those that it was computed with.
+        """
         held = [one for body in self._bodies.values() for one in _all_held(body)]
         self._bodies = {}
         reached = [
@@ -112,9 +123,14 @@ class KeptBeginning:
             if one.source is not None and one.leaf is not None and one.leaf.grad is not None
         ]
         if reached:
-            sources, sums = zip(*reached, strict=True)
-            torch.autograd.backward(sources, [total.to(source.dtype) for source, total in reached])
-            del sources, sums
+            sources = tuple(source for source, _ in reached)
+            totals = [total.to(source.dtype) for source, total in reached]
+            try:
+                torch.autograd.backward(sources, totals)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise LossError(_WRITTEN) from error
 
 
 def _by_token(states: Tensor) -> Tensor:
@@ -157,13 +173,17 @@ def _all_held(body: KeptBody) -> Iterator[Held]:
 
 
 def _state_of(body: nn.Module) -> tuple[Any, ...]:
-    """Return what decides, besides its weights, what a body computes: adapters may be off."""
+    """Return what decides what a body computes: adapters may be off, weights written to.
+
+    Of weights only how often, and what is written by ``.data`` torch does not count.
+    """
     adapters = tuple(
         (module.disable_adapters, str(getattr(module, "active_adapters", "")))
         for module in body.modules()
         if isinstance(getattr(module, "disable_adapters", None), bool)  # PEFT's layers
     )
-    return torch.is_grad_enabled(), body.training, adapters
+    written = sum(p._version for p in body.parameters() if not p.is_inference())
+    return torch.is_grad_enabled(), body.training, adapters, written
 
 
 def _moves_saved_tensors() -> bool:

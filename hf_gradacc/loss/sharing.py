@@ -428,6 +428,8 @@ def why_not_kept_by_options(args: Any) -> str:
     again = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {})
     if again and again.get("use_reentrant"):
         return "gradient checkpointing with use_reentrant = True computes layers without a graph"
+    if getattr(args, "activation_offloading", False):  # TRL's
+        return "activation_offloading expects each backward to read all that was saved before it"
     return ""
 
 

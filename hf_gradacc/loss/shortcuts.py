@@ -100,6 +100,11 @@ class Shortcuts:
         """Return why a shortcut is not taken, empty if it is."""
         return dict(self.refused).get(name, "")
 
+    def without_kept(self, why: str) -> Shortcuts:
+        """Keep no beginning; `why` counts unless another reason is known."""
+        known = () if self.reason("kept_beginnings") else (("kept_beginnings", why),)
+        return replace(self, keeps_beginnings=False, refused=self.refused + known)
+
     def without_trees(self, why: str) -> Shortcuts:
         """Compute rows as they are; `why` counts unless another reason is known."""
         known = () if self.reason("shared_prefix") else (("shared_prefix", why),)

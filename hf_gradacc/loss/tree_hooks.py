@@ -235,6 +235,8 @@ class _Hooks:
             return trees
         others = {key: value for key, value in given.items() if key not in _KNOWN}
         ids = trees.ids
+        if any(map(_is_foreign, _hooks_on(body))):
+            trees.behind.refused = "a hook on its layers as a whole would not see it"
         self.kept = trees.behind.of(body, others, attention=self.attention, ids=ids)
         return trees.whole().to(ids.device) if self.kept is None else trees
 
@@ -249,6 +251,16 @@ class _Hooks:
         if self.targets is not None:
             self.targets.note(in_trees, _states_of(rows), behind=held)
         return rows
+
+
+def _hooks_on(module: nn.Module) -> Iterator[Any]:
+    """Yield the hooks that a call of a module runs, and ``forward`` alone does not."""
+    for name in ("_forward_pre", "_forward", "_backward_pre", "_backward"):
+        yield from vars(module)[f"{name}_hooks"].values()
+
+
+def _is_foreign(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") != __name__
 
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "use_cache")

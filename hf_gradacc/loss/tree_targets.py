@@ -121,7 +121,9 @@ class TreeTargets:
             behind: Those of a kept beginning in front of the trees.
         """
         self._noted = None
-        if isinstance(in_trees, Tensor) and isinstance(of_rows, Tensor) and of_rows.ndim == 3:
+        if not (isinstance(in_trees, Tensor) and isinstance(of_rows, Tensor)):
+            return
+        if of_rows.ndim == 3 and not of_rows.is_inference():
             self._noted = _Noted(in_trees, behind, of_rows, of_rows._version)
 
     def read(self, hidden: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_gradacc.loss.probe_rows import choose_probe_rows
+from hf_gradacc.updates.kept_plan import count_kept
 from hf_gradacc.updates.loader import UpdateLoader
 from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.prefixes import sort_by_prefix
@@ -251,22 +252,23 @@ def _cut(
         else:
             own = [read(index) for index in kept]
             plan, trees = collator.cut_rows(collator.sequences(own), lengths, at_random=at_random)
-        sizes, as_rows, shared, again = [], [], 0, 0
-        beginning: Sequence[Any] = ()
+        sizes, as_rows, shared = [], [], 0
+        beginnings: list[tuple[int, ...]] = []
         for piece, grown in itertools.zip_longest(plan, trees):
             widths = [lengths[i] for i in piece]
             padded = sum(widths) if collator.packed else len(widths) * max(widths)
             as_rows.append(padded)
+            beginnings.append(())
             if grown is None or grown.are_rows:
                 sizes.append(padded)
             else:
-                # A kept beginning is computed in front of the first micro-batch behind it.
-                before = beginning
-                beginning = _sequences(own[piece[0]])[0][: grown.kept] if grown.kept else ()
-                again += grown.kept if beginning == before else 0
+                if grown.kept:
+                    tokens = _sequences(own[piece[0]])[0][: grown.kept]
+                    beginnings[-1] = tuple(map(int, tokens))
                 sizes.append(grown.num_computed + grown.kept)
-                computed = grown.num_tokens + (0 if beginning == before else grown.kept)
-                shared += int(rows.tokens[[kept[i] for i in piece]].sum()) - computed
+                shared += int(rows.tokens[[kept[i] for i in piece]].sum()) - grown.num_tokens
+        num_kept = count_kept(beginnings)  # as training counts them
+        again, shared = sum(map(len, beginnings)) - num_kept, shared - num_kept
         num_input_tokens = int(rows.tokens[kept].sum())
         found.append(_Share(share.update, sizes, as_rows, num_input_tokens, shared, again))
     return found

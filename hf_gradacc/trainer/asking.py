@@ -182,10 +182,7 @@ def ask_trainer(
                         setting=setting,
                         dtype=dtype,
                     )
-                # Ranks deal rows by it: if one of them ran out of memory here, none shares.
-                fails = int(not shortcuts.bodies)
-                if largest_over_ranks(fails, device=args.device):
-                    shortcuts = shortcuts.without_trees("another rank could not compute trees")
+                shortcuts = _agree_on_trees(shortcuts, device=args.device)
             else:
                 shortcuts = shortcuts.without_trees(_why_untried(args.layout))
     _tell(bare, facts, is_news=stated == "auto")
@@ -196,6 +193,21 @@ def ask_trainer(
         )
         collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
+
+
+def _agree_on_trees(shortcuts: Shortcuts, *, device: torch.device) -> Shortcuts:
+    """Let all ranks compute trees alike, since they deal rows by what those cost.
+
+    A rank that ran out of memory in a trial has found less than the others.
+    """
+    ways = (shortcuts.keeps_beginnings, shortcuts.trees_by_rows, bool(shortcuts.bodies), True)
+    mine = ways.index(True)
+    worst, best = (sign * largest_over_ranks(sign * mine, device=device) for sign in (1, -1))
+    if best == worst:
+        return shortcuts
+    if worst == 1:
+        return shortcuts.without_kept("another rank could not keep them")
+    return shortcuts.without_trees("another rank could not compute trees in the same way")
 
 
 def _why_untried(layout: str) -> str:

@@ -69,7 +69,8 @@ def timed_for_budget(
 def _timed_for_layout(trainer: Any, update: Update, budget: TokenBudget) -> Iterator[None]:
     """Time one update of trees or of rows while the two take turns, after the budget is settled."""
     turns, cap = budget.turns, budget.cap
-    if turns is None or not _takes_turns(trainer, turns):
+    # Without a budget it was cut at random, to measure noise: rows whatever trees would save.
+    if turns is None or update.max_tokens is None or not _takes_turns(trainer, turns):
         yield
         return
     device = trainer.args.device

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -242,12 +242,12 @@ class UpdateRunner:
             is_last = i + 1 == len(micro_batches)
             # The stock step divides the loss by it.
             after = self.engine.end_backward if is_last else None
-            closing: contextlib.AbstractContextManager[None] | None = None
+            closing: Callable[[], contextlib.AbstractContextManager[None]] | None = None
             if micro_batch.beginning and (
                 is_last or micro_batches[i + 1].beginning != micro_batch.beginning
             ):
                 # The backward of what is kept is then the last one of the update.
-                closing = self.engine.hold_gradients(model, is_last=is_last)
+                closing = partial(self.engine.hold_gradients, model, is_last=is_last)
             self.step.begin(divisor, micro_batch, after=after, closing=closing)
             trainer.loss_is_scaled_for_ga = False
             count = None if counts is None else counts[i]
@@ -262,6 +262,8 @@ class UpdateRunner:
                 else self._passes.second(trainer, micro_batch, divisor=divisor),
             ):
                 part = step(trainer, model, micro_batch.inputs, count)
+            if closing is not None:
+                self.step.end_group()
             if own is not None:
                 part = own.weigh(part, divisor)
             else:

@@ -68,7 +68,8 @@ class MicroBatchStep:
         self.after: Callable[[], None] | None = None
         self.kept: KeptBeginning | None = None
         self.keeps = True
-        self.closing: contextlib.AbstractContextManager[Any] | None = None
+        self.closing: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+        self._runs = 0
 
     def begin(
         self,
@@ -76,7 +77,7 @@ class MicroBatchStep:
         micro_batch: MicroBatch | None = None,
         *,
         after: Callable[[], None] | None = None,
-        closing: contextlib.AbstractContextManager[Any] | None = None,
+        closing: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
         """Set the micro-batch that comes next, its weight, and what to do after it.
 
@@ -84,10 +85,11 @@ class MicroBatchStep:
             divisor: What its loss is divided by.
             micro_batch: It.
             after: What to call once its backward is over.
-            closing: It is the last one behind a kept beginning, whose backward runs in this.
+            closing: It is the last one behind a kept beginning, whose backward runs in what this
+                returns.
         """
         self.divisor, self.num_reads, self.after = divisor, 0, after
-        self.micro_batch, self.closing = micro_batch, closing
+        self.micro_batch, self.closing, self._runs = micro_batch, closing, 0
 
     def read_divisor(self) -> float:
         """Return what a loss must be divided by."""
@@ -199,6 +201,10 @@ class MicroBatchStep:
             len(row) > n and torch.equal(row[:n].cpu().long(), beginning) for row in tokens
         ):
             return None
+        self._runs += 1
+        if self._runs > 1:  # who does that may change weights in between (adversarial training)
+            self._keep_no_more("a step runs its rows several times")
+            return None
         if self.kept is None or not torch.equal(self.kept.tokens, beginning):
             self.kept = KeptBeginning(beginning)
         return self.kept
@@ -206,12 +212,23 @@ class MicroBatchStep:
     def _end_behind(self, kept: KeptBeginning) -> None:
         """Send the gradient of a kept beginning back if no other micro-batch adds to it."""
         if kept.refused and self.keeps:
-            self.keeps = False
-            logger.warning_once(_NOT_KEPT.format(kept.refused))
+            self._keep_no_more(kept.refused)
         if self.closing is not None:
             self.kept = None
-            with self.closing:
+            with self.closing():
                 kept.close()
+
+    def _keep_no_more(self, why: str) -> None:
+        self.keeps = False
+        logger.warning_once(_NOT_KEPT.format(why))
+
+    def end_group(self) -> None:
+        """Send back what others have added up, if the last one behind their beginning has not.
+
+        A step of somebody's own may skip rows, or catch the error that ended it early.
+        """
+        if self.kept is not None:
+            self._end_behind(self.kept)
 
     def _with_noise(
         self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool

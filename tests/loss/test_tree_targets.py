@@ -214,3 +214,14 @@ def test_the_head_is_given_what_is_read_and_else_its_positions():
         targets.note(in_trees, of_rows)
         assert head(of_rows).shape == (1, 6, 5)
         assert head(of_rows).shape == (1, 2, 5)
+
+
+def test_states_of_a_forward_without_any_graph_are_not_read():
+    trees = lay_out_trees(IDS, None, [range(4)], by_rows=True)
+    labels = torch.tensor([[7, 7, 4, 7]])
+    targets = TreeTargets(trees, torch.tensor([1, 5, 9, 13]), labels, given=labels, merge=True)
+    with torch.inference_mode():
+        states = torch.rand(1, trees.num_tokens, 3)
+        rows = repeat(states[0], trees.nodes.reshape(-1)).view(4, 4, 3)
+        targets.note(states, rows)
+        assert targets.read(rows) is None

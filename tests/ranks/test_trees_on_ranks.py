@@ -67,20 +67,49 @@ def test_layers_that_are_computed_again_on_two_ranks_see_the_tree(reentrant):
         assert relative_error(rank["gradients"][0], truth()[0]) < 1e-6
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_two_ranks_keep_beginnings_where_a_backward_may_run_by_itself(sharded):
-    rows = rows_behind()
+def gradients_behind_beginnings(*, times=1):
+    """Of the three updates of `train_kept`, each gradient taken so many times."""
     with float64_everywhere():
         model = tiny_llama(attn_implementation="sdpa")
         wanted = []
         for _ in range(3):
-            wanted.append(reference_gradient(model, rows, pad))
+            found = reference_gradient(model, rows_behind(), pad)
+            wanted.append({name: times * gradient for name, gradient in found.items()})
             for name, parameter in model.named_parameters():
                 parameter.data -= 0.1 * wanted[-1][name]
+    return wanted
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_ranks_keep_beginnings_where_a_backward_may_run_by_itself(sharded):
+    wanted = gradients_behind_beginnings()
     ranks = run_ranks(train_kept, 2, sharded=sharded)
     assert any(rank["kept"] for rank in ranks) is not sharded
     for rank in ranks:
         assert ("split between ranks" in rank["why"]) is sharded
+        for mine, expected in zip(rank["gradients"], wanted, strict=True):
+            assert relative_error(mine, expected) < 1e-11
+
+
+def test_a_step_that_runs_its_rows_twice_on_two_ranks_keeps_no_beginning():
+    wanted = gradients_behind_beginnings(times=2)
+    for rank in run_ranks(train_kept, 2, twice=True):
+        for mine, expected in zip(rank["gradients"], wanted, strict=True):
+            assert relative_error(mine, expected) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("found", "agreed"),
+    [
+        ({"keeps_beginnings": False}, (True, True, False)),
+        ({"keeps_beginnings": False, "trees_by_rows": False}, (False, False, False)),
+    ],
+    ids=["keeps nothing", "needs a mask"],
+)
+def test_ranks_agree_on_what_trees_cost_since_they_deal_rows_by_it(found, agreed):
+    wanted = gradients_behind_beginnings()
+    for rank in run_ranks(train_kept, 2, finds_on_first=found):
+        assert rank["way"] == rank["costs_of"] == agreed
         for mine, expected in zip(rank["gradients"], wanted, strict=True):
             assert relative_error(mine, expected) < 1e-11
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from support.kept_rows import keeping_always, rows_behind
 from support.tiny import make_trainer, tiny_llama
 
 from hf_gradacc import GradAccArguments
@@ -98,7 +99,7 @@ def rows_of_a_long_tail(count):
     return [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n} for n in lengths]
 
 
-def loaded(tmp_path, monkeypatch, rows, *, world_size, by_rows=True, **options):
+def loaded(tmp_path, monkeypatch, rows, *, world_size, by_rows=True, keeps=False, **options):
     """What the trainer's own loaders yield in an epoch: an update's micro-batches, rank by rank."""
     trainer = make_trainer(tmp_path, rows, **options)
     found = []
@@ -111,8 +112,8 @@ def loaded(tmp_path, monkeypatch, rows, *, world_size, by_rows=True, **options):
         loader.collator.rule = TargetRule.NEXT_TOKEN  # as the model says once it is asked
         loader.collator.packed = options.get("layout") == "packed"
         if options.get("layout") in ("auto", "shared_prefix"):
-            loader.collator.share_prefixes([trainer.model], by_rows=by_rows)
-        found += [update.micro_batches for update in loader]
+            loader.collator.share_prefixes([trainer.model], by_rows=by_rows, keeps=keeps)
+        found += list(loader)
     return found
 
 
@@ -204,6 +205,36 @@ def test_a_plan_of_rows_that_begin_alike_is_what_the_loaders_of_all_ranks_yield(
     instead = [other for other in plan.ways if other.stands_in]
     assert len(instead) == (options["layout"] == "auto")
     assert plan.largest == max(other.largest for other in [way, *instead])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("grouped", [False, True], ids=["one by one", "families"])
+def test_a_plan_of_kept_beginnings_is_what_the_loaders_of_all_ranks_yield(
+    tmp_path, monkeypatch, world_size, grouped
+):
+    rows = [row for seed in (0, 0, 1, 1, 2, 2) for row in rows_behind(seed=seed)]
+    options = {"effective_batch_size": 34, "layout": "shared_prefix"}
+    options |= {"max_tokens_per_micro_batch": 34, "group_by_prefix": grouped}
+    with keeping_always():
+        trained = loaded(tmp_path, monkeypatch, rows, world_size=world_size, keeps=True, **options)
+        plan = plan_recipe(
+            rows,
+            arguments=arguments(**options),
+            task="causal_lm",
+            world_size=world_size,
+            model=ModelFacts.of(tiny_llama()),
+            keeps_beginnings=True,
+        )
+    beginnings = [micro_batch.beginning for update in trained for micro_batch in update]
+    assert len(set(beginnings)) > 2
+    assert len(list(filter(None, beginnings))) > 2 * len(set(beginnings))
+    stats = [update.stats(TargetRule.NEXT_TOKEN) for update in trained]
+    total = sum(stats[1:], start=stats[0])
+    per_update = total.num_computed_tokens * world_size / len(trained)
+    assert plan.chosen.computed_per_update == per_update
+    assert plan.chosen.shared_fraction == total.num_shared_tokens / total.num_input_tokens
+    assert plan.chosen.micro_batches == Spread.of([len(update) for update in trained])
+    assert plan.grouping is None or plan.grouping[grouped] == per_update
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
+
+from hf_gradacc import GradAccTrainer
+from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.trainer import asking
 
 from .common_prompts import rows_of_prompts, watching_calls
 from .kept_rows import KEEPING, keeping_always, rows_behind, watching_kept
@@ -15,7 +22,7 @@ from .reduction_jobs import small_buckets
 from .reference import float64_everywhere
 from .tiny import log_rows, make_trainer, tiny_llama
 
-__all__ = ["NUM_ROWS", "PER_UPDATE", "train_kept", "train_trees"]
+__all__ = ["NUM_ROWS", "PER_UPDATE", "RunsRowsTwice", "train_kept", "train_trees"]
 
 NUM_ROWS, PER_UPDATE = 25, 12
 """Rows, and those of an update; the last of an epoch has one, and one rank has none."""
@@ -78,13 +85,41 @@ def train_trees(
     }
 
 
-def train_kept(*, sharded: bool = False, **options: Any) -> dict[str, Any]:
-    """Train two epochs of one update whose beginnings are kept, and say how many each rank kept.
+class RunsRowsTwice(GradAccTrainer):
+    """Adds up two gradients of every micro-batch."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs) + super().training_step(*args, **kwargs)
+
+
+class _FindsLess:
+    """A rank whose trial finds less than that of the others, as one that runs out of memory."""
+
+    def __init__(self, changes: Mapping[str, Any]) -> None:
+        self.changes, self.stock = changes, asking.with_sharing
+
+    def __call__(self, *args: Any, **options: Any) -> Shortcuts:
+        return replace(self.stock(*args, **options), **self.changes)
+
+
+def train_kept(
+    *,
+    sharded: bool = False,
+    twice: bool = False,
+    finds_on_first: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train three updates whose beginnings are kept, and say which each rank kept.
 
     Args:
         sharded: By FSDP2.
+        twice: By a step that runs its rows twice.
+        finds_on_first: What the first rank finds otherwise in its trial of trees.
         **options: Of the trainer.
     """
+    if finds_on_first is not None and int(os.environ["RANK"]) == 0:
+        asking.with_sharing = _FindsLess(finds_on_first)
+    options |= {"trainer_class": RunsRowsTwice} if twice else {}
     if sharded:
         allow_sharding_on_cpu()
         options |= FSDP2
@@ -98,5 +133,12 @@ def train_kept(*, sharded: bool = False, **options: Any) -> dict[str, Any]:
         model = tiny_llama(attn_implementation="sdpa")
         trainer = make_trainer(out, rows, model=model, callbacks=[recorder], **settings)
         trainer.train()
-        why = trainer.shortcuts.reason("kept_beginnings")
-    return {"gradients": recorder.gradients, "kept": kept, "why": why, "logs": log_rows(trainer)}
+        taken, cost = trainer.shortcuts, trainer.update_collator.tree_cost
+    return {
+        "gradients": recorder.gradients,
+        "kept": kept,
+        "why": taken.reason("kept_beginnings"),
+        "way": (bool(taken.bodies), taken.trees_by_rows, taken.keeps_beginnings),
+        "costs_of": (trainer.update_collator.shares_prefixes, cost.by_rows, cost.keeps),
+        "logs": log_rows(trainer),
+    }

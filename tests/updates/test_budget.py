@@ -321,8 +321,8 @@ def test_who_asks_for_trees_by_name_gets_them(tmp_path):
     assert trainer.last_update.stats.num_shared_tokens > 0
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_an_update_that_ran_out_of_memory_and_ran_again_is_not_compared(fails):
+def with_settled_budget():
+    """A trainer whose budget is tuned, and whose trees and rows take turns from here on."""
     collator = UpdateCollator(pad, max_tokens=400)
     collator.share_prefixes(["a body"], by_rows=True)
     budget = TokenBudget()
@@ -331,7 +331,23 @@ def test_an_update_that_ran_out_of_memory_and_ran_again_is_not_compared(fails):
     shortcuts = SimpleNamespace(bodies=("a body",))
     args = SimpleNamespace(device=torch.device("cpu"), layout="auto")
     trainer = SimpleNamespace(args=args, shortcuts=shortcuts, update_collator=collator)
+    return trainer, collator, budget
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_update_that_ran_out_of_memory_and_ran_again_is_not_compared(fails):
+    trainer, collator, budget = with_settled_budget()
     with timed_for_budget(trainer, torch.nn.Identity(), collator(ALIKE), budget):
         if fails:
             budget.shrink_to(200)
     assert len(budget.turns.tried[True]) == (0 if fails else 1)
+
+
+def test_updates_that_measure_noise_do_not_say_that_trees_save_too_little():
+    trainer, collator, budget = with_settled_budget()
+    collator.noise_scale_every = 1
+    for _ in range(25):
+        with timed_for_budget(trainer, torch.nn.Identity(), collator(ALIKE), budget):
+            pass
+    turns = budget.turns
+    assert (turns.settled, turns.num_without_saving, collator.takes_trees) == (False, 0, True)
