@@ -7,12 +7,12 @@ import pytest
 import torch
 from support import zoo_configs
 from support.kept_rows import KEEPING, keeping_always, rows_behind, watching_kept
+from support.losses_by_hand import focal, smoothed, targets_of
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad
 from support.tiny import tiny_llama as tiny_llama_of
 from support.windows import windows_of
 from support.zoo import case_named
-from torch.nn import functional
 from transformers import CONFIG_MAPPING
 
 EXACT = 1e-12
@@ -112,22 +112,8 @@ def test_a_router_loss_over_the_update_takes_two_passes_and_keeps_nothing(tmp_pa
     assert relative_error(gradient, expected) <= EXACT
 
 
-def targets_of(model, batch):
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-
-
 def test_label_smoothing(tmp_path):
-    def smoothed(model, batch):
-        logits, labels = targets_of(model, batch)
-        return functional.cross_entropy(logits, labels, label_smoothing=0.1)
-
     assert_exact(train(tmp_path, label_smoothing_factor=0.1), expect(smoothed))
-
-
-def focal(logits, labels):
-    nll = functional.cross_entropy(logits, labels, reduction="none")
-    return ((1 - (-nll).exp()) ** 2 * nll).sum() / labels.ne(-100).sum()
 
 
 def test_a_loss_function_of_ones_own(tmp_path):

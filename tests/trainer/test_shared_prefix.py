@@ -10,6 +10,7 @@ import torch
 from support import zoo_configs
 from support.alike import counting_trees, paths, rows_alike
 from support.class_weights import TOKEN_WEIGHTS
+from support.losses_by_hand import focal, smoothed, targets_of
 from support.reference import (
     float64_everywhere,
     reference_gradient,
@@ -152,22 +153,8 @@ def assert_exact(trained, expected, *, rows=ROWS):
     assert relative_error(gradient, expected) <= EXACT
 
 
-def targets_of(model, batch):
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-
-
 def test_label_smoothing(tmp_path):
-    def smoothed(model, batch):
-        logits, labels = targets_of(model, batch)
-        return functional.cross_entropy(logits, labels, label_smoothing=0.1)
-
     assert_exact(train(tmp_path, label_smoothing_factor=0.1), expect(smoothed))
-
-
-def focal(logits, labels):
-    nll = functional.cross_entropy(logits, labels, reduction="none")
-    return ((1 - (-nll).exp()) ** 2 * nll).sum() / labels.ne(-100).sum()
 
 
 def test_a_loss_of_a_subclass(tmp_path):
