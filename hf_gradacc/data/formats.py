@@ -104,7 +104,8 @@ def _conversation(
         raise RowError(column, f"cannot be used: {error}") from error
     for made in rows:
         reader.notes.update(made.notes)
-    reader.notes["split"] += len(rows) - 1
+    note = "split_as_asked" if reader.assistant_turns == "each" else "split"
+    reader.notes[note] += len(rows) - 1
     return [{"input_ids": made.input_ids, "labels": made.labels} for made in rows]
 
 

@@ -47,6 +47,9 @@ NOTES: dict[str, str] = {
         "prompts for them, so each is learned behind its own prompt (data.assistant_turns: "
         "together makes one sequence of each conversation)"
     ),
+    "split_as_asked": (
+        "{n} more sequences than rows: one for each turn (data.assistant_turns: each)"
+    ),
     "other_prefix": (
         "{n} turns are learned behind another text than the chat template prompts with, which "
         "generation will not send (data.assistant_turns, data.template_options)"

@@ -352,6 +352,8 @@ def test_a_conversation_of_several_sequences_is_counted_as_one_row(write):
     assert "3 more sequences than rows" in str(report)
     together = prepare_chats(path, assistant_turns="together")
     assert len(together.train) == 3
+    each = prepare_chats(path, assistant_turns="each")
+    assert "3 more sequences than rows: one for each turn" in str(each.reports[0])
     again = prepare_chats(path, template_options={"enable_thinking": False})
     assert again.reports == data.reports  # from the cache
 
