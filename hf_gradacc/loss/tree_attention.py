@@ -222,15 +222,23 @@ class RowAttention:
             self._caught = None
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend as ``sdpa`` does."""
-        marker, kept = self._known.get(_storage_of(mask), (None, None))
-        if marker is None or marker.mask.shape != mask.shape:
+        marker, kept = self._known.get(_storage_of(attention_mask), (None, None))
+        if marker is None or marker.mask.shape != attention_mask.shape:
             if self._caught is not None:
                 call = key, value, torch.is_grad_enabled()
                 self._caught.setdefault(id(module), []).append(call)
-            found: tuple[Tensor, None] = self.stock(module, query, key, value, mask, **kwargs)
+            found: tuple[Tensor, None] = self.stock(
+                module, query, key, value, attention_mask, **kwargs
+            )
             return found
         held = None if kept is None else kept[id(module)]
         return _attend(self.stock, marker, held, module, query, key, value, **kwargs), None
@@ -244,14 +252,7 @@ def attending_by_rows() -> Iterator[RowAttention]:
         What has to be told each marker before the model runs.
     """
     stock: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
-    attention = RowAttention(stock)
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        return attention(module, query, key, value, attention_mask, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attention = RowAttention(stock)
     try:
         yield attention
     finally:

@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from transformers.utils import logging
 
 from hf_gradacc.text import duration, printable
 
-__all__ = ["TellOfWait", "silenced", "telling"]
+__all__ = ["TellOfWait", "silenced", "telling", "telling_for"]
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +64,21 @@ class TellOfWait:
             if line is not None and self._since == since:
                 logger.warning(printable(line))
                 self._next = 2 * waited
+
+
+def telling_for(
+    trainer: Any, what: str | Callable[[], str]
+) -> contextlib.AbstractContextManager[None]:
+    """As `telling`, on the first rank alone, and not if only errors are logged.
+
+    Args:
+        trainer: The trainer.
+        what: As for `telling`.
+    """
+    is_told = trainer.is_world_process_zero()
+    if not is_told or trainer.args.log_level in ("error", "critical"):
+        return contextlib.nullcontext()
+    return telling(what)
 
 
 @contextlib.contextmanager

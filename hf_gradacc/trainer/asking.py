@@ -36,7 +36,7 @@ from hf_gradacc.ranks.collectives import largest_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import is_out_of_memory
 from hf_gradacc.safety.rollback import AttributeState, BufferState, RandomState, devices_of
-from hf_gradacc.safety.waiting import telling
+from hf_gradacc.safety.waiting import telling_for
 from hf_gradacc.trainer.coupling import find_coupling, may_balance_experts
 from hf_gradacc.trainer.overrides import definers
 from hf_gradacc.trainer.terms import ask_terms
@@ -113,7 +113,10 @@ def ask_trainer(
     shortcuts = None
     is_large, is_foreign = is_costly(bare, asked), has_foreign_loss(type(trainer))
     progress = _Progress()
-    with without_trace(trainer, bare, args.device) as trace, _telling(trainer, progress):
+    with (
+        without_trace(trainer, bare, args.device) as trace,
+        telling_for(trainer, lambda: str(progress)),
+    ):
         loss = Loss(
             bare,
             compute,
@@ -237,16 +240,6 @@ class _Progress:
     def __str__(self) -> str:
         usual = f" of about {self._usual}" if self._forward <= self._usual else ""
         return f"{self._what}: forward {self._forward}{usual}"
-
-
-@contextlib.contextmanager
-def _telling(trainer: Any, progress: _Progress) -> Iterator[None]:
-    """Say how far asking is if it takes over two seconds, unless only errors are logged."""
-    if trainer.is_world_process_zero() and trainer.args.log_level not in ("error", "critical"):
-        with telling(lambda: str(progress)):
-            yield
-    else:
-        yield
 
 
 def _ask_in_mode(

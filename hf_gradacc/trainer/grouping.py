@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.shortcuts import Shortcuts
-from hf_gradacc.safety.waiting import telling
+from hf_gradacc.safety.waiting import telling_for
 from hf_gradacc.updates.families import Families
 
 __all__ = ["refuse_own_loader", "tell_families", "tell_if_nothing_is_shared", "telling_of_search"]
@@ -18,18 +17,11 @@ __all__ = ["refuse_own_loader", "tell_families", "tell_if_nothing_is_shared", "t
 logger = logging.get_logger(__name__)
 
 
-@contextlib.contextmanager
-def telling_of_search(trainer: Any) -> Iterator[None]:
+def telling_of_search(trainer: Any) -> contextlib.AbstractContextManager[None]:
     """Say that families are looked for if that takes over two seconds."""
-    is_told = trainer.is_world_process_zero() and trainer.args.log_level not in _ERRORS_ONLY
-    if trainer.args.group_by_prefix and is_told:
-        with telling("looking for rows that begin alike (group_by_prefix)"):
-            yield
-    else:
-        yield
-
-
-_ERRORS_ONLY = ("error", "critical")
+    if not trainer.args.group_by_prefix:
+        return contextlib.nullcontext()
+    return telling_for(trainer, "looking for rows that begin alike (group_by_prefix)")
 
 
 def tell_families(families: Families | None) -> None:
