@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety \
-	$(patsubst %,tests/updates/test_%.py,collator draws loader stream update) \
+	tests/updates/draws $(patsubst %,tests/updates/test_%.py,collator loader stream update) \
 	tests/promise/test_stock_contract.py tests/promise/test_exactness.py
 
 # torch comes first and pinned: an unpinned torch would fetch gigabytes of CUDA libraries.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hf_gradacc.loss import chunked
+from hf_gradacc.loss.shortcuts import chunked
 
 SHAPES = [
     *((1_024, width) for width in (64, 256, 512, 1024, 2048)),

@@ -20,7 +20,7 @@ import torch
 from report import machine, table, write_result
 from workloads import make_collator, make_model, make_rows, make_tokenizer
 
-from hf_gradacc.loss.chunked import ChunkedLoss
+from hf_gradacc.loss.shortcuts.chunked import ChunkedLoss
 
 VOCAB = 150_000
 ROWS = 8

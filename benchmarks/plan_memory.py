@@ -27,8 +27,8 @@ from report import machine, table, write_result
 
 import hf_gradacc.recipe.run
 import hf_gradacc.trainer.mixin
-from hf_gradacc.recipe import plan_screen
-from hf_gradacc.recipe.memory import anonymous_bytes
+from hf_gradacc.recipe.plan import screen as plan_screen
+from hf_gradacc.recipe.plan.memory import anonymous_bytes
 
 SHAPE = {
     "model_type": "llama",

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from workloads import make_collator, make_model, make_rows, make_tokenizer
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.loss import tree_targets
+from hf_gradacc.loss.trees import targets as tree_targets
 
 WAYS = ("each row's", "shared once")
 HEADER = ["rows", "targets", "rows of the head", "each row's, s", "shared once, s", "ratio"]

@@ -37,8 +37,8 @@ from workloads import (
 )
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.loss.onednn import is_onednn_faster_here
-from hf_gradacc.updates.prefixes import count_distinct_tokens, sort_by_prefix
+from hf_gradacc.loss.shortcuts.onednn import is_onednn_faster_here
+from hf_gradacc.updates.trees.prefixes import count_distinct_tokens, sort_by_prefix
 
 BATCH = 64
 OURS = "ours"

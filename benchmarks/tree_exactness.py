@@ -36,11 +36,11 @@ from support.windows import windows_of  # noqa: E402
 from sweeps import group_of, number, quiet, say, sweep  # noqa: E402
 
 from hf_gradacc.errors import ConfigError  # noqa: E402
-from hf_gradacc.loss.sharing import choose_sharing  # noqa: E402
-from hf_gradacc.loss.tree_hooks import computing_trees  # noqa: E402
-from hf_gradacc.loss.trees import lay_out_trees  # noqa: E402
-from hf_gradacc.updates.tree_cost import TreeCost  # noqa: E402
-from hf_gradacc.updates.tree_plan import trees_of  # noqa: E402
+from hf_gradacc.loss.shortcuts.sharing import choose_sharing  # noqa: E402
+from hf_gradacc.loss.trees.hooks import computing_trees  # noqa: E402
+from hf_gradacc.loss.trees.layout import lay_out_trees  # noqa: E402
+from hf_gradacc.updates.trees.cost import TreeCost  # noqa: E402
+from hf_gradacc.updates.trees.plan import trees_of  # noqa: E402
 
 ROWS_PER_MICRO_BATCH = 5
 WINDOW, WIDE_WINDOW = 5, 20

@@ -27,7 +27,7 @@ from hf_gradacc.safety.unexpected import UNEXPECTED_EXIT_CODE, explain_unexpecte
 from hf_gradacc.text import nearest, printable
 
 if TYPE_CHECKING:
-    from hf_gradacc.recipe.sections import Recipe
+    from hf_gradacc.recipe.keys.sections import Recipe
 
 __all__ = [
     "app",
@@ -181,8 +181,8 @@ def train(
     """
     with opened_output(quiet=quiet, as_json=as_json, timestamps=timestamps) as output:
         from hf_gradacc.recipe.folder import claim_folder
+        from hf_gradacc.recipe.keys.sections import HEADS
         from hf_gradacc.recipe.run import train_recipe
-        from hf_gradacc.recipe.sections import HEADS
 
         given = [*(overrides or []), *(["output.overwrite=true"] if overwrite else [])]
         loaded = _load(recipe, given, allow_env, trusted=trust_remote_code)
@@ -258,7 +258,7 @@ def plan(
     - `hf-gradacc plan my.yaml --measure --price-per-hour 2.5`
     """
     with opened_output(as_json=as_json) as output:
-        from hf_gradacc.recipe.plan_screen import show_plan
+        from hf_gradacc.recipe.plan.screen import show_plan
 
         loaded = _load(recipe, overrides, allow_env, trusted=trust_remote_code)
         # Without a terminal, as in a pipe or a log, rich would use 80 columns.
@@ -505,7 +505,7 @@ def schema(
     - `hf-gradacc schema recipe.schema.json`, and as the first line of a recipe:
       `# yaml-language-server: $schema=recipe.schema.json`
     """
-    from hf_gradacc.recipe.schema import export_schema
+    from hf_gradacc.recipe.keys.schema import export_schema
 
     text = json.dumps(export_schema(), indent=2) + "\n"
     if out is None:

@@ -216,7 +216,7 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
     def refuse(*_args, **_kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("hf_gradacc.recipe.model.load_model", refuse)
+    monkeypatch.setattr("hf_gradacc.recipe.model.load.load_model", refuse)
     code, out, err = run("plan", recipe, "train.bf16=true", "--png", "plan.png")
     assert code == 0, err
     for word in ("updates", "effective_batch_size", "tokens_per_update", "padding", "together"):
@@ -239,7 +239,7 @@ def test_plan_of_a_stream_is_made_of_its_first_rows(run, recipe):
 def test_plan_counts_by_hand(run, recipe):
     from rich.console import Console
 
-    from hf_gradacc.recipe.plan_screen import show_plan
+    from hf_gradacc.recipe.plan.screen import show_plan
 
     plan = show_plan(load_recipe(recipe), console=Console(quiet=True))
     assert plan.num_sequences == 16
@@ -255,7 +255,7 @@ def test_plan_counts_by_hand(run, recipe):
 def test_training_cuts_its_updates_as_planned(run, recipe, budget):
     from rich.console import Console
 
-    from hf_gradacc.recipe.plan_screen import show_plan
+    from hf_gradacc.recipe.plan.screen import show_plan
 
     changes = [f"train.max_tokens_per_micro_batch={budget}", "data.holdout=null"]
     changes += ["train.max_steps=4", "train.logging_steps=4", "train.save_strategy=no"]
@@ -442,7 +442,8 @@ def test_a_compiled_model_learns_the_same_weights(run, recipe, tmp_path):
 
 def test_liger_kernels_without_their_package_are_one_error(run, recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    monkeypatch.setattr("hf_gradacc.recipe.values.importlib.util.find_spec", lambda name: None)
+    find_spec = "hf_gradacc.recipe.checks.values.importlib.util.find_spec"
+    monkeypatch.setattr(find_spec, lambda name: None)
     code, _, err = run("train", recipe, "train.use_liger_kernel=true")
     assert code == 2
     assert "train.use_liger_kernel = True: needs liger_kernel" in err
@@ -499,7 +500,8 @@ NAMED = ["model.config=null", "model.name=runs/mine", "tokenizer.train=null", "o
 
 def test_a_qlora_recipe_without_bitsandbytes_says_what_to_install(run, recipe, monkeypatch):
     run("train", recipe)
-    monkeypatch.setattr("hf_gradacc.recipe.values.importlib.util.find_spec", lambda name: None)
+    find_spec = "hf_gradacc.recipe.checks.values.importlib.util.find_spec"
+    monkeypatch.setattr(find_spec, lambda name: None)
     monkeypatch.setattr("hf_gradacc.recipe.run.load_tokenizer", None)  # nothing is loaded before
     code, _, err = run("train", recipe, "peft=qlora", *NAMED)
     assert code == 2
@@ -522,7 +524,7 @@ def test_a_model_that_does_not_fit_is_told_before_the_data_are_read(run, recipe,
         raise AssertionError("rows were prepared")
 
     monkeypatch.setattr("hf_gradacc.recipe.run.prepare_data", refuse)
-    monkeypatch.setattr("hf_gradacc.recipe.plan_screen.prepare_data", refuse)
+    monkeypatch.setattr("hf_gradacc.recipe.plan.screen.prepare_data", refuse)
     for command in ("train", "plan"):
         code, _, err = run(command, recipe, "peft=lora", "peft.target_modules=[nope]")
         assert code == 2

@@ -20,7 +20,7 @@ import hf_gradacc.trainer
 from hf_gradacc import GradAccMixin, VersionError, compat
 from hf_gradacc.arguments import GradAccArguments
 from hf_gradacc.compat import stock_divides_every_loss
-from hf_gradacc.recipe.sections import train_section
+from hf_gradacc.recipe.keys.sections import train_section
 from hf_gradacc.trainer import mixin
 
 ROOT = Path(__file__).parent.parent

@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 
 import hf_gradacc
 from benchmarks.gpu.checks import Setting
-from hf_gradacc.loss import chunked
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts import chunked
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
 
 PACKAGE = str(Path(hf_gradacc.__file__).parent)
 NUM_ROWS = 24

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import GenerationConfig, TextStreamer
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.ends import stop_tokens
-from hf_gradacc.recipe.positions import find_positions
+from hf_gradacc.recipe.model.ends import stop_tokens
+from hf_gradacc.recipe.model.positions import find_positions
 
 __all__ = ["Answer", "classify", "generate", "generation_settings"]
 

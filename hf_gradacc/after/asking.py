@@ -13,7 +13,7 @@ from hf_gradacc.data.plain import plain_instruction, plain_prompt, plain_questio
 from hf_gradacc.data.rendering import ChatError, Rendering
 from hf_gradacc.data.section import DataSection
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.sections import HEADS
+from hf_gradacc.recipe.keys.sections import HEADS
 
 __all__ = ["Asking", "choose_asking"]
 

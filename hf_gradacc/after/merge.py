@@ -25,7 +25,7 @@ from hf_gradacc.after.saved import (
 )
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.folder import RECIPE_NAME
-from hf_gradacc.recipe.sections import HEADS
+from hf_gradacc.recipe.keys.sections import HEADS
 from hf_gradacc.tracking.card import CARD_NAME, PLOT_NAME, as_merged, is_own_card
 
 __all__ = ["Merged", "merge_run"]
@@ -131,7 +131,7 @@ def _shared_apart(model: Any) -> bool:
 
 
 def _save(merged: Any, saved: SavedModel, folder: Path, tokenizer: Any) -> None:
-    from hf_gradacc.recipe.ends import add_stop_tokens
+    from hf_gradacc.recipe.model.ends import add_stop_tokens
 
     if saved.recipe is not None:
         add_stop_tokens(merged, saved.recipe, tokenizer=tokenizer, folder=str(folder))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_gradacc.data.section import ModelSection, Task
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.checks import check_section
+from hf_gradacc.recipe.checks.checks import check_section
+from hf_gradacc.recipe.file.interpolation import allow_variables
+from hf_gradacc.recipe.file.problems import RecipeError
+from hf_gradacc.recipe.file.source import read_recipe
 from hf_gradacc.recipe.folder import RECIPE_NAME
-from hf_gradacc.recipe.interpolation import allow_variables
-from hf_gradacc.recipe.problems import RecipeError
-from hf_gradacc.recipe.sections import HEADS, Recipe
-from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.keys.sections import HEADS, Recipe
 from hf_gradacc.safety.checkpoints import list_checkpoints
 from hf_gradacc.text import nearest
 
@@ -205,7 +205,7 @@ def load_saved(saved: SavedModel, *, tokenizer: Any) -> PreTrainedModel:
     """
     import torch
 
-    from hf_gradacc.recipe.ends import add_stop_tokens
+    from hf_gradacc.recipe.model.ends import add_stop_tokens
 
     with loading_quietly():
         if saved.is_adapter:
@@ -272,7 +272,7 @@ def load_adapter(saved: SavedModel, *, tokenizer: Any, quantize: bool = False) -
     import peft
     import transformers
 
-    from hf_gradacc.recipe.model import load_model
+    from hf_gradacc.recipe.model.load import load_model
 
     names = _classes(saved) if saved.classifies else None
     base = load_model(saved.section, tokenizer=tokenizer, label_names=names, quantize=quantize)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.sections import Recipe, train_section
+from hf_gradacc.recipe.keys.sections import Recipe, train_section
 from hf_gradacc.text import SECRET_KEY, printable
 
 __all__ = ["Draft", "Key", "Note", "is_recipe_key", "is_secret", "show_value"]

@@ -12,10 +12,10 @@ from hf_gradacc.elsewhere.draft import Draft, Note
 from hf_gradacc.elsewhere.llamafactory import read_llamafactory
 from hf_gradacc.elsewhere.shared import Places
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.file.problems import Problem, RecipeError
+from hf_gradacc.recipe.file.reading import read_yaml
+from hf_gradacc.recipe.file.source import write_values
 from hf_gradacc.recipe.load import load_recipe
-from hf_gradacc.recipe.problems import Problem, RecipeError
-from hf_gradacc.recipe.reading import read_yaml
-from hf_gradacc.recipe.source import write_values
 
 __all__ = ["Imported", "detect_tool", "import_file"]
 

@@ -21,7 +21,7 @@ from hf_gradacc.elsewhere.shared import (
     to_list,
 )
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.idle_arguments import NEVER_READ
+from hf_gradacc.recipe.checks.idle_arguments import NEVER_READ
 
 __all__ = ["LLAMAFACTORY", "read_llamafactory"]
 

@@ -1,6 +1,7 @@
 """A recipe: one YAML file becomes a model, its data and a trainer.
 
-Read `sections` (every key), `load`, then `run`.
+Read `keys.sections` (every key), `load`, then `run`. Rooms, in the order a recipe goes through
+them: `file`, `keys`, `checks`, `model`, `plan`, `quality`.
 """
 
 import typing
@@ -8,14 +9,14 @@ import typing
 from hf_gradacc._exports import load_when_asked
 
 if typing.TYPE_CHECKING:
+    from hf_gradacc.recipe.file.problems import RecipeError
     from hf_gradacc.recipe.folder import claim_folder
+    from hf_gradacc.recipe.keys.sections import Recipe
     from hf_gradacc.recipe.load import load_recipe, recipe_arguments
-    from hf_gradacc.recipe.model import apply_peft, load_model, sample_answer, save_model
-    from hf_gradacc.recipe.problems import RecipeError
-    from hf_gradacc.recipe.quality import add_metrics
+    from hf_gradacc.recipe.model.load import apply_peft, load_model, sample_answer, save_model
+    from hf_gradacc.recipe.quality.quality import add_metrics
+    from hf_gradacc.recipe.quality.samples import add_samples
     from hf_gradacc.recipe.run import RecipeCallback, build_trainer, train_recipe
-    from hf_gradacc.recipe.samples import add_samples
-    from hf_gradacc.recipe.sections import Recipe
     from hf_gradacc.recipe.wandb import configure_wandb
 
 __all__ = [
@@ -37,14 +38,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "file.problems": ("RecipeError",),
     "folder": ("claim_folder",),
+    "keys.sections": ("Recipe",),
     "load": ("load_recipe", "recipe_arguments"),
-    "model": ("apply_peft", "load_model", "sample_answer", "save_model"),
-    "problems": ("RecipeError",),
-    "quality": ("add_metrics",),
+    "model.load": ("apply_peft", "load_model", "sample_answer", "save_model"),
+    "quality.quality": ("add_metrics",),
+    "quality.samples": ("add_samples",),
     "run": ("RecipeCallback", "build_trainer", "train_recipe"),
-    "samples": ("add_samples",),
-    "sections": ("Recipe",),
     "wandb": ("configure_wandb",),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_gradacc.data.encode import source_format
 from hf_gradacc.data.section import SourceSection
 from hf_gradacc.recipe.folder import RECIPE_NAME
-from hf_gradacc.recipe.sections import HEADS, Recipe
+from hf_gradacc.recipe.keys.sections import HEADS, Recipe
 from hf_gradacc.tracking.card import CardFacts, find_license
 
 __all__ = ["add_recipe_facts", "data_lines"]

@@ -26,7 +26,7 @@ from hf_gradacc.safety.checkpoints import (
 from hf_gradacc.tracking.run_files import LOG_NAME, RUN_NAME, kind_of, read_run
 
 if TYPE_CHECKING:
-    from hf_gradacc.recipe.sections import Recipe
+    from hf_gradacc.recipe.keys.sections import Recipe
 
 __all__ = [
     "FILES_NAME",
@@ -89,7 +89,7 @@ def claim_folder(recipe: Recipe, *, resume: bool | str = False) -> None:
 def find_source_problem(recipe: Recipe) -> str | None:
     """Say which source of the recipe its output would be written into; None if into none.
 
-    >>> from hf_gradacc.recipe.sections import Recipe
+    >>> from hf_gradacc.recipe.keys.sections import Recipe
     >>> find_source_problem(Recipe.model_validate({"model": {"name": "gpt2"},
     ...     "data": {"train": "rows.jsonl"}, "output": {"dir": "runs/mine"}}))
     """

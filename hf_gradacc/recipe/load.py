@@ -19,17 +19,17 @@ from typing import Any
 from hf_gradacc.compat import options_as_installed
 from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.checks import check_section, find_remote_code, resolve_paths
+from hf_gradacc.recipe.checks.checks import check_section, find_remote_code, resolve_paths
+from hf_gradacc.recipe.checks.metrics import is_lower_better
+from hf_gradacc.recipe.checks.together import check_together, drop_keys
+from hf_gradacc.recipe.checks.values import check_values, machine_problems
+from hf_gradacc.recipe.file.interpolation import allow_variables
+from hf_gradacc.recipe.file.problems import Origin, Problem, RecipeError
+from hf_gradacc.recipe.file.source import read_recipe
 from hf_gradacc.recipe.folder import find_source_problem
-from hf_gradacc.recipe.interpolation import allow_variables
-from hf_gradacc.recipe.metrics import is_lower_better
-from hf_gradacc.recipe.pairs import is_trl_installed, options_of_pairs
-from hf_gradacc.recipe.problems import Origin, Problem, RecipeError
-from hf_gradacc.recipe.sections import Recipe, arguments_class, train_section
-from hf_gradacc.recipe.source import read_recipe
+from hf_gradacc.recipe.keys.pairs import is_trl_installed, options_of_pairs
+from hf_gradacc.recipe.keys.sections import Recipe, arguments_class, train_section
 from hf_gradacc.recipe.sweep import settle_sweep
-from hf_gradacc.recipe.together import check_together, drop_keys
-from hf_gradacc.recipe.values import check_values, machine_problems
 from hf_gradacc.recipe.wandb import settle_reporters, settle_tracking
 from hf_gradacc.safety.withheld import name_values
 

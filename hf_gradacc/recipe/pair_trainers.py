@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from hf_gradacc.arguments import GradAccArguments, GradAccOptions
 from hf_gradacc.errors import ConfigError, GradAccError
-from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.keys.sections import Recipe
 from hf_gradacc.trainer.mixin import GradAccMixin
 
 __all__ = [

@@ -107,7 +107,7 @@ def push_folder(
 
 def push_trained(trainer: Any, folder: Path) -> None:
     """Push what a run has saved, as its training arguments say; on the first rank."""
-    from hf_gradacc.trainer.saving import finish_pushes
+    from hf_gradacc.trainer.checkpoints.saving import finish_pushes
 
     if not trainer.is_world_process_zero():
         return

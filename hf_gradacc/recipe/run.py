@@ -22,19 +22,19 @@ from hf_gradacc.data import PreparedData, iter_texts, load_tokenizer, make_colla
 from hf_gradacc.data.section import PAIR_TASKS
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.card import add_recipe_facts
-from hf_gradacc.recipe.ends import add_stop_tokens
+from hf_gradacc.recipe.file.interpolation import escape
+from hf_gradacc.recipe.file.problems import Key
 from hf_gradacc.recipe.folder import RECIPE_HEADER, RECIPE_NAME, claim_folder, clear_folder
 from hf_gradacc.recipe.hub import telling_of_hub
-from hf_gradacc.recipe.interpolation import escape
+from hf_gradacc.recipe.keys.sections import Recipe
 from hf_gradacc.recipe.load import recipe_arguments
-from hf_gradacc.recipe.model import apply_peft, check_model, load_model, save_model
-from hf_gradacc.recipe.positions import check_longest_row, check_max_length
-from hf_gradacc.recipe.problems import Key
+from hf_gradacc.recipe.model.ends import add_stop_tokens
+from hf_gradacc.recipe.model.load import apply_peft, check_model, load_model, save_model
+from hf_gradacc.recipe.model.positions import check_longest_row, check_max_length
+from hf_gradacc.recipe.model.trained import check_trained
 from hf_gradacc.recipe.pushing import make_repository, push_trained
-from hf_gradacc.recipe.quality import add_metrics
-from hf_gradacc.recipe.samples import add_samples
-from hf_gradacc.recipe.sections import Recipe
-from hf_gradacc.recipe.trained import check_trained
+from hf_gradacc.recipe.quality.quality import add_metrics
+from hf_gradacc.recipe.quality.samples import add_samples
 from hf_gradacc.recipe.wandb import configure_wandb, tracking_remarks
 from hf_gradacc.safety.run_state import keep
 from hf_gradacc.safety.waiting import telling

@@ -110,7 +110,7 @@ def copy_recipe(
 
     Example: `hf-gradacc recipes copy qwen3/4b_lora_chat mine.yaml`
     """
-    from hf_gradacc.recipe.source import flatten_recipe
+    from hf_gradacc.recipe.file.source import flatten_recipe
 
     source = find_recipe(recipe)
     place = target / source.name if target.is_dir() or target.suffix == "" else target

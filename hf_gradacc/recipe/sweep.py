@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.recipe.problems import Key, Origin, Problem, RecipeError
-from hf_gradacc.recipe.reading import read_yaml
-from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.file.problems import Key, Origin, Problem, RecipeError
+from hf_gradacc.recipe.file.reading import read_yaml
+from hf_gradacc.recipe.file.source import COMMAND_LINE
+from hf_gradacc.recipe.keys.sections import Recipe
 from hf_gradacc.recipe.shipped import find_recipe
-from hf_gradacc.recipe.source import COMMAND_LINE
 from hf_gradacc.text import nearest
 
 __all__ = ["Sweep", "check_sweep", "describe_sweep", "settle_sweep"]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from hf_gradacc.data.lengths import measure_lengths
+from hf_gradacc.recipe.keys.sections import Recipe
 from hf_gradacc.recipe.run import build_trainer
-from hf_gradacc.recipe.sections import Recipe
 from hf_gradacc.tracking.parity_file import record_parity
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.verify.conditions import own_log_level

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_gradacc.recipe.sections import Recipe, WandbSection
+from hf_gradacc.recipe.keys.sections import Recipe, WandbSection
 
 __all__ = ["configure_wandb", "settle_reporters", "settle_tracking", "tracking_remarks"]
 

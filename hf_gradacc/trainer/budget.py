@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_gradacc.loss.shortcuts import describe_speed
+from hf_gradacc.loss.shortcuts.choose import describe_speed
 from hf_gradacc.tracking.install import record_event
 from hf_gradacc.updates.budget import BudgetTuner, LayoutTurns, TokenBudget
 from hf_gradacc.updates.remembered_budgets import describe_setting, load_budget, store_budget

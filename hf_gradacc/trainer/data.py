@@ -20,13 +20,13 @@ from transformers.utils import logging
 
 from hf_gradacc.compat import start_method_of_loader
 from hf_gradacc.errors import ConfigError, DataError
-from hf_gradacc.loss.probe_rows import ProbeRows, choose_probe_rows, describe
+from hf_gradacc.loss.asking.rows import ProbeRows, choose_probe_rows, describe
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.waiting import TellOfWait
 from hf_gradacc.trainer.as_requested import changed
-from hf_gradacc.trainer.asking import has_foreign_loss
+from hf_gradacc.trainer.checkpoints.position import Ledger
 from hf_gradacc.trainer.grouping import refuse_own_loader, tell_families, telling_of_search
-from hf_gradacc.trainer.position import Ledger
+from hf_gradacc.trainer.loss.asking import has_foreign_loss
 from hf_gradacc.updates.batch import count_rows, find_main_input
 from hf_gradacc.updates.batches import BatchLoader, GroupedBatches, updates_of
 from hf_gradacc.updates.collator import (
@@ -34,13 +34,13 @@ from hf_gradacc.updates.collator import (
     make_micro_batch,
     refuse_unknown_tokens,
 )
-from hf_gradacc.updates.families import Families
 from hf_gradacc.updates.fingerprint import count_rows_of, fingerprint
 from hf_gradacc.updates.loader import ModelFacts, UpdateLoader, load_updates
 from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.sampler import UpdateSampler, count_updates
 from hf_gradacc.updates.stream import UpdateStream, is_arrow_table, is_stream
 from hf_gradacc.updates.targets import count_all_targets
+from hf_gradacc.updates.trees.families import Families
 from hf_gradacc.updates.update import Update
 
 __all__ = ["TrainingData"]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
-from hf_gradacc.loss.probe_rows import rows_per_sequence_in
+from hf_gradacc.loss.asking.rows import rows_per_sequence_in
 from hf_gradacc.loss.terms import LossTerms
-from hf_gradacc.loss.tree_hooks import computing_these
-from hf_gradacc.loss.trees import Trees, lay_out_trees
+from hf_gradacc.loss.trees.hooks import computing_these
+from hf_gradacc.loss.trees.layout import Trees, lay_out_trees
 from hf_gradacc.ranks.collectives import share_first, share_running_statistics, sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.safety.out_of_memory import (
@@ -30,13 +30,13 @@ from hf_gradacc.safety.out_of_memory import (
     single_row_error,
 )
 from hf_gradacc.safety.rollback import RandomState, devices_of
-from hf_gradacc.trainer.settle import collecting
-from hf_gradacc.trainer.terms import sums_of_terms
+from hf_gradacc.trainer.loss.settle import collecting
+from hf_gradacc.trainer.loss.terms import sums_of_terms
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows, tokens_of_batch
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.targets import TargetRule, count_targets, has_target
-from hf_gradacc.updates.tree_plan import trees_of
+from hf_gradacc.updates.trees.plan import trees_of
 from hf_gradacc.updates.update import MicroBatch
 
 __all__ = ["EvalLoss", "Evaluation", "count_real_rows", "perplexity"]

@@ -8,9 +8,9 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
 from hf_gradacc.safety.waiting import telling_for
-from hf_gradacc.updates.families import Families
+from hf_gradacc.updates.trees.families import Families
 
 __all__ = ["refuse_own_loader", "tell_families", "tell_if_nothing_is_shared", "telling_of_search"]
 

@@ -45,7 +45,7 @@ from hf_gradacc.loss.refusals import (
     refuse_unknown_engines,
     warn_by_name,
 )
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
 from hf_gradacc.ranks.collectives import agree_on_inputs
 from hf_gradacc.ranks.engine import Engine, end_group_at_exit, make_engine
 from hf_gradacc.ranks.layout import RankLayout
@@ -60,41 +60,20 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
-from hf_gradacc.trainer.asking import ask_trainer, quietly, refuse_data_without_targets
 from hf_gradacc.trainer.budget import timed_for_budget
 from hf_gradacc.trainer.card import write_trainer_card
-from hf_gradacc.trainer.choosing import Start, choose_start, hold_run_folder
-from hf_gradacc.trainer.contract import tell_what_moved
-from hf_gradacc.trainer.data import TrainingData
-from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
-from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
-from hf_gradacc.trainer.gradients import GradientGate
-from hf_gradacc.trainer.grouping import tell_if_nothing_is_shared
-from hf_gradacc.trainer.log_row import LogBook
-from hf_gradacc.trainer.low_precision import OptimizerSteps
-from hf_gradacc.trainer.noise import NoiseListener
-from hf_gradacc.trainer.overrides import (
-    OwnStep,
-    find_own_step,
-    has_own_loader_behind,
-    plain_for_steps_behind,
-    refuse_old_signature,
+from hf_gradacc.trainer.checkpoints.choosing import Start, choose_start, hold_run_folder
+from hf_gradacc.trainer.checkpoints.position import (
+    Ledger,
+    begin_epoch,
+    find_place,
+    note_losses,
+    restored,
 )
-from hf_gradacc.trainer.package_optimizers import use_averages
-from hf_gradacc.trainer.parameter_groups import ParameterGroups
-from hf_gradacc.trainer.position import Ledger, begin_epoch, find_place, note_losses, restored
-from hf_gradacc.trainer.resume import Beginning
-from hf_gradacc.trainer.row_parts import (
-    loss_in_ring,
-    loss_of_part,
-    refuse_losses_of_whole_rows,
-)
-from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
-from hf_gradacc.trainer.saved_values import refuse_bad_values
-from hf_gradacc.trainer.saving import CheckpointWriter, rotate, save_aside
-from hf_gradacc.trainer.schedule import complete_schedule
-from hf_gradacc.trainer.settle import LossSettler, settled
-from hf_gradacc.trainer.sharded import (
+from hf_gradacc.trainer.checkpoints.resume import Beginning
+from hf_gradacc.trainer.checkpoints.saved_values import refuse_bad_values
+from hf_gradacc.trainer.checkpoints.saving import CheckpointWriter, rotate, save_aside
+from hf_gradacc.trainer.checkpoints.sharded import (
     holds_split_optimizer,
     is_split,
     load_optimizer,
@@ -103,6 +82,33 @@ from hf_gradacc.trainer.sharded import (
     saves_checkpoints,
     writing_together,
 )
+from hf_gradacc.trainer.contract import tell_what_moved
+from hf_gradacc.trainer.data import TrainingData
+from hf_gradacc.trainer.evaluation import Evaluation, count_real_rows
+from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
+from hf_gradacc.trainer.gradients import GradientGate
+from hf_gradacc.trainer.grouping import tell_if_nothing_is_shared
+from hf_gradacc.trainer.log_row import LogBook
+from hf_gradacc.trainer.loss.asking import ask_trainer, quietly, refuse_data_without_targets
+from hf_gradacc.trainer.loss.row_parts import (
+    loss_in_ring,
+    loss_of_part,
+    refuse_losses_of_whole_rows,
+)
+from hf_gradacc.trainer.loss.settle import LossSettler, settled
+from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.optimizer.groups import ParameterGroups
+from hf_gradacc.trainer.optimizer.low_precision import OptimizerSteps
+from hf_gradacc.trainer.optimizer.packages import use_averages
+from hf_gradacc.trainer.optimizer.schedule import complete_schedule
+from hf_gradacc.trainer.overrides import (
+    OwnStep,
+    find_own_step,
+    has_own_loader_behind,
+    plain_for_steps_behind,
+    refuse_old_signature,
+)
+from hf_gradacc.trainer.runner import UpdateResult, UpdateRunner
 from hf_gradacc.trainer.step import MicroBatchStep, loss_of_rows, smoothed_loss
 from hf_gradacc.trainer.stopping import Stopping
 from hf_gradacc.updates.batch import count_rows

@@ -12,7 +12,7 @@ from hf_gradacc.ranks.collectives import sum_over_ranks
 from hf_gradacc.ranks.engine import Engine
 from hf_gradacc.tracking.install import record_event
 from hf_gradacc.tracking.noise_meter import NoiseRecord
-from hf_gradacc.trainer.position import restored
+from hf_gradacc.trainer.checkpoints.position import restored
 from hf_gradacc.updates.dealing import measures_noise
 from hf_gradacc.updates.update import MicroBatch, Update
 

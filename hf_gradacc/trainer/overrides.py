@@ -25,7 +25,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_gradacc.errors import LossError
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
 from hf_gradacc.trainer.as_requested import noting_reads
 
 __all__ = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from hf_gradacc.updates.randomness import seeds_of
+from hf_gradacc.updates.draws.randomness import seeds_of
 from hf_gradacc.updates.update import MicroBatch
 
 __all__ = ["RowNoise", "RowPlaces", "places_of_rows"]

@@ -39,20 +39,20 @@ from hf_gradacc.safety.precision import Float32Gradients
 from hf_gradacc.safety.rollback import Rollback
 from hf_gradacc.tracking.install import record_event
 from hf_gradacc.tracking.phases import PhaseClock
-from hf_gradacc.trainer.asking import padding_style
 from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
+from hf_gradacc.trainer.loss.asking import padding_style
+from hf_gradacc.trainer.loss.passes import TwoPasses
+from hf_gradacc.trainer.loss.terms import sizes_of
 from hf_gradacc.trainer.noise import NoiseListener
-from hf_gradacc.trainer.passes import TwoPasses
 from hf_gradacc.trainer.step import MicroBatchStep
-from hf_gradacc.trainer.terms import sizes_of
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.loader import ModelFacts
-from hf_gradacc.updates.pair_trees import halve_trees, trees_of_sequences
 from hf_gradacc.updates.recut import can_slice, cut_again, cut_to_limit, even_out, planned_lengths
 from hf_gradacc.updates.targets import TargetRule
-from hf_gradacc.updates.tree_plan import GrownTrees
+from hf_gradacc.updates.trees.pairs import halve_trees, trees_of_sequences
+from hf_gradacc.updates.trees.plan import GrownTrees
 from hf_gradacc.updates.update import MicroBatch, Update, UpdateStats, start_copy
 
 __all__ = ["UpdateResult", "UpdateRunner"]

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_gradacc.errors import ConfigError, LossError
-from hf_gradacc.loss.chunked import without_logits
-from hf_gradacc.loss.kept import KeptBeginning
 from hf_gradacc.loss.layouts import kept_rows
-from hf_gradacc.loss.onednn import onednn_linears
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
+from hf_gradacc.loss.shortcuts.chunked import without_logits
+from hf_gradacc.loss.shortcuts.onednn import onednn_linears
 from hf_gradacc.loss.smoothing import smoothing_correction
-from hf_gradacc.loss.tree_hooks import computing_these
-from hf_gradacc.loss.tree_targets import TreeTargets
-from hf_gradacc.loss.trees import Trees, lay_out_trees
+from hf_gradacc.loss.trees.hooks import computing_these
+from hf_gradacc.loss.trees.kept import KeptBeginning
+from hf_gradacc.loss.trees.layout import Trees, lay_out_trees
+from hf_gradacc.loss.trees.targets import TreeTargets
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.batch import tokens_of_batch

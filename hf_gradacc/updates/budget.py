@@ -159,7 +159,7 @@ class BudgetTuner:
 class LayoutTurns:
     """Compares updates of trees with updates of rows, which take turns, three each.
 
-    What trees save is estimated by a model of costs, `hf_gradacc.updates.tree_cost.TreeCost`.
+    What trees save is estimated by a model of costs, `hf_gradacc.updates.trees.cost.TreeCost`.
     Where budgets are timed anyway, so is this: trees stay unless rows are faster on this device.
     Times are compared per input token.
 

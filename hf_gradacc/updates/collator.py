@@ -15,9 +15,8 @@ from torch import Tensor
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import measures_noise
-from hf_gradacc.updates.draws import DrawsByRow
+from hf_gradacc.updates.draws.rows import DrawsByRow
 from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
-from hf_gradacc.updates.pair_trees import plan_shared_sequences
 from hf_gradacc.updates.planner import (
     OVERHEAD_ON_CPU,
     plan_micro_batches,
@@ -30,8 +29,9 @@ from hf_gradacc.updates.targets import (
     count_all_targets,
     count_input_tokens,
 )
-from hf_gradacc.updates.tree_cost import TreeCost, padded_cost
-from hf_gradacc.updates.tree_plan import GrownTrees
+from hf_gradacc.updates.trees.cost import TreeCost, padded_cost
+from hf_gradacc.updates.trees.pairs import plan_shared_sequences
+from hf_gradacc.updates.trees.plan import GrownTrees
 from hf_gradacc.updates.update import MicroBatch, Update
 
 __all__ = ["LEAST_SAVING", "UpdateCollator", "make_micro_batch", "refuse_unknown_tokens"]
@@ -58,7 +58,7 @@ class UpdateCollator:
             padding into their result. Collates the share once and cuts it by rows.
         packed: Micro-batches will be laid out as one row each, so only their real tokens cost.
         shares_prefixes: Rows that begin alike may be computed as trees, see
-            `hf_gradacc.updates.tree_plan`.
+            `hf_gradacc.updates.trees.plan`.
         foresees_sharing: Rows of the dataset begin alike, so that sharing is worth a try.
         least_saving: The part of an update's cost that trees must save to be taken.
         tree_cost: What rows and trees cost.

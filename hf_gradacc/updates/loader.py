@@ -19,14 +19,10 @@ from hf_gradacc.errors import DataError
 from hf_gradacc.updates.budget import FIRST_BUDGET
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
-from hf_gradacc.updates.dealing_trees import DealTerms, deal_trees
-from hf_gradacc.updates.draws import ReadsByRow
-from hf_gradacc.updates.grouping import families_of, refuse_grouping
+from hf_gradacc.updates.draws.rows import ReadsByRow
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.loading import LoadingNow
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR
-from hf_gradacc.updates.prefix_order import PrefixOrder, sort_rows
-from hf_gradacc.updates.prefixes import Sorted
 from hf_gradacc.updates.sampler import Share, UpdateSampler
 from hf_gradacc.updates.stream import (
     Rows,
@@ -36,7 +32,11 @@ from hf_gradacc.updates.stream import (
     take_until,
 )
 from hf_gradacc.updates.targets import can_have_target, count_row_targets
-from hf_gradacc.updates.tree_cost import TreeCost
+from hf_gradacc.updates.trees.cost import TreeCost
+from hf_gradacc.updates.trees.dealing import DealTerms, deal_trees
+from hf_gradacc.updates.trees.grouping import families_of, refuse_grouping
+from hf_gradacc.updates.trees.order import PrefixOrder, sort_rows
+from hf_gradacc.updates.trees.prefixes import Sorted
 
 if TYPE_CHECKING:
     from hf_gradacc.arguments import GradAccArguments

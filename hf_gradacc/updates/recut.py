@@ -29,7 +29,7 @@ from hf_gradacc.updates.batch import (
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.targets import IGNORE_INDEX, TargetRule
-from hf_gradacc.updates.tree_plan import GrownTrees
+from hf_gradacc.updates.trees.plan import GrownTrees
 from hf_gradacc.updates.update import MicroBatch, Update
 
 __all__ = ["can_slice", "cut_again", "cut_to_limit", "even_out", "join_rows", "planned_lengths"]

@@ -17,8 +17,8 @@ import numpy as np
 
 from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.updates.dealing import deal_at_random, deal_by_cost, measures_noise
-from hf_gradacc.updates.families import Families
-from hf_gradacc.updates.prefixes import Sorted
+from hf_gradacc.updates.trees.families import Families
+from hf_gradacc.updates.trees.prefixes import Sorted
 
 __all__ = ["Deal", "Share", "SortRows", "UpdateSampler", "bound_updates_by_tokens", "count_updates"]
 

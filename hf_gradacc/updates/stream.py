@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset
 from hf_gradacc.compat import streams_can_seek
 from hf_gradacc.errors import DataError
 from hf_gradacc.updates.dealing import deal_at_random, measures_noise
+from hf_gradacc.updates.draws.stream import SeededStream
 from hf_gradacc.updates.sampler import Deal, SortRows
-from hf_gradacc.updates.stream_draws import SeededStream
 
 __all__ = [
     "Rows",

@@ -4,7 +4,7 @@ A loss is a mean over its own targets. Which positions those are differs: a caus
 label ``t + 1`` at position ``t``, so a row's first label is never a target; an encoder-decoder or
 a masked LM predicts every label it is given; a classifier has one target per sequence. Loader
 workers count all of them (`TargetCounts`, plain integers); which one is right is found out by
-asking the model once (`hf_gradacc.loss.probe`).
+asking the model once (`hf_gradacc.loss.asking.probe`).
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_gradacc.updates.batch import tokens_of_batch
-from hf_gradacc.updates.kept_plan import count_kept
 from hf_gradacc.updates.targets import TargetCounts, TargetRule
-from hf_gradacc.updates.tree_plan import GrownTrees
+from hf_gradacc.updates.trees.kept import count_kept
+from hf_gradacc.updates.trees.plan import GrownTrees
 
 __all__ = ["MicroBatch", "Update", "UpdateStats", "start_copies", "start_copy"]
 

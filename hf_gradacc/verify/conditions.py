@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers.utils import logging
 
-from hf_gradacc.loss.asking import held_in_mode
+from hf_gradacc.loss.asking.ask import held_in_mode
 
 __all__ = ["compared_in", "own_log_level", "without_autocast", "without_dropout"]
 

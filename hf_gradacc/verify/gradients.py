@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.trainer.asking import prepared
+from hf_gradacc.trainer.loss.asking import prepared
 from hf_gradacc.trainer.mixin import GradAccMixin
 from hf_gradacc.updates.batch import count_rows, slice_rows
 from hf_gradacc.updates.targets import TargetRule, count_targets

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_gradacc.arguments import GradAccArguments
 from hf_gradacc.errors import ConfigError, DataError, LossError
-from hf_gradacc.loss.asking import has_router_loss
+from hf_gradacc.loss.asking.ask import has_router_loss
 from hf_gradacc.loss.facts import rounding_of
 from hf_gradacc.safety.out_of_memory import free_memory, is_out_of_memory
 from hf_gradacc.safety.waiting import telling

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_gradacc.safety.out_of_memory import free_memory, is_out_of_memory
-from hf_gradacc.trainer.asking import prepared
+from hf_gradacc.trainer.loss.asking import prepared
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.verify.gradients import arguments_for_one_update

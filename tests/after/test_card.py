@@ -11,7 +11,7 @@ from support.tiny import make_trainer, ragged_rows
 from hf_gradacc import GradAccMixin
 from hf_gradacc.after.merge import merge_run
 from hf_gradacc.recipe.card import data_lines
-from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.keys.sections import Recipe
 from hf_gradacc.tracking.card import CardFacts, find_license, write_card
 
 pytestmark = pytest.mark.slow

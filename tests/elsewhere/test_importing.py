@@ -11,8 +11,8 @@ from hf_gradacc.elsewhere.draft import is_recipe_key, show_value
 from hf_gradacc.elsewhere.importing import import_file
 from hf_gradacc.elsewhere.llamafactory import LLAMAFACTORY as LLAMAFACTORY_KEYS
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.file.reading import read_yaml
 from hf_gradacc.recipe.load import load_recipe
-from hf_gradacc.recipe.reading import read_yaml
 
 CASES = {f"Axolotl: {name}": shape for name, shape in shapes.AXOLOTL.items()}
 CASES |= {f"LLaMA-Factory: {name}": shape for name, shape in shapes.LLAMAFACTORY.items()}

@@ -12,8 +12,8 @@ from support.pretend_cuda import CUDA, PACKAGE, PEAK_BYTES, cuda_lines, lines_ru
 from support.tiny import log_rows, make_trainer, pad, ragged_rows, tiny_llama
 
 from hf_gradacc import GradAccArguments, GradAccTrainer
-from hf_gradacc.loss.absent import Absent
-from hf_gradacc.recipe import plan_screen
+from hf_gradacc.loss.coupled.absent import Absent
+from hf_gradacc.recipe.plan import screen as plan_screen
 from hf_gradacc.safety.out_of_memory import free_memory
 from hf_gradacc.safety.rollback import RandomState
 from hf_gradacc.tracking.run_facts import describe_hardware

@@ -15,9 +15,9 @@ from support.ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 
-from hf_gradacc.loss.answers import Loss
+from hf_gradacc.loss.asking.answers import Loss
+from hf_gradacc.loss.asking.probe import probe_loss
 from hf_gradacc.loss.class_weights import ClassWeights, WeightedCalls
-from hf_gradacc.loss.probe import probe_loss
 from hf_gradacc.updates.targets import TargetRule
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -43,7 +43,7 @@ def test_the_cut_does_not_change_the_weights(tmp_path, case):
 
 def test_counting_targets_instead_is_another_gradient(tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", "rows", size=8)
-    monkeypatch.setattr("hf_gradacc.loss.evidence.Evidence.weighted", lambda self: None)
+    monkeypatch.setattr("hf_gradacc.loss.asking.evidence.Evidence.weighted", lambda self: None)
     cut = trained(tmp_path / "cut", "rows", size=2, update_passes=1)
     assert distance(whole, cut) > 1e-3
     assert any("LossTerms" in warning for warning in cut.facts.warnings)

@@ -6,7 +6,7 @@ from support.drawing import mask_words
 from support.drawing_jobs import train_masked_words
 from support.ranks import run_ranks
 
-from hf_gradacc.updates.draws import DrawsByRow
+from hf_gradacc.updates.draws.rows import DrawsByRow
 
 CUTS = {
     "4 rows": {"per_device_train_batch_size": 4},

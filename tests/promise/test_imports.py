@@ -4,6 +4,7 @@ Read from the source as text, imports inside functions and under TYPE_CHECKING t
 """
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,34 @@ def test_a_room_imports_from_lower_lines_only(room):
             if target != room and target not in ROOMS[room]:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+INNER = sorted({path.parent for path in files() if path.parent.parent.parent == PACKAGE.parent})
+
+
+def inner_imports(folder):
+    """Which rooms of a folder import which others of it, by their names."""
+    rooms = {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()}
+    for path in folder.glob("*/*.py"):
+        for _, module in imports_of(path, "hf_gradacc"):
+            parts = module.split(".")[1:]
+            if (
+                parts[0] == folder.name
+                and len(parts) > 1
+                and parts[1] in rooms - {path.parent.name}
+            ):
+                yield path.parent.name, parts[1]
+
+
+@pytest.mark.parametrize(
+    "folder", [path for path in INNER if path != PACKAGE], ids=lambda p: p.name
+)
+def test_rooms_of_a_folder_do_not_import_each_other_in_a_circle(folder):
+    below = {}
+    for room, other in inner_imports(folder):
+        below.setdefault(room, set()).add(other)
+    order = graphlib.TopologicalSorter(below)
+    order.prepare()  # raises CycleError, which names the circle
 
 
 def test_a_wrong_import_would_be_seen(tmp_path):

@@ -380,7 +380,7 @@ def told(caplog):
     transformers_logging.enable_propagation()
     transformers_logging.get_logger("hf_gradacc")
     logging.getLogger("hf_gradacc").propagate = True
-    from hf_gradacc.trainer import asking
+    from hf_gradacc.trainer.loss import asking
 
     type(asking.logger).warning_once.cache_clear()
     yield caplog

@@ -16,8 +16,8 @@ from support.tiny import make_trainer, ragged_rows, tiny_llama
 from support.waits import count_of_update
 
 from hf_gradacc import GradAccTrainer
-from hf_gradacc.loss import chunked
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts import chunked
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
 from hf_gradacc.trainer import step
 from hf_gradacc.trainer.runner import UpdateRunner
 from hf_gradacc.updates.update import start_copies

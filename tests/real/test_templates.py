@@ -4,7 +4,7 @@ import pytest
 from support.real_parts import TOKENIZERS
 
 from hf_gradacc.data.chat_templates import set_chat_template
-from hf_gradacc.recipe.ends import find_turn_end
+from hf_gradacc.recipe.model.ends import find_turn_end
 
 CHAT = [
     {"role": "user", "content": "What is 2 + 2?"},

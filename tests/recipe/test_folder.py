@@ -12,9 +12,9 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.file.problems import RecipeError
 from hf_gradacc.recipe.folder import clear_folder
 from hf_gradacc.recipe.load import load_recipe
-from hf_gradacc.recipe.problems import RecipeError
 from hf_gradacc.recipe.run import train_recipe
 from hf_gradacc.tracking.run_files import LOG_NAME, read_log
 

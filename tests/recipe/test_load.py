@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hf_gradacc.recipe.file.problems import RecipeError
+from hf_gradacc.recipe.keys.schema import export_schema
 from hf_gradacc.recipe.load import load_recipe, recipe_arguments
-from hf_gradacc.recipe.problems import RecipeError
 from hf_gradacc.recipe.run import resolved_recipe, save_recipe
-from hf_gradacc.recipe.schema import export_schema
 
 GOOD = """\
 model:

@@ -10,7 +10,7 @@ from support.tracked import no_wandb_login, only_run
 from hf_gradacc.data.section import ModelSection
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.load import load_recipe
-from hf_gradacc.recipe.model import load_model, model_config
+from hf_gradacc.recipe.model.load import load_model, model_config
 from hf_gradacc.recipe.run import train_recipe
 
 RECIPE = """\

@@ -21,8 +21,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb.sdk.lib import config_util
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.file.problems import RecipeError
 from hf_gradacc.recipe.load import load_recipe
-from hf_gradacc.recipe.problems import RecipeError
 from hf_gradacc.recipe.shipped import copy_recipe
 from hf_gradacc.recipe.sweep import check_sweep, describe_sweep
 from hf_gradacc.tracking.wandb_start import start_rank_run

@@ -96,7 +96,8 @@ class ReadOnly(TrainerCallback):
 def test_a_disk_that_becomes_read_only_ends_no_run_and_is_named(disk, monkeypatch):
     # The lock keeps a file open, and then nobody but a failing disk itself may do that.
     monkeypatch.setattr(
-        "hf_gradacc.trainer.choosing.hold_folder", lambda folder: contextlib.nullcontext()
+        "hf_gradacc.trainer.checkpoints.choosing.hold_folder",
+        lambda folder: contextlib.nullcontext(),
     )
     trainer = make_trainer(
         disk / "out",

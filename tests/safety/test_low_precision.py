@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_gradacc import ConfigError
 from hf_gradacc.safety.lost_step import measure_lost_share
 from hf_gradacc.safety.low_precision import LowPrecisionUpdates, round_at_random
-from hf_gradacc.trainer.low_precision import MASTERS_NAME
+from hf_gradacc.trainer.optimizer.low_precision import MASTERS_NAME
 
 ROWS = ragged_rows(32, seed=2)
 OPTIMIZERS = {
@@ -151,7 +151,7 @@ def test_a_step_that_fails_leaves_weights_of_their_type_as_they_were(tmp_path, m
 def plain(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         told = []
-        patch.setattr("hf_gradacc.trainer.low_precision.logger.warning", told.append)
+        patch.setattr("hf_gradacc.trainer.optimizer.low_precision.logger.warning", told.append)
         trainer = run(tmp_path_factory.mktemp("plain"), low_precision_updates="plain")
     return trainer, told
 
@@ -241,7 +241,7 @@ def test_trying_a_step_changes_nothing():
 
 def test_a_checkpoint_of_the_other_kind_is_taken_with_a_line(tmp_path, plain, monkeypatch):
     told = []
-    monkeypatch.setattr("hf_gradacc.trainer.low_precision.logger.warning", told.append)
+    monkeypatch.setattr("hf_gradacc.trainer.optimizer.low_precision.logger.warning", told.append)
     checkpoint = str(plain[0].args.output_dir) + "/checkpoint-2"
     trainer = run(tmp_path / "on", resume=checkpoint, low_precision_updates="master")
     assert trainer.state.global_step == 4

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.loss import tree_hooks
-from hf_gradacc.loss.trees import Trees
+from hf_gradacc.loss.trees import hooks as tree_hooks
+from hf_gradacc.loss.trees.layout import Trees
 
 from .zoo_rows import FIRST_PLAIN_TOKEN, IGNORE_INDEX, VOCAB_SIZE, HeadRow, rows_for
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.loss import tree_hooks
+from hf_gradacc.loss.trees import hooks as tree_hooks
 
 from .tiny import VOCABULARY, Row
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
+from hf_gradacc.loss.coupled.cuts import find_replay
 from hf_gradacc.loss.coupling import Exchange, ForwardEnded
-from hf_gradacc.loss.cuts import find_replay
 from hf_gradacc.updates.batch import slice_rows
 from hf_gradacc.updates.collator import make_micro_batch
 

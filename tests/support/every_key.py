@@ -15,7 +15,7 @@ import yaml
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
 from hf_gradacc.recipe.load import load_recipe, recipe_arguments
-from hf_gradacc.recipe.model import check_model
+from hf_gradacc.recipe.model.load import check_model
 from hf_gradacc.recipe.wandb import configure_wandb
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

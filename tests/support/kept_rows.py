@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_gradacc.loss.kept import KeptBeginning
+from hf_gradacc.loss.trees.kept import KeptBeginning
 
 from .tiny import VOCABULARY
 

@@ -30,7 +30,7 @@ def step_on_parts(out: str) -> dict[str, str]:
     """Train bfloat16 weights that FSDP2 splits; give what each mode is answered."""
     allow_sharding_on_cpu()
     told: list[str] = []
-    logger: Any = logging.get_logger("hf_gradacc.trainer.low_precision")
+    logger: Any = logging.get_logger("hf_gradacc.trainer.optimizer.low_precision")
     logger.warning_once = told.append
     found = {}
     for mode in ("auto", "master"):

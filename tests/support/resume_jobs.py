@@ -161,11 +161,11 @@ def die_while_saving(out: str, moment: str) -> None:
     if moment == "in the middle of the optimizer's file":
         torch.save = die_at_step_4(torch.save, half=True)  # type: ignore[assignment]
     elif moment == "before the manifest":
-        import hf_gradacc.trainer.saving as module
+        import hf_gradacc.trainer.checkpoints.saving as module
 
         module.write_manifest = die_at_step_4(checkpoints.write_manifest)
     elif moment == "before the rename":
-        import hf_gradacc.trainer.saving as module
+        import hf_gradacc.trainer.checkpoints.saving as module
 
         module.publish = die_at_step_4(checkpoints.publish)
     elif moment == "while an old one is deleted":

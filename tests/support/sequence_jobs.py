@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_gradacc import GradAccError
 from hf_gradacc.ranks.layout import RankLayout
-from hf_gradacc.trainer import mixin, row_parts
+from hf_gradacc.trainer import mixin
+from hf_gradacc.trainer.loss import row_parts
 
 from .rank_jobs import _note_membership
 from .reference import float64_everywhere, reference_gradient

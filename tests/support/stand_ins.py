@@ -14,7 +14,7 @@ import transformers
 from support import templates
 
 from hf_gradacc.data import train_tokenizer
-from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.keys.sections import Recipe
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096}

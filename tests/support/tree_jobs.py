@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_gradacc import GradAccTrainer
-from hf_gradacc.loss.shortcuts import Shortcuts
-from hf_gradacc.trainer import asking
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
+from hf_gradacc.trainer.loss import asking
 
 from .common_prompts import rows_of_prompts, watching_calls
 from .kept_rows import KEEPING, keeping_always, rows_behind, watching_kept

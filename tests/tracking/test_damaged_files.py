@@ -12,7 +12,7 @@ from support.resume_jobs import train_and_report
 from support.tracked import tracked_trainer
 
 from hf_gradacc.recipe.folder import claim_folder, clear_folder
-from hf_gradacc.recipe.sections import Recipe
+from hf_gradacc.recipe.keys.sections import Recipe
 from hf_gradacc.tracking.parity_file import PARITY_NAME, read_parity
 from hf_gradacc.tracking.report import build_report
 from hf_gradacc.tracking.run_files import LOG_NAME, RUN_NAME, RunFile, read_log, read_run
@@ -80,7 +80,7 @@ def test_rows_are_flushed_before_a_checkpoint_has_its_name(tmp_path, monkeypatch
     order: list[str] = []
     flush = RunFile.flush
     monkeypatch.setattr(RunFile, "flush", lambda self: (order.append("rows"), flush(self))[1])
-    import hf_gradacc.trainer.saving as saving
+    import hf_gradacc.trainer.checkpoints.saving as saving
 
     publish = saving.publish
     monkeypatch.setattr(

@@ -16,11 +16,11 @@ from support.resume_jobs import train_and_report
 from support.tiny import Recorder, log_rows, make_trainer, pad, tiny_llama
 
 from hf_gradacc import GradAccTrainer
-from hf_gradacc.loss import kept as kept_module
-from hf_gradacc.loss.held import Held, hold, in_front
-from hf_gradacc.loss.kept import KeptBeginning
+from hf_gradacc.loss.trees import kept as kept_module
+from hf_gradacc.loss.trees.held import Held, hold, in_front
+from hf_gradacc.loss.trees.kept import KeptBeginning
 from hf_gradacc.trainer import step
-from hf_gradacc.updates.prefixes import count_distinct_tokens, sort_by_prefix
+from hf_gradacc.updates.trees.prefixes import count_distinct_tokens, sort_by_prefix
 
 ROWS = rows_behind()
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_gradacc import GradAccMixin, GradAccTrainer
-from hf_gradacc.loss.shortcuts import Shortcuts
+from hf_gradacc.loss.shortcuts.choose import Shortcuts
 from hf_gradacc.trainer.overrides import OwnStep, find_own_step, plain_for_steps_behind
 
 

@@ -12,9 +12,10 @@ from support.tiny import VOCABULARY, Recorder, make_trainer, pad, tiny_llama
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
-from hf_gradacc.loss import chunked, tree_targets
-from hf_gradacc.loss.chunked import ChunkedLoss
-from hf_gradacc.loss.tree_targets import TreeTargets, merge_targets
+from hf_gradacc.loss.shortcuts import chunked
+from hf_gradacc.loss.shortcuts.chunked import ChunkedLoss
+from hf_gradacc.loss.trees import targets as tree_targets
+from hf_gradacc.loss.trees.targets import TreeTargets, merge_targets
 from hf_gradacc.trainer.step import MicroBatchStep
 
 EXACT = 1e-12

@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from hf_gradacc.loss.probe_rows import ProbeRows
+from hf_gradacc.loss.asking.rows import ProbeRows
 from hf_gradacc.updates.collator import UpdateCollator, make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
 from hf_gradacc.updates.planner import plan_micro_batches

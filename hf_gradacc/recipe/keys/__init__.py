@@ -1,0 +1,4 @@
+"""Every key of a recipe, its type, default and meaning.
+
+Read `sections`.
+"""

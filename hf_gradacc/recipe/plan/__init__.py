@@ -1,0 +1,4 @@
+"""`hf-gradacc plan`: the updates of a recipe, their time and memory, before a weight is loaded.
+
+Read `updates`, then `screen`.
+"""

@@ -1,0 +1,4 @@
+"""What a recipe measures beside the loss: answers, their scores, samples.
+
+Read `quality`.
+"""

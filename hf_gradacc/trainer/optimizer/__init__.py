@@ -1,0 +1,4 @@
+"""Optimizers and their schedules: groups of parameters, Muon, low precision.
+
+Read `groups`.
+"""

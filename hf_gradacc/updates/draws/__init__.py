@@ -1,0 +1,4 @@
+"""What is drawn at random for a row belongs to the row, however updates are cut.
+
+Read `rows`, then `randomness`.
+"""

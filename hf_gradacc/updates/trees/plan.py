@@ -1,0 +1,352 @@
+"""Rows that begin alike: which of them to compute as one tree, so that no token is computed twice.
+
+In a causal model the hidden state of a token depends on the tokens before it and on nothing else,
+so rows with a common prefix have the same hidden states there. A tree of rows is computed as one
+sequence: each prefix once, then each row's own tokens, which see the tokens they descend from
+(Tree Training, arXiv 2511.00413; prefix sharing, arXiv 2410.20305). Pure functions on integers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hf_gradacc.updates.planner import cut_sorted
+from hf_gradacc.updates.trees.cost import HELD, TreeCost, cost_of_trees, padded_cost
+from hf_gradacc.updates.trees.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
+
+__all__ = [
+    "GrownTrees",
+    "SharedPlan",
+    "fill_bins",
+    "grow_trees",
+    "plan_shared_micro_batches",
+    "plan_trees",
+    "trees_of",
+]
+
+
+def grow_trees(
+    rows: Sorted,
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+) -> list[tuple[int, int, int]]:
+    """Decide which neighbours to compute as one tree: the cheapest cut into runs.
+
+    A prefix that is too short to pay for the attention of a wider tree is not shared. Dynamic
+    programming over the sorted rows finds the cheapest cut of all; its window is as wide as a tree
+    may be, so its time grows with the number of rows.
+
+    Args:
+        rows: From `sort_by_prefix`.
+        cost: What trees and rows cost.
+        max_tokens: Most tokens in a tree, and what shared ones hold, see `HELD`; a longer row is
+            alone.
+        max_rows: Most rows in a tree.
+
+    Returns:
+        Where each tree starts and stops in the sorted rows, and its tokens.
+
+    >>> grow_trees(sort_by_prefix([[5, 6, 7], [9], [5, 6, 8, 8]]), TreeCost())
+    [(0, 2, 5), (2, 3, 1)]
+    """
+    n = len(rows.order)
+    if n == 0:
+        return []
+    own = rows.lengths - rows.shared
+    ends = np.concatenate(([0], np.cumsum(own)))  # tokens of all trees up to each place
+    # A tree never pays that joins rows which have nothing in common.
+    apart = np.flatnonzero(rows.shared == 0)
+    next_apart = np.append(apart, n)[np.searchsorted(apart, np.arange(n), side="right")]
+    widest = cost.widest(int(rows.shared.max()), int(rows.lengths.max()))
+    if cost.by_rows:
+        widest = None
+        if max_tokens is None and max_rows is None:
+            # What a row costs in a tree depends on no other row of it.
+            splits = cost.branch(own, rows.lengths) >= cost.row(rows.lengths)
+            starts = np.flatnonzero(splits | (rows.shared == 0)).tolist()
+            return [
+                (a, b, int(ends[b] - ends[a] + rows.shared[a]))
+                for a, b in itertools.pairwise([*starts, n])
+            ]
+    limits = [limit for limit in (max_tokens, widest) if limit is not None]
+    limit = min(limits, default=None)
+    # The first row of a tree has no neighbour to share with: it pays for all its tokens.
+    befores = ends[:-1] - rows.shared
+    stops = next_apart
+    if max_rows is not None:
+        stops = np.minimum(stops, np.arange(n) + max_rows)
+    if limit is not None:
+        held = np.cumsum(HELD * rows.shared if cost.by_rows else np.zeros(n))
+        filled = ends + np.concatenate(([0.0], held))
+        most = np.searchsorted(filled, befores + limit + held, side="right")
+        stops = np.minimum(stops, most - 1)
+    added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
+    best = np.zeros(n + 1)
+    take = [1] * n
+    # Rows that stay together are a tree by themselves.
+    price = cost.row if cost.by_rows or rows.rows_each == 1 else cost.tree
+    alone, last = price(rows.lengths).tolist(), 0.0
+    for start, stop, before in zip(
+        range(n - 1, -1, -1), stops[::-1].tolist(), befores[::-1].tolist(), strict=True
+    ):
+        last += alone[start]
+        if stop >= start + 2:
+            if cost.by_rows:
+                costs = added[start + 2 : stop + 1] + (alone[start] - added[start + 1])
+            else:
+                costs = cost.tree(ends[start + 2 : stop + 1] - before)
+            costs += best[start + 2 : stop + 1]
+            least = int(costs.argmin())
+            if costs[least] < last:
+                last, take[start] = float(costs[least]), least + 2
+        best[start] = last
+    trees, start = [], 0
+    while start < n:
+        stop = start + take[start]
+        trees.append((start, stop, int(ends[stop] - befores[start])))
+        start = stop
+    return trees
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """Micro-batches of trees.
+
+    Attributes:
+        pieces: Rows of each micro-batch, as `plan_micro_batches` returns them; those of a tree are
+            neighbours.
+        trees: The trees of each micro-batch, in the same order.
+        costs: What each micro-batch costs, in tokens.
+    """
+
+    pieces: list[list[int]]
+    trees: list[GrownTrees]
+    costs: list[float]
+
+    @property
+    def cost(self) -> float:
+        """What all micro-batches cost."""
+        return sum(self.costs)
+
+    def pays(self, cost_of_rows: float, *, least_saving: float) -> bool:
+        """Return whether rows share anything, and cost less by the part that this has to save."""
+        shares = any(
+            trees.kept or any(len(rows) > 1 for rows in trees.rows) for trees in self.trees
+        )
+        return shares and self.cost <= (1 - least_saving) * cost_of_rows
+
+
+@dataclass(frozen=True)
+class GrownTrees:
+    """The trees that rows of a micro-batch make.
+
+    Attributes:
+        rows: Rows of each tree; every row is in one.
+        sizes: Tokens of each tree, those that are kept not among them.
+        by_rows: See `TreeCost`.
+        kept: Tokens that all rows begin with, computed once for several micro-batches and kept
+            while these run; 0 if there are none. Then there is one tree.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    by_rows: bool = False
+    kept: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all trees."""
+        return sum(self.sizes)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that are computed, with what pads each tree to the widest."""
+        if self.by_rows:
+            return self.num_tokens
+        return len(self.sizes) * max(self.sizes, default=0)
+
+    @property
+    def are_rows(self) -> bool:
+        """Whether each tree is a single row, to be computed as rows are."""
+        return not self.by_rows and all(len(rows) == 1 for rows in self.rows)
+
+    def counted(self, tokens: Sequence[Any]) -> GrownTrees:
+        """Count the tokens of each tree anew, by those its rows have.
+
+        Nothing is kept if some row does not begin as the others do, or has no token after that.
+
+        >>> GrownTrees(((0, 1), (2,)), (9, 9)).counted([[5, 6], [5, 7], [8]]).sizes
+        (3, 1)
+        >>> GrownTrees(((0, 1),), (9,), kept=1).counted([[5, 6], [5, 7]])
+        GrownTrees(rows=((0, 1),), sizes=(2,), by_rows=False, kept=1)
+        """
+        found = [sort_by_prefix([tokens[row] for row in rows]) for rows in self.rows]
+        sizes = tuple(map(count_distinct_tokens, found))
+        if not self.kept:
+            return replace(self, sizes=sizes)
+        (tree,) = found
+        if min(*tree.lengths[:1], *tree.lengths - 1, *tree.shared[1:]) < self.kept:
+            return replace(self, sizes=sizes, kept=0)
+        return replace(self, sizes=(sizes[0] - self.kept,))
+
+
+def plan_shared_micro_batches(
+    rows: Sequence[Any],
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    overhead_tokens: int = 0,
+) -> SharedPlan:
+    """Cut rows into micro-batches of trees: of like width, padded to the widest; by rows unpadded.
+
+    Args:
+        rows: Token ids of each row.
+        cost: What trees and rows cost.
+        max_tokens: Most tokens a micro-batch may compute, padding included; a row that is longer is
+            planned alone.
+        max_sequences: Most rows in a micro-batch.
+        overhead_tokens: What one more micro-batch costs, in computed tokens.
+
+    >>> rows = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9]]
+    >>> plan = plan_shared_micro_batches(rows, TreeCost(), max_tokens=8)
+    >>> plan.pieces, [trees.rows for trees in plan.trees], plan.trees[0].sizes
+    ([[0, 1], [2]], [((0, 1),), ((0,),)], (5,))
+    """
+    return plan_trees(
+        sort_by_prefix(rows),
+        cost,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        overhead_tokens=overhead_tokens,
+    )
+
+
+def plan_trees(
+    found: Sorted,
+    cost: TreeCost,
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    overhead_tokens: int = 0,
+    trees: Sequence[tuple[int, int, int]] | None = None,
+) -> SharedPlan:
+    """As `plan_shared_micro_batches`, of rows that are sorted already.
+
+    Rows that stay together are one entry of a piece, and collated as blocks, see `slice_rows`.
+    Trees that were grown already are not grown again.
+    """
+    if trees is None:
+        trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
+    trees = sorted(trees, key=lambda tree: -tree[2])
+    if not trees:
+        return SharedPlan([], [], [])
+    if cost.by_rows:
+        bins = fill_bins(trees, found, max_tokens, max_sequences)
+    elif max_sequences is None:
+        cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
+    else:
+        cuts = _cut_counting(trees, max_tokens, max_sequences)
+    if not cost.by_rows:
+        bins = [trees[start:stop] for start, stop in cuts]
+    pieces: list[list[int]] = []
+    grown: list[GrownTrees] = []
+    costs: list[float] = []
+    for inside in bins:
+        pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
+        ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
+        blocks = range(0, found.rows_each * ends[-1], ends[-1])
+        rows = tuple(
+            tuple(block + i for block in blocks for i in range(a, b))
+            for a, b in itertools.pairwise([0, *ends])
+        )
+        grown.append(GrownTrees(rows, tuple(size for *_, size in inside), cost.by_rows))
+        costs.append(cost_of_trees(inside, found, cost) + overhead_tokens)
+    return SharedPlan(pieces, grown, costs)
+
+
+def fill_bins(
+    trees: Sequence[tuple[int, int, int]],
+    rows: Sorted,
+    max_tokens: int | None,
+    max_sequences: int | None,
+    *,
+    held_by_each: float = 0.0,
+) -> list[list[tuple[int, int, int]]]:
+    """Fill micro-batches whose trees stand end to end: each tree into the first with room.
+
+    Args:
+        trees: From `grow_trees`.
+        rows: What they were grown of.
+        max_tokens: Most tokens in a micro-batch.
+        max_sequences: Most rows in one.
+        held_by_each: Tokens that each row takes of it besides.
+
+    Returns:
+        The trees of each micro-batch.
+    """
+    shared = np.concatenate(([0], np.cumsum(rows.shared))).tolist()
+    bins: list[list[tuple[int, int, int]]] = []
+    # Room of as many micro-batches as there may be.
+    tokens = np.full(len(trees), float(max_tokens or math.inf))
+    sequences = np.full(len(trees), float(max_sequences or math.inf))
+    for tree in trees:
+        first, last, computed = tree
+        size = computed + HELD * (shared[last] - shared[first + 1])
+        size += held_by_each * (last - first)
+        has_room = (tokens[: len(bins)] >= size) & (sequences[: len(bins)] >= last - first)
+        place = int(has_room.argmax()) if has_room.any() else len(bins)
+        if place == len(bins):
+            bins.append([])
+        bins[place].append(tree)
+        tokens[place] -= size
+        sequences[place] -= last - first
+    return bins
+
+
+def _cut_counting(
+    trees: Sequence[tuple[int, int, int]], max_tokens: int | None, max_sequences: int
+) -> list[tuple[int, int]]:
+    """Cut trees sorted by width so that no micro-batch has too many rows or tokens."""
+    cuts, start, rows = [], 0, 0
+    for place, (first, last, _) in enumerate(trees):
+        count = last - first
+        wide = (place - start + 1) * trees[start][2]
+        is_full = rows + count > max_sequences or (max_tokens is not None and wide > max_tokens)
+        if place > start and is_full:
+            cuts.append((start, place))
+            start, rows = place, 0
+        rows += count
+    return [*cuts, (start, len(trees))]
+
+
+def trees_of(
+    rows: Sequence[Any], cost: TreeCost, *, max_tokens: int | None = None
+) -> GrownTrees | None:
+    """Grow the trees of one micro-batch; None if its rows cost less as they are.
+
+    >>> trees_of([[1, 2, 3], [9], [1, 2, 4]], TreeCost()).rows
+    ((0, 2), (1,))
+    """
+    found = sort_by_prefix(rows)
+    trees = grow_trees(found, cost, max_tokens=max_tokens)
+    order = found.order.tolist()
+    grown = GrownTrees(
+        tuple(tuple(order[first:last]) for first, last, _ in trees),
+        tuple(size for *_, size in trees),
+        cost.by_rows,
+    )
+    if all(len(inside) == 1 for inside in grown.rows):
+        return None
+    lengths = found.lengths.tolist()
+    as_rows = padded_cost(lengths, [range(len(lengths))], cost)
+    as_trees = cost_of_trees(sorted(trees, key=lambda tree: -tree[2]), found, cost)
+    return grown if as_trees < as_rows else None
