@@ -106,7 +106,7 @@ def _load(
 ) -> Recipe:
     for text in overrides or []:
         if text.startswith("-") and "=" not in text:
-            guess = nearest(text, _OPTIONS)
+            guess = nearest(text, _options_beside_keys())
             hint = (
                 f"did you mean {guess}? An override is"
                 if guess
@@ -123,11 +123,12 @@ def _load(
     )
 
 
-_OPTIONS = [
-    *("--resume", "--overwrite", "--verify", "--allow-env", "--trust-remote-code", "--quiet"),
-    *("--json", "--timestamps", "--world-size", "--gpu-memory", "--png", "--show-rows", "--rows"),
-    *("--measure", "--price-per-hour", "--preflight", "--no-preflight", "--help"),
-]
+def _options_beside_keys() -> list[str]:
+    """Return the options of all commands that take keys of a recipe, such as ``--resume``."""
+    commands = typer.main.get_group(app).commands.values()
+    params = [one for each in commands if each.context_settings == _TAKES_KEYS for one in each.params]
+    names = {name for one in params for name in (*one.opts, *one.secondary_opts)}
+    return sorted(name for name in names | {"--help"} if name.startswith("--"))
 
 
 def _show_version(is_asked: bool) -> None:
