@@ -126,7 +126,8 @@ def _load(
 def _options_beside_keys() -> list[str]:
     """Return the options of all commands that take keys of a recipe, such as ``--resume``."""
     commands = typer.main.get_group(app).commands.values()
-    params = [one for each in commands if each.context_settings == _TAKES_KEYS for one in each.params]
+    taking_keys = [command for command in commands if command.context_settings == _TAKES_KEYS]
+    params = [one for command in taking_keys for one in command.params]
     names = {name for one in params for name in (*one.opts, *one.secondary_opts)}
     return sorted(name for name in names | {"--help"} if name.startswith("--"))
 
