@@ -35,6 +35,7 @@ from hf_gradacc.trainer.loss.terms import sums_of_terms
 from hf_gradacc.updates.batch import count_rows, first_rows, slice_rows, tokens_of_batch
 from hf_gradacc.updates.collator import make_micro_batch
 from hf_gradacc.updates.lengths import measure_length
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.targets import TargetRule, count_targets, has_target
 from hf_gradacc.updates.trees.plan import trees_of
 from hf_gradacc.updates.update import MicroBatch
@@ -299,7 +300,7 @@ def _trees_in(trainer: Any, inputs: Any) -> Trees | None:
     if not tokens:
         return None
     # No wider than the padded rows are, so that it needs no more memory.
-    grown = trees_of(tokens, collator.tree_cost, max_tokens=rows["input_ids"].numel())
+    grown = trees_of(tokens, collator.tree_cost, Limits(max_tokens=rows["input_ids"].numel()))
     if grown is None:
         return None
     return lay_out_trees(

@@ -17,6 +17,7 @@ from hf_gradacc.updates.batch import count_rows, find_main_input, slice_rows
 from hf_gradacc.updates.dealing import measures_noise
 from hf_gradacc.updates.draws.rows import DrawsByRow
 from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.planner import (
     OVERHEAD_ON_CPU,
     plan_micro_batches,
@@ -135,6 +136,11 @@ class UpdateCollator:
             self._budget = value
 
     @property
+    def limits(self) -> Limits:
+        """How micro-batches are limited now; those that tune themselves change."""
+        return Limits(self.max_tokens, self.max_sequences, self.overhead_tokens)
+
+    @property
     def tunes_budget(self) -> bool:
         """Whether the budget changes while training."""
         return isinstance(self._budget, Tensor)
@@ -233,8 +239,7 @@ class UpdateCollator:
             at_random: Keep that order, which then is random, and cut into at least four pieces.
         """
         lengths = list(lengths)
-        limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
-        max_tokens = min(limits, default=None)
+        max_tokens = self.limits.within(max_tokens).max_tokens
         if self.packed and any(lengths) and not at_random:
             return plan_packed_micro_batches(
                 lengths, max_tokens=max_tokens, max_sequences=self.max_sequences
@@ -287,14 +292,8 @@ class UpdateCollator:
         shares = self.shares_prefixes and self.takes_trees
         if not shares or at_random or self.pad_to_one_width or not sequences:
             return plan, plain
-        limits = [limit for limit in (self.max_tokens, max_tokens) if limit is not None]
-        shared = plan_shared_sequences(
-            sequences,
-            self.tree_cost,
-            max_tokens=min(limits, default=None),
-            max_sequences=self.max_sequences,
-            overhead_tokens=self.overhead_tokens,
-        )
+        limits = self.limits.within(max_tokens)
+        shared = plan_shared_sequences(sequences, self.tree_cost, limits)
         costs = padded_cost(
             lengths,
             plan,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.planner import cut_sorted
 
 __all__ = ["deal_at_random", "deal_by_cost", "deal_rows", "measures_noise"]
@@ -54,10 +56,8 @@ def deal_by_cost(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
 def deal_rows(
     lengths: Sequence[int],
     num_ranks: int,
+    limits: Limits = NO_LIMITS,
     *,
-    max_tokens: int | None = None,
-    max_sequences: int | None = None,
-    overhead_tokens: int = 0,
     attention_length: int | None = None,
     lockstep: bool = False,
 ) -> list[list[int]]:
@@ -72,9 +72,7 @@ def deal_rows(
     Args:
         lengths: Tokens of each sequence.
         num_ranks: How many ranks share the update.
-        max_tokens: Most tokens a micro-batch may compute, see `plan_micro_batches`.
-        max_sequences: Most sequences in one.
-        overhead_tokens: What one more micro-batch costs, in computed tokens.
+        limits: Of each micro-batch.
         attention_length: Length at which attending costs a sequence as much as all the rest; six
             times the width of a transformer. None leaves attention out.
         lockstep: Ranks wait for each other in every micro-batch, not once in an update.
@@ -83,16 +81,14 @@ def deal_rows(
         One list of indices per rank; every index in exactly one of them. A rank's list is empty
         only if there are fewer sequences than ranks.
 
-    >>> deal_rows([9, 9, 3, 3, 3, 3, 3, 3], 2, max_sequences=8, overhead_tokens=1)
+    >>> deal_rows([9, 9, 3, 3, 3, 3, 3, 3], 2, Limits(max_sequences=8, overhead_tokens=1))
     [[0, 1], [2, 3, 4, 5, 6, 7]]
     >>> deal_by_cost([9, 9, 3, 3, 3, 3, 3, 3], 2)
     [[0, 2, 4, 6], [1, 3, 5, 7]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     widths = [lengths[i] for i in order]
-    price = _Price(
-        max_tokens, max_sequences or max(len(widths), 1), overhead_tokens, attention_length
-    )
+    price = _Price(limits, attention_length)
     one_by_one = deal_by_cost([price.row(width) for width in widths], num_ranks)
     if num_ranks == 1 or len(widths) <= num_ranks:
         return [[order[i] for i in share] for share in one_by_one]
@@ -118,9 +114,7 @@ def deal_rows(
 class _Price:
     """What rows and micro-batches cost, as integers, and how many rows go into one."""
 
-    max_tokens: int | None
-    max_sequences: int
-    overhead_tokens: int
+    limits: Limits
     attention_length: int | None
 
     def row(self, width: int) -> int:
@@ -128,19 +122,20 @@ class _Price:
 
     @property
     def overhead(self) -> int:
-        return self.overhead_tokens * (self.attention_length or 1)
+        return self.limits.overhead_tokens * (self.attention_length or 1)
 
     def most_rows(self, width: int) -> int:
         """Return how many rows a micro-batch holds whose longest has this width."""
-        if self.max_tokens is None:
-            return self.max_sequences
-        return min(self.max_sequences, max(1, self.max_tokens // max(width, 1)))
+        most = [limit for limit in (self.limits.max_sequences, sys.maxsize) if limit]
+        if self.limits.max_tokens is not None:
+            most.append(max(1, self.limits.max_tokens // max(width, 1)))
+        return min(most)
 
     def plan(self, widths: Sequence[int]) -> list[int]:
         """Return the cost of each micro-batch the planner makes of one share, costliest first."""
         if not widths:
             return []
-        cuts = cut_sorted(widths, self.max_tokens, self.max_sequences, self.overhead_tokens)
+        cuts = cut_sorted(widths, self.limits)
         costs = [(stop - start) * self.row(widths[start]) + self.overhead for start, stop in cuts]
         return sorted(costs, reverse=True)
 

@@ -465,9 +465,9 @@ def deal_update(
     """
     if collator.pad_to_one_width or not any(lengths):
         return deal_by_cost([int(length > 0) for length in lengths], num_ranks)
-    max_tokens = collator.max_tokens
+    limits = collator.limits
     if collator.tunes_budget:
-        max_tokens = max(FIRST_BUDGET, 4 * max(lengths, default=0))
+        limits = replace(limits, max_tokens=max(FIRST_BUDGET, 4 * max(lengths, default=0)))
     if collator.packed:
         attends = attention_length or 0
         costs = [length * (attends + length if attends else 1) for length in lengths]
@@ -476,9 +476,7 @@ def deal_update(
         shares = deal_rows(
             lengths,
             num_ranks,
-            max_tokens=max_tokens,
-            max_sequences=collator.max_sequences,
-            overhead_tokens=collator.overhead_tokens,
+            limits,
             attention_length=attention_length,
             lockstep=lockstep,
         )
@@ -493,9 +491,7 @@ def deal_update(
             by_rows=collator.tree_cost.by_rows,
             keeps=collator.tree_cost.keeps,
         ),
-        max_tokens=max_tokens,
-        max_sequences=collator.max_sequences,
-        overhead_tokens=collator.overhead_tokens,
+        limits,
         least_saving=collator.least_saving,
         packed=collator.packed,
         lockstep=lockstep,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.updates.limits import Limits
 
 __all__ = [
     "OVERHEAD_ON_ACCELERATOR",
@@ -77,13 +78,13 @@ def plan_micro_batches(
     if n == 0:
         return []
     order = list(range(n)) if keep_order else sorted(range(n), key=lambda i: (-lengths[i], i))
-    max_sequences = n if max_sequences is None else min(n, max_sequences)
     widths = [lengths[i] for i in order]
-    cuts = (
-        _cut_in_order(widths, max_tokens, max_sequences)
-        if keep_order
-        else cut_sorted(widths, max_tokens, max_sequences, overhead_tokens)
-    )
+    if keep_order:
+        cuts = _cut_in_order(widths, max_tokens, max_sequences or n)
+    else:
+        if overhead_tokens is None:
+            overhead_tokens = sum(widths) + n * max(widths) + 1
+        cuts = cut_sorted(widths, Limits(max_tokens, max_sequences, overhead_tokens))
     return [order[start:stop] for start, stop in cuts]
 
 
@@ -110,16 +111,12 @@ def _cut_in_order(
     return cuts
 
 
-def cut_sorted(
-    widths: Sequence[int], max_tokens: int | None, max_sequences: int, overhead_tokens: int | None
-) -> list[tuple[int, int]]:
-    """Cut a run sorted from long to short: fewest tokens, `overhead_tokens` of each piece added.
+def cut_sorted(widths: Sequence[int], limits: Limits) -> list[tuple[int, int]]:
+    """Cut a run sorted from long to short: fewest tokens, the overhead of each piece added.
 
     Args:
         widths: Tokens of each sequence, the longest first; at least one.
-        max_tokens: As for `plan_micro_batches`.
-        max_sequences: Most sequences in a piece.
-        overhead_tokens: As for `plan_micro_batches`.
+        limits: Of each piece.
 
     Returns:
         Where each piece starts and stops.
@@ -127,12 +124,10 @@ def cut_sorted(
     n = len(widths)
     # The first sequence of a piece is its longest, so the piece may hold `rows[start]` sequences.
     width = np.asarray(widths, dtype=np.int64)
-    rows = np.full(n, max_sequences, dtype=np.int64)
-    if max_tokens is not None:
-        rows = np.minimum(rows, np.maximum(1, max_tokens // np.maximum(width, 1)))
+    rows = np.full(n, min(n, limits.max_sequences or n), dtype=np.int64)
+    if limits.max_tokens is not None:
+        rows = np.minimum(rows, np.maximum(1, limits.max_tokens // np.maximum(width, 1)))
     # best[i]: cost of cutting widths[i:].
-    more_than_any_padding = int(width.sum() + n * int(width.max())) + 1
-    per_piece = more_than_any_padding if overhead_tokens is None else overhead_tokens
     best = np.zeros(n + 1, dtype=np.int64)
     take = np.zeros(n, dtype=np.int64)
     counts = np.arange(1, int(rows.max()) + 1, dtype=np.int64)
@@ -141,7 +136,7 @@ def cut_sorted(
         costs = counts[:most] * width[start] + best[start + 1 : start + 1 + most]
         # Ties go to the longest piece.
         take[start] = most - int(np.argmin(costs[::-1]))
-        best[start] = costs[take[start] - 1] + per_piece
+        best[start] = costs[take[start] - 1] + limits.overhead_tokens
     cuts, start = [], 0
     while start < n:
         stop = start + int(take[start])

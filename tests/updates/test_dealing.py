@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.loader import deal_update
 from hf_gradacc.updates.planner import plan_micro_batches
 
@@ -23,6 +24,16 @@ ways = st.fixed_dictionaries(
         "lockstep": st.booleans(),
     }
 )
+
+
+def deal(lengths, num_ranks, *, attention_length=None, lockstep=False, **limits):
+    return deal_rows(
+        lengths,
+        num_ranks,
+        Limits(**limits),
+        attention_length=attention_length,
+        lockstep=lockstep,
+    )
 
 
 def plan(lengths, share, *, max_tokens=None, max_sequences=None, overhead_tokens=0, **rest):
@@ -53,11 +64,11 @@ def seconds(lengths, shares, *, attention_length=None, lockstep=False, overhead_
 
 @given(rows_of_an_update, ranks, ways)
 def test_every_row_is_dealt_once_and_no_rank_is_empty_that_need_not_be(lengths, num_ranks, way):
-    shares = deal_rows(lengths, num_ranks, **way)
+    shares = deal(lengths, num_ranks, **way)
     assert len(shares) == num_ranks
     assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
     assert sum(1 for share in shares if not share) == max(0, num_ranks - len(lengths))
-    assert shares == deal_rows(lengths, num_ranks, **way)
+    assert shares == deal(lengths, num_ranks, **way)
 
 
 @given(rows_of_an_update, ranks, ways)
@@ -65,7 +76,7 @@ def test_the_slowest_rank_is_never_slower_than_with_rows_dealt_one_by_one(length
     attends = way["attention_length"]
     costs = [n * (attends + n) if attends else n for n in lengths]
     alone = deal_by_cost(costs, num_ranks)
-    assert seconds(lengths, deal_rows(lengths, num_ranks, **way), **way) <= seconds(
+    assert seconds(lengths, deal(lengths, num_ranks, **way), **way) <= seconds(
         lengths, alone, **way
     )
 
@@ -79,7 +90,7 @@ def test_the_slowest_rank_is_no_slower_than_under_batch_rebalance(kind, num_rank
     ours = theirs = 0
     for seed in range(12):
         lengths = draw_lengths(kind, seed)
-        ours += seconds(lengths, deal_rows(lengths, num_ranks, **way), **way)
+        ours += seconds(lengths, deal(lengths, num_ranks, **way), **way)
         theirs += max(
             sum(
                 len(piece) * max(piece) * (6 * 1024 + max(piece)) + 64 * 6 * 1024
@@ -119,7 +130,7 @@ def rebalanced(lengths, num_ranks, rank):
 
 
 def test_a_row_longer_than_all_others_together_is_alone_and_no_rank_gets_most_of_the_rest():
-    shares = deal_rows([900, *[10] * 30], 4, max_sequences=8, overhead_tokens=8)
+    shares = deal_rows([900, *[10] * 30], 4, Limits(max_sequences=8, overhead_tokens=8))
     assert sorted(map(len, shares))[0] == 1 < 8 <= sorted(map(len, shares))[1]
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.planner import cut_sorted
 from hf_gradacc.updates.trees.cost import TreeCost, cost_of_trees, padded_cost
 from hf_gradacc.updates.trees.kept import plan_with_kept
@@ -34,18 +35,14 @@ class DealTerms:
 
     Attributes:
         cost: What rows and trees cost.
-        max_tokens: Most tokens a micro-batch may compute, see `plan_micro_batches`.
-        max_sequences: Most sequences in one.
-        overhead_tokens: What one more micro-batch costs, in computed tokens.
+        limits: Of each micro-batch.
         least_saving: The part of a share's cost that trees must save to be taken.
         packed: Rows that are no trees are laid end to end.
         lockstep: Ranks wait for each other in every micro-batch, not once in an update.
     """
 
     cost: TreeCost
-    max_tokens: int | None = None
-    max_sequences: int | None = None
-    overhead_tokens: int = 0
+    limits: Limits = NO_LIMITS
     least_saving: float = 0.0
     packed: bool = False
     lockstep: bool = False
@@ -78,7 +75,7 @@ def deal_trees(
     >>> deal_trees(rows, 2, [[0, 3, 1], [2]], DealTerms(TreeCost()))  # at 22 tokens, not 23
     [[0, 1], [2, 3]]
     """
-    trees = grow_trees(found, terms.cost, max_rows=terms.max_sequences, max_tokens=terms.max_tokens)
+    trees = grow_trees(found, terms.cost, terms.limits)
     if num_ranks == 1 or len(trees) == len(found.order) or len(found.order) <= num_ranks:
         return [list(share) for share in by_length]  # nothing is shared, or a row is a rank's share
     place_of = np.full(max(map(max, filter(None, by_length))) + 1, -1)
@@ -113,13 +110,7 @@ def price_share(found: Sorted, terms: DealTerms) -> list[float]:
     """
     if not len(found.order):
         return []
-    shared = plan_with_kept(
-        found,
-        terms.cost,
-        max_tokens=terms.max_tokens,
-        max_sequences=terms.max_sequences,
-        overhead_tokens=terms.overhead_tokens,
-    )
+    shared = plan_with_kept(found, terms.cost, terms.limits)
     # Unpadded and in no micro-batch, rows cost less than in any plan.
     if shared.pays(sum(terms.cost.row(found.lengths).tolist()), least_saving=terms.least_saving):
         return shared.costs
@@ -130,16 +121,16 @@ def price_share(found: Sorted, terms: DealTerms) -> list[float]:
 def _price_rows(found: Sorted, terms: DealTerms) -> list[float]:
     """Price the micro-batches of rows as they are."""
     widths = sorted(found.lengths.tolist(), reverse=True)
-    overhead = terms.overhead_tokens
+    limits, overhead = terms.limits, terms.limits.overhead_tokens
     if terms.packed:
         tokens = sum(widths)
-        most = terms.max_tokens or tokens
-        if terms.max_sequences is not None:
-            most = min(most, -(-tokens * terms.max_sequences // len(widths)))
+        most = limits.max_tokens or tokens
+        if limits.max_sequences is not None:
+            most = min(most, -(-tokens * limits.max_sequences // len(widths)))
         count = -(-tokens // max(most, 1))
         total = padded_cost(widths, [[i] for i in range(len(widths))], terms.cost)
         return [total / count + overhead] * count
-    cuts = cut_sorted(widths, terms.max_tokens, terms.max_sequences or len(widths), overhead)
+    cuts = cut_sorted(widths, limits)
     return [(b - a) * float(terms.cost.row(widths[a])) + overhead for a, b in cuts]
 
 
@@ -175,11 +166,8 @@ def _deal_runs(
     fair = -(-sum(width for *_, width in trees) // num_ranks)
     before = 0
     for limit in (None, fair, max(1, fair // 2)):
-        limits = [size for size in (limit, terms.max_tokens) if size is not None]
         units = (
-            trees
-            if limit is None
-            else grow_trees(found, terms.cost, max_rows=terms.max_sequences, max_tokens=min(limits))
+            trees if limit is None else grow_trees(found, terms.cost, terms.limits.within(limit))
         )
         if len(units) in (before, len(found.order)):
             continue  # the same trees again, or none: then rows were dealt by length already
@@ -200,8 +188,7 @@ def _deal_units(
     return deal_rows(
         [width for *_, width in trees],
         num_ranks,
-        max_tokens=terms.max_tokens,
-        overhead_tokens=terms.overhead_tokens,
+        replace(terms.limits, max_sequences=None),
         attention_length=None if attention is None else max(1, int(attention / cost.masked)),
         lockstep=terms.lockstep,
     )

@@ -11,11 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.trees.cost import BRANCH, HELD, TreeCost
 from hf_gradacc.updates.trees.plan import GrownTrees, SharedPlan, fill_bins, grow_trees, plan_trees
 from hf_gradacc.updates.trees.prefixes import Sorted
@@ -66,19 +67,14 @@ def count_kept(beginnings: Iterable[Sequence[Any]]) -> int:
 def plan_with_kept(
     found: Sorted,
     cost: TreeCost,
-    *,
-    max_tokens: int | None = None,
-    max_sequences: int | None = None,
-    overhead_tokens: int = 0,
+    limits: Limits = NO_LIMITS,
 ) -> SharedPlan:
     """Cut sorted rows into micro-batches of trees, some behind a beginning that is kept.
 
     Args:
         found: The rows, sorted.
         cost: What trees and rows cost. Nothing is kept unless it says so.
-        max_tokens: As for `plan_shared_micro_batches`; a kept beginning counts in each micro-batch.
-        max_sequences: Most rows in a micro-batch.
-        overhead_tokens: What one more micro-batch costs, in computed tokens.
+        limits: Of each micro-batch; a kept beginning counts in each.
 
     Returns:
         The plan with kept beginnings if it saves `LEAST_KEPT_SAVING`, else that without.
@@ -86,22 +82,21 @@ def plan_with_kept(
 
     >>> from hf_gradacc.updates.trees.prefixes import sort_by_prefix
     >>> rows = sort_by_prefix([[*range(20), n, n] for n in range(30, 38)])
-    >>> plan = plan_with_kept(rows, TreeCost(by_rows=True, keeps=True), max_sequences=4)
+    >>> plan = plan_with_kept(rows, TreeCost(by_rows=True, keeps=True), Limits(max_sequences=4))
     >>> [(trees.kept, trees.sizes) for trees in plan.trees]
     [(20, (8,)), (20, (8,))]
     """
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_sequences": max_sequences}
-    trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
-    plain = plan_trees(found, cost, overhead_tokens=overhead_tokens, trees=trees, **limits)
-    runs = choose_kept(found, cost, overhead_tokens=overhead_tokens, trees=trees, **limits)
+    trees = grow_trees(found, cost, limits)
+    plain = plan_trees(found, cost, limits, trees=trees)
+    runs = choose_kept(found, cost, limits, trees=trees)
     if not runs:
         return plain
-    parts = [_plan_behind(found, run, cost, overhead_tokens, **limits) for run in runs]
+    parts = [_plan_behind(found, run, cost, limits) for run in runs]
     is_left = np.ones(len(found.order), dtype=bool)
     for run in runs:
         is_left[run.start : run.stop] = False
     rest = found.among(np.flatnonzero(is_left))
-    parts.append(plan_trees(rest, cost, overhead_tokens=overhead_tokens, **limits))
+    parts.append(plan_trees(rest, cost, limits))
     kept = SharedPlan(
         [piece for part in parts for piece in part.pieces],
         [trees for part in parts for trees in part.trees],
@@ -110,27 +105,19 @@ def plan_with_kept(
     return kept if kept.cost < (1 - LEAST_KEPT_SAVING) * plain.cost else plain
 
 
-def _plan_behind(
-    found: Sorted,
-    run: KeptRun,
-    cost: TreeCost,
-    overhead_tokens: int,
-    *,
-    max_tokens: int | None,
-    max_sequences: int | None,
-) -> SharedPlan:
+def _plan_behind(found: Sorted, run: KeptRun, cost: TreeCost, limits: Limits) -> SharedPlan:
     """Cut rows behind their kept beginning; the first micro-batch pays for it."""
     kept = run.num_tokens
     inside = slice(run.start, run.stop)
     lengths, shared = found.lengths[inside], found.shared[inside].copy()
     shared[0] = kept
     behind = Sorted(found.order[inside], lengths - kept, shared - kept)
-    if max_tokens is not None:
-        max_tokens -= kept
-    trees = grow_trees(behind, cost, max_tokens=max_tokens, max_rows=max_sequences)
+    if limits.max_tokens is not None:
+        limits = replace(limits, max_tokens=limits.max_tokens - kept)
+    trees = grow_trees(behind, cost, limits)
     trees.sort(key=lambda tree: -tree[2])
     plan = SharedPlan([], [], [])
-    for bin_ in fill_bins(trees, behind, max_tokens, max_sequences, held_by_each=HELD * kept):
+    for bin_ in fill_bins(trees, behind, limits, held_by_each=HELD * kept):
         places = np.concatenate([np.arange(first, last) for first, last, _ in sorted(bin_)])
         rows = behind.among(places)
         own = rows.lengths - rows.shared
@@ -138,23 +125,23 @@ def _plan_behind(
         plan.trees.append(
             GrownTrees((tuple(range(len(places))),), (int(own.sum()),), by_rows=True, kept=kept)
         )
-        plan.costs.append(float(cost.branch(own, rows.lengths + kept).sum()) + overhead_tokens)
-    plan.costs[0] += _cost_of_keeping(kept, cost, overhead_tokens)
+        plan.costs.append(
+            float(cost.branch(own, rows.lengths + kept).sum()) + limits.overhead_tokens
+        )
+    plan.costs[0] += _cost_of_keeping(kept, cost, limits)
     return plan
 
 
-def _cost_of_keeping(num_tokens: int, cost: TreeCost, overhead_tokens: int) -> float:
+def _cost_of_keeping(num_tokens: int, cost: TreeCost, limits: Limits) -> float:
     """Return what a beginning costs: a row, in a forward and a backward of its own."""
-    return float(cost.row(num_tokens)) + overhead_tokens
+    return float(cost.row(num_tokens)) + limits.overhead_tokens
 
 
 def choose_kept(
     rows: Sorted,
     cost: TreeCost,
+    limits: Limits = NO_LIMITS,
     *,
-    max_tokens: int | None = None,
-    max_sequences: int | None = None,
-    overhead_tokens: int = 0,
     trees: Sequence[tuple[int, int, int]] | None = None,
 ) -> list[KeptRun]:
     """Choose runs of neighbours whose common beginning pays to be kept.
@@ -167,21 +154,19 @@ def choose_kept(
     Args:
         rows: From `sort_by_prefix`.
         cost: What trees and rows cost.
-        max_tokens: Most tokens in a micro-batch.
-        max_sequences: Most rows in one.
-        overhead_tokens: What one more micro-batch costs, in computed tokens.
+        limits: Of each micro-batch.
         trees: What is grown of the rows without keeping anything, if that is known.
 
     Returns:
         The runs, in order; none that overlap.
     """
     n = len(rows.order)
-    has_limit = max_tokens is not None or max_sequences is not None
+    has_limit = limits.max_tokens is not None or limits.max_sequences is not None
     if not (cost.keeps and cost.by_rows and has_limit) or n < 3 or rows.rows_each > 1:
         return []
     if trees is None:
-        trees = grow_trees(rows, cost, max_tokens=max_tokens, max_rows=max_sequences)
-    prices = _Prices(rows, cost, trees, max_tokens, max_sequences, overhead_tokens)
+        trees = grow_trees(rows, cost, limits)
+    prices = _Prices(rows, cost, limits, trees)
     # What a run costs at best, and whether it keeps its beginning for that.
     best: dict[tuple[int, int], tuple[float, int]] = {}
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -217,14 +202,10 @@ class _Prices:
         self,
         rows: Sorted,
         cost: TreeCost,
+        limits: Limits,
         trees: Sequence[tuple[int, int, int]],
-        max_tokens: int | None,
-        max_sequences: int | None,
-        overhead_tokens: int,
     ) -> None:
-        self.rows, self.cost = rows, cost
-        self.max_tokens, self.max_sequences = max_tokens, max_sequences
-        self.overhead = overhead_tokens
+        self.rows, self.cost, self.limits = rows, cost, limits
         own = rows.lengths - rows.shared
         first = np.asarray(cost.row(rows.lengths), dtype=float) + BRANCH
         branch = np.asarray(cost.branch(own, rows.lengths), dtype=float)
@@ -247,19 +228,21 @@ class _Prices:
             for which in zip(*((a, b, cuts[0]) for a, b, cuts in nodes), strict=True)
         )
         is_large = np.zeros(len(nodes), dtype=bool)
-        if self.max_sequences is not None:
-            is_large |= stop - start > self.max_sequences
-        if self.max_tokens is not None:
+        if self.limits.max_sequences is not None:
+            is_large |= stop - start > self.limits.max_sequences
+        if self.limits.max_tokens is not None:
             shared = self.rows.shared
             held = self.held[stop] - self.held[start]
             held += (1 - HELD) * shared[start] + HELD * shared[cut]
-            is_large |= held > self.max_tokens
+            is_large |= held > self.limits.max_tokens
         return (nodes[i] for i in np.flatnonzero(is_large).tolist())
 
     def num_micro_batches(self, held: float, num_rows: int, kept: int = 0) -> float:
         """Estimate how many micro-batches rows take, part of the last one as a part."""
-        by_rows = num_rows / self.max_sequences if self.max_sequences else 0.0
-        return max(held / (self.max_tokens - kept) if self.max_tokens else 0.0, by_rows)
+        by_rows = num_rows / self.limits.max_sequences if self.limits.max_sequences else 0.0
+        return max(
+            held / (self.limits.max_tokens - kept) if self.limits.max_tokens else 0.0, by_rows
+        )
 
     def plain(self, start: int, stop: int) -> float:
         """Price a run without a kept beginning."""
@@ -268,7 +251,7 @@ class _Prices:
         if not self.begins[start]:  # cut out of a tree: its first row pays for all its tokens
             price += float(self.more[start])
             held += (1 - HELD) * float(self.rows.shared[start])
-        return price + self.overhead * self.num_micro_batches(held, stop - start)
+        return price + self.limits.overhead_tokens * self.num_micro_batches(held, stop - start)
 
     def kept(self, start: int, stop: int, shared: int) -> tuple[int, float]:
         """Price a run behind its common beginning.
@@ -277,19 +260,21 @@ class _Prices:
             Tokens to keep, and the price; no end of it if nothing is to be kept.
         """
         kept = min(shared, self.shortest(start, stop) - 1)
-        too_long = self.max_tokens is not None and kept > MOST_KEPT * self.max_tokens
+        too_long = self.limits.max_tokens is not None and kept > MOST_KEPT * self.limits.max_tokens
+        if kept < 1 or too_long:  # before what is left of the budget divides anything
+            return 0, math.inf
         held = float(self.held[stop] - self.held[start])
         # The first row has no neighbour here, and shares the beginning all the same.
         held += (1 - HELD) * float(self.rows.shared[start] - kept)
         count = self.num_micro_batches(held, stop - start, kept)
-        if kept < 1 or too_long or count <= 1:
+        if count <= 1:
             return 0, math.inf
         length = int(self.rows.lengths[start])
         own = length - int(self.rows.shared[start]), length - kept
         price = float(self.branches[stop] - self.branches[start])
         price += float(self.cost.branch(own[1], length)) - float(self.cost.branch(own[0], length))
-        price += _cost_of_keeping(kept, self.cost, self.overhead)
-        return kept, price + self.overhead * math.ceil(count)
+        price += _cost_of_keeping(kept, self.cost, self.limits)
+        return kept, price + self.limits.overhead_tokens * math.ceil(count)
 
 
 def _sums(values: np.ndarray) -> np.ndarray:

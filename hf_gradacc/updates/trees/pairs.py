@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.trees.cost import TreeCost
 from hf_gradacc.updates.trees.kept import plan_with_kept
 from hf_gradacc.updates.trees.plan import (
@@ -61,27 +62,27 @@ def sort_together(sequences: Sequence[Sequence[Any]]) -> Sorted:
 
 
 def plan_shared_sequences(
-    sequences: Sequence[Sequence[Any]], cost: TreeCost, **limits: Any
+    sequences: Sequence[Sequence[Any]], cost: TreeCost, limits: Limits = NO_LIMITS
 ) -> SharedPlan:
     """Cut sequences of one or more rows into micro-batches of trees, each sequence in one tree.
 
     Args:
         sequences: Token ids of the rows of each; all have equally many.
         cost: What trees and rows cost.
-        **limits: As for `plan_shared_micro_batches`.
+        limits: Of each micro-batch.
 
     Returns:
         The plan, in numbers of sequences; its trees are in rows of the collated micro-batch, where
         the first rows of all sequences come first, then all second ones.
 
     >>> pairs = [([1, 2, 3], [1, 2, 4, 5]), ([9], [8]), ([1, 2, 7], [1, 2, 6])]
-    >>> plan = plan_shared_sequences(pairs, TreeCost(), max_tokens=8)
+    >>> plan = plan_shared_sequences(pairs, TreeCost(), Limits(max_tokens=8))
     >>> plan.pieces, [trees.rows for trees in plan.trees], [trees.sizes for trees in plan.trees]
     ([[0, 2], [1]], [((0, 1, 2, 3),), ((0, 1),)], [(7,), (2,)])
     """
     if all(len(each) == 1 for each in sequences):
-        return plan_with_kept(sort_by_prefix([each[0] for each in sequences]), cost, **limits)
-    plan = plan_trees(sort_together(sequences), cost, **limits)
+        return plan_with_kept(sort_by_prefix([each[0] for each in sequences]), cost, limits)
+    plan = plan_trees(sort_together(sequences), cost, limits)
     trees = []
     for piece, grown in zip(plan.pieces, plan.trees, strict=True):
         blocks = range(len(sequences[piece[0]]))

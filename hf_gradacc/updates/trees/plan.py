@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.planner import cut_sorted
 from hf_gradacc.updates.trees.cost import HELD, TreeCost, cost_of_trees, padded_cost
 from hf_gradacc.updates.trees.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
@@ -32,11 +33,7 @@ __all__ = [
 
 
 def grow_trees(
-    rows: Sorted,
-    cost: TreeCost,
-    *,
-    max_tokens: int | None = None,
-    max_rows: int | None = None,
+    rows: Sorted, cost: TreeCost, limits: Limits = NO_LIMITS
 ) -> list[tuple[int, int, int]]:
     """Decide which neighbours to compute as one tree: the cheapest cut into runs.
 
@@ -47,9 +44,7 @@ def grow_trees(
     Args:
         rows: From `sort_by_prefix`.
         cost: What trees and rows cost.
-        max_tokens: Most tokens in a tree, and what shared ones hold, see `HELD`; a longer row is
-            alone.
-        max_rows: Most rows in a tree.
+        limits: Of a tree; what shared tokens hold counts among its tokens, see `HELD`.
 
     Returns:
         Where each tree starts and stops in the sorted rows, and its tokens.
@@ -68,7 +63,7 @@ def grow_trees(
     widest = cost.widest(int(rows.shared.max()), int(rows.lengths.max()))
     if cost.by_rows:
         widest = None
-        if max_tokens is None and max_rows is None:
+        if limits.max_tokens is None and limits.max_sequences is None:
             # What a row costs in a tree depends on no other row of it.
             splits = cost.branch(own, rows.lengths) >= cost.row(rows.lengths)
             starts = np.flatnonzero(splits | (rows.shared == 0)).tolist()
@@ -76,17 +71,16 @@ def grow_trees(
                 (a, b, int(ends[b] - ends[a] + rows.shared[a]))
                 for a, b in itertools.pairwise([*starts, n])
             ]
-    limits = [limit for limit in (max_tokens, widest) if limit is not None]
-    limit = min(limits, default=None)
+    limits = limits.within(widest)
     # The first row of a tree has no neighbour to share with: it pays for all its tokens.
     befores = ends[:-1] - rows.shared
     stops = next_apart
-    if max_rows is not None:
-        stops = np.minimum(stops, np.arange(n) + max_rows)
-    if limit is not None:
+    if limits.max_sequences is not None:
+        stops = np.minimum(stops, np.arange(n) + limits.max_sequences)
+    if limits.max_tokens is not None:
         held = np.cumsum(HELD * rows.shared if cost.by_rows else np.zeros(n))
         filled = ends + np.concatenate(([0.0], held))
-        most = np.searchsorted(filled, befores + limit + held, side="right")
+        most = np.searchsorted(filled, befores + limits.max_tokens + held, side="right")
         stops = np.minimum(stops, most - 1)
     added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
     best = np.zeros(n + 1)
@@ -201,42 +195,28 @@ class GrownTrees:
 def plan_shared_micro_batches(
     rows: Sequence[Any],
     cost: TreeCost,
-    *,
-    max_tokens: int | None = None,
-    max_sequences: int | None = None,
-    overhead_tokens: int = 0,
+    limits: Limits = NO_LIMITS,
 ) -> SharedPlan:
     """Cut rows into micro-batches of trees: of like width, padded to the widest; by rows unpadded.
 
     Args:
         rows: Token ids of each row.
         cost: What trees and rows cost.
-        max_tokens: Most tokens a micro-batch may compute, padding included; a row that is longer is
-            planned alone.
-        max_sequences: Most rows in a micro-batch.
-        overhead_tokens: What one more micro-batch costs, in computed tokens.
+        limits: Of each micro-batch.
 
     >>> rows = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9]]
-    >>> plan = plan_shared_micro_batches(rows, TreeCost(), max_tokens=8)
+    >>> plan = plan_shared_micro_batches(rows, TreeCost(), Limits(max_tokens=8))
     >>> plan.pieces, [trees.rows for trees in plan.trees], plan.trees[0].sizes
     ([[0, 1], [2]], [((0, 1),), ((0,),)], (5,))
     """
-    return plan_trees(
-        sort_by_prefix(rows),
-        cost,
-        max_tokens=max_tokens,
-        max_sequences=max_sequences,
-        overhead_tokens=overhead_tokens,
-    )
+    return plan_trees(sort_by_prefix(rows), cost, limits)
 
 
 def plan_trees(
     found: Sorted,
     cost: TreeCost,
+    limits: Limits = NO_LIMITS,
     *,
-    max_tokens: int | None = None,
-    max_sequences: int | None = None,
-    overhead_tokens: int = 0,
     trees: Sequence[tuple[int, int, int]] | None = None,
 ) -> SharedPlan:
     """As `plan_shared_micro_batches`, of rows that are sorted already.
@@ -245,16 +225,16 @@ def plan_trees(
     Trees that were grown already are not grown again.
     """
     if trees is None:
-        trees = grow_trees(found, cost, max_tokens=max_tokens, max_rows=max_sequences)
+        trees = grow_trees(found, cost, limits)
     trees = sorted(trees, key=lambda tree: -tree[2])
     if not trees:
         return SharedPlan([], [], [])
     if cost.by_rows:
-        bins = fill_bins(trees, found, max_tokens, max_sequences)
-    elif max_sequences is None:
-        cuts = cut_sorted([width for *_, width in trees], max_tokens, len(trees), overhead_tokens)
+        bins = fill_bins(trees, found, limits)
+    elif limits.max_sequences is None:
+        cuts = cut_sorted([width for *_, width in trees], limits)
     else:
-        cuts = _cut_counting(trees, max_tokens, max_sequences)
+        cuts = _cut_counting(trees, limits.max_tokens, limits.max_sequences)
     if not cost.by_rows:
         bins = [trees[start:stop] for start, stop in cuts]
     pieces: list[list[int]] = []
@@ -269,15 +249,14 @@ def plan_trees(
             for a, b in itertools.pairwise([0, *ends])
         )
         grown.append(GrownTrees(rows, tuple(size for *_, size in inside), cost.by_rows))
-        costs.append(cost_of_trees(inside, found, cost) + overhead_tokens)
+        costs.append(cost_of_trees(inside, found, cost) + limits.overhead_tokens)
     return SharedPlan(pieces, grown, costs)
 
 
 def fill_bins(
     trees: Sequence[tuple[int, int, int]],
     rows: Sorted,
-    max_tokens: int | None,
-    max_sequences: int | None,
+    limits: Limits,
     *,
     held_by_each: float = 0.0,
 ) -> list[list[tuple[int, int, int]]]:
@@ -286,8 +265,7 @@ def fill_bins(
     Args:
         trees: From `grow_trees`.
         rows: What they were grown of.
-        max_tokens: Most tokens in a micro-batch.
-        max_sequences: Most rows in one.
+        limits: Of each micro-batch.
         held_by_each: Tokens that each row takes of it besides.
 
     Returns:
@@ -296,8 +274,8 @@ def fill_bins(
     shared = np.concatenate(([0], np.cumsum(rows.shared))).tolist()
     bins: list[list[tuple[int, int, int]]] = []
     # Room of as many micro-batches as there may be.
-    tokens = np.full(len(trees), float(max_tokens or math.inf))
-    sequences = np.full(len(trees), float(max_sequences or math.inf))
+    tokens = np.full(len(trees), float(limits.max_tokens or math.inf))
+    sequences = np.full(len(trees), float(limits.max_sequences or math.inf))
     for tree in trees:
         first, last, computed = tree
         size = computed + HELD * (shared[last] - shared[first + 1])
@@ -328,16 +306,14 @@ def _cut_counting(
     return [*cuts, (start, len(trees))]
 
 
-def trees_of(
-    rows: Sequence[Any], cost: TreeCost, *, max_tokens: int | None = None
-) -> GrownTrees | None:
+def trees_of(rows: Sequence[Any], cost: TreeCost, limits: Limits = NO_LIMITS) -> GrownTrees | None:
     """Grow the trees of one micro-batch; None if its rows cost less as they are.
 
     >>> trees_of([[1, 2, 3], [9], [1, 2, 4]], TreeCost()).rows
     ((0, 2), (1,))
     """
     found = sort_by_prefix(rows)
-    trees = grow_trees(found, cost, max_tokens=max_tokens)
+    trees = grow_trees(found, cost, limits)
     order = found.order.tolist()
     grown = GrownTrees(
         tuple(tuple(order[first:last]) for first, last, _ in trees),

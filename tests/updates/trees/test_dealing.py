@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.loader import deal_update
 from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.trees.cost import TreeCost, padded_cost
@@ -26,9 +28,12 @@ rows_of_an_update = st.lists(
 ways = st.builds(
     DealTerms,
     cost=st.builds(TreeCost, st.none() | st.integers(20, 500), st.booleans()),
-    max_tokens=st.none() | st.integers(20, 400),
-    max_sequences=st.none() | st.integers(1, 9),
-    overhead_tokens=st.integers(0, 50),
+    limits=st.builds(
+        Limits,
+        max_tokens=st.none() | st.integers(20, 400),
+        max_sequences=st.none() | st.integers(1, 9),
+        overhead_tokens=st.integers(0, 50),
+    ),
     least_saving=st.sampled_from([0.0, 0.05, 0.5]),
     lockstep=st.booleans(),
 )
@@ -45,9 +50,7 @@ def by_length(rows, num_ranks, terms):
     return deal_rows(
         [len(row) for row in rows],
         num_ranks,
-        max_tokens=terms.max_tokens,
-        max_sequences=terms.max_sequences,
-        overhead_tokens=terms.overhead_tokens,
+        terms.limits,
         attention_length=terms.cost.attention_length and terms.cost.attention_length // 2,
         lockstep=terms.lockstep,
     )
@@ -55,15 +58,11 @@ def by_length(rows, num_ranks, terms):
 
 def micro_batches(rows, terms):
     """What each micro-batch of a rank costs, planned by its tokens as a collator does."""
-    limits = {"max_tokens": terms.max_tokens, "max_sequences": terms.max_sequences}
-    limits["overhead_tokens"] = terms.overhead_tokens
     lengths = [len(row) for row in rows]
-    plan = plan_micro_batches(lengths, **limits)
-    each = [
-        padded_cost(lengths, [piece], terms.cost, overhead_tokens=terms.overhead_tokens)
-        for piece in plan
-    ]
-    shared = plan_shared_micro_batches(rows, terms.cost, **limits)
+    plan = plan_micro_batches(lengths, **asdict(terms.limits))
+    overhead = terms.limits.overhead_tokens
+    each = [padded_cost(lengths, [piece], terms.cost, overhead_tokens=overhead) for piece in plan]
+    shared = plan_shared_micro_batches(rows, terms.cost, terms.limits)
     return shared.costs if shared.pays(sum(each), least_saving=terms.least_saving) else each
 
 
@@ -93,7 +92,7 @@ def test_small_updates_are_dealt_about_as_well_as_by_trying_every_deal():
     ratios = []
     for seed in range(60):
         cost = TreeCost(200, by_rows=bool(seed % 2))
-        terms = DealTerms(cost, max_tokens=400, overhead_tokens=10)
+        terms = DealTerms(cost, Limits(max_tokens=400, overhead_tokens=10))
         draw = random.Random(seed)
         rows = made([(draw.randrange(3), draw.randrange(8), draw.randint(1, 25)) for _ in range(7)])
         shares = deal_trees(sort_by_prefix(rows), 2, by_length(rows, 2, terms), terms)
@@ -112,8 +111,7 @@ def test_small_updates_are_dealt_about_as_well_as_by_trying_every_deal():
 def test_groups_of_answers_to_one_prompt_take_the_slowest_rank_less_time(num_ranks, lockstep):
     terms = DealTerms(
         TreeCost(12 * 1024, by_rows=True),
-        max_tokens=8192,
-        overhead_tokens=1024,
+        Limits(max_tokens=8192, overhead_tokens=1024),
         least_saving=0.05,
         lockstep=lockstep,
     )
@@ -128,8 +126,8 @@ def test_groups_of_answers_to_one_prompt_take_the_slowest_rank_less_time(num_ran
 
 
 def test_ranks_in_lockstep_are_dealt_to_so_that_they_wait_little_for_each_other():
-    kept = {"cost": TreeCost(12 * 1024, by_rows=True), "max_tokens": 2048, "overhead_tokens": 64}
-    apart, lockstep = (DealTerms(**kept, lockstep=together) for together in (False, True))
+    cost, limits = TreeCost(12 * 1024, by_rows=True), Limits(max_tokens=2048, overhead_tokens=64)
+    apart, lockstep = (DealTerms(cost, limits, lockstep=together) for together in (False, True))
     waits = {apart: 0, lockstep: 0}
     for seed in range(8):
         rows = answers(48, seed)
@@ -159,7 +157,7 @@ def answers(count, seed, *, of_each=8):
 def test_rows_that_begin_alike_stay_together_where_that_costs_nothing():
     heads = [[k] * 50 for k in range(4)]
     rows = [[*heads[i % 4], 100 + i] for i in random.Random(0).sample(range(32), 32)]
-    terms = DealTerms(TreeCost(), overhead_tokens=1)
+    terms = DealTerms(TreeCost(), Limits(overhead_tokens=1))
     shares = deal_trees(sort_by_prefix(rows), 4, by_length(rows, 4, terms), terms)
     assert sorted({rows[i][0] for i in share}.pop() for share in shares) == [0, 1, 2, 3]
     assert all(len({rows[i][0] for i in share}) == 1 for share in shares)
@@ -167,7 +165,7 @@ def test_rows_that_begin_alike_stay_together_where_that_costs_nothing():
 
 def test_a_tree_that_is_more_than_a_rank_can_do_in_time_is_split():
     rows = [[7] * 50 + [100 + i] * 20 for i in range(15)] + [[9] * 18]
-    terms = DealTerms(TreeCost(), overhead_tokens=1)
+    terms = DealTerms(TreeCost(), Limits(overhead_tokens=1))
     shares = deal_trees(sort_by_prefix(rows), 4, by_length(rows, 4, terms), terms)
     # 15 answers of 20 tokens on 4 ranks, the prompt on each; as one tree they are 350.
     assert slowest(rows, shares, terms) <= 50 + 4 * 20 + 1
@@ -177,7 +175,8 @@ def test_ten_thousand_rows_are_dealt_in_the_time_that_dealing_by_length_takes():
     """0.35 s against 0.35 s of CPU time when this was written."""
     rows = answers(10_000, 0)
     found = sort_by_prefix(rows)
-    terms = DealTerms(TreeCost(12 * 1024, by_rows=True), max_tokens=8192, overhead_tokens=1024)
+    limits = Limits(max_tokens=8192, overhead_tokens=1024)
+    terms = DealTerms(TreeCost(12 * 1024, by_rows=True), limits)
     start = time.process_time()
     plain = by_length(rows, 8, terms)
     between = time.process_time()

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.trees.cost import HELD, TreeCost
 from hf_gradacc.updates.trees.kept import MOST_KEPT, choose_kept, count_kept, plan_with_kept
 from hf_gradacc.updates.trees.plan import GrownTrees, plan_trees
@@ -30,7 +31,7 @@ def rows_behind(heads, *, seed=0, low=50, high=250):
 
 
 def plan(rows, cost=KEEPS, **limits):
-    return plan_with_kept(sort_by_prefix(rows), cost, overhead_tokens=64, **limits)
+    return plan_with_kept(sort_by_prefix(rows), cost, Limits(overhead_tokens=64, **limits))
 
 
 def beginnings_of(rows, made):
@@ -71,7 +72,7 @@ def test_micro_batches_hold_what_was_planned_and_no_more(name, budget):
 @pytest.mark.parametrize("name", UPDATES)
 def test_a_plan_with_kept_beginnings_never_costs_more(name, budget):
     rows = rows_behind(UPDATES[name])
-    plain = plan_trees(sort_by_prefix(rows), KEEPS, max_tokens=budget, overhead_tokens=64)
+    plain = plan_trees(sort_by_prefix(rows), KEEPS, Limits(max_tokens=budget, overhead_tokens=64))
     assert plan(rows, max_tokens=budget).cost <= plain.cost
 
 
@@ -122,15 +123,24 @@ def test_every_row_has_a_token_behind_what_is_kept():
 )
 def test_nothing_is_kept_where_it_may_not_or_need_not_be(cost, limits):
     rows = rows_behind([(600, 40)])
-    assert choose_kept(sort_by_prefix(rows), cost, overhead_tokens=64, **limits) == []
-    assert plan(rows, cost, **limits) == plan_trees(
-        sort_by_prefix(rows), cost, overhead_tokens=64, **limits
-    )
+    found = sort_by_prefix(rows)
+    all_limits = Limits(overhead_tokens=64, **limits)
+    assert choose_kept(found, cost, all_limits) == []
+    assert plan(rows, cost, **limits) == plan_trees(found, cost, all_limits)
 
 
 def test_a_beginning_shorter_than_another_pass_costs_is_not_kept():
     rows = rows_behind([(20, 40)])
-    assert choose_kept(sort_by_prefix(rows), KEEPS, max_tokens=2048, overhead_tokens=1024) == []
+    limits = Limits(max_tokens=2048, overhead_tokens=1024)
+    assert choose_kept(sort_by_prefix(rows), KEEPS, limits) == []
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_a_beginning_as_long_as_the_budget_is_planned_like_any_other(beyond):
+    rows = rows_behind([(600 + beyond, 8)])
+    made = plan(rows, max_tokens=600)
+    assert sorted(itertools.chain(*made.pieces)) == list(range(8))
+    assert not any(trees.kept for trees in made.trees)
 
 
 def test_rows_that_a_collator_has_changed_keep_nothing():
@@ -149,6 +159,6 @@ def test_planning_takes_time_in_proportion_to_the_rows():
     for count in (500, 4000):
         found = sort_by_prefix(rows_behind([(200, count), (100, count)], high=60))
         started = time.process_time()
-        choose_kept(found, KEEPS, max_tokens=2048, overhead_tokens=64)
+        choose_kept(found, KEEPS, Limits(max_tokens=2048, overhead_tokens=64))
         seconds.append(time.process_time() - started)
     assert seconds[1] < 30 * seconds[0]

@@ -14,6 +14,7 @@ from hf_gradacc.loss.trees.layout import lay_out_trees
 from hf_gradacc.trainer.runner import _halve
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.lengths import measure_length, sequences_of_rows
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.recut import cut_to_limit, even_out
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.trees.cost import TreeCost, padded_cost
@@ -53,7 +54,7 @@ def test_pairs_stay_together_under_the_budget_and_sizes_are_true(
     seed, attention_length, max_tokens, per_pair
 ):
     pairs = draw_pairs(seed, per_pair=per_pair)
-    plan = plan_shared_sequences(pairs, TreeCost(attention_length), max_tokens=max_tokens)
+    plan = plan_shared_sequences(pairs, TreeCost(attention_length), Limits(max_tokens=max_tokens))
     assert sorted(itertools.chain.from_iterable(plan.pieces)) == list(range(len(pairs)))
     for piece, trees in zip(plan.pieces, plan.trees, strict=True):
         collated = [pairs[i][block] for block in range(per_pair) for i in piece]

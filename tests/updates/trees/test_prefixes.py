@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.alike import paths
 
+from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.trees.cost import BRANCH, TreeCost
 from hf_gradacc.updates.trees.plan import grow_trees, plan_shared_micro_batches, trees_of
 from hf_gradacc.updates.trees.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
@@ -97,7 +98,7 @@ def test_a_tree_holds_its_rows_once_and_each_of_their_beginnings_once(seed, cost
 
 
 @pytest.mark.parametrize("cost", COSTS, ids=str)
-@pytest.mark.parametrize("limits", [{}, {"max_rows": 2}, {"max_tokens": 7}], ids=str)
+@pytest.mark.parametrize("limits", [{}, {"max_sequences": 2}, {"max_tokens": 7}], ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_cut_into_runs_of_neighbours_is_cheaper(seed, limits, cost):
     for rows in sets_of_rows(seed, most=5):
@@ -105,7 +106,7 @@ def test_no_cut_into_runs_of_neighbours_is_cheaper(seed, limits, cost):
         if cost.by_rows and "max_tokens" in limits:
             limits = {"max_tokens": 140}
         found = sort_by_prefix(rows)
-        trees = grow_trees(found, cost, **limits)
+        trees = grow_trees(found, cost, Limits(**limits))
         least = cheapest(found, rows, cost, **limits)
         paid = sum(price_of([rows[i] for i in found.order[a:b]], cost) for a, b, _ in trees)
         assert paid == pytest.approx(least, rel=1e-12)
@@ -125,7 +126,7 @@ def price_of(inside, cost):
     return price
 
 
-def cheapest(found, rows, cost, *, max_rows=99, max_tokens=10**9):
+def cheapest(found, rows, cost, *, max_sequences=99, max_tokens=10**9):
     """Try all cuts of the sorted rows into runs."""
     n, least = len(rows), float("inf")
     for count in range(n):
@@ -136,7 +137,7 @@ def cheapest(found, rows, cost, *, max_rows=99, max_tokens=10**9):
                 size = len(prefixes_of(inside))
                 if cost.by_rows:  # keys and values of all tokens lie there
                     size += (sum(map(len, inside)) - size) / 8
-                fits = len(inside) <= max_rows and size <= max_tokens
+                fits = len(inside) <= max_sequences and size <= max_tokens
                 price += price_of(inside, cost) if fits or len(inside) == 1 else float("inf")
             least = min(least, price)
     return least
@@ -158,16 +159,10 @@ def test_a_plan_keeps_its_limits_and_every_row(max_tokens, max_sequences, overhe
     num_shared = 0
     for seed in range(40):
         rows = stretched(random_rows(seed), cost)
-        plan = plan_shared_micro_batches(
-            rows,
-            cost,
-            max_tokens=max_tokens,
-            max_sequences=max_sequences,
-            overhead_tokens=overhead,
-        )
+        limits = Limits(max_tokens, max_sequences, overhead)
+        plan = plan_shared_micro_batches(rows, cost, limits)
         if plan.cost == math.inf:  # nothing is worth sharing
-            limits = {"max_tokens": max_tokens, "max_rows": max_sequences}
-            assert len(grow_trees(sort_by_prefix(rows), cost, **limits)) == len(rows)
+            assert len(grow_trees(sort_by_prefix(rows), cost, limits)) == len(rows)
             continue
         num_shared += 1
         assert sorted(itertools.chain(*plan.pieces)) == list(range(len(rows)))
@@ -187,9 +182,7 @@ def test_two_micro_batches_that_fit_in_one_are_one_where_each_costs_much(max_tok
         plan = plan_shared_micro_batches(
             random_rows(seed),
             TreeCost(40),
-            max_tokens=max_tokens,
-            max_sequences=max_sequences,
-            overhead_tokens=10**6,
+            Limits(max_tokens, max_sequences, overhead_tokens=10**6),
         )
         both = zip(plan.pieces, plan.trees, strict=True)
         for (a, one), (b, other) in itertools.pairwise(both):
@@ -202,7 +195,7 @@ def test_two_micro_batches_that_fit_in_one_are_one_where_each_costs_much(max_tok
 def test_a_plan_costs_what_it_says(seed):
     cost = TreeCost(40)
     for rows in sets_of_rows(seed):
-        plan = plan_shared_micro_batches(rows, cost, max_tokens=20, overhead_tokens=5)
+        plan = plan_shared_micro_batches(rows, cost, Limits(max_tokens=20, overhead_tokens=5))
         price = 0.0 if plan.trees else math.inf
         for trees in plan.trees:
             one = cost.row if trees.are_rows else cost.tree
@@ -219,7 +212,7 @@ def test_no_rows_make_no_plan():
 @pytest.mark.parametrize("cost", COSTS, ids=str)
 def test_rows_with_nothing_in_common_are_never_planned_as_trees(cost):
     rows = [[i, *range(i)] for i in range(3, 20)]
-    plan = plan_shared_micro_batches(rows, cost, max_tokens=60)
+    plan = plan_shared_micro_batches(rows, cost, Limits(max_tokens=60))
     assert sorted(itertools.chain(*plan.pieces)) == list(range(len(rows)))
     assert not plan.pays(math.inf, least_saving=0.0)
     assert trees_of(rows, cost) is None
@@ -257,7 +250,7 @@ def many_rows():
 
 def plan_many(rows, *, by_rows=False):
     cost = TreeCost(6 * 2048, by_rows=by_rows)
-    return plan_shared_micro_batches(rows, cost, max_tokens=16_384, overhead_tokens=1024)
+    return plan_shared_micro_batches(rows, cost, Limits(max_tokens=16_384, overhead_tokens=1024))
 
 
 def cpu_seconds(rows, *, by_rows):
