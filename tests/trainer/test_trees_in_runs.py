@@ -119,6 +119,36 @@ def test_layers_that_are_computed_again_see_the_tree(reentrant):
         assert relative_error(trainer.gradients[0], expected()) < 1e-6
 
 
+def families_of_three(*, count=4):
+    """Rows whose families have much in common, and two tokens with all others."""
+    rows = []
+    for n in range(3 * count):
+        ids = [3, 4, *range(5 + n // 3, 25 + n // 3), 30 + n, 31 + n]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
+    return rows
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_log_counts_the_tokens_that_go_through_the_layers(attention):
+    with float64_everywhere():
+        model = tiny_llama(attn_implementation=attention)
+    seen = []
+
+    def count(layer, args, output):
+        if layer.training:  # and not asked
+            seen.append(args[0].shape[0] * args[0].shape[1])
+
+    model.model.layers[0].register_forward_hook(count)
+    rows = families_of_three()
+    sizes = {"effective_batch_size": 12, "per_device_train_batch_size": 12}
+    with training(rows, model=model, **sizes) as trainer:
+        row = log_rows(trainer)[0]
+        assert row["computed_tokens_per_update"] == sum(seen)
+        used = sum(len(row["input_ids"]) for row in rows)
+        padding = row["padding_fraction"] * sum(seen)
+        assert row["shared_fraction"] == pytest.approx((used + padding - sum(seen)) / used)
+
+
 # ---- out of memory -----------------------------------------------------------------------------
 
 

@@ -148,17 +148,20 @@ class GrownTrees:
         by_rows: See `TreeCost`.
         kept: Tokens that all rows begin with, computed once for several micro-batches and kept
             while these run; 0 if there are none. Then there is one tree.
+        common: Tokens that a tree has in common with one before it. By rows all trees stand in one
+            row, where they are computed once, though it would not have paid to join trees for them.
     """
 
     rows: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
     by_rows: bool = False
     kept: int = 0
+    common: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all trees."""
-        return sum(self.sizes)
+        return sum(self.sizes) - self.common
 
     @property
     def num_computed(self) -> int:
@@ -179,13 +182,16 @@ class GrownTrees:
 
         >>> GrownTrees(((0, 1), (2,)), (9, 9)).counted([[5, 6], [5, 7], [8]]).sizes
         (3, 1)
-        >>> GrownTrees(((0, 1),), (9,), kept=1).counted([[5, 6], [5, 7]])
-        GrownTrees(rows=((0, 1),), sizes=(2,), by_rows=False, kept=1)
+        >>> GrownTrees(((0, 1),), (9,), kept=1).counted([[5, 6], [5, 7]]).sizes
+        (2,)
         """
         found = [sort_by_prefix([tokens[row] for row in rows]) for rows in self.rows]
-        sizes = tuple(map(count_distinct_tokens, found))
+        sizes, common = tuple(map(count_distinct_tokens, found)), 0
+        if self.by_rows and len(found) > 1:
+            together = sort_by_prefix([tokens[row] for rows in self.rows for row in rows])
+            common = sum(sizes) - count_distinct_tokens(together)
         if not self.kept:
-            return replace(self, sizes=sizes)
+            return replace(self, sizes=sizes, common=common)
         (tree,) = found
         if min(*tree.lengths[:1], *tree.lengths - 1, *tree.shared[1:]) < self.kept:
             return replace(self, sizes=sizes, kept=0)
@@ -248,9 +254,27 @@ def plan_trees(
             tuple(block + i for block in blocks for i in range(a, b))
             for a, b in itertools.pairwise([0, *ends])
         )
-        grown.append(GrownTrees(rows, tuple(size for *_, size in inside), cost.by_rows))
+        grown.append(_grown(rows, inside, found, cost))
         costs.append(cost_of_trees(inside, found, cost) + limits.overhead_tokens)
     return SharedPlan(pieces, grown, costs)
+
+
+def _grown(
+    rows: tuple[tuple[int, ...], ...],
+    trees: Sequence[tuple[int, int, int]],
+    found: Sorted,
+    cost: TreeCost,
+) -> GrownTrees:
+    """Put trees that were grown of sorted rows into one micro-batch."""
+    sizes = tuple(size for *_, size in trees)
+    common = 0
+    if cost.by_rows and len(trees) > 1:
+        # What neighbours share is the least that any two rows between them do.
+        runs = itertools.pairwise(sorted(trees))
+        between = [i for (_, stop, _), (start, *_) in runs for i in (stop, start + 1)]
+        least = np.minimum.reduceat(np.append(found.shared, 0), between)[::2]
+        common = int(least.sum())
+    return GrownTrees(rows, sizes, cost.by_rows, common=common)
 
 
 def fill_bins(
@@ -315,11 +339,8 @@ def trees_of(rows: Sequence[Any], cost: TreeCost, limits: Limits = NO_LIMITS) ->
     found = sort_by_prefix(rows)
     trees = grow_trees(found, cost, limits)
     order = found.order.tolist()
-    grown = GrownTrees(
-        tuple(tuple(order[first:last]) for first, last, _ in trees),
-        tuple(size for *_, size in trees),
-        cost.by_rows,
-    )
+    rows_of = tuple(tuple(order[first:last]) for first, last, _ in trees)
+    grown = _grown(rows_of, trees, found, cost)
     if all(len(inside) == 1 for inside in grown.rows):
         return None
     lengths = found.lengths.tolist()

@@ -156,7 +156,7 @@ def test_a_prefix_too_short_to_pay_for_its_wider_tree_is_not_shared():
 def test_a_plan_keeps_its_limits_and_every_row(max_tokens, max_sequences, overhead, cost):
     if max_tokens is not None and cost.by_rows:
         max_tokens *= 20
-    num_shared = 0
+    num_shared = num_common = 0
     for seed in range(40):
         rows = stretched(random_rows(seed), cost)
         limits = Limits(max_tokens, max_sequences, overhead)
@@ -172,7 +172,15 @@ def test_a_plan_keeps_its_limits_and_every_row(max_tokens, max_sequences, overhe
                 assert size == len(prefixes_of([rows[piece[i]] for i in inside]))
             assert max_sequences is None or len(piece) <= max_sequences
             assert max_tokens is None or trees.num_computed <= max_tokens or len(piece) == 1
+            tokens = [rows[i] for i in piece]
+            assert trees == trees.counted([np.array(row) for row in tokens])
+            if cost.by_rows:  # trees stand in one row, and there share what did not pay to join
+                assert trees.num_computed == len(prefixes_of(tokens))
+                num_common += trees.common > 0
     assert num_shared >= 15
+    # Twenty equal tokens pay to be shared: trees that share them were cut by a limit.
+    is_cut = max_tokens is not None and max_sequences is None
+    assert num_common > 0 or not (cost.by_rows and is_cut)
 
 
 @pytest.mark.parametrize("max_sequences", [None, 1, 3])
