@@ -250,7 +250,8 @@ class UpdateCollator:
         weighs = max_tokens is not None or (self.num_ranks > 1 and not self.pad_to_one_width)
         max_sequences = self.max_sequences
         if at_random:
-            max_sequences = min(max_sequences or len(lengths), max(1, -(-len(lengths) // 4)))
+            quarter = max(1, -(-len(lengths) // 4))
+            max_sequences = min(max_sequences or quarter, quarter)
         return plan_micro_batches(
             lengths,
             max_tokens=max_tokens,

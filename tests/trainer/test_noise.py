@@ -65,6 +65,23 @@ def test_measuring_changes_no_gradient(tmp_path, every):
     assert len(trainer._noise_listener.record.meter.measurements) == 2 // every
 
 
+def test_an_update_to_be_measured_may_hold_no_row(tmp_path):
+    """It has no target, or another rank has all of its rows."""
+    bare = {**ROWS[0], "labels": [-100] * len(ROWS[0]["labels"])}
+    rows = [bare, *ROWS[:2], bare, *ROWS[2:5]]
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        effective_batch_size=1,
+        max_tokens_per_micro_batch=40,
+        noise_scale_every=3,
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    assert trainer.state.global_step == len(rows)
+    assert log_rows(trainer)[-1]["skipped_updates"] == 2
+
+
 def test_the_figure_is_that_of_the_micro_batches_cut_in_the_order_dealt(tmp_path):
     trainer, gradients = train(tmp_path, noise_scale_every=2)
     members = next(iter(trainer.get_train_dataloader().updates.batch_sampler))

@@ -234,6 +234,8 @@ def test_a_plan_of_kept_beginnings_is_what_the_loaders_of_all_ranks_yield(
     assert plan.chosen.computed_per_update == per_update
     assert plan.chosen.shared_fraction == total.num_shared_tokens / total.num_input_tokens
     assert plan.chosen.micro_batches == Spread.of([len(update) for update in trained])
+    held = [mb.num_computed_tokens + len(mb.beginning) for update in trained for mb in update]
+    assert plan.chosen.largest == max(held)  # a beginning is there while each of them runs
     assert plan.grouping is None or plan.grouping[grouped] == per_update
 
 
