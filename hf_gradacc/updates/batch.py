@@ -248,7 +248,8 @@ def trim_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Drop the columns at either edge that are padding in every row.
 
     Columns are judged by ``attention_mask``; every tensor whose second dimension has its width is
-    cut alike. Labels of an encoder-decoder have their own width and are judged by ``-100``.
+    cut alike. Labels of an encoder-decoder have their own width and are judged by ``-100``. What
+    is cut is contiguous, as from a collator: losses of Transformers call ``labels.view(-1)``.
     """
     trimmed = dict(inputs)
     mask = inputs.get("attention_mask")
@@ -264,7 +265,7 @@ def trim_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
                     value.ndim == mask.ndim or key == "position_ids"  # [3, rows, seq] of Qwen-VL
                 )
                 if has_columns and value.shape[-1] == width and key not in others:
-                    trimmed[key] = value[..., start:stop]
+                    trimmed[key] = value[..., start:stop].contiguous()
     for key in _DECODER:
         labels = inputs.get("labels")
         value = trimmed.get(key)
@@ -274,7 +275,7 @@ def trim_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         used = labels.ne(-100).any(0).nonzero()
         if len(used) and value.shape == labels.shape:
-            trimmed[key] = value[:, : int(used[-1]) + 1]
+            trimmed[key] = value[:, : int(used[-1]) + 1].contiguous()
     return trimmed
 
 

@@ -296,7 +296,7 @@ def _trim(inputs: dict[str, Any], *, encoder_decoder: bool, left: bool) -> dict[
         if len(used):
             columns = slice(int(used[0]), None) if left else slice(0, int(used[-1]) + 1)
             decoder = {
-                key: value[:, columns] if value.shape == labels.shape else value
+                key: value[:, columns].contiguous() if value.shape == labels.shape else value
                 for key, value in decoder.items()
             }
     trimmed = encoder | decoder

@@ -100,6 +100,7 @@ def test_it_equals_a_collator_with_the_smaller_limit(variant, seed):
             assert mine.inputs.keys() == theirs.inputs.keys()
             for key, value in theirs.inputs.items():
                 assert torch.equal(mine.inputs[key], value), (cap, key)
+                assert mine.inputs[key].is_contiguous()  # losses call labels.view(-1)
             assert mine.targets == theirs.targets
             assert mine.num_input_tokens == theirs.num_input_tokens
             assert mine.num_padding_tokens == theirs.num_padding_tokens
