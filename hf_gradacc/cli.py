@@ -197,9 +197,13 @@ def train(
         if "eval_loss" in result.metrics:
             output.say(f"held-out loss {result.metrics['eval_loss']:.4f}")
         output.say(f"saved: {printable(str(result.folder))}")
-        kind = "transformers.AutoModel" if loaded.peft.saves_whole_model else "peft.AutoPeftModel"
-        head = HEADS[loaded.model.task]
-        output.say(f'load it: {kind}{head}.from_pretrained("{result.folder}")')
+        if loaded.adapter_to_nothing:
+            output.say(loaded.adapter_to_nothing)
+        else:
+            whole = loaded.peft.saves_whole_model
+            kind = "transformers.AutoModel" if whole else "peft.AutoPeftModel"
+            head = HEADS[loaded.model.task]
+            output.say(f'load it: {kind}{head}.from_pretrained("{result.folder}")')
         output.row({"kind": "result", "folder": str(result.folder), "metrics": result.metrics})
 
 

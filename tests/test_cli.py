@@ -155,6 +155,20 @@ def test_every_peft_method_trains(run, recipe, tmp_path, method):
 
 
 @pytest.mark.slow
+def test_an_adapter_to_weights_that_nobody_keeps_is_said_to_be_one(run, recipe):
+    code, out, _ = run("train", recipe, "peft=lora", "train.save_strategy=no")
+    assert code == 0
+    assert out.count("set peft.merge_on_save: true for a model that can") == 2
+    assert out.index("random weights (model.config)") < out.index("Trained 2 updates")
+    assert "load it" not in out
+    assert "from_pretrained" not in Path("runs/mine/README.md").read_text()
+    code, out, _ = run("plan", recipe, "peft=prompt_tuning")
+    assert "random weights (model.config)" in out
+    assert "set peft.method: none" in out
+    assert "random weights" not in run("plan", recipe)[1]
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # so it should
 def test_added_tokens_are_learned_under_lora(run, recipe, tmp_path):
     import transformers

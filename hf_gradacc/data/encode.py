@@ -27,6 +27,7 @@ from hf_gradacc.text import nearest, printable
 
 __all__ = [
     "CACHE_VERSION",
+    "check_columns",
     "count_notes",
     "encode_source",
     "find_unused_columns",
@@ -34,7 +35,7 @@ __all__ = [
     "source_format",
 ]
 
-CACHE_VERSION = 4  # raise it whenever encoded rows would differ
+CACHE_VERSION = 5  # raise it whenever encoded rows would differ
 
 _NOTE_NAMES = list(NOTES)
 
@@ -95,7 +96,7 @@ def encode_source(
         task,
     )
     present = _columns_of(source, raw)
-    _check_columns(source, format, reader, present)
+    check_columns(section, source, present)
     options: dict[str, Any] = {
         "batched": True,
         "with_indices": True,
@@ -238,34 +239,62 @@ def find_unused_columns(
     return [name for name in raw.column_names or [] if name not in used]
 
 
-def _check_columns(
-    source: SourceSection, format: Format, reader: RowReader, present: list[str]
-) -> None:
-    """Report what a format needs and the data has, before the first row is read."""
+_OFTEN_CALLED: dict[str, tuple[str, ...]] = {
+    "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+    "prompt": ("instruction", "question", "query", "input"),
+    "completion": ("response", "answer", "output", "solution"),
+    "instruction": ("prompt", "question", "query", "problem"),
+    "output": ("response", "answer", "completion", "solution"),
+    "question": ("problem", "query", "instruction", "prompt", "input"),
+    "answer": ("solution", "response", "output", "completion"),
+    "text": ("content", "sentence", "document", "review"),
+    "label": ("labels", "class", "category", "target"),
+    "source": ("article", "document", "input", "text"),
+    "target": ("summary", "highlights", "output"),
+    "input_ids": ("tokens", "ids"),
+}
+"""What published sets call the columns of a format; only for the hint of an error."""
+
+
+def check_columns(section: DataSection, source: SourceSection, present: list[str]) -> None:
+    """Report what a format needs and the data has, before the first row is read.
+
+    Raises:
+        DataError: If a column is missing; it names all of them, and what they may be called.
+    """
     if not present:
         raise DataError(f"{source.path} has no rows: name a file that has some.")
-    for name, column in reader.columns.items():
+    format, columns = source_format(section, source), source_columns(section, source)
+    for name, column in columns.items():
         if name in OPTIONAL_COLUMNS.get(format, ()) and column not in present:
             guess = nearest(column, present)
             hint = f"did you mean {guess}?" if guess else f"it has {', '.join(sorted(present))}."
             raise DataError(
                 f"{source.path} has no column {column!r}, which data.columns.{name} names: {hint}"
             )
-    for name in FORMAT_COLUMNS[format]:
-        column = reader.column(name)
-        if column not in present:
-            if len(present) == 1 and any(mark in present[0] for mark in ";|\t"):
-                raise DataError(
-                    f"{source.path} has one column, {present[0]!r}: its cells must be separated by "
-                    "commas in a .csv and by tabs in a .tsv."
-                )
-            guess = nearest(column, present)
-            hint = f"{name}: {guess}" if guess else f"{name}: <your column>"
-            raise DataError(
-                f"{source.path} has no column {column!r}, which format {format!r} reads; "
-                f"it has {', '.join(sorted(present))}: set data.columns to {{{hint}}}, "
-                "or another data.format."
-            )
+    needed = {name: columns.get(name, name) for name in FORMAT_COLUMNS[format]}
+    missing = {name: column for name, column in needed.items() if column not in present}
+    if not missing:
+        return
+    if len(present) == 1 and any(mark in present[0] for mark in ";|\t"):
+        raise DataError(
+            f"{source.path} has one column, {present[0]!r}: its cells must be separated by "
+            "commas in a .csv and by tabs in a .tsv."
+        )
+    free = [name for name in present if name not in needed.values()]
+    hints = {name: _guess_column(name, column, free) for name, column in missing.items()}
+    raise DataError(
+        f"{source.path} has no column {' and no '.join(map(repr, missing.values()))}, which format "
+        f"{format!r} reads; it has {', '.join(sorted(present))}: set data.columns to "
+        f"{{{', '.join(f'{name}: {guess}' for name, guess in hints.items())}}}, "
+        "or another data.format."
+    )
+
+
+def _guess_column(name: str, column: str, free: list[str]) -> str:
+    """What the data may call a column: as it is often called, or nearly the same."""
+    called = next((often for often in _OFTEN_CALLED.get(name, ()) if often in free), None)
+    return called or nearest(column, free) or "<your column>"
 
 
 _DECIDING = {"max_length", "max_target_length", "too_long", "unusable"}

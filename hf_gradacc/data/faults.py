@@ -6,21 +6,18 @@ Everything here reads files again, slowly, and only once something has gone wron
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_gradacc.data.files import is_saved, local_files
+from hf_gradacc.data.files import LOADERS, ending_of, is_saved, local_files, open_bytes
 from hf_gradacc.data.section import SourceSection
 from hf_gradacc.errors import DataError
 
 __all__ = ["explain_failure", "locate_row"]
-
-_TEXT = (".txt", ".text", ".md")
-_JSON = (".json", ".jsonl")
-_CSV = (".csv", ".tsv")
 
 Fault = tuple[str, str]
 """A place, such as `rows.jsonl:17`, and what is wrong there."""
@@ -39,7 +36,7 @@ def explain_failure(sources: Sequence[SourceSection], error: Exception) -> NoRet
     files = [file for source in sources for file in local_files(source)]
     columns: dict[str, list[str]] = {}
     for file in files:
-        for place, why in _faults(file, columns.setdefault(file.suffix, [])):
+        for place, why in _faults(file, columns.setdefault(ending_of(file), [])):
             raise DataError(f"{place}: {why}.") from None
     path = ", ".join(source.path for source in sources)
     if "corresponds to no data" in str(error):
@@ -63,25 +60,35 @@ def _faults(file: Path, columns: list[str]) -> Iterator[Fault]:
     """What is wrong with a file; `columns` are those of the files before, and are filled in."""
     if file.stat().st_size == 0:
         yield str(file), "the file is empty"
-    elif file.suffix == ".parquet":
+    elif _loader(file) == "parquet":
         yield from _parquet_faults(file, columns)
-    elif file.suffix in (*_TEXT, *_JSON, *_CSV):
+    elif _loader(file) in ("text", "json", "csv"):
         yield from _text_faults(file, columns)
 
 
 def _text_faults(file: Path, columns: list[str]) -> Iterator[Fault]:
+    content = _content(file)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         yield f"{file}:{line}", f"byte {error.start} is not UTF-8; save the file as UTF-8"
         return
     if not text.strip():
         yield str(file), "the file is empty"
-    elif file.suffix in _CSV:
+    elif _loader(file) == "csv":
         yield from _csv_faults(file)
-    elif file.suffix in _JSON:
+    elif _loader(file) == "json":
         yield from _json_faults(file, text, columns)
+
+
+def _loader(file: Path) -> str:
+    return LOADERS.get(ending_of(file), "")
+
+
+def _content(file: Path) -> bytes:
+    with open_bytes(file) as handle:
+        return handle.read()
 
 
 def _json_faults(file: Path, text: str, columns: list[str]) -> Iterator[Fault]:
@@ -179,9 +186,10 @@ def _csv_faults(file: Path) -> Iterator[Fault]:
 def _csv_rows(file: Path, *, strict: bool = False) -> Iterator[tuple[int, list[str] | str]]:
     """The rows of a csv that are not blank, and the line each begins on; or what is wrong."""
     csv.field_size_limit(sys.maxsize)
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        separator = "\t" if file.suffix == ".tsv" else ","
-        reader = csv.reader(handle, delimiter=separator, strict=strict)
+    with open_bytes(file) as handle:
+        separator = "\t" if ending_of(file) == ".tsv" else ","
+        text = io.TextIOWrapper(handle, newline="", encoding="utf-8-sig")
+        reader = csv.reader(text, delimiter=separator, strict=strict)
         line = 1
         try:
             for row in reader:
@@ -254,18 +262,18 @@ def locate_row(source: SourceSection, index: int) -> str:
 
 def _row_lines(file: Path) -> list[int] | int | None:
     """The line each row starts on, or the number of rows if the format has no lines."""
-    if file.suffix in _CSV:
+    if _loader(file) == "csv":
         return [line for line, _ in _csv_rows(file)][1:]
-    if file.suffix in _JSON:
-        text = file.read_text(encoding="utf-8-sig")
+    if _loader(file) == "json":
+        text = _content(file).decode("utf-8-sig")
         is_array = text.lstrip().startswith("[")
         return [line for line, _ in (_array_rows(text) if is_array else _line_rows(text))]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if file.suffix == ".parquet":
+    if _loader(file) == "parquet":
         return int(pq.read_metadata(file).num_rows)
-    if file.suffix == ".arrow":
+    if _loader(file) == "arrow":
         with pa.memory_map(str(file)) as handle:
             try:
                 reader = pa.ipc.open_file(handle)

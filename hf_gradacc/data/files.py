@@ -6,17 +6,34 @@ reads it: only the files of the split that is asked for. Anything else is one sp
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import gzip
 import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from hf_gradacc.data.section import SourceSection
 from hf_gradacc.errors import DataError
 
-__all__ = ["LOADERS", "is_saved", "loader_of", "local_files", "saved_folder", "split_name"]
+__all__ = [
+    "LOADERS",
+    "ending_of",
+    "is_saved",
+    "loader_of",
+    "local_files",
+    "open_bytes",
+    "saved_folder",
+    "split_name",
+]
 
 LOADERS = {
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
@@ -26,6 +43,13 @@ LOADERS = {
     ".md": "text",
 }
 """Endings of data files, and what `datasets` reads them with."""
+
+_COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+"""Endings behind which a file of text may stand; `datasets` takes it apart by itself."""
 
 
 def local_files(source: SourceSection) -> list[Path]:
@@ -88,15 +112,51 @@ def loader_of(source: SourceSection, files: list[Path]) -> str:
     Raises:
         DataError: If they are of several types, or of one that is not read.
     """
-    suffixes = {file.suffix for file in files}
-    kinds = {LOADERS.get(suffix, "") for suffix in suffixes}
+    endings = {ending_of(file) for file in files}
+    kinds = {LOADERS.get(ending, "") for ending in endings}
     if len(kinds) != 1 or "" in kinds:
-        found = ", ".join(sorted(suffix or "no ending" for suffix in suffixes))
+        found = ", ".join(sorted(ending or "no ending" for ending in endings))
         raise DataError(
-            f"{source.path} holds files of type {found}: use one of {', '.join(LOADERS)} (in "
-            "lower case) per source, and list several sources to mix them."
+            f"{source.path} holds files of type {found}: use one of {', '.join(LOADERS)} per "
+            f"source (files of text as {', '.join(_COMPRESSED)}, too), and list several sources "
+            "to mix them."
         )
     return kinds.pop()
+
+
+def ending_of(file: Path) -> str:
+    """The ending that tells the type of a file, in small letters and without its compression.
+
+    >>> ending_of(Path("rows.JSONL.gz"))
+    '.jsonl'
+    """
+    ending = file.suffix.lower()
+    if ending not in _COMPRESSED:
+        return ending
+    inner = Path(file.stem).suffix.lower()
+    is_text = LOADERS.get(inner) in ("json", "csv", "text")
+    return inner if is_text else f"{inner}{ending}"
+
+
+@contextlib.contextmanager
+def open_bytes(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file to read what it holds behind its compression, if it has one.
+
+    Raises:
+        DataError: If it is not compressed as its name says, or cut off.
+    """
+    opener = _COMPRESSED.get(file.suffix.lower())
+    if opener is None:
+        with file.open("rb") as handle:
+            yield handle
+        return
+    try:
+        with opener(file, "rb") as handle:
+            yield handle
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault
+        raise DataError(f"{file}: is not a whole {file.suffix} file ({error}).") from None
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -111,7 +171,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         raise DataError(_no_split(str(folder), split, [str(name) for name in patterns]))
     # Without hidden files, and without the cards and descriptions a clone from the hub brings.
     found = DataFilesList.from_patterns(patterns[split], base_path=str(folder))
-    files = [Path(file) for file in found if Path(file).suffix in LOADERS]
+    files = [Path(file) for file in found if ending_of(Path(file)) in LOADERS]
     if not files:
         raise nothing
     return files

@@ -10,7 +10,7 @@
 | classification | text, label | the label |
 | seq2seq | source, target | the target and EOS |
 | preference | chosen, rejected; prompt, tools, system, chat_template_kwargs, margin | the pair |
-| tokens | input_ids; labels | the labels that are not -100; every token without labels |
+| tokens | input_ids; labels, masks | the labels that are not -100; every token without labels |
 
 Question/answer and instruction rows become chats if the tokenizer has a chat template, so that
 training sees what a chat application will send. Otherwise they are written as plain text. Prompt
@@ -25,7 +25,13 @@ from typing import Any
 
 from hf_gradacc.data.chat import split_chat
 from hf_gradacc.data.joined import join_and_encode, with_eos
-from hf_gradacc.data.messages import Dialogue, past_turns, read_dialogue, system_of
+from hf_gradacc.data.messages import (
+    Dialogue,
+    past_turns,
+    read_dialogue,
+    read_turns,
+    system_of,
+)
 from hf_gradacc.data.plain import gap_behind, plain_instruction, plain_prompt, plain_question
 from hf_gradacc.data.preference import Pair, join_sides, read_pair
 from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of, read_json
@@ -160,7 +166,8 @@ def _ask(
 
 
 def _prompt_completion(reader: RowReader, row: Mapping[str, Any]) -> Encoded | list[Encoded]:
-    prompt, completion = (row.get(reader.column(name)) for name in ("prompt", "completion"))
+    cells = (row.get(reader.column(name)) for name in ("prompt", "completion"))
+    prompt, completion = map(read_turns, cells)
     if isinstance(prompt, list) and isinstance(completion, list):  # turns, as TRL takes them
         column = reader.column("completion")
         turns = {column: [*prompt, *completion]}
@@ -220,16 +227,42 @@ def _tokens(reader: RowReader, row: Mapping[str, Any]) -> Encoded:
     outside = next((token for token in ids if not 0 <= token < size), None)
     if outside is not None:
         raise RowError(column, f"has token {outside}, and the vocabulary ends at {size - 1}")
+    labels = _labels(reader, row, ids, size)
+    for name in ("completion_mask", "assistant_masks"):  # TRL's; what both keep is learned
+        mask = _mask(reader, row, name, len(ids))
+        labels = [n if kept else IGNORE_INDEX for n, kept in zip(labels, mask, strict=True)]
+    # Padding is for the collator to add: tokens that a mask leaves out would be computed.
+    seen = _mask(reader, row, "attention_mask", len(ids))
+    return {
+        "input_ids": [n for n, kept in zip(ids, seen, strict=True) if kept],
+        "labels": [n for n, kept in zip(labels, seen, strict=True) if kept],
+    }
+
+
+def _labels(reader: RowReader, row: Mapping[str, Any], ids: list[int], size: int) -> list[int]:
     name = reader.column("labels")
     if row.get(name) is None:
-        return {"input_ids": ids, "labels": list(ids)}
+        return list(ids)
     labels = _numbers(reader, row, "labels")
     if len(labels) != len(ids):
         raise RowError(name, f"has {len(labels)} labels for {len(ids)} tokens")
     outside = next((n for n in labels if n != IGNORE_INDEX and not 0 <= n < size), None)
     if outside is not None:
         raise RowError(name, f"has {outside}, which is no token and not {IGNORE_INDEX}")
-    return {"input_ids": ids, "labels": labels}
+    return labels
+
+
+def _mask(reader: RowReader, row: Mapping[str, Any], name: str, size: int) -> list[bool]:
+    """One truth value for each token; all of them true without a mask."""
+    column = reader.column(name)
+    value = row.get(column)
+    if value is None:
+        return [True] * size
+    if not isinstance(value, list) or any(number not in (0, 1) for number in value):
+        raise RowError(column, f"is {kind_of(value)}, not a list of 0 and 1")
+    if len(value) != size:
+        raise RowError(column, f"has {len(value)} entries for {size} tokens")
+    return [bool(number) for number in value]
 
 
 def _preference(reader: RowReader, row: Mapping[str, Any]) -> Encoded:

@@ -14,7 +14,7 @@ from typing import Any
 from hf_gradacc.data.reader import RowError, RowReader, kind_of, read_json
 from hf_gradacc.text import nearest
 
-__all__ = ["Dialogue", "past_turns", "read_dialogue", "system_of"]
+__all__ = ["Dialogue", "past_turns", "read_dialogue", "read_turns", "role_of", "system_of"]
 
 _ROLES = {
     *("system", "developer", "user", "assistant"),
@@ -23,6 +23,7 @@ _ROLES = {
 }
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _OTHER_ROLES |= {"model": "assistant", "function_call": "assistant"}
+_OTHER_ROLES |= {"ai": "assistant", "chatbot": "assistant"}
 
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 """What rows call the mark of a turn: OpenAI's `weight`, Axolotl's `train` and `training`, `loss` of
@@ -51,11 +52,13 @@ def read_dialogue(reader: RowReader, row: Mapping[str, Any]) -> Dialogue:
         RowError: If a turn is malformed; it names the turn.
     """
     column = reader.column("messages")
-    turns = row.get(column)
+    turns = read_turns(row.get(column))
     if turns is None:
         raise RowError(column, "is null" if column in row else "is missing")
-    if not isinstance(turns, list) or not turns:
+    if not isinstance(turns, list):
         raise RowError(column, f"is {kind_of(turns)}, not a list of turns")
+    if not turns:
+        raise RowError(column, "is an empty list, not a list of turns")
     tools = _tools(reader.column("tools"), row)
     required = _required_arguments(tools)
     messages, marks = [], []
@@ -74,6 +77,47 @@ def read_dialogue(reader: RowReader, row: Mapping[str, Any]) -> Dialogue:
             f"says another system turn than the first turn of {column!r}; leave out one of them",
         )
     return Dialogue(messages, marks, tools)
+
+
+def read_turns(value: Any) -> Any:
+    """The turns in a cell that may hold them in another form than a list.
+
+    As JSON text, which a csv has no other way to write; as one turn alone, as LLaMA-Factory's
+    answers of a pair; as an object of lists, which older releases of `datasets` made of a list of
+    objects.
+
+    Returns:
+        A list of turns; any other value as it is.
+
+    >>> read_turns({"role": ["user"], "content": ["2+2?"]})
+    [{'role': 'user', 'content': '2+2?'}]
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            written = read_turns(json.loads(value))
+        except ValueError:  # a text that begins with a bracket
+            return value
+        is_turns = isinstance(written, list) and bool(written) and all(map(role_of, written))
+        return written if is_turns else value
+    if not isinstance(value, Mapping):
+        return value
+    if role_of(value):
+        return [value]
+    names = [name for name, cells in value.items() if isinstance(cells, list)]
+    if not {"role", "from"} & set(names) or len({len(value[name]) for name in names}) > 1:
+        return value
+    return [
+        dict(zip(names, cells, strict=True)) for cells in zip(*map(value.get, names), strict=True)
+    ]
+
+
+def role_of(turn: Any) -> str:
+    """Who speaks in a turn, in the words of chat templates; empty if it does not say."""
+    written = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+    if not isinstance(written, str):
+        return ""
+    role = written.strip().lower()
+    return _OTHER_ROLES.get(role, role)
 
 
 def system_of(reader: RowReader, row: Mapping[str, Any]) -> str | None:
@@ -106,15 +150,14 @@ def _turn(column: str, number: int, turn: Any, required: Mapping[str, set[str]])
     """Check one turn; `from` and `value` of ShareGPT files are read as `role` and `content`."""
     if not isinstance(turn, Mapping):
         raise RowError(column, f"has {kind_of(turn)} as turn {number}, not a role and its content")
-    written = turn.get("role", turn.get("from"))
+    written, role = turn.get("role", turn.get("from")), role_of(turn)
     content = turn.get("content", turn.get("value"))
-    if not isinstance(written, str):
+    if not role:
         raise RowError(column, f"has no role in turn {number}")
-    role = _OTHER_ROLES.get(written, written)
     if role not in _ROLES:  # `assistent` would be rendered, and never learned
         guess = nearest(role, [*_ROLES, *_OTHER_ROLES])
         hint = f"did you mean {guess}?" if guess else f"use one of {', '.join(sorted(_ROLES))}"
-        raise RowError(column, f"has the unknown role {role!r} in turn {number}; {hint}")
+        raise RowError(column, f"has the unknown role {written!r} in turn {number}; {hint}")
     rest = {k: v for k, v in turn.items() if k not in ("role", "content", "from", "value")}
     calls = rest.pop("tool_calls", None)
     rest = _without_nulls(rest)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_gradacc.data.messages import Dialogue, read_dialogue
+from hf_gradacc.data.messages import Dialogue, read_dialogue, read_turns, role_of
 from hf_gradacc.data.reader import Encoded, RowError, RowReader, kind_of
 from hf_gradacc.text import common_length
 from hf_gradacc.updates.targets import IGNORE_INDEX
@@ -42,7 +42,9 @@ def read_pair(reader: RowReader, row: Mapping[str, Any]) -> Pair:
     Raises:
         RowError: If an answer is missing or malformed, or the two do not belong to one prompt.
     """
-    prompt, *answers = (row.get(reader.column(n)) for n in ("prompt", "chosen", "rejected"))
+    prompt, *answers = (
+        read_turns(row.get(reader.column(n))) for n in ("prompt", "chosen", "rejected")
+    )
     if not any(isinstance(answer, list) for answer in answers):
         if isinstance(prompt, list):
             column = reader.column("chosen")
@@ -71,7 +73,7 @@ def read_pair(reader: RowReader, row: Mapping[str, Any]) -> Pair:
 def _read_side(reader: RowReader, row: Mapping[str, Any], name: str, prompt: Any) -> Dialogue:
     """The conversation that ends with one of the answers."""
     column = reader.column(name)
-    answer = row.get(column)
+    answer = read_turns(row.get(column))
     if not isinstance(answer, list):
         raise RowError(column, f"is {kind_of(answer)}, and the other answer a list of turns")
     if not answer:
@@ -91,8 +93,7 @@ def _read_side(reader: RowReader, row: Mapping[str, Any], name: str, prompt: Any
 
 def _is_answer_alone(turns: list[Any]) -> bool:
     """Whether a list holds no turn that the answer replies to."""
-    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
-    return first.get("role", first.get("from")) in ("assistant", "gpt", "chatgpt", "bot", "model")
+    return role_of(turns[0]) == "assistant"
 
 
 def join_sides(

@@ -19,6 +19,7 @@ from hf_gradacc.data.chat_templates import check_template_options
 from hf_gradacc.data.classes import find_classes
 from hf_gradacc.data.encode import (
     CACHE_VERSION,
+    check_columns,
     count_notes,
     encode_source,
     find_unused_columns,
@@ -26,6 +27,7 @@ from hf_gradacc.data.encode import (
     source_format,
 )
 from hf_gradacc.data.lengths import measure_lengths, measure_pairs, pack_blocks
+from hf_gradacc.data.messages import read_turns, role_of
 from hf_gradacc.data.reader import RowReader
 from hf_gradacc.data.report import Fate, LengthReport, StreamReport, explain_nothing_left
 from hf_gradacc.data.section import FORMAT_COLUMNS, DataSection, SourceSection, Task
@@ -81,15 +83,17 @@ def prepare_data(
     load = partial(load_source, streaming=section.streaming, document=section.document)
     train_raw = [load(source) for source in section.train]
     eval_raw = [load(source) for source in section.eval]
+    sources = [
+        *zip(section.train, train_raw, strict=True),
+        *zip(section.eval, eval_raw, strict=True),
+    ]
+    for source, raw in sources if not section.streaming else []:
+        check_columns(section, source, raw.column_names)
     _check_turns(section, [*train_raw, *eval_raw])
     labels = find_classes(section, train_raw)
     encode = partial(
         encode_source, section, tokenizer, labels.ids, vocab_size=vocab_size, task=task
     )
-    sources = [
-        *zip(section.train, train_raw, strict=True),
-        *zip(section.eval, eval_raw, strict=True),
-    ]
     remarks = [*labels.remarks, *_unused_columns(section, sources, task)]
     if section.streaming:
         mix = partial(_mix, section)
@@ -172,11 +176,11 @@ def iter_texts(section: DataSection) -> Iterator[str]:
         names.append(reader.column("prompt" if format == "preference" else "input"))
         for row in load_source(source, streaming=section.streaming, document=section.document):
             for name in names:
-                value = row.get(name)
-                if isinstance(value, str):
-                    yield value
-                elif isinstance(value, list):
-                    yield from (str(turn.get("content", turn.get("value", ""))) for turn in value)
+                value = read_turns(row.get(name))
+                for part in value if isinstance(value, list) else [value]:
+                    text = part.get("content", part.get("value")) if role_of(part) else part
+                    if isinstance(text, str):
+                        yield text
 
 
 def _hold_out(section: DataSection, parts: list[Any]) -> tuple[list[Any], list[Any]]:

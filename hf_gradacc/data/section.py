@@ -70,7 +70,7 @@ OPTIONAL_COLUMNS: dict[Format, tuple[str, ...]] = {
     "instruction": ("input", "system", "history"),
     "question_answer": ("system", "history"),
     "preference": ("prompt", "tools", "system", "chat_template_kwargs", "margin"),
-    "tokens": ("labels",),
+    "tokens": ("labels", "attention_mask", "completion_mask", "assistant_masks"),
 }
 """The columns a format uses where they are there."""
 

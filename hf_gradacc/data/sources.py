@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import Any
 import datasets
 
 from hf_gradacc.data.faults import explain_failure
-from hf_gradacc.data.files import is_saved, loader_of, local_files, saved_folder, split_name
+from hf_gradacc.data.files import (
+    ending_of,
+    is_saved,
+    loader_of,
+    local_files,
+    open_bytes,
+    saved_folder,
+    split_name,
+)
 from hf_gradacc.data.report import StreamReport
 from hf_gradacc.data.section import DocumentUnit, SourceSection
 from hf_gradacc.errors import DataError
@@ -65,7 +74,9 @@ def _load(
             streaming=streaming,
         )
     if is_saved(source):
-        rows = _slice(datasets.load_from_disk(saved_folder(source)), source.split)
+        # `set_format` is saved as well: cells would be arrays or tensors, and columns missing.
+        saved = datasets.load_from_disk(saved_folder(source)).with_format(None)
+        rows = _slice(saved, source.split)
         return rows.to_iterable_dataset() if streaming else rows
     loader = loader_of(source, files)
     options: dict[str, Any] = {}
@@ -74,7 +85,8 @@ def _load(
     elif loader == "json":
         _refuse_crashing(files)
     elif loader == "text":
-        options = {"sample_by": _SAMPLE_BY[document]}
+        # A mark of the byte order at the beginning is no text.
+        options = {"sample_by": _SAMPLE_BY[document], "encoding": "utf-8-sig"}
     return datasets.load_dataset(
         loader,
         data_files={split_name(source): [str(file) for file in files]},
@@ -91,7 +103,7 @@ _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 def _refuse_crashing(files: list[Path]) -> None:
     """Refuse JSON on which readers of datasets crash the process: `null`, thousands of brackets."""
     for file in files:
-        with file.open("rb") as handle:
+        with open_bytes(file) as handle:
             head = handle.read(2**20)
         if head.lstrip().startswith((b"null", b"true", b"false")):
             raise DataError(
@@ -110,7 +122,7 @@ def _text_cells(files: list[Path]) -> dict[str, Any]:
 
     By default pandas guesses numbers, booleans and nulls. Here only an empty cell is null.
     """
-    separator = "\t" if files[0].suffix == ".tsv" else ","
+    separator = "\t" if ending_of(files[0]) == ".tsv" else ","
     header = _header(files[0], separator)
     for file in files[1:]:
         other = _header(file, separator)
@@ -131,8 +143,9 @@ def _text_cells(files: list[Path]) -> dict[str, Any]:
 
 
 def _header(file: Path, separator: str) -> list[str]:
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        rows = (row for row in csv.reader(handle, delimiter=separator) if row)
+    with open_bytes(file) as handle:
+        text = io.TextIOWrapper(handle, newline="", encoding="utf-8-sig")
+        rows = (row for row in csv.reader(text, delimiter=separator) if row)
         header, first = next(rows, []), next(rows, [])
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:

@@ -37,6 +37,8 @@ def add_recipe_facts(facts: CardFacts, recipe: Recipe) -> None:
             f'model = AutoModel{ends}.from_pretrained("{facts.name}")'
             "  # or the name of its repository"
         )
+    elif recipe.adapter_to_nothing:
+        facts.load = f"# {recipe.adapter_to_nothing}"
     if recipe.peft.method == "qlora":
         facts.method = f"{facts.method}, on the base in 4 bits"
     if recipe.model.task == "dpo":

@@ -109,7 +109,8 @@ def build_trainer(recipe: Recipe, **changes: Any) -> tuple[Any, PreparedData]:
         )
     too_long = check_longest_row(recipe, empty, data)
     if is_first:
-        for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
+        remarks = filter(None, [too_long, recipe.adapter_to_nothing])
+        for line in [*data.reports, *data.remarks, *remarks]:
             print(printable(str(line)))
     with telling("loading the model", beside_bars=True) if is_first else contextlib.nullcontext():
         model = load_model(

@@ -19,6 +19,7 @@ __all__ = [
     "RowPreview",
     "first_ids",
     "mark_targets",
+    "plain_numbers",
     "preview_row",
     "preview_rows",
     "sampled_lengths",
@@ -89,8 +90,7 @@ def preview_row(
     ids = _ids(row)
     if ids is None:
         return None
-    labels = row.get("labels")
-    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    labels = plain_numbers(row.get("labels"))
     if isinstance(labels, int | float):
         named = (label_names or {}).get(int(labels)) if isinstance(labels, int) else None
         label = f"{labels:g}" if named is None else named
@@ -109,7 +109,7 @@ def preview_row(
 
 def _preview_pair(row: Mapping[str, Any], tokenizer: Any) -> RowPreview:
     prompt, chosen, rejected = (
-        list(row.get(f"{name}_ids") or []) for name in ("prompt", "chosen", "rejected")
+        plain_numbers(row.get(f"{name}_ids", ())) for name in ("prompt", "chosen", "rejected")
     )
     pieces = [Piece(_decode(tokenizer, prompt), False)] if prompt else []
     pieces += [Piece(_decode(tokenizer, chosen), True), Piece(REJECTED, False)]
@@ -120,7 +120,8 @@ def _preview_pair(row: Mapping[str, Any], tokenizer: Any) -> RowPreview:
 def first_ids(row: Mapping[str, Any]) -> list[int]:
     """The token ids that a row begins with: of a pair the prompt, or else the chosen answer."""
     names = ("input_ids", "prompt_ids", "chosen_ids")
-    return next((list(row[name]) for name in names if row.get(name)), [])
+    found = (plain_numbers(row.get(name, ())) for name in names)
+    return next((ids for ids in found if ids), [])
 
 
 def mark_targets(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any = None) -> str:
@@ -199,9 +200,13 @@ def _spread(dataset: Any, num_rows: int) -> range:
 
 
 def _ids(row: Any) -> list[int] | None:
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    if ids is None or not hasattr(ids, "__len__"):
-        return None
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
-    return None if ids and not isinstance(ids[0], int) else list(ids)
+    ids = plain_numbers(row.get("input_ids")) if isinstance(row, Mapping) else None
+    return None if not isinstance(ids, list) or not all(type(i) is int for i in ids[:1]) else ids
+
+
+def plain_numbers(value: Any) -> Any:
+    """Numbers as Python's own, whatever holds them: an array, a tensor, a column of Arrow."""
+    for name in ("tolist", "to_pylist", "as_py"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return [*map(plain_numbers, value)] if isinstance(value, tuple | list) else value

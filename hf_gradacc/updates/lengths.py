@@ -89,9 +89,13 @@ def _answers(row: Mapping[str, Any]) -> list[list[int]]:
 def _is_of_tokens(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim == 1 and not value.is_floating_point()
-    if isinstance(value, np.ndarray):
-        return value.ndim == 1 and value.dtype.kind in "iu"
-    return isinstance(value, list | tuple) and (not value or isinstance(value[0], int))
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        return False
+    try:  # a list, of numbers of any library; an array of numpy, of Arrow, of Python itself
+        first = np.asarray(value[:1])
+    except (TypeError, ValueError, LookupError):
+        return False
+    return first.ndim == 1 and (first.dtype.kind in "iu" or first.size == 0)
 
 
 def _count(value: Any) -> int:
@@ -108,7 +112,7 @@ def _count(value: Any) -> int:
             value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
         )
         return len(value) if is_float else math.prod(value.shape[:2])
-    if len(value) and isinstance(value[0], (Sequence, Tensor, np.ndarray)):
+    if len(value) and isinstance(value[0], (Sequence, Tensor, np.ndarray)) and np.ndim(value[0]):
         return len(value) * max(len(choice) for choice in value)
     return len(value)
 

@@ -1,5 +1,7 @@
 """Every data format gives tokens and targets that can be written down by hand."""
 
+import json
+
 import pytest
 from support import templates
 from support.bytes_tokenizer import bytes_tokenizer, read_segments
@@ -358,6 +360,16 @@ def test_a_row_brings_values_for_its_template():
         ({"input_ids": [5, 6, 7]}, [5, 6, 7]),
         ({"input_ids": [5, 6, 7], "labels": None}, [5, 6, 7]),
         ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [-100, 6, 7]),
+        ({"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}, [-100, -100, 7]),
+        ({"input_ids": [5, 6, 7], "assistant_masks": [False, True, True]}, [-100, 6, 7]),
+        (
+            {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [1, 0, 1]},
+            [-100, -100, 7],
+        ),
+        (
+            {"input_ids": [5, 6, 7], "labels": [5, -100, 7], "completion_mask": [0, 1, 1]},
+            [-100, -100, 7],
+        ),
     ],
 )
 def test_rows_of_tokens_are_taken_as_they_are(row, labels):
@@ -375,6 +387,9 @@ def test_rows_of_tokens_are_taken_as_they_are(row, labels):
         ({"input_ids": "5 6"}, "is text, not a list of whole numbers"),
         ({"input_ids": [5.0]}, "not a list of whole numbers"),
         ({"input_ids": None}, "is null"),
+        ({"input_ids": [5, 6], "attention_mask": [1]}, "has 1 entries for 2 tokens"),
+        ({"input_ids": [5, 6], "attention_mask": [[1, 0], [1, 1]]}, "not a list of 0 and 1"),
+        ({"input_ids": [5, 6], "completion_mask": [1, 2]}, "not a list of 0 and 1"),
     ],
 )
 def test_rows_of_tokens_that_are_none_are_named(row, why):
@@ -383,6 +398,61 @@ def test_rows_of_tokens_that_are_none_are_named(row, why):
     wide = RowReader(PLAIN, vocab_size=1000)
     if row["input_ids"] == [5, 999]:
         assert encode_row(wide, row, format="tokens")
+
+
+@pytest.mark.parametrize(
+    "mask", [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [True, True, True, False, False]]
+)
+def test_rows_that_are_padded_already_lose_their_padding(mask):
+    kept = iter([5, 6, 7])
+    ids = [next(kept) if seen else 0 for seen in mask]
+    labels = [-100 if token in (0, 5) else token for token in ids]
+    row = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    encoded = encode_row(RowReader(PLAIN), row, format="tokens")
+    assert encoded == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+
+
+FORMS = {
+    "text of JSON": json.dumps,
+    "indented text of JSON": lambda turns: json.dumps(turns, indent=1),
+    "an object of lists": lambda turns: {
+        "role": [turn["role"] for turn in turns],
+        "content": [turn["content"] for turn in turns],
+    },
+    "an object of lists, of ShareGPT": lambda turns: {
+        "from": [{"user": "human", "assistant": "gpt"}[turn["role"]] for turn in turns],
+        "value": [turn["content"] for turn in turns],
+    },
+    "roles in capitals": lambda turns: [
+        {"role": turn["role"].upper(), "content": turn["content"]} for turn in turns
+    ],
+    "roles of LangChain": lambda turns: [
+        {"role": {"user": "human", "assistant": "ai"}[turn["role"]], "content": turn["content"]}
+        for turn in turns
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_turns_are_read_in_whatever_form_a_cell_holds_them(form):
+    write = FORMS[form]
+    expected = encode_row(RowReader(CHAT), {"messages": TURNS}, format="chat")
+    row = {"messages": write(TURNS)}
+    assert encode_row(RowReader(CHAT), row, format="chat") == expected
+    halves = {"prompt": TURNS[:3], "completion": TURNS[3:]}
+    expected = encode_row(RowReader(CHAT), halves, format="prompt_completion")
+    assert learned(CHAT, expected) == "right<|im_end|>"
+    row = {name: write(turns) for name, turns in halves.items()}
+    assert encode_row(RowReader(CHAT), row, format="prompt_completion") == expected
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[", '{"role": 5}', '[{"a": 1}]', "[]", '["hi"]', "{}"])
+def test_a_text_that_only_begins_as_turns_do_is_a_text(text):
+    row = {"prompt": text, "completion": text}
+    encoded = encode_row(RowReader(PLAIN), row, format="prompt_completion")
+    assert PLAIN.decode(encoded["input_ids"]) == f"{text}{text}{END}"
+    with pytest.raises(RowError, match="is text, not a list of turns"):
+        encode_row(RowReader(CHAT), {"messages": text}, format="chat")
 
 
 def test_a_prompt_and_a_completion_may_be_turns():

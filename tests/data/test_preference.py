@@ -1,5 +1,6 @@
 """Pairs of answers become the tokens that TRL makes of them, behind what generation is sent."""
 
+import json
 from types import SimpleNamespace
 
 import datasets
@@ -161,3 +162,17 @@ def test_a_pair_costs_twice_its_longer_answer_and_holds_both():
 def test_a_malformed_pair_names_its_column(row, words):
     with pytest.raises(RowError, match=words):
         encode(CHAT, row)
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+@pytest.mark.parametrize(
+    "write",
+    [json.dumps, lambda turns: json.dumps(turns[0]), lambda turns: turns[0]],
+    ids=["text of JSON", "text of one turn", "one turn alone"],
+)
+def test_answers_may_be_written_as_a_text_or_as_one_turn(task, write):
+    """LLaMA-Factory's pairs hold one turn; a csv can hold nothing but text."""
+    row = {"prompt": ASKED, "chosen": CHOSEN, "rejected": REJECTED}
+    expected, _ = encode(CHAT, row, task=task)
+    other = {"prompt": json.dumps(ASKED), "chosen": write(CHOSEN), "rejected": write(REJECTED)}
+    assert encode(CHAT, other, task=task)[0] == expected

@@ -242,6 +242,15 @@ def test_the_texts_of_a_tokenizer_are_those_of_the_format(write):
     assert list(iter_texts(section)) == ["q0", "a", "q1", "aa"]
 
 
+@pytest.mark.parametrize("write_turns", [list, json.dumps], ids=["a list", "text of JSON"])
+def test_a_tokenizer_is_trained_on_what_is_said_and_on_nothing_else(write, write_turns):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    file = write("c.jsonl", [{"messages": write_turns(turns)}])
+    assert list(iter_texts(DataSection.model_validate({"train": file}))) == ["hi", "yo"]
+    file = write("t.jsonl", [{"input_ids": [5, 6]}])
+    assert not list(iter_texts(DataSection.model_validate({"train": file, "format": "tokens"})))
+
+
 def test_a_trained_tokenizer_writes_any_text_and_survives_saving(tmp_path):
     import transformers
 

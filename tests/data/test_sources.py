@@ -1,7 +1,10 @@
 """Bad data files of every kind we could think of: one error each, naming file, line and column."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 from pathlib import Path
 
 import datasets
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import templates
 from support.bytes_tokenizer import bytes_tokenizer
 
 from hf_gradacc.data import prepare_data
@@ -436,3 +440,131 @@ def test_json_that_crashes_a_reader_is_an_error(tmp_path, streaming):
     row = {"text": "]{[" * 2000 + '"'}
     (tmp_path / "fine.jsonl").write_text(json.dumps(row) + "\n")
     assert len(load_source(SourceSection(path=str(tmp_path / "fine.jsonl")))) == 1
+
+
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+TEXTS = {
+    "rows.jsonl": lines(*GOOD),
+    "rows.json": json.dumps(GOOD),
+    "rows.ndjson": lines(*GOOD),
+    "ROWS.JSONL": lines(*GOOD),
+    "rows.csv": "question,answer\n" + "".join(",".join(row.values()) + "\n" for row in GOOD),
+    "rows.tsv": "question\tanswer\n" + "".join("\t".join(row.values()) + "\n" for row in GOOD),
+}
+
+
+@pytest.mark.parametrize("ending", ["", *COMPRESS])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_compressed_file_holds_the_rows_of_the_plain_one(tmp_path, name, ending):
+    (tmp_path / "plain.jsonl").write_text(lines(*GOOD))
+    expected = list(prepare(tmp_path / "plain.jsonl").train)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    content = TEXTS[name].encode()
+    file = folder / (f"{name}.{ending}" if ending else name)
+    file.write_bytes(COMPRESS[ending](content) if ending else content)
+    for path in (file, folder):
+        assert list(prepare(path).train) == expected
+        assert list(prepare(path, streaming=True).train) == expected
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_fault_in_a_compressed_file_is_named_by_its_line(tmp_path, ending):
+    file = tmp_path / f"rows.jsonl.{ending}"
+    file.write_bytes(COMPRESS[ending]((lines(*GOOD) + '{"question": "q"}\n').encode()))
+    with pytest.raises(DataError, match=rf"rows\.jsonl\.{ending}:5: column 'answer' is null"):
+        prepare(file)
+    file.write_bytes(COMPRESS[ending]((lines(*GOOD) + '{"question": 5\n').encode()))
+    with pytest.raises(DataError, match=rf"rows\.jsonl\.{ending}:5:15: not a JSON object"):
+        prepare(file)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_compressed_file_that_is_cut_off_or_none_is_named(tmp_path, ending, name, streaming):
+    file = tmp_path / f"{name}.{ending}"
+    whole = COMPRESS[ending](TEXTS[name].encode() + b"9,9\n" * 9)
+    for content in (whole[: len(whole) - 5], TEXTS[name].encode()):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{file.name}: is not a whole \.{ending} file"):
+            list(prepare(file, streaming=streaming).train)
+
+
+FORMATTED = {
+    "question_answer": [{"question": f"{i}?", "answer": str(i)} for i in range(4)],
+    "chat": [
+        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}]}
+        for i in range(4)
+    ],
+    "tokens": [
+        {"input_ids": [5, *range(7, 9 + i)], "labels": [-100, *range(7, 9 + i)]} for i in range(4)
+    ],
+    "classification": [{"text": str(i), "label": i % 2} for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("format", FORMATTED)
+@pytest.mark.parametrize("of", ["numpy", "torch", "arrow", "pandas", "columns"])
+def test_a_saved_set_is_read_alike_whatever_its_cells_were_shown_as(
+    tmp_path, of, format, streaming
+):
+    """`save_to_disk` keeps what `set_format` has asked for: arrays, tensors, some columns."""
+    rows = datasets.Dataset.from_list(FORMATTED[format])
+    if streaming and format == "classification":
+        features = rows.features.copy()
+        features["label"] = datasets.ClassLabel(names=["a", "b"])
+        rows = rows.cast(features)
+    rows.save_to_disk(tmp_path / "plain")
+    if of == "columns":
+        rows.set_format("numpy", columns=rows.column_names[:1])
+    else:
+        rows.set_format(of)
+    rows.save_to_disk(tmp_path / "formatted")
+    tokenizer = bytes_tokenizer(templates.CHATML, templates.CHATML_TOKENS)
+
+    def read(name):
+        section = {"train": str(tmp_path / name), "format": format, "streaming": streaming}
+        data = prepare_data(DataSection.model_validate(section), tokenizer=tokenizer)
+        return list(data.train), data.label_names
+
+    assert read("formatted") == read("plain")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("document", ["file", "paragraph", "line"])
+def test_the_mark_of_a_byte_order_is_no_text(tmp_path, document, streaming):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    options = {"format": "text", "document": document, "streaming": streaming}
+    (row,) = prepare(tmp_path / "a.txt", **options).train
+    assert TOKENIZER.decode(row["input_ids"]) == "hello<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "hint"),
+    [
+        ("chat", {"conversations": [{"from": "human", "value": "a"}]}, "{messages: conversations}"),
+        (
+            "question_answer",
+            {"problem": "a", "solution": "b"},
+            "{question: problem, answer: solution}",
+        ),
+        (
+            "question_answer",
+            {"questions": "a", "x": "b"},
+            "{question: questions, answer: <your column>}",
+        ),
+        ("classification", {"text": "a", "labels": 1}, "{label: labels}"),
+        (
+            "seq2seq",
+            {"article": "a", "highlights": "b", "id": "c"},
+            "{source: article, target: highlights}",
+        ),
+    ],
+)
+def test_columns_that_are_called_otherwise_are_proposed_all_at_once(tmp_path, format, row, hint):
+    (tmp_path / "a.jsonl").write_text(lines(row, row))
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path / "a.jsonl", format=format)
+    assert f"set data.columns to {hint}, or another data.format" in str(caught.value)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from support.tiny import spaced_rows
 from torch.utils.data import IterableDataset
 
-from hf_gradacc.tracking.preview import mark_targets, preview_rows, sampled_lengths
+from hf_gradacc.tracking.preview import (
+    first_ids,
+    mark_targets,
+    preview_row,
+    preview_rows,
+    sampled_lengths,
+)
 
 
 class Stream(IterableDataset):
@@ -58,3 +67,23 @@ def test_a_class_is_a_target_by_its_name_and_a_number_by_itself():
 def test_the_target_of_an_encoder_decoder_stands_behind_its_source():
     row = {"input_ids": [5, 6], "labels": [7, 8]}  # of equal length, and still no causal LM's
     assert preview_rows([row], is_seq2seq=True) == [[0, "5 6 → ⟦7 8⟧", 2, 2]]
+
+
+HOLDERS = [list, tuple, np.array, torch.tensor, pa.array, lambda ids: list(np.array(ids))]
+
+
+@pytest.mark.parametrize(
+    "hold", HOLDERS, ids=["list", "tuple", "numpy", "torch", "arrow", "list of numpy"]
+)
+def test_rows_are_shown_alike_whatever_holds_their_numbers(hold):
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}
+    pair = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
+    bare = {"prompt_ids": [], "chosen_ids": [2, 3], "rejected_ids": [4]}
+    for plain in (row, pair, bare):
+        held = {name: hold(ids) for name, ids in plain.items()}
+        assert preview_row(held) == preview_row(plain)
+        assert first_ids(held) == first_ids(plain) != []
+    source = {name: hold(ids) for name, ids in row.items()}
+    assert str(preview_row(source, is_seq2seq=True)) == "5 6 7 → ⟦6⟧"
+    label = hold([3])[0]
+    assert str(preview_row({"input_ids": hold([5]), "labels": label})) == "5 → ⟦3⟧"

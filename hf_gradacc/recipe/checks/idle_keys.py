@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_gradacc.data.files import LOADERS, local_files
+from hf_gradacc.data.files import LOADERS, ending_of, local_files
 from hf_gradacc.data.section import FORMAT_COLUMNS, OPTIONAL_COLUMNS, Format, SourceSection
 from hf_gradacc.errors import DataError
 from hf_gradacc.recipe.checks.readable import ReadableSections, differs
@@ -169,7 +169,7 @@ def _has_text(source: tuple[Key, SourceSection, str | None]) -> bool:
         files = local_files(section.model_copy(update={"path": place}))
     except (DataError, OSError, ValueError, KeyError):  # reading it will tell
         files = [Path(place)]
-    return any(LOADERS.get(file.suffix) == "text" for file in files)
+    return any(LOADERS.get(ending_of(file)) == "text" for file in files)
 
 
 def _of_sources(sections: ReadableSections) -> Iterator[Finding]:

@@ -261,6 +261,18 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def adapter_to_nothing(self) -> str:
+        """Why the adapter that a run leaves cannot be loaded; empty if it can, or there is none."""
+        if self.model.config is None or self.peft.saves_whole_model:
+            return ""
+        learns_prompt = self.peft.method in ("prompt_tuning", "prefix_tuning")
+        way_out = "peft.method: none" if learns_prompt else "peft.merge_on_save: true"
+        return (
+            "the adapter is one to random weights (model.config), which are not saved, so it "
+            f"cannot be loaded again: set {way_out} for a model that can"
+        )
+
     @model_validator(mode="after")
     def _added_tokens_are_learned(self) -> Recipe:
         frozen = self.peft.method != "none" and not self.peft.modules_to_save

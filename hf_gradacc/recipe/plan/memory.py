@@ -37,7 +37,7 @@ class MemoryEstimate:
     """Estimated bytes on one rank.
 
     Attributes:
-        num_parameters: All weights of the model.
+        num_parameters: All weights of the model, those of its adapter included.
         num_trainable: Those that train.
         weights: Bytes of weights.
         gradients: Bytes of gradients, float32 sums for half-precision weights included.
@@ -115,7 +115,8 @@ def estimate_memory(
     in_embeddings = model.get_input_embeddings().weight.numel()
     model = apply_peft(model, recipe.peft, task=recipe.model.task)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() for p in model.parameters()) * bytes_each
+    with_adapter = sum(p.numel() for p in model.parameters())
+    weights = with_adapter * bytes_each
     if recipe.peft.method == "qlora":  # half a byte and a scale per block; embeddings stay
         weights = int((total - in_embeddings) * 0.53) + in_embeddings * 2
     trained_bytes = 4 if recipe.peft.method != "none" else bytes_each
@@ -169,7 +170,7 @@ def estimate_memory(
             positions, rows_per_chunk(classes, width=config.hidden_size, device_type=device_type)
         )
     return MemoryEstimate(
-        num_parameters=total,
+        num_parameters=with_adapter,
         num_trainable=trainable,
         weights=weights,
         gradients=trainable * trained_bytes + float32_sums,

@@ -96,7 +96,8 @@ def show_plan(
         task = recipe.model.task
         data = prepare_data(recipe.data, tokenizer=tokenizer, vocab_size=vocab_size, task=task)
     too_long = check_longest_row(recipe, model, data)
-    for line in [*data.reports, *data.remarks, *filter(None, [too_long])]:
+    remarks = filter(None, [too_long, recipe.adapter_to_nothing])
+    for line in [*data.reports, *data.remarks, *remarks]:
         console.print(printable(str(line)), highlight=False, markup=False, soft_wrap=True)
     if num_rows:
         show_rows(

@@ -325,7 +325,7 @@ def _sequences(row: Any) -> list[list[int]]:
     """Return the tokens of a row; of a pair, those of either answer behind the prompt."""
     if "chosen_ids" not in row:
         return [row["input_ids"]]
-    prompt = row.get("prompt_ids") or []
+    prompt = row.get("prompt_ids", ())
     return [[*prompt, *row[name]] for name in ("chosen_ids", "rejected_ids")]
 
 

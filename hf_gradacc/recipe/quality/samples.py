@@ -16,6 +16,7 @@ from hf_gradacc.errors import ConfigError, DataError
 from hf_gradacc.loss.asking.ask import held_in_mode
 from hf_gradacc.recipe.keys.sections import Recipe, SamplesSection
 from hf_gradacc.recipe.model.ends import stop_or_end
+from hf_gradacc.tracking.preview import plain_numbers
 from hf_gradacc.tracking.samples import Sample, record_samples
 from hf_gradacc.updates.draws.randomness import RandomSources
 
@@ -156,8 +157,9 @@ def split_row(row: Any, *, is_seq2seq: bool = False) -> tuple[list[int], list[in
     >>> split_row({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]})
     ([5, 6], [7, 8])
     """
+    row = {name: plain_numbers(value) for name, value in row.items()}
     if row.get("prompt_ids"):
-        return list(row["prompt_ids"]), list(row["chosen_ids"])
+        return row["prompt_ids"], row["chosen_ids"]
     ids, labels = row.get("input_ids"), row.get("labels")
     targets = [i for i, label in enumerate(labels or []) if label != -100]
     if not ids or not targets:

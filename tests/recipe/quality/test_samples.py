@@ -6,6 +6,7 @@ import json
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -141,6 +142,8 @@ def test_a_prompt_is_what_comes_before_the_first_answer():
     assert split_row(document) == (list(range(32)), list(range(32, 100)))
     pair = {"input_ids": [5, 6], "labels": [7, 8, -100]}
     assert split_row(pair, is_seq2seq=True) == ([5, 6], [7, 8])
+    for row in (turns, document):
+        assert split_row({name: np.array(ids) for name, ids in row.items()}) == split_row(row)
     with pytest.raises(DataError, match="no prompt"):
         split_row({"input_ids": [5], "labels": [-100]})
 
