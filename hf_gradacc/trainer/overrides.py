@@ -33,6 +33,7 @@ __all__ = [
     "definers",
     "find_own_step",
     "has_own_loader_behind",
+    "may_write_weights",
     "plain_for_steps_behind",
     "refuse_old_signature",
     "warn_of_several_backwards",
@@ -124,6 +125,20 @@ def _users_behind(trainer_class: type, mixin: type, name: str) -> list[type]:
     mro = trainer_class.__mro__
     behind = definers(mro[mro.index(mixin) + 1 :], name)
     return [cls for cls in behind if cls.__module__.partition(".")[0] not in _LIBRARIES]
+
+
+def may_write_weights(trainer: Any) -> bool:
+    """Return whether code of the user's own runs while the micro-batches of an update do.
+
+    A step or a loss may write to weights around its own forward, and a callback in between.
+    """
+    mro = type(trainer).__mro__
+    names = ("training_step", "compute_loss")
+    modules = [cls.__module__ for name in names for cls in definers(mro, name)]
+    for callback in trainer.callback_handler.callbacks:
+        method = getattr(callback, "on_substep_end", None)
+        modules.append(getattr(method, "__module__", None) or "")
+    return any(module.partition(".")[0] not in (*_LIBRARIES, "hf_gradacc") for module in modules)
 
 
 _LIBRARIES = ("sentence_transformers", "transformers", "trl")

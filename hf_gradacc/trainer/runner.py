@@ -44,6 +44,7 @@ from hf_gradacc.trainer.loss.asking import padding_style
 from hf_gradacc.trainer.loss.passes import TwoPasses
 from hf_gradacc.trainer.loss.terms import sizes_of
 from hf_gradacc.trainer.noise import NoiseListener
+from hf_gradacc.trainer.overrides import may_write_weights
 from hf_gradacc.trainer.step import MicroBatchStep
 from hf_gradacc.updates.batch import pad_columns
 from hf_gradacc.updates.budget import TokenBudget
@@ -228,7 +229,8 @@ class UpdateRunner:
         own = self.step.own
         if own is not None:
             own.begin_update()
-        self.step.kept = None
+        keeps = any(micro_batch.beginning for micro_batch in micro_batches)
+        self.step.begin_update(watches=keeps and may_write_weights(trainer))
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
             divisor = math.inf
@@ -458,7 +460,7 @@ class UpdateRunner:
                 failure.message = message_of(error)
                 failure.outcome = self._describe_failure(trainer.update_collator)
         finally:
-            self.step.kept = None  # of an attempt that failed
+            self.step.kept = self.step.weights = None  # of an attempt that failed
 
     def _describe_failure(self, collator: UpdateCollator | None) -> UpdateOutcome:
         micro_batch = self._running

@@ -20,6 +20,7 @@ from hf_gradacc.loss.trees.hooks import computing_these
 from hf_gradacc.loss.trees.kept import KeptBeginning
 from hf_gradacc.loss.trees.layout import Trees, lay_out_trees
 from hf_gradacc.loss.trees.targets import TreeTargets
+from hf_gradacc.loss.written import Weights
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.batch import tokens_of_batch
@@ -56,6 +57,7 @@ class MicroBatchStep:
         micro_batch: The one that runs, or ran last.
         kept: What its rows begin with, if that is kept; None else.
         keeps: Beginnings may be kept.
+        weights: What weights were when the update began, see `KeptBeginning`.
     """
 
     def __init__(self) -> None:
@@ -68,8 +70,19 @@ class MicroBatchStep:
         self.after: Callable[[], None] | None = None
         self.kept: KeptBeginning | None = None
         self.keeps = True
+        self.weights: Weights | None = None
         self.closing: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
         self._runs = 0
+
+    def begin_update(self, *, watches: bool) -> None:
+        """Begin an attempt at an update.
+
+        Args:
+            watches: It keeps beginnings, and somebody's code may write to weights meanwhile.
+        """
+        self.kept = None
+        bodies = self.shortcuts.bodies if watches and self.shortcuts is not None else ()
+        self.weights = Weights(bodies) if bodies else None
 
     def begin(
         self,
@@ -206,7 +219,7 @@ class MicroBatchStep:
             self._keep_no_more("a step runs its rows several times")
             return None
         if self.kept is None or not torch.equal(self.kept.tokens, beginning):
-            self.kept = KeptBeginning(beginning)
+            self.kept = KeptBeginning(beginning, self.weights)
         return self.kept
 
     def _end_behind(self, kept: KeptBeginning) -> None:

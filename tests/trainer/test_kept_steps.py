@@ -15,6 +15,7 @@ from hf_gradacc import GradAccTrainer
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.shortcuts.sharing import why_not_kept_by_options
 from hf_gradacc.loss.trees import hooks as tree_hooks
+from hf_gradacc.loss.written import Weights
 from hf_gradacc.trainer.step import MicroBatchStep
 
 ROWS = [{**row, "labels": list(row["input_ids"])} for row in rows_behind()]
@@ -128,24 +129,102 @@ def test_rows_that_run_twice_are_computed_whole_from_then_on(tmp_path, trainer_c
 
 
 class Writes(TrainerCallback):
-    def __init__(self, names):
-        self.names = names
+    def __init__(self, names, *, unseen=False):
+        self.names, self.unseen = names, unseen
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if self.names in name:
-                    parameter.mul_(1.3)
+                    (parameter.data if self.unseen else parameter).mul_(1.3)
 
 
-def test_weights_that_are_written_to_compute_the_beginning_anew(tmp_path):
-    error, num_kept = compare(tmp_path, callbacks=[Writes("embed_tokens")])
+UNSEEN = pytest.mark.parametrize("unseen", [False, True], ids=["counted by torch", "by .data"])
+
+
+@UNSEEN
+def test_weights_that_are_written_to_compute_the_beginning_anew(tmp_path, unseen):
+    error, num_kept = compare(tmp_path, callbacks=[Writes("embed_tokens", unseen=unseen)])
     assert (num_kept, error < EXACT) == (1, True)
 
 
-def test_weights_that_a_backward_needs_as_they_were_are_an_error_that_says_so(tmp_path):
+@UNSEEN
+def test_weights_that_a_backward_needs_as_they_were_are_an_error_that_says_so(tmp_path, unseen):
     with pytest.raises(LossError, match=r"written to.*\n.*layout = 'padded'"):
-        train(tmp_path, callbacks=[Writes("")])
+        train(tmp_path, callbacks=[Writes("", unseen=unseen)])
+
+
+class MovesWeights(GradAccTrainer):
+    """Adds noise to weights for the time of each step, by ``.data``, and takes it away again."""
+
+    def training_step(self, *args, **kwargs):
+        draw = torch.Generator().manual_seed(self.count)
+        type(self).count += 1
+        backup = {name: weight.data.clone() for name, weight in self.model.named_parameters()}
+        for weight in self.model.parameters():
+            noise = torch.randn(weight.shape, generator=draw, dtype=weight.dtype)
+            weight.data.add_(noise, alpha=0.02)
+        loss = super().training_step(*args, **kwargs)
+        for name, weight in self.model.named_parameters():
+            weight.data.copy_(backup[name])
+        return loss
+
+
+def moves_weights():
+    return type("MovesWeights", (MovesWeights,), {"count": 0})
+
+
+def test_weights_that_a_step_moves_for_its_own_time_keep_nothing(tmp_path):
+    _, gradient, kept = train(tmp_path / "kept", moves_weights())
+    _, expected, _ = train(tmp_path / "rows", moves_weights(), as_rows=True)
+    assert kept == []
+    assert relative_error(gradient, expected) < EXACT
+
+
+def test_weights_that_nobody_compares_give_another_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(Weights, "differ", lambda *args, **kwargs: False)
+    _, gradient, _ = train(tmp_path / "kept", moves_weights())
+    _, expected, _ = train(tmp_path / "rows", moves_weights(), as_rows=True)
+    assert relative_error(gradient, expected) > 1e-3
+    error, _ = compare(tmp_path, callbacks=[Writes("embed_tokens", unseen=True)])
+    assert error > 1e-3
+
+
+class Unfreezes(TrainerCallback):
+    """Lets a layer train from the second micro-batch on."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.model.layers[0].requires_grad_(False)
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        model.model.layers[0].requires_grad_(True)
+
+
+def test_a_layer_that_begins_to_train_in_between_has_the_gradient_of_what_came_after(tmp_path):
+    error, _ = compare(tmp_path, callbacks=[Unfreezes()])
+    assert error < EXACT
+
+
+def test_weights_are_added_up_only_where_somebody_may_write_to_them(tmp_path, monkeypatch):
+    made = []
+    stock = Weights.__init__
+    monkeypatch.setattr(Weights, "__init__", lambda self, of: made.append(1) or stock(self, of))
+
+    def run(out, **options):
+        with float64_everywhere():
+            make_trainer(
+                tmp_path / out,
+                ROWS,
+                model=make_model(),
+                effective_batch_size=NUM_ROWS,
+                **KEEPING,
+                **options,
+            ).train()
+        return len(made)
+
+    assert run("stock") == 0
+    assert run("callback", callbacks=[Writes("nothing")]) == 1
+    assert run("step", trainer_class=moves_weights()) == 2
 
 
 # ---- hooks on the body ---------------------------------------------------------------------------

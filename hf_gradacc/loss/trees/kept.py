@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.trees.attention import RowAttention
 from hf_gradacc.loss.trees.held import Held, hold
+from hf_gradacc.loss.written import Weights
 from hf_gradacc.updates.update import start_copy
 
 __all__ = ["KeptBeginning", "KeptBody", "held_outputs", "why_not_kept_by"]
@@ -38,11 +39,13 @@ class KeptBody:
     """What later tokens see of a beginning in one body.
 
     Attributes:
+        body: It.
         keys: Key and value of each attention, by the ``id`` of its module.
         outputs: What the body returned, a `Held` in the place of each tensor.
         state: What the body was set to, see `_state_of`.
     """
 
+    body: nn.Module
     keys: Mapping[int, tuple[Held, Held]]
     outputs: Any
     state: tuple[Any, ...]
@@ -53,13 +56,15 @@ class KeptBeginning:
 
     Args:
         tokens: Its token ids ``[seq]``, on the CPU.
+        weights: What weights were when the update began, if somebody's code may write to them.
 
     Attributes:
         refused: Why it cannot be kept, in plain words; empty as long as it can.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, weights: Weights | None = None) -> None:
         self.tokens = tokens
+        self._weights = weights
         self.refused = ""
         self._bodies: dict[int, KeptBody] = {}
         self._called: set[int] = set()
@@ -88,6 +93,8 @@ class KeptBeginning:
             self.refused = "its loss calls the model several times with the same rows"
         elif known is not None and known.state != state:
             self.refused = "its layers are set or written to between micro-batches"
+        elif self._weights is not None and self._weights.differ(body):
+            self.refused = "its weights are written to while the micro-batches of an update run"
         elif _moves_saved_tensors():
             self.refused = "activations are moved elsewhere until the end of each micro-batch"
         self._called.add(id(body))
@@ -105,7 +112,7 @@ class KeptBeginning:
                 name: (hold(_by_token(key)), hold(_by_token(value)))
                 for name, [(key, value, _)] in caught.items()
             }
-            known = KeptBody(keys, held_outputs(output, len(self.tokens)), state)
+            known = KeptBody(body, keys, held_outputs(output, len(self.tokens)), state)
             self._bodies[id(body)] = known
         return known
 
@@ -116,6 +123,7 @@ class KeptBeginning:
             LossError: If weights are not those that it was computed with.
         """
         held = [one for body in self._bodies.values() for one in _all_held(body)]
+        bodies = [kept.body for kept in self._bodies.values()]
         self._bodies = {}
         reached = [
             (one.source, one.leaf.grad)
@@ -123,6 +131,9 @@ class KeptBeginning:
             if one.source is not None and one.leaf is not None and one.leaf.grad is not None
         ]
         if reached:
+            weights = self._weights
+            if weights is not None and any(weights.differ(b, besides_tables=True) for b in bodies):
+                raise LossError(_WRITTEN)
             sources = tuple(source for source, _ in reached)
             totals = [total.to(source.dtype) for source, total in reached]
             try:
@@ -175,7 +186,7 @@ def _all_held(body: KeptBody) -> Iterator[Held]:
 def _state_of(body: nn.Module) -> tuple[Any, ...]:
     """Return what decides what a body computes: adapters may be off, weights written to.
 
-    Of weights only how often, and what is written by ``.data`` torch does not count.
+    Of weights only how often, and what is written by ``.data`` torch does not count, see `Weights`.
     """
     adapters = tuple(
         (module.disable_adapters, str(getattr(module, "active_adapters", "")))
@@ -183,7 +194,8 @@ def _state_of(body: nn.Module) -> tuple[Any, ...]:
         if isinstance(getattr(module, "disable_adapters", None), bool)  # PEFT's layers
     )
     written = sum(p._version for p in body.parameters() if not p.is_inference())
-    return torch.is_grad_enabled(), body.training, adapters, written
+    trained = sum(p.requires_grad for p in body.parameters())
+    return torch.is_grad_enabled(), body.training, adapters, written, trained
 
 
 def _moves_saved_tensors() -> bool:
