@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.shortcuts.choose import Setting, Shortcuts
@@ -63,17 +65,24 @@ def choose_sharing(
 
 
 def drops_out(model: nn.Module) -> bool:
-    """Return whether a model drops anything out while it trains.
+    """Return whether a model drops anything out while it trains, or draws other random numbers.
 
-    Attention drops by a number that its module keeps, without a module of its own.
+    Many drop by a number that a module keeps (``activation_dropout``, ``layerdrop``) or reads off
+    its configuration, without a module for it; routers move what they see by ``jitter_noise``.
     """
-    names = ("attention_dropout", "attn_dropout", "dropout", "dropout_p")
+    return any(map(_draws, model.modules()))
+
+
+def _draws(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    of_config = vars(module).get("config")
+    read = () if forward is None else forward.co_names
+    numbers = {name: getattr(of_config, name, None) for name in read} | vars(module)
     return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any(
-            isinstance(vars(module).get(name), float) and vars(module)[name] > 0 for name in names
-        )
-        for module in model.modules()
+        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+        for name, value in numbers.items()
     )
 
 

@@ -8,7 +8,7 @@ from support.reference import float64_everywhere, model_loss
 from support.tiny import VOCABULARY, pad, ragged_rows, tiny_llama
 from support.zoo import case_named
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.shortcuts.sharing import choose_sharing, drops_out
@@ -334,7 +334,30 @@ def test_dropout_is_seen_in_modules_and_in_numbers():
     assert not drops_out(tiny_llama())
     assert drops_out(tiny_llama(attention_dropout=0.1))
     assert drops_out(nn.Sequential(nn.Dropout(0.1)))
+    assert drops_out(nn.Sequential(nn.Dropout1d(0.1)))
     assert not drops_out(nn.Sequential(nn.Dropout(0.0)))
+
+
+BY_NUMBER = {
+    "falcon": ("hidden_dropout",),  # read off the configuration in forward
+    "opt": ("dropout", "layerdrop"),
+    "xglm": ("dropout", "activation_dropout", "layerdrop"),
+    "mixtral": ("router_jitter_noise",),
+    "phimoe": ("router_jitter_noise", "input_jitter_noise"),
+}
+
+
+@pytest.mark.parametrize("name", BY_NUMBER)
+def test_random_numbers_are_seen_whatever_a_model_calls_their_rate(name):
+    fields = BY_NUMBER[name]
+    none = dict.fromkeys((*fields, "attention_dropout"), 0.0)
+    sizes = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    for on in ("", *fields):
+        config = CONFIG_MAPPING[name](**sizes, **none | ({on: 0.1} if on else {}))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert drops_out(model) == bool(on), on
 
 
 # ---- beginnings that are kept --------------------------------------------------------------------
