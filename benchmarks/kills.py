@@ -2,11 +2,13 @@
 
     python benchmarks/kills.py --kills 20
     python benchmarks/kills.py --kills 50 --evaluate --workers 1
+    python benchmarks/kills.py --kills 20 --trees
 
 Trains a tiny Llama with dropout and AdamW, saving every other update, sends SIGKILL again and
 again, resumes with ``resume_from_checkpoint="auto"``, and compares weights and log rows with a run
 nobody killed. Prints when each kill struck. `--evaluate` evaluates as often as it saves;
-`--workers` loads rows in processes that persist, for training and evaluation.
+`--workers` loads rows in processes that persist, for training and evaluation. `--trees` trains rows
+that begin alike, drawn together, as trees behind beginnings that are kept.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from support.kept_rows import KEEPING, NUM_ROWS, rows_behind
 from support.ranks import run_and_kill
 from support.resume_jobs import train_and_report, train_until_killed
 from support.tiny import ragged_rows
 
 from hf_gradacc.safety.checkpoints import STAGING_NAME, find_whole_checkpoint, list_checkpoints
+from hf_gradacc.updates import collator
+
+
+def keep_short_beginnings(trainer: Any) -> None:
+    """Let beginnings of a few tokens be kept, in this process from now on."""
+    collator.OVERHEAD_ON_CPU = 0
+    trainer.model.set_attn_implementation("sdpa")
 
 
 def main() -> None:
@@ -37,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--trees", action="store_true")
     options = parser.parse_args()
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +61,10 @@ def main() -> None:
         if options.workers:
             job |= {"dataloader_num_workers": options.workers}
             job |= {"dataloader_persistent_workers": True}
+        if options.trees:
+            rows = [row for seed in range(6) for row in rows_behind(seed=seed)]
+            job |= KEEPING | {"rows": rows, "effective_batch_size": NUM_ROWS}
+            job |= {"group_by_prefix": True, "prepare": keep_short_beginnings}
         straight = train_and_report(f"{folder}/straight", dropout=0.2, **job)
         out, result = Path(folder, "killed"), Path(folder, "result")
         kills = while_saving = 0

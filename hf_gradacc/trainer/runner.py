@@ -460,7 +460,7 @@ class UpdateRunner:
                 failure.message = message_of(error)
                 failure.outcome = self._describe_failure(trainer.update_collator)
         finally:
-            self.step.kept = self.step.weights = None  # of an attempt that failed
+            self.step.begin_update(watches=False)  # what an attempt that failed has kept
 
     def _describe_failure(self, collator: UpdateCollator | None) -> UpdateOutcome:
         micro_batch = self._running

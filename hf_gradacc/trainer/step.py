@@ -58,6 +58,7 @@ class MicroBatchStep:
         kept: What its rows begin with, if that is kept; None else.
         keeps: Beginnings may be kept.
         weights: What weights were when the update began, see `KeptBeginning`.
+        lost: What ended the backward of a kept beginning; None as long as none failed.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class MicroBatchStep:
         self.kept: KeptBeginning | None = None
         self.keeps = True
         self.weights: Weights | None = None
+        self.lost: Exception | None = None
         self.closing: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
         self._runs = 0
 
@@ -80,7 +82,7 @@ class MicroBatchStep:
         Args:
             watches: It keeps beginnings, and somebody's code may write to weights meanwhile.
         """
-        self.kept = None
+        self.kept = self.lost = None
         bodies = self.shortcuts.bodies if watches and self.shortcuts is not None else ()
         self.weights = Weights(bodies) if bodies else None
 
@@ -228,8 +230,12 @@ class MicroBatchStep:
             self._keep_no_more(kept.refused)
         if self.closing is not None:
             self.kept = None
-            with self.closing():
-                kept.close()
+            try:
+                with self.closing():
+                    kept.close()
+            except Exception as error:
+                self.lost = error
+                raise
 
     def _keep_no_more(self, why: str) -> None:
         self.keeps = False
@@ -239,9 +245,14 @@ class MicroBatchStep:
         """Send back what others have added up, if the last one behind their beginning has not.
 
         A step of somebody's own may skip rows, or catch the error that ended it early.
+
+        Raises:
+            Exception: What ended that backward, if the step has caught it.
         """
         if self.kept is not None:
             self._end_behind(self.kept)
+        if self.lost is not None:  # a part of what other micro-batches have added up is missing
+            raise self.lost
 
     def _with_noise(
         self, stock_step: Callable[..., Tensor], inputs: Any, *, packed: bool

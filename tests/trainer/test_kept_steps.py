@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.failing import Failure
 from support.kept_rows import KEEPING, NUM_ROWS, keeping_always, rows_behind, watching_kept
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad, tiny_llama
@@ -101,6 +102,46 @@ def test_a_beginning_that_nobody_sends_back_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(MicroBatchStep, "end_group", lambda self: None)
     error, _ = compare(tmp_path, type("GoesOn", (GoesOn,), {"fails_in": 6}))
     assert error > 0.1
+
+
+class CatchesAll(GradAccTrainer):
+    """Leaves out the rows of a micro-batch that fails, whatever happens."""
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except (ArithmeticError, torch.OutOfMemoryError):
+            return torch.zeros(())
+
+
+def failing_once_behind(model, error):
+    """Let the backward of the beginning of 13 tokens fail, once."""
+    failure = Failure(
+        model,
+        lambda rows, width, seen: width == 13 and not failure.raised,
+        where="backward",
+        error=error,
+    )
+    return failure
+
+
+def test_the_backward_of_a_beginning_fails_for_all_rows_behind_it_whatever_a_step_catches(tmp_path):
+    model = make_model()
+    failure = failing_once_behind(model, ArithmeticError("broken"))
+    with pytest.raises(ArithmeticError, match="broken"):
+        train(tmp_path, CatchesAll, model=model)
+    assert failure.raised == 1
+
+
+def test_memory_that_runs_out_in_the_backward_of_a_beginning_rolls_the_update_back(tmp_path):
+    with float64_everywhere():
+        expected = reference_gradient(make_model(), ROWS, pad)
+    for number, trainer_class in enumerate((GradAccTrainer, CatchesAll)):
+        model = make_model()
+        failure = failing_once_behind(model, None)
+        _, gradient, _ = train(tmp_path / str(number), trainer_class, model=model)
+        assert failure.raised == 1
+        assert relative_error(gradient, expected) < EXACT
 
 
 # ---- steps that run their rows twice -------------------------------------------------------------
