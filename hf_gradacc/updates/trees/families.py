@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_gradacc.updates.flat_rows import ranges
 from hf_gradacc.updates.trees.prefixes import Sorted
 
 __all__ = ["LEAST_SHARED", "MOST_ROWS", "Families", "find_families", "most_rows_of"]
@@ -104,13 +105,13 @@ class Families:
         ends = np.arange(len(rows) + 1) if weights is None else _cumulated(weights[rows])
         order = list(_fill(starts, np.append(starts[1:], len(rows)), ends, size))
         first, last = np.asarray(order, dtype=np.int64).T
-        taken: np.ndarray = rows[_ranges(first, last)]
+        taken: np.ndarray = rows[ranges(first, last)]
         return taken
 
     def _groups(self, random: np.random.Generator) -> np.ndarray:
         """Number what is drawn together in an epoch, for each place: families, or pieces of one."""
         begins = np.ones(len(self.rows), dtype=bool)
-        begins[_ranges(self.starts + 1, self.stops)] = False
+        begins[ranges(self.starts + 1, self.stops)] = False
         group_of = np.cumsum(begins) - 1
         num_groups = int(group_of[-1]) + 1
         large = self.stops - self.starts > self.most_rows
@@ -156,7 +157,7 @@ def find_families(found: Sorted, *, rows_per_update: float) -> Families:
         if not len(starts):
             break
         sizes = stops - starts
-        inside = _ranges(starts + 1, stops)
+        inside = ranges(starts + 1, stops)
         shared = found.shared[inside]
         common = np.minimum.reduceat(shared, _cumulated(sizes - 1)[:-1])
         met = _met_by_chance(sizes * (rows_per_update / n))
@@ -249,14 +250,3 @@ def _fill(
 
 def _cumulated(values: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(values)))
-
-
-def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Return the numbers from each start to before its stop, one range after the other.
-
-    >>> _ranges(np.array([0, 7]), np.array([2, 10])).tolist()
-    [0, 1, 7, 8, 9]
-    """
-    sizes = stops - starts
-    skipped = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(starts - skipped, sizes)

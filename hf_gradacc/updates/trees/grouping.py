@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.updates.flat_rows import FlatRows
 from hf_gradacc.updates.lengths import sequences_of_rows
 from hf_gradacc.updates.stream import is_arrow_table, is_stream
 from hf_gradacc.updates.trees.families import Families, find_families
 from hf_gradacc.updates.trees.order import MOST_TOKENS, PrefixOrder
-from hf_gradacc.updates.trees.prefixes import Sorted, sort_by_prefix
+from hf_gradacc.updates.trees.prefixes import Sorted, sort_flat_rows
 
 __all__ = ["families_of", "refuse_grouping"]
 
@@ -84,7 +85,7 @@ def _sort_read(
     lengths: list[int] = []
     most = max(1, MOST_TOKENS // max(len(dataset), 1))
 
-    def tokens() -> Iterator[np.ndarray]:
+    def tokens() -> Iterator[Any]:
         for first in range(0, len(dataset), _ROWS_AT_ONCE):
             rows = read(range(first, min(first + _ROWS_AT_ONCE, len(dataset))))
             for index, row in enumerate(rows, start=first):
@@ -96,9 +97,9 @@ def _sort_read(
                         f"training dataset holds {held}. Leave it out, or tokenize the rows first."
                     )
                 lengths.append(sum(map(len, answers)))
-                yield np.asarray(answers[0], dtype=np.int32)[:most]
+                yield answers[0]
 
-    found = sort_by_prefix(tokens(), dtype=np.int32)
+    found = sort_flat_rows(FlatRows.of_rows(tokens(), most=most))
     return replace(found, lengths=np.asarray(lengths, dtype=np.int64)[found.order])
 
 

@@ -6,15 +6,15 @@ the least that any two neighbours between them share: no update reads rows for i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.flat_rows import FlatRows
 from hf_gradacc.updates.lengths import tokens_of_rows
 from hf_gradacc.updates.stream import is_arrow_table
-from hf_gradacc.updates.trees.prefixes import Sorted, sort_by_prefix
+from hf_gradacc.updates.trees.prefixes import Sorted, sort_by_prefix, sort_flat_rows
 
 __all__ = ["MOST_TOKENS", "PrefixOrder", "sort_rows"]
 
@@ -81,11 +81,11 @@ class PrefixOrder:
 
     def _sort(self) -> None:
         self._is_sorted = True
-        tokens = _tokens_of(self._dataset, self._main_input)
-        if tokens is None:
-            return
         most = max(1, self._most_tokens // max(len(self._dataset), 1))
-        self._rows = sort_by_prefix(tokens, most=most, dtype=np.int32)
+        rows = _flat_rows(self._dataset, self._main_input, most)
+        if rows is None:
+            return
+        self._rows = sort_flat_rows(rows)
         self._place_of = np.empty(len(self._rows.order), dtype=np.int64)
         self._place_of[self._rows.order] = np.arange(len(self._rows.order))
 
@@ -96,11 +96,13 @@ def sort_rows(rows: Sequence[Any], *, main_input: str = "input_ids") -> Sorted |
     return None if tokens is None else sort_by_prefix(tokens)
 
 
-def _tokens_of(dataset: Any, main_input: str) -> Any:
-    """Return the tokens of all rows of a dataset, read by its column where it has one."""
+def _flat_rows(dataset: Any, main_input: str, most: int) -> FlatRows | None:
+    """Return the tokens of a dataset's rows, read by its column where it has one."""
     if not is_arrow_table(dataset):
-        return tokens_of_rows(dataset, main_input=main_input)
+        tokens = tokens_of_rows(dataset, main_input=main_input)
+        return None if tokens is None else FlatRows.of_rows(tokens, most=most)
     import pyarrow as pa
+    import pyarrow.compute
 
     # What a function makes of a row when it is read, the table does not hold.
     if main_input not in dataset.column_names or dataset.format["type"] == "custom":
@@ -109,13 +111,17 @@ def _tokens_of(dataset: Any, main_input: str) -> Any:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
         return None
-    return _of_column(dataset.select_columns([main_input]).with_format("arrow"), main_input)
+    lengths = pa.compute.list_value_length(dataset.data.column(main_input))
+    held = pa.compute.sum(pa.compute.min_element_wise(lengths, most)).as_py() or 0
+    column = _of_column(dataset.select_columns([main_input]).with_format("arrow"), main_input)
+    # A selection has its part of the table's tokens, roughly.
+    part = len(dataset) / max(len(lengths), 1)
+    return FlatRows.of(column, most=most, num_tokens=int(part * held))
 
 
-def _of_column(table: Any, name: str) -> Iterator[np.ndarray]:
+def _of_column(table: Any, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for batch in table.iter(batch_size=_ROWS_AT_ONCE):
         for chunk in batch[name].chunks:
             values = chunk.values.to_numpy(zero_copy_only=False)
             ends = chunk.offsets.to_numpy()
-            for start, stop in itertools.pairwise(ends.tolist()):
-                yield values[start:stop]
+            yield values[ends[0] : ends[-1]], np.diff(ends).astype(np.int64)

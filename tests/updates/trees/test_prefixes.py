@@ -12,6 +12,7 @@ import torch
 from support.alike import paths
 
 from hf_gradacc.updates.limits import Limits
+from hf_gradacc.updates.trees import prefixes
 from hf_gradacc.updates.trees.cost import BRANCH, TreeCost
 from hf_gradacc.updates.trees.plan import grow_trees, plan_shared_micro_batches, trees_of
 from hf_gradacc.updates.trees.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
@@ -64,6 +65,24 @@ def common(a, b):
     return next(
         (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, 24])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parting_runs_in_rounds_sorts_as_comparing_whole_rows_does(monkeypatch, seed, rounds):
+    monkeypatch.setattr(prefixes, "_FEW_ROWS", 2)
+    monkeypatch.setattr(prefixes, "_MOST_ROUNDS", rounds)
+    monkeypatch.setattr(prefixes, "_TOKENS_AT_ONCE", 1024)
+    draw = random.Random(seed)
+    heads = [[draw.randrange(-3, 300) for _ in range(n)] for n in (15, 16, 17, 47, 600)]
+    for rows in sets_of_rows(seed, most=40):
+        # Zeros, which also stand where a row ends, and beginnings longer than is looked at once.
+        rows = [draw.choice(heads)[: draw.randrange(700)] + row for row in rows] + [[0], [0, 0], []]
+        found = sort_by_prefix(rows)
+        keys = [np.array(row, dtype="<i4").tobytes() for row in rows]
+        assert found.order.tolist() == sorted(range(len(rows)), key=keys.__getitem__)
+        pairs = itertools.pairwise([rows[i] for i in found.order])
+        assert found.shared.tolist() == [0, *(common(a, b) for a, b in pairs)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
