@@ -239,15 +239,11 @@ def test_a_plan_of_kept_beginnings_is_what_the_loaders_of_all_ranks_yield(
     assert plan.grouping is None or plan.grouping[grouped] == per_update
 
 
-@pytest.mark.parametrize(
-    ("attention", "num_rows"), [("eager", 48), ("sdpa", 48)], ids=["under a mask", "row by row"]
-)
-def test_a_run_logs_the_computed_tokens_that_were_planned(tmp_path, attention, num_rows):
-    rows = rows_of_few_prompts(num_rows, prompts=2)
-    options = {"effective_batch_size": 16, "max_tokens_per_micro_batch": 160, "logging_steps": 3}
+def trained_and_planned(tmp_path, rows, attention, **options):
+    """A trainer that has run, the plan of its recipe, and the one row that it logged."""
+    options |= {"effective_batch_size": 16, "max_tokens_per_micro_batch": 160}
     model = tiny_llama(attn_implementation=attention)
     trainer = make_trainer(tmp_path, rows, model=model, **options)
-    assert trainer.args.layout == "auto"
     trainer.train()
     plan = plan_recipe(
         rows,
@@ -257,8 +253,18 @@ def test_a_run_logs_the_computed_tokens_that_were_planned(tmp_path, attention, n
         trees_by_rows=takes_rows(model.config),
         keeps_beginnings=attention == "sdpa",
     )
+    (row,) = (row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
+    return trainer, plan, row
+
+
+@pytest.mark.parametrize(
+    ("attention", "num_rows"), [("eager", 48), ("sdpa", 48)], ids=["under a mask", "row by row"]
+)
+def test_a_run_logs_the_computed_tokens_that_were_planned(tmp_path, attention, num_rows):
+    rows = rows_of_few_prompts(num_rows, prompts=2)
+    trainer, plan, row = trained_and_planned(tmp_path, rows, attention, logging_steps=3)
+    assert trainer.args.layout == "auto"
     assert trainer.shortcuts.keeps_beginnings == (attention == "sdpa")
-    row = next(row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
     chosen = plan.chosen
     assert chosen.shared_fraction > 0.2
     assert row["computed_tokens_per_update"] == pytest.approx(chosen.computed_per_update)
@@ -278,6 +284,17 @@ def test_rows_that_hardly_begin_alike_are_planned_without_a_word_of_it():
     assert not any(way.stands_in for way in plan.ways)
 
 
+def plan_of_few_prompts(**options):
+    table = datasets.Dataset.from_list(rows_of_few_prompts(60, prompts=4))
+    return plan_recipe(table, arguments=arguments(**options), task="causal_lm", world_size=2)
+
+
+def printed_ways(plan, *, columns=200):
+    console = Console(record=True, width=columns, file=io.StringIO())
+    _print_ways(plan, console)
+    return console.export_text()
+
+
 @pytest.mark.parametrize(
     ("layout", "mark", "words"),
     [
@@ -287,11 +304,8 @@ def test_rows_that_hardly_begin_alike_are_planned_without_a_word_of_it():
     ],
 )
 def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words):
-    table = datasets.Dataset.from_list(rows_of_few_prompts(60, prompts=4))
-    plan = plan_recipe(table, arguments=arguments(layout=layout), task="causal_lm", world_size=2)
-    console = Console(record=True, width=200, file=io.StringIO())
-    _print_ways(plan, console)
-    shown = console.export_text().splitlines()
+    plan = plan_of_few_prompts(layout=layout)
+    shown = printed_ways(plan).splitlines()
     assert "computed" in shown[2]
     line = next(line for line in shown if "shared prefixes" in line)
     assert line.rstrip().endswith(mark)
@@ -302,9 +316,7 @@ def test_the_screen_says_what_sharing_saves_and_who_takes_it(layout, mark, words
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_ways_to_cut_updates_fit_a_terminal(columns):
-    table = datasets.Dataset.from_list(rows_of_few_prompts(60, prompts=4))
-    options = arguments(max_tokens_per_micro_batch="auto")
-    plan = plan_recipe(table, arguments=options, task="causal_lm", world_size=2)
+    plan = plan_of_few_prompts(max_tokens_per_micro_batch="auto")
     large = [
         dataclasses.replace(
             way,
@@ -315,9 +327,7 @@ def test_the_ways_to_cut_updates_fit_a_terminal(columns):
         for way in plan.ways
     ]
     plan = dataclasses.replace(plan, ways=tuple(large))
-    console = Console(record=True, width=columns, file=io.StringIO())
-    _print_ways(plan, console)
-    shown = console.export_text()
+    shown = printed_ways(plan, columns=columns)
     assert "…" not in shown
     lines = shown.splitlines()
     table_lines = lines[2 : 4 + len(plan.ways)]
@@ -576,19 +586,8 @@ def test_a_run_computes_what_was_planned_for_rows_drawn_one_by_one_and_in_famili
     tmp_path, grouped
 ):
     rows = rows_of_few_prompts(96, prompts=30)
-    options = {"effective_batch_size": 16, "max_tokens_per_micro_batch": 160, "logging_steps": 6}
-    options["group_by_prefix"] = grouped
-    model = tiny_llama(attn_implementation="eager")
-    trainer = make_trainer(tmp_path, rows, model=model, **options)
-    trainer.train()
-    plan = plan_recipe(
-        rows,
-        arguments=arguments(**options),
-        task="causal_lm",
-        model=ModelFacts.of(model),
-        trees_by_rows=takes_rows(model.config),
-    )
-    (row,) = (row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
+    options = {"logging_steps": 6, "group_by_prefix": grouped}
+    _, plan, row = trained_and_planned(tmp_path, rows, "eager", **options)
     assert plan.grouping[1] < 0.7 * plan.grouping[0]
     assert row["computed_tokens_per_update"] == pytest.approx(plan.grouping[grouped])
     fewer, more = f"{plan.grouping[1]:,.0f}", f"{plan.grouping[0]:,.0f}"
@@ -597,10 +596,8 @@ def test_a_run_computes_what_was_planned_for_rows_drawn_one_by_one_and_in_famili
     for line in proposed:
         assert f"train.group_by_prefix: true   # would compute {fewer} tokens" in line
         assert f"instead of {more}" in line
-    console = Console(record=True, width=200, file=io.StringIO())
-    _print_ways(plan, console)
     told = f"(group_by_prefix): {fewer} computed tokens in an update instead of {more}"
-    assert (told in console.export_text()) is grouped
+    assert (told in printed_ways(plan)) is grouped
 
 
 @pytest.mark.parametrize(
