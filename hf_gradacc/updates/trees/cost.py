@@ -9,9 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.flat_rows import ranges
 from hf_gradacc.updates.trees.prefixes import Sorted
 
-__all__ = ["BRANCH", "HELD", "MASKED_ATTENTION", "TreeCost", "cost_of_trees", "padded_cost"]
+__all__ = [
+    "BRANCH",
+    "HELD",
+    "MASKED_ATTENTION",
+    "TreeCost",
+    "cost_of_trees",
+    "costs_of_trees",
+    "padded_cost",
+]
 
 MASKED_ATTENTION = 2
 """What a token of a tree pays for each token of the tree, in what a token of a row pays for each
@@ -76,13 +85,22 @@ def cost_of_trees(trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: Tre
         are_rows = all(last - first == 1 for first, last, _ in trees) and rows.rows_each == 1
         price = cost.row if are_rows else cost.tree
         return len(trees) * float(price(trees[0][2]))
-    own = rows.lengths - rows.shared
-    return sum(
-        BRANCH
-        + float(cost.row(rows.lengths[first]))
-        + float(cost.branch(own[first + 1 : last], rows.lengths[first + 1 : last]).sum())
-        for first, last, _ in trees
-    )
+    return sum(costs_of_trees(trees, rows, cost))
+
+
+def costs_of_trees(
+    trees: Sequence[tuple[int, int, int]], rows: Sorted, cost: TreeCost
+) -> list[float]:
+    """Return the cost of each tree whose attention is computed row by row."""
+    if not trees:
+        return []
+    first, last, _ = np.array(trees, dtype=np.int64).T
+    places, begins = ranges(first, last), np.cumsum(last - first) - (last - first)
+    lengths = rows.lengths[places]
+    costs = np.asarray(cost.branch(lengths - rows.shared[places], lengths), dtype=float)
+    costs[begins] = BRANCH + cost.row(lengths[begins])  # it has nobody to share with
+    of_each: list[float] = np.add.reduceat(costs, begins).tolist()
+    return of_each
 
 
 def padded_cost(

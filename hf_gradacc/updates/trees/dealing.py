@@ -19,7 +19,7 @@ import numpy as np
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
 from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.planner import cut_sorted
-from hf_gradacc.updates.trees.cost import TreeCost, cost_of_trees, padded_cost
+from hf_gradacc.updates.trees.cost import TreeCost, costs_of_trees, padded_cost
 from hf_gradacc.updates.trees.kept import plan_with_kept
 from hf_gradacc.updates.trees.plan import grow_trees
 from hf_gradacc.updates.trees.prefixes import Sorted
@@ -182,8 +182,7 @@ def _deal_units(
     """Deal whole trees: like rows of their width, or by their cost where none is padded."""
     cost = terms.cost
     if cost.by_rows:
-        costs = [cost_of_trees([tree], found, cost) for tree in trees]
-        return deal_by_cost([round(of_tree) for of_tree in costs], num_ranks)
+        return deal_by_cost(list(map(round, costs_of_trees(trees, found, cost))), num_ranks)
     attention = cost.attention_length
     return deal_rows(
         [width for *_, width in trees],

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradacc.updates.flat_rows import ranges
 from hf_gradacc.updates.limits import NO_LIMITS, Limits
-from hf_gradacc.updates.trees.cost import BRANCH, HELD, TreeCost
+from hf_gradacc.updates.trees.cost import BRANCH, HELD, TreeCost, cost_of_trees
 from hf_gradacc.updates.trees.plan import GrownTrees, SharedPlan, fill_bins, grow_trees, plan_trees
 from hf_gradacc.updates.trees.prefixes import Sorted
 
@@ -87,10 +88,9 @@ def plan_with_kept(
     [(20, (8,)), (20, (8,))]
     """
     trees = grow_trees(found, cost, limits)
-    plain = plan_trees(found, cost, limits, trees=trees)
     runs = choose_kept(found, cost, limits, trees=trees)
     if not runs:
-        return plain
+        return plan_trees(found, cost, limits, trees=trees)
     parts = [_plan_behind(found, run, cost, limits) for run in runs]
     is_left = np.ones(len(found.order), dtype=bool)
     for run in runs:
@@ -102,6 +102,10 @@ def plan_with_kept(
         [trees for part in parts for trees in part.trees],
         [of_piece for part in parts for of_piece in part.costs],
     )
+    # The trees alone cost less than any plan of them, which then need not be made.
+    if kept.cost < (1 - LEAST_KEPT_SAVING) * cost_of_trees(trees, found, cost):
+        return kept
+    plain = plan_trees(found, cost, limits, trees=trees)
     return kept if kept.cost < (1 - LEAST_KEPT_SAVING) * plain.cost else plain
 
 
@@ -116,20 +120,29 @@ def _plan_behind(found: Sorted, run: KeptRun, cost: TreeCost, limits: Limits) ->
         limits = replace(limits, max_tokens=limits.max_tokens - kept)
     trees = grow_trees(behind, cost, limits)
     trees.sort(key=lambda tree: -tree[2])
-    plan = SharedPlan([], [], [])
-    for bin_ in fill_bins(trees, behind, limits, held_by_each=HELD * kept):
-        places = np.concatenate([np.arange(first, last) for first, last, _ in sorted(bin_)])
-        rows = behind.among(places)
-        own = rows.lengths - rows.shared
-        plan.pieces.append(rows.order.tolist())
-        plan.trees.append(
-            GrownTrees((tuple(range(len(places))),), (int(own.sum()),), by_rows=True, kept=kept)
-        )
-        plan.costs.append(
-            float(cost.branch(own, rows.lengths + kept).sum()) + limits.overhead_tokens
-        )
-    plan.costs[0] += _cost_of_keeping(kept, cost, limits)
-    return plan
+    bins = fill_bins(trees, behind, limits, held_by_each=HELD * kept)
+    first, last, _ = np.array([tree for inside in bins for tree in sorted(inside)]).T
+    num_rows, num_trees = last - first, np.array([len(inside) for inside in bins])
+    of_tree, of_bin = np.cumsum(num_rows) - num_rows, np.cumsum(num_trees) - num_trees
+    places = ranges(first, last)
+    shared = behind.shared[places]
+    # Trees in one micro-batch are one: each has in common what all between it and the last have.
+    joins = np.setdiff1d(np.arange(len(first)), of_bin)
+    shared[of_tree[joins]] = _RangeMinimum(behind.shared).of_each(last[joins - 1], first[joins] + 1)
+    begins = of_tree[of_bin]
+    shared[begins] = 0
+    lengths = behind.lengths[places]
+    own = lengths - shared
+    prices = np.add.reduceat(cost.branch(own, lengths + kept), begins) + limits.overhead_tokens
+    prices[0] += _cost_of_keeping(kept, cost, limits)
+    order = behind.order[places].tolist()
+    pieces = [order[a:b] for a, b in itertools.pairwise([*begins.tolist(), len(order)])]
+    sizes = np.add.reduceat(own, begins).tolist()
+    grown = [
+        GrownTrees((tuple(range(len(piece))),), (size,), by_rows=True, kept=kept)
+        for piece, size in zip(pieces, sizes, strict=True)
+    ]
+    return SharedPlan(pieces, grown, prices.tolist())
 
 
 def _cost_of_keeping(num_tokens: int, cost: TreeCost, limits: Limits) -> float:
@@ -296,6 +309,16 @@ class _RangeMinimum:
         level = (stop - start).bit_length() - 1
         row = self.table[level]
         return int(min(row[start], row[stop - (1 << level)]))
+
+    def of_each(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Return the least of each of many ranges."""
+        levels = np.frexp((stops - starts).astype(float))[1] - 1
+        least = np.zeros(len(starts), dtype=np.int64)
+        for level in np.unique(levels).tolist():
+            which = levels == level
+            row, width = self.table[level], 1 << level
+            least[which] = np.minimum(row[starts[which]], row[stops[which] - width])
+        return least
 
 
 def _nodes(shared: np.ndarray) -> list[tuple[int, int, list[int]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.planner import cut_sorted
-from hf_gradacc.updates.trees.cost import HELD, TreeCost, cost_of_trees, padded_cost
+from hf_gradacc.updates.trees.cost import HELD, TreeCost, cost_of_trees, costs_of_trees, padded_cost
 from hf_gradacc.updates.trees.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
 
 __all__ = [
@@ -82,32 +83,77 @@ def grow_trees(
         filled = ends + np.concatenate(([0.0], held))
         most = np.searchsorted(filled, befores + limits.max_tokens + held, side="right")
         stops = np.minimum(stops, most - 1)
-    added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
-    best = np.zeros(n + 1)
-    take = [1] * n
     # Rows that stay together are a tree by themselves.
     price = cost.row if cost.by_rows or rows.rows_each == 1 else cost.tree
-    alone, last = price(rows.lengths).tolist(), 0.0
-    for start, stop, before in zip(
-        range(n - 1, -1, -1), stops[::-1].tolist(), befores[::-1].tolist(), strict=True
-    ):
-        last += alone[start]
-        if stop >= start + 2:
-            if cost.by_rows:
-                costs = added[start + 2 : stop + 1] + (alone[start] - added[start + 1])
-            else:
-                costs = cost.tree(ends[start + 2 : stop + 1] - before)
-            costs += best[start + 2 : stop + 1]
-            least = int(costs.argmin())
-            if costs[least] < last:
-                last, take[start] = float(costs[least]), least + 2
-        best[start] = last
+    alone = price(rows.lengths).tolist()
+    if cost.by_rows:
+        added = np.concatenate(([0.0], np.cumsum(cost.branch(own, rows.lengths))))
+        take = _cheapest_by_rows(alone, added.tolist(), stops.tolist())
+    else:
+        take = _cheapest_by_width(alone, ends, befores, stops, cost)
     trees, start = [], 0
     while start < n:
         stop = start + take[start]
         trees.append((start, stop, int(ends[stop] - befores[start])))
         start = stop
     return trees
+
+
+def _cheapest_by_width(
+    alone: Sequence[float],
+    ends: np.ndarray,
+    befores: np.ndarray,
+    stops: np.ndarray,
+    cost: TreeCost,
+) -> list[int]:
+    """Return how many rows a tree takes that begins at each place, where its width is its price."""
+    best, take, last = np.zeros(len(ends)), [1] * len(alone), 0.0
+    starts = range(len(alone) - 1, -1, -1)
+    for start, stop, before in zip(
+        starts, stops[::-1].tolist(), befores[::-1].tolist(), strict=True
+    ):
+        last += alone[start]
+        if stop >= start + 2:
+            costs = cost.tree(ends[start + 2 : stop + 1] - before)
+            costs += best[start + 2 : stop + 1]
+            least = int(costs.argmin())
+            if costs[least] < last:
+                last, take[start] = float(costs[least]), least + 2
+        best[start] = last
+    return take
+
+
+def _cheapest_by_rows(
+    alone: Sequence[float], added: Sequence[float], stops: Sequence[int]
+) -> list[int]:
+    """As `_cheapest_by_width`, where what a row costs in a tree depends on no other row of it.
+
+    Then the best end of a tree is the cheapest in a window that only moves to the left, and a queue
+    holds what may still be that.
+
+    Args:
+        alone: What each row costs by itself ``[rows]``.
+        added: What all rows before each place cost in trees ``[rows + 1]``.
+        stops: The last place at which a tree from each place on may end, never falling ``[rows]``.
+    """
+    n = len(alone)
+    take, best, price = [1] * n, [0.0] * (n + 1), [0.0] * (n + 1)
+    ends: deque[int] = deque()  # ever cheaper to the right
+    for start in range(n - 1, -1, -1):
+        end, stop = start + 2, stops[start]
+        if end <= n:
+            price[end] = added[end] + best[end]
+            while ends and price[ends[0]] >= price[end]:
+                ends.popleft()
+            ends.appendleft(end)
+        while ends and ends[-1] > stop:
+            ends.pop()
+        best[start] = alone[start] + best[start + 1]
+        if ends:
+            joined = price[ends[-1]] + (alone[start] - added[start + 1])
+            if joined < best[start]:
+                best[start], take[start] = joined, ends[-1] - start
+    return take
 
 
 @dataclass(frozen=True)
@@ -243,20 +289,27 @@ def plan_trees(
         cuts = _cut_counting(trees, limits.max_tokens, limits.max_sequences)
     if not cost.by_rows:
         bins = [trees[start:stop] for start, stop in cuts]
-    pieces: list[list[int]] = []
-    grown: list[GrownTrees] = []
-    costs: list[float] = []
+    order = found.order.tolist()
+    price_of = (
+        dict(zip(trees, costs_of_trees(trees, found, cost), strict=True)) if cost.by_rows else {}
+    )
+    plan = SharedPlan([], [], [])
     for inside in bins:
-        pieces.append([int(i) for first, last, _ in inside for i in found.order[first:last]])
-        ends = np.cumsum([last - first for first, last, _ in inside]).tolist()
+        plan.pieces.append([i for first, last, _ in inside for i in order[first:last]])
+        ends = [0, *itertools.accumulate(last - first for first, last, _ in inside)]
         blocks = range(0, found.rows_each * ends[-1], ends[-1])
         rows = tuple(
             tuple(block + i for block in blocks for i in range(a, b))
-            for a, b in itertools.pairwise([0, *ends])
+            for a, b in itertools.pairwise(ends)
         )
-        grown.append(_grown(rows, inside, found, cost))
-        costs.append(cost_of_trees(inside, found, cost) + limits.overhead_tokens)
-    return SharedPlan(pieces, grown, costs)
+        plan.trees.append(_grown(rows, inside, found, cost))
+        price = (
+            sum(price_of[tree] for tree in inside)
+            if cost.by_rows
+            else cost_of_trees(inside, found, cost)
+        )
+        plan.costs.append(price + limits.overhead_tokens)
+    return plan
 
 
 def _grown(
@@ -295,22 +348,41 @@ def fill_bins(
     Returns:
         The trees of each micro-batch.
     """
-    shared = np.concatenate(([0], np.cumsum(rows.shared))).tolist()
+    first, last, computed = np.array(trees, dtype=np.int64).reshape(-1, 3).T
+    shared = np.concatenate(([0], np.cumsum(rows.shared)))
+    sizes = computed + HELD * (shared[last] - shared[first + 1]) + held_by_each * (last - first)
     bins: list[list[tuple[int, int, int]]] = []
-    # Room of as many micro-batches as there may be.
-    tokens = np.full(len(trees), float(limits.max_tokens or math.inf))
-    sequences = np.full(len(trees), float(limits.max_sequences or math.inf))
-    for tree in trees:
-        first, last, computed = tree
-        size = computed + HELD * (shared[last] - shared[first + 1])
-        size += held_by_each * (last - first)
-        has_room = (tokens[: len(bins)] >= size) & (sequences[: len(bins)] >= last - first)
-        place = int(has_room.argmax()) if has_room.any() else len(bins)
-        if place == len(bins):
+    # Micro-batches are the leaves of a binary tree, as many as there may be. Each node knows the
+    # most room below it, so the first leaf with enough is found in a few steps.
+    leaves = 1 << max(len(trees) - 1, 0).bit_length()
+    tokens = [float(limits.max_tokens or math.inf)] * (2 * leaves)
+    sequences = [float(limits.max_sequences or math.inf)] * (2 * leaves)
+    for tree, size, count in zip(trees, sizes.tolist(), (last - first).tolist(), strict=True):
+        node = 1
+        while True:
+            if tokens[node] >= size and sequences[node] >= count:
+                if node >= leaves:
+                    break
+                node *= 2
+                continue
+            while node & 1:  # a right half: on behind what it is a half of
+                node >>= 1
+            if not node:  # larger than any micro-batch may be: in one of its own
+                node = leaves + len(bins)
+                break
+            node += 1
+        if node - leaves == len(bins):
             bins.append([])
-        bins[place].append(tree)
-        tokens[place] -= size
-        sequences[place] -= last - first
+        bins[node - leaves].append(tree)
+        tokens[node] -= size
+        sequences[node] -= count
+        while node > 1:
+            node >>= 1
+            most = max(tokens[2 * node], tokens[2 * node + 1])
+            places = max(sequences[2 * node], sequences[2 * node + 1])
+            if (most, places) == (tokens[node], sequences[node]):
+                break
+            tokens[node], sequences[node] = most, places
     return bins
 
 

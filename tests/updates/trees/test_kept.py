@@ -68,6 +68,23 @@ def test_micro_batches_hold_what_was_planned_and_no_more(name, budget):
         assert len(piece) == 1 or held <= budget
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_shared_behind_a_kept_beginning_is_computed_once_a_micro_batch(seed):
+    """Trees of one micro-batch need not be neighbours, and share what all between them share."""
+    draw = random.Random(seed)
+    head = [draw.randrange(9999) for _ in range(200)]
+    rows = [head]
+    while len(rows) < 120:  # each goes on from somewhere in another
+        row = draw.choice(rows)
+        rows.append(row[: draw.randint(200, len(row))] + [draw.randrange(9999) for _ in range(30)])
+    made = plan(rows[1:], max_tokens=500)
+    num_kept = 0
+    for piece, trees in zip(made.pieces, made.trees, strict=True):
+        num_kept += trees.kept > 0
+        assert trees == trees.counted([np.array(rows[1 + i]) for i in piece])
+    assert num_kept > 2
+
+
 @pytest.mark.parametrize("budget", [1024, 2048, 4096, 100_000])
 @pytest.mark.parametrize("name", UPDATES)
 def test_a_plan_with_kept_beginnings_never_costs_more(name, budget):
