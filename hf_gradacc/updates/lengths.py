@@ -88,7 +88,7 @@ def _answers(row: Mapping[str, Any]) -> list[list[int]]:
 
 def _is_of_tokens(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.ndim == 1 and not value.is_floating_point()
+        return value.ndim == 1 and (not value.is_floating_point() or value.numel() == 0)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     try:  # a list, of numbers of any library; an array of numpy, of Arrow, of Python itself

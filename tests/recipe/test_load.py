@@ -228,6 +228,20 @@ def test_an_interpolation_reads_another_key(write):
     assert recipe.output.dir == "runs/lr-0.001"
 
 
+def test_a_pattern_of_files_needs_no_quotes_on_a_command_line(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(write(GOOD), overrides=["data.train=*.jsonl"])
+    assert [Path(source.path).name for source in recipe.data.train] == ["*.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "text", ["output: {dir: ${x.y}}", "output: {dir: a}\nwandb: {tags: [${x}]}"]
+)
+def test_an_interpolation_that_yaml_takes_for_its_own_brace_is_to_be_quoted(write, text):
+    (found,) = problems(write(GOOD + text + "\n"))
+    assert "write ${...} in quotes" in found.fix
+
+
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from hf_gradacc import DataError
 from hf_gradacc.safety import signals
+from hf_gradacc.safety.run_state import keep
 from hf_gradacc.tracking.run_files import LOG_NAME, read_log
 
 ROWS = ragged_rows(24, seed=5)
@@ -386,3 +387,20 @@ def _without_reading(trainer, rows):
         trainer.train()
     finally:
         data.choose_probe_rows = choose
+
+
+@pytest.mark.slow
+def test_a_run_that_a_signal_ends_does_not_say_that_its_model_is_saved(tmp_path):
+    """The process exits before a recipe saves one: what is left is the checkpoint."""
+    from hf_gradacc.tracking.terminal import next_steps
+
+    class Recipe(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            keep(state, saves_model=True)
+
+    _, trainer = make(tmp_path, Recipe(), Tell(signal.SIGINT, step=1), save_strategy="no")
+    with pytest.raises(SystemExit):
+        trainer.train()
+    told = dict(next_steps(trainer.args, trainer.state))
+    assert "model" not in told
+    assert told["checkpoint"].endswith("checkpoint-2")

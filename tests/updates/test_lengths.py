@@ -36,6 +36,11 @@ def test_tokens_are_tokens_whatever_holds_them(hold):
     assert measure_length(pair) == 6
 
 
+@pytest.mark.parametrize("empty", [[], (), np.array([]), torch.tensor([]), array("q")], ids=repr)
+def test_an_answer_without_a_token_is_one(empty):
+    assert tokens_of_rows([{"input_ids": empty}]) == [empty]
+
+
 @pytest.mark.parametrize(
     "value",
     [[[1, 2]], "12", {"a": 1}, [0.5], [True], np.ones(3), np.ones((1, 3), dtype=int), None, 5],

@@ -263,6 +263,8 @@ def _yaml_problem(error: Exception, origin: Origin) -> Problem:
     mark = getattr(error, "problem_mark", None)
     line = None if mark is None else mark.line + 1
     fix = "check indentation, colons and quotes around this line"
+    if mark is not None and "${" in (mark.get_snippet() or ""):
+        fix = "write ${...} in quotes where it stands inside of { } or [ ]"
     if isinstance(error, _LimitError | RecursionError):
         fix = "write out what the run needs, and nothing else"
     why = f"is not a YAML that a recipe may hold: {_reason(error)}"

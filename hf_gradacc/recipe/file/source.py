@@ -253,7 +253,9 @@ def _override(values: dict[str, Any], text: str, origins: dict[Key, Origin]) -> 
     try:
         # Options are written by Python programs, W&B's agent among them, whose null is None.
         is_none = text.startswith("--") and value == "None"
-        parsed = None if is_none else parse_value(value)
+        # A pattern of files is no alias: there is no anchor on a command line.
+        is_pattern = re.fullmatch(r"\*[^\[\]{},:]*", value.strip()) is not None
+        parsed = None if is_none else value.strip() if is_pattern else parse_value(value)
         if key == ("peft",) and parsed == "none":
             values.pop("peft", None)  # not a key of it is left
         elif key == ("peft",) and isinstance(parsed, str) and "${" not in parsed:

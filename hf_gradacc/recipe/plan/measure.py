@@ -56,16 +56,19 @@ class Measurement:
     """What updates took.
 
     Attributes:
-        seconds_per_token: Seconds of an update over its input tokens, padding left out.
+        seconds_per_token: Seconds of an update over the tokens that it computes: those that rows
+            share cost next to nothing, and padding costs what it is.
         source: Where that was measured, in words.
         world_size: Ranks that measured.
         updates_done: Updates that a run to go on with has done.
+        shares: Whether beginnings of rows were computed once there, so that they will be again.
     """
 
     seconds_per_token: float
     source: str
     world_size: int = 1
     updates_done: int = 0
+    shares: bool = True
 
 
 def expected_seconds(
@@ -74,12 +77,14 @@ def expected_seconds(
     """Return the seconds of updates like those of a plan; ranks are taken to divide them evenly.
 
     Args:
-        measurement: What an input token took.
-        plan: Knows the input tokens of an update, and the ranks.
+        measurement: What a token took.
+        plan: Knows the tokens that an update computes, and the ranks.
         num_updates: How many; by default all of the run.
     """
     count = plan.num_updates if num_updates is None else num_updates
-    seconds = measurement.seconds_per_token * plan.inputs_per_update.mean * count
+    instead = [way for way in plan.ways if way.stands_in and not measurement.shares]
+    way = instead[0] if instead else plan.chosen
+    seconds = measurement.seconds_per_token * way.computed_per_update * count
     return seconds * measurement.world_size / plan.world_size
 
 
@@ -159,6 +164,7 @@ def measure_updates(
     return Measurement(
         _seconds_per_token(timed),
         f"{count_updates(len(timed))} on {arguments.device}, {weights} weights",
+        shares=_shares(timed),
     )
 
 
@@ -188,7 +194,6 @@ def read_earlier_run(
         rows = [row for row in log if row.get("kind") == "train" and "step_seconds" in row]
         ranks = settings.get("batch", {}).get("world_size", 1)
         before = settings.get("model", {}).get("num_parameters", 0)
-        # An adapter is counted in one of them.
         if len(rows) < 2 or ranks != world_size or abs(before - num_parameters) > 0.05 * before:
             return None
         hardware = settings.get("hardware", {})
@@ -199,6 +204,7 @@ def read_earlier_run(
             f"{count_updates(done - rows[0]['step'])} of the run in {folder}, {ranks} × {device}",
             world_size=ranks,
             updates_done=done,
+            shares=_shares(rows),
         )
     return None
 
@@ -210,5 +216,11 @@ def _seconds_per_token(rows: list[dict[str, Any]], *, since: int | None = None) 
         count = 1 if since is None else row["step"] - since
         since = None if since is None else row["step"]
         seconds += count * row["step_seconds"]
-        tokens += count * row["input_tokens_per_update"]
+        # Logs of earlier releases have no such key, and shared nothing.
+        padded = row["input_tokens_per_update"] / (1 - row.get("padding_fraction", 0.0))
+        tokens += count * row.get("computed_tokens_per_update", padded)
     return seconds / max(tokens, 1.0)
+
+
+def _shares(rows: list[dict[str, Any]]) -> bool:
+    return any(row.get("shared_fraction") for row in rows)

@@ -43,7 +43,7 @@ class RecipePlan:
         num_updates: Updates of the whole run.
         sequences_per_update: The effective batch.
         targets_per_update: `tokens_per_update`.
-        inputs_per_update: `input_tokens_per_update`.
+        inputs_per_update: `input_tokens_per_update`; labels too, if a decoder computes them.
         last_update: Sequences in the epoch's last update.
         updates_cut: Updates of the epoch whose micro-batches were planned.
         ways: The same updates cut in several ways.
@@ -151,7 +151,8 @@ def plan_recipe(
     model = model or ModelFacts(encoder_decoder=task == "seq2seq")
     lengths, targets = measure_lengths(rows), measure_targets(rows, task=task)
     # An encoder-decoder computes its labels as well.
-    costs = lengths + measure_lengths(rows, column="labels") if model.encoder_decoder else lengths
+    decoded = measure_lengths(rows, column="labels") if model.encoder_decoder else None
+    costs = lengths if decoded is None else lengths + decoded
     costs = np.where(targets > 0, costs, 0)  # what has no target is left out of an update
     tokens, pairs = costs, measure_pairs(rows)
     if pairs is not None:  # both answers are padded to the longer one
@@ -181,6 +182,7 @@ def plan_recipe(
         rows,
         costs,
         tokens,
+        decoded,
         are_pairs=pairs is not None,
         trees_by_rows=trees_by_rows,
         keeps_beginnings=keeps_beginnings,
@@ -209,7 +211,7 @@ def plan_recipe(
         num_updates=num_updates,
         sequences_per_update=Spread.of([len(update) for update in members]),
         targets_per_update=Spread.of([targets[update].sum() for update in members]),
-        inputs_per_update=Spread.of([lengths[update].sum() for update in members]),
+        inputs_per_update=Spread.of([tokens[update].sum() for update in members]),
         last_update=len(members[-1]),
         updates_cut=min(per_epoch, MOST_UPDATES_CUT),
         ways=plan_ways(load, arguments, to_plan),

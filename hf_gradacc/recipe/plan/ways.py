@@ -98,6 +98,7 @@ class RowsToPlan:
         dataset: The training set, a list or a ``datasets.Dataset``.
         costs: Tokens that each row costs, 0 without a target.
         tokens: Input tokens of each row that has a target.
+        decoded: Of an encoder-decoder, how many of the costs are the decoder's: it is padded apart.
         are_pairs: Each is two answers.
         trees_by_rows: How the model would attend to trees, see `TreeCost`.
         keeps_beginnings: Whether a run like this may keep what several micro-batches begin with.
@@ -108,11 +109,20 @@ class RowsToPlan:
     dataset: Any
     costs: np.ndarray
     tokens: np.ndarray
+    decoded: np.ndarray | None = None
     are_pairs: bool = False
     trees_by_rows: bool = True
     keeps_beginnings: bool = False
     may_share: bool = True
     why_not_shared: str = ""
+
+    def padded(self, indices: Sequence[int]) -> int:
+        """Tokens of some rows when each is padded to the longest."""
+        costs = self.costs[indices]
+        if self.decoded is None:
+            return len(indices) * int(costs.max())
+        decoded = self.decoded[indices]
+        return len(indices) * int((costs - decoded).max() + decoded.max())
 
 
 def changed(arguments: Any, **changes: Any) -> Any:
@@ -256,7 +266,8 @@ def _cut(
         beginnings: list[tuple[int, ...]] = []
         for piece, grown in itertools.zip_longest(plan, trees):
             widths = [lengths[i] for i in piece]
-            padded = sum(widths) if collator.packed else len(widths) * max(widths)
+            members = [kept[i] for i in piece]
+            padded = sum(widths) if collator.packed else rows.padded(members)
             as_rows.append(padded)
             beginnings.append(())
             if grown is None or grown.are_rows:
@@ -338,7 +349,7 @@ def _cut_like_stock(loader: UpdateLoader, rows: RowsToPlan, *, size: int) -> lis
             share = members[rank :: sampler.world_size]
             lengths = rows.costs[share].tolist()
             plan = plan_micro_batches(lengths, max_sequences=size, keep_order=True)
-            sizes = [len(piece) * max(lengths[i] for i in piece) for piece in plan]
+            sizes = [rows.padded([share[i] for i in piece]) for piece in plan]
             found.append(_Share(update, sizes, sizes, int(rows.tokens[share].sum())))
     return found
 

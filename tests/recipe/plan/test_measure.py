@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -45,7 +46,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def plan(**options: Any) -> Any:
-    rows = [{"input_ids": [1] * 10, "labels": [1] * 10}] * 8
+    rows = [{"input_ids": [n + 1] * 10, "labels": [1] * 10} for n in range(8)]
     settings = {"use_cpu": True, "report_to": "none", "max_steps": 100, "effective_batch_size": 4}
     arguments = GradAccArguments("out", **settings)
     return plan_recipe(rows, arguments=arguments, task="causal_lm", **options)
@@ -94,6 +95,26 @@ def test_an_earlier_run_is_read_without_its_first_row_and_rows_weigh_by_their_up
     assert found.seconds_per_token == (10 * 1 + 20 * 2) / (10 * 100 + 20 * 200)
     assert found.source == f"30 updates of the run in {tmp_path / 'run'}, 2 × H200"
     assert (found.updates_done, found.world_size) == (31, 2)
+
+
+def test_time_goes_by_the_tokens_that_are_computed_and_not_by_those_that_rows_share(tmp_path):
+    """A run that shared three quarters says what rows take that share nothing, and the reverse."""
+    apart = plan()
+    rows = [{"input_ids": [n % 2] * 90 + [2 + n] * 10, "labels": [1] * 100} for n in range(8)]
+    options = {"use_cpu": True, "report_to": "none", "max_steps": 100, "effective_batch_size": 8}
+    alike = plan_recipe(rows, arguments=GradAccArguments("out", **options), task="causal_lm")
+    assert alike.chosen.computed_per_update == 2 * 90 + 8 * 10
+    shared = row(2, 1.0, 800.0) | {"computed_tokens_per_update": 200.0, "shared_fraction": 0.75}
+    write_run(tmp_path / "shared", [row(1, 9.0), shared])
+    plain = row(2, 1.0, 150.0) | {"computed_tokens_per_update": 200.0, "padding_fraction": 0.25}
+    write_run(tmp_path / "plain", [row(1, 9.0), plain])
+    old = row(2, 1.0, 150.0) | {"padding_fraction": 0.25}
+    write_run(tmp_path / "old", [row(1, 9.0), old])
+    for name, of_alike in (("shared", 260), ("plain", 800), ("old", 800)):
+        found = read_earlier_run(tmp_path / name, num_parameters=1000, world_size=2)
+        one_rank = dataclasses.replace(found, world_size=1)
+        assert expected_seconds(one_rank, apart, num_updates=1) == pytest.approx(40 / 200)
+        assert expected_seconds(one_rank, alike, num_updates=1) == pytest.approx(of_alike / 200)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import json
 import random
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from support.kept_rows import keeping_always, rows_behind
 from support.tiny import make_trainer, tiny_llama
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_gradacc import GradAccArguments
 from hf_gradacc.loss.trees.hooks import computing_these
@@ -61,6 +63,44 @@ def test_other_tasks_count_their_own_targets():
     assert seq2seq.targets.tolist() == LENGTHS
     classes = [{"input_ids": [1] * n, "labels": 0} for n in LENGTHS]
     assert plan_recipe(classes, arguments=arguments(), task="classification").targets.sum() == 7
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_tokens_per_micro_batch": 120}], ids=["rows", "tokens"]
+)
+def test_a_plan_of_an_encoder_decoder_counts_its_decoder_and_pads_it_apart(tmp_path, options):
+    draw = random.Random(0)
+    rows = [
+        {"input_ids": [5] * draw.randrange(2, 30), "labels": [6] * draw.randrange(2, 15)}
+        for _ in range(40)
+    ]
+    options = {"effective_batch_size": 8, "per_device_train_batch_size": 4} | options
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "vocab_size": 40}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **ids))
+
+    def collate(batch):
+        columns = {"input_ids": 0, "labels": -100}
+        lists = {key: [torch.tensor(row[key]) for row in batch] for key in columns}
+        padded = {
+            key: torch.nn.utils.rnn.pad_sequence(lists[key], True, fill)
+            for key, fill in columns.items()
+        }
+        return padded | {"attention_mask": padded["input_ids"].ne(0).long()}
+
+    trainer = make_trainer(
+        tmp_path, rows, model=model, data_collator=collate, logging_steps=5, **options
+    )
+    trainer.train()
+    plan = plan_recipe(
+        rows, arguments=arguments(**options), task="seq2seq", model=ModelFacts.of(model)
+    )
+    row = next(row for row in trainer.state.log_history if "computed_tokens_per_update" in row)
+    assert row["input_tokens_per_update"] == plan.inputs_per_update.mean
+    assert row["tokens_per_update"] == plan.targets_per_update.mean
+    assert row["computed_tokens_per_update"] == plan.chosen.computed_per_update
+    assert row["padding_fraction"] == pytest.approx(plan.chosen.padding_fraction)
+    assert row["micro_batches_per_update"] == pytest.approx(plan.chosen.micro_batches.mean)
 
 
 def test_updates_are_those_of_two_epochs():
@@ -435,8 +475,8 @@ def test_memory_counts_the_weights_that_a_real_model_has(method):
         }
     )
     model = load_model(recipe.model, tokenizer=Tokenizer())
-    total = sum(p.numel() for p in model.parameters())
     model = apply_peft(model, recipe.peft)
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = estimate_memory(recipe, tokenizer=Tokenizer(), arguments=arguments(), largest=64)
     assert (memory.num_parameters, memory.num_trainable) == (total, trained)
@@ -615,3 +655,27 @@ def test_nothing_is_proposed_that_the_rest_of_a_recipe_refuses(options):
     plan = plan_recipe(rows, arguments=arguments(**options), task="causal_lm")
     assert plan.grouping is None
     assert not any("group_by_prefix" in line for line in give_advice(plan))
+
+
+@pytest.mark.parametrize("hold", [np.array, torch.tensor, tuple], ids=["numpy", "torch", "tuple"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["rows", "pairs"])
+def test_a_plan_is_the_same_whatever_holds_the_tokens_of_its_rows(hold, pairs):
+    plain = rows_of_few_prompts(24, prompts=3)
+    if pairs:
+        plain = [
+            {"prompt_ids": row["input_ids"][:-1], "chosen_ids": [7, 8], "rejected_ids": [9] * n}
+            for n, row in enumerate(plain)
+        ]
+    held = [{name: hold(ids) for name, ids in row.items()} for row in plain]
+    in_arrow = datasets.Dataset.from_list(plain).with_format("numpy")
+    options = {"effective_batch_size": 8, "max_tokens_per_micro_batch": 160}
+    task = "dpo" if pairs else "causal_lm"
+    expected, *found = (
+        plan_recipe(rows, arguments=arguments(**options), task=task)
+        for rows in (plain, held, in_arrow)
+    )
+    assert expected.sharing is not None
+    for plan in found:
+        assert plan.figures() == expected.figures()
+        assert plan.starts == expected.starts
+        assert all(type(token) is int for start in plan.starts for token in start)
