@@ -18,6 +18,8 @@ WORKERS ?= 4
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Images of containers forbid Python to keep what it compiled. Then each process compiles torch and Transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo real environments test test-fast test-thorough test-versions lint docs bench gpu
 

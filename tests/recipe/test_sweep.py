@@ -17,7 +17,6 @@ import yaml
 from support.patience import HUNG_AFTER_SECONDS
 from support.tracked import no_wandb_login
 from support.wandb_reader import find_wandb_files, read_wandb_file
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb.sdk.lib import config_util
 
 from hf_gradacc.errors import ConfigError
@@ -65,6 +64,9 @@ tracked = pytest.fixture(no_wandb_login)
 
 def start_run(folder, run_id, drawn, *, macro):
     """What `Agent._command_run` of wandb does for one run, by the functions it does it with."""
+    # Not above: it takes seconds, and each worker of the tests imports each file.
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     command = yaml.safe_load((folder / "sweep.yaml").read_text())["command"]
     chosen = create_sweep_command([macro if token == "${args}" else token for token in command])
     values = {key: {"value": value} for key, value in drawn.items()}
