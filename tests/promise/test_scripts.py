@@ -114,12 +114,15 @@ atexit.register(tell)
 @pytest.mark.slow
 @pytest.mark.parametrize("command", printed_launches(), ids=lambda line: line.split()[0])
 def test_the_launches_that_are_documented_start_two_processes(command, tmp_path):
-    """As printed, but for one update instead of 500.
+    """As printed, but for one update of fewer rows instead of 500 updates.
 
     They have to end their process group: gloo aborts some of the processes that exit with one.
     """
     (tmp_path / "sitecustomize.py").write_text(TELLS_OF_A_GROUP)
+    data = SCRIPTS / "data" / "word_problems.jsonl"
+    rows = f"data.train={{path: {data}, split: 'train[:60]'}}"
     shorter = ["train.max_steps=1", "train.eval_strategy=no", f"output.dir={tmp_path / 'run'}"]
+    shorter += [rows, "data.holdout=8", "tokenizer.train.vocab_size=300"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*shlex.split(command), *shorter, "train.report_to=none"],

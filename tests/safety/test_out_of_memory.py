@@ -116,18 +116,25 @@ CASES = {
 }
 
 
+def run_of(case, **more):
+    options = {**CASES[case]}
+    options["model"] = {"dtype": torch.float32} | options.get("model", {})
+    with tempfile.TemporaryDirectory() as out:
+        return train(out, optim="adamw_torch", **options, **more)
+
+
+calm_run_of = functools.cache(run_of)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at them
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_leaves_no_trace_however_the_model_runs(tmp_path, monkeypatch, case, where):
+def test_it_leaves_no_trace_however_the_model_runs(monkeypatch, case, where):
     # Recomputation and dynamo do not go together with what makes everything float64.
     monkeypatch.setattr("support.failing.float64_everywhere", contextlib.nullcontext)
-    options = {**CASES[case]}
-    options["model"] = {"dtype": torch.float32} | options.get("model", {})
-    options["optim"] = "adamw_torch"
-    failing = train(tmp_path / "failing", failure={"when": beyond(40), "where": where}, **options)
-    calm = train(tmp_path / "calm", lower=(0, failing["cap"]), **options)
+    failing = run_of(case, failure={"when": beyond(40), "where": where})
+    calm = calm_run_of(case, lower=(0, failing["cap"]))
     assert failing["raised"] > 0
     assert same(failing, calm)
 
