@@ -20,7 +20,7 @@ from hf_gradacc.loss.trees.hooks import computing_these
 from hf_gradacc.loss.trees.kept import KeptBeginning
 from hf_gradacc.loss.trees.layout import Trees, lay_out_trees
 from hf_gradacc.loss.trees.targets import TreeTargets
-from hf_gradacc.loss.written import Weights
+from hf_gradacc.loss.trees.written import Weights
 from hf_gradacc.trainer.overrides import OwnStep, warn_of_several_backwards
 from hf_gradacc.trainer.row_noise import RowNoise
 from hf_gradacc.updates.batch import tokens_of_batch

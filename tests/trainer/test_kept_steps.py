@@ -16,7 +16,7 @@ from hf_gradacc import GradAccTrainer
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.shortcuts.sharing import why_not_kept_by_options
 from hf_gradacc.loss.trees import hooks as tree_hooks
-from hf_gradacc.loss.written import Weights
+from hf_gradacc.loss.trees.written import Weights
 from hf_gradacc.trainer.step import MicroBatchStep
 
 ROWS = [{**row, "labels": list(row["input_ids"])} for row in rows_behind()]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_gradacc.errors import LossError
 from hf_gradacc.loss.trees.attention import RowAttention
 from hf_gradacc.loss.trees.held import Held, hold
-from hf_gradacc.loss.written import Weights
+from hf_gradacc.loss.trees.written import Weights
 from hf_gradacc.updates.update import start_copy
 
 __all__ = ["KeptBeginning", "KeptBody", "held_outputs", "why_not_kept_by"]

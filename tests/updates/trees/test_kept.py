@@ -146,15 +146,6 @@ def test_nothing_is_kept_where_it_may_not_or_need_not_be(cost, limits):
     assert plan(rows, cost, **limits) == plan_trees(found, cost, all_limits)
 
 
-@pytest.mark.parametrize("budget", [599, 600, 601])
-def test_a_beginning_that_fills_a_budget_to_the_token_is_not_kept(budget):
-    rows = rows_behind([(600, 40)])
-    limits = {"max_tokens": budget, "overhead_tokens": 64}
-    assert plan_with_kept(sort_by_prefix(rows), KEEPS, **limits) == plan_trees(
-        sort_by_prefix(rows), KEEPS, **limits
-    )
-
-
 def test_a_beginning_shorter_than_another_pass_costs_is_not_kept():
     rows = rows_behind([(20, 40)])
     limits = Limits(max_tokens=2048, overhead_tokens=1024)

@@ -18,7 +18,7 @@ class Weights:
     places.
 
     Args:
-        modules: They.
+        modules: Whose weights to know.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
