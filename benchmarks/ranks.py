@@ -43,7 +43,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_gradacc import GradAccArguments, GradAccTrainer, UpdateCollator
-from hf_gradacc.updates.loader import deal_update
+from hf_gradacc.updates.dealing_updates import deal_update
 from hf_gradacc.updates.planner import OVERHEAD_ON_ACCELERATOR, OVERHEAD_ON_CPU
 
 HIDDEN = 1024

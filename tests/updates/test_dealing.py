@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.dealing import deal_by_cost, deal_rows
+from hf_gradacc.updates.dealing_updates import deal_update
 from hf_gradacc.updates.limits import Limits
-from hf_gradacc.updates.loader import deal_update
 from hf_gradacc.updates.planner import plan_micro_batches
 
 rows_of_an_update = st.lists(st.integers(0, 300), max_size=40)
