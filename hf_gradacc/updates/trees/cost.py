@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.updates.flat_rows import ranges
+from hf_gradacc.updates.trees.flat_rows import ranges
 from hf_gradacc.updates.trees.prefixes import Sorted
 
 __all__ = [

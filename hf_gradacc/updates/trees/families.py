@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_gradacc.updates.flat_rows import ranges
+from hf_gradacc.updates.trees.flat_rows import ranges
 from hf_gradacc.updates.trees.prefixes import Sorted
 
 __all__ = ["LEAST_SHARED", "MOST_ROWS", "Families", "find_families", "most_rows_of"]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from hf_gradacc.errors import ConfigError
-from hf_gradacc.updates.flat_rows import FlatRows
 from hf_gradacc.updates.lengths import sequences_of_rows
 from hf_gradacc.updates.stream import is_arrow_table, is_stream
 from hf_gradacc.updates.trees.families import Families, find_families
+from hf_gradacc.updates.trees.flat_rows import FlatRows
 from hf_gradacc.updates.trees.order import MOST_TOKENS, PrefixOrder
 from hf_gradacc.updates.trees.prefixes import Sorted, sort_flat_rows
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.updates.flat_rows import ranges
 from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.trees.cost import BRANCH, HELD, TreeCost, cost_of_trees
+from hf_gradacc.updates.trees.flat_rows import ranges
 from hf_gradacc.updates.trees.plan import GrownTrees, SharedPlan, fill_bins, grow_trees, plan_trees
 from hf_gradacc.updates.trees.prefixes import Sorted
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.updates.flat_rows import FlatRows
 from hf_gradacc.updates.lengths import tokens_of_rows
 from hf_gradacc.updates.stream import is_arrow_table
+from hf_gradacc.updates.trees.flat_rows import FlatRows
 from hf_gradacc.updates.trees.prefixes import Sorted, sort_by_prefix, sort_flat_rows
 
 __all__ = ["MOST_TOKENS", "PrefixOrder", "sort_rows"]

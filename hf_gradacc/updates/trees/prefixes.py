@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradacc.updates.flat_rows import PADDING, FlatRows, ranges
+from hf_gradacc.updates.trees.flat_rows import PADDING, FlatRows, ranges
 
 __all__ = ["Sorted", "count_common", "count_distinct_tokens", "sort_by_prefix", "sort_flat_rows"]
 

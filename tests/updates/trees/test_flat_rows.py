@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_gradacc.updates.flat_rows import PADDING, FlatRows
+from hf_gradacc.updates.trees.flat_rows import PADDING, FlatRows
 
 
 def rows_in(flat):
