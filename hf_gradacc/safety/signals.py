@@ -138,7 +138,6 @@ class StopSignals(TrainerCallback):
         """Save and stop after the update that the ranks agreed on."""
         if self.agreed:
             control.should_save = control.should_training_stop = True
-            keep(state, saves_model=False)  # the process exits before anybody can
             at_the_end = state.global_step >= state.max_steps and args.eval_strategy == "epoch"
             if control.should_evaluate or at_the_end:
                 keep(state, evaluation_due="left out")  # the resumed run runs it

@@ -128,7 +128,7 @@ class Stopping:
         """Stop right after an evaluation or a save in which a signal came, not an update later."""
         if self.is_asked(trainer.args):
             trainer.control.should_training_stop = True
-            keep(trainer.state, saves_model=False)  # as in `StopSignals.on_step_end`
+            keep(trainer.state, saves_model=False)  # the process exits before anybody can
             save()
 
     def stop_at_end(self, trainer: Any, save: Callable[[], None]) -> None:
