@@ -229,8 +229,9 @@ class UpdateRunner:
         own = self.step.own
         if own is not None:
             own.begin_update()
-        keeps = any(micro_batch.beginning for micro_batch in micro_batches)
-        self.step.begin_update(watches=keeps and may_write_weights(trainer))
+        self.step.kept = self.step.weights = self.step.lost = None
+        if any(mb.beginning for mb in micro_batches) and may_write_weights(trainer):
+            self.step.watch_weights()
         for i, micro_batch in enumerate(micro_batches):
             self._running = micro_batch
             divisor = math.inf
@@ -460,7 +461,8 @@ class UpdateRunner:
                 failure.message = message_of(error)
                 failure.outcome = self._describe_failure(trainer.update_collator)
         finally:
-            self.step.begin_update(watches=False)  # what an attempt that failed has kept
+            # Of an attempt that failed.
+            self.step.kept = self.step.weights = self.step.lost = None
 
     def _describe_failure(self, collator: UpdateCollator | None) -> UpdateOutcome:
         micro_batch = self._running

@@ -76,15 +76,10 @@ class MicroBatchStep:
         self.closing: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
         self._runs = 0
 
-    def begin_update(self, *, watches: bool) -> None:
-        """Begin an attempt at an update.
-
-        Args:
-            watches: It keeps beginnings, and somebody's code may write to weights meanwhile.
-        """
-        self.kept = self.lost = None
-        bodies = self.shortcuts.bodies if watches and self.shortcuts is not None else ()
-        self.weights = Weights(bodies) if bodies else None
+    def watch_weights(self) -> None:
+        """Note what weights are, as an update begins during which somebody may write to them."""
+        if self.shortcuts is not None:
+            self.weights = Weights(self.shortcuts.bodies)
 
     def begin(
         self,
