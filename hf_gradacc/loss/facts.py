@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,7 +16,16 @@ from hf_gradacc.loss.coupling import Coupling
 from hf_gradacc.updates.targets import TargetRule
 from hf_gradacc.updates.update import MicroBatch
 
-__all__ = ["Compared", "LossFacts", "TermFacts", "Weighing", "differ", "have_moved", "rounding_of"]
+__all__ = [
+    "Compared",
+    "LossFacts",
+    "TermFacts",
+    "Weighing",
+    "differ",
+    "gradients_differ",
+    "have_moved",
+    "rounding_of",
+]
 
 Compared = Literal["loss", "rows_gradient", "shortcut", "isolation", "update_gradient"]
 """What two evaluations are compared by; `rounding_of` says how far apart they may be.
@@ -227,6 +236,26 @@ def rounding_of(dtype: torch.dtype, kind: Compared = "loss") -> float:
     """
     limits = _ROUNDING[kind]
     return limits.get(dtype, limits[torch.float32])
+
+
+def gradients_differ(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], *, dtype: torch.dtype
+) -> bool:
+    """Return whether two gradients of the same rows differ by more than rounding explains.
+
+    Args:
+        actual: One tensor for each parameter; none if there is no gradient.
+        expected: Likewise.
+        dtype: The coarsest dtype of a forward.
+    """
+    limit = rounding_of(dtype, "rows_gradient")
+    whole = math.sqrt(sum(float(theirs.double().square().sum()) for theirs in expected))
+    return any(
+        # Where a gradient should be zero it is rounding.
+        not float((mine - theirs).double().norm())
+        <= limit * max(float(theirs.double().norm()), 0.1 * whole)
+        for mine, theirs in zip(actual, expected, strict=True)
+    )
 
 
 def have_moved(

@@ -288,6 +288,8 @@ def _trees_in(trainer: Any, inputs: Any) -> Trees | None:
     collator, taken = trainer.update_collator, trainer.shortcuts
     if collator is None or taken is None or not taken.bodies or not isinstance(inputs, Mapping):
         return None
+    if not trainer._asked.holds(trainer):  # a callback has changed the model since
+        return None
     if not collator.takes_trees:  # rows have proved faster on this device, see `LayoutTurns`
         return None
     names = ("input_ids", "attention_mask")

@@ -60,6 +60,7 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
+from hf_gradacc.trainer.asked import Asked
 from hf_gradacc.trainer.budget import timed_for_budget
 from hf_gradacc.trainer.card import write_trainer_card
 from hf_gradacc.trainer.checkpoints.choosing import Start, choose_start, hold_run_folder
@@ -89,7 +90,12 @@ from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
 from hf_gradacc.trainer.grouping import tell_if_nothing_is_shared
 from hf_gradacc.trainer.log_row import LogBook
-from hf_gradacc.trainer.loss.asking import ask_trainer, quietly, refuse_data_without_targets
+from hf_gradacc.trainer.loss.asking import (
+    ask_trainer,
+    quietly,
+    refuse_data_without_targets,
+    tell_collator,
+)
 from hf_gradacc.trainer.loss.row_parts import (
     loss_in_ring,
     loss_of_part,
@@ -216,6 +222,7 @@ class GradAccMixin(Trainer):
         self._training_data = TrainingData()
         self._beginning = Beginning(Start())
         self._is_asking = False
+        self._asked = Asked()
         self._update_runner: UpdateRunner | None = None
         self._last_update: UpdateResult | None = None
         is_trl = any(cls.__module__.startswith("trl.") for cls in type(self).__mro__)
@@ -368,8 +375,9 @@ class GradAccMixin(Trainer):
         has_own_step = find_own_step(type(self)) is not None
         self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
-        if self._training_data.sample_inputs is not None:
-            facts = self._ask(model, self._training_data.sample_inputs, sample=self.sample)
+        self._asked.begin_run()
+        facts = self._ask_with_sample(model)
+        if facts is not None:
             refuse_data_without_targets(self.train_dataset, self.sample, facts.rule)
         self._noise_listener.check_engine(self._rank_engine)
         self._update_runner = self._make_runner(model)
@@ -379,6 +387,7 @@ class GradAccMixin(Trainer):
     def _run_epoch(self, **kwargs: Any) -> None:
         begin_epoch(self, self.ledger, kwargs)
         if self._stopping.make_up_for_evaluation(self, kwargs):
+            self._asked.look_again(self, kwargs["model"], together=True)
             super()._run_epoch(**kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -475,6 +484,7 @@ class GradAccMixin(Trainer):
         Returns:
             The update's mean loss, scaled so that the stock average over ranks is that mean.
         """
+        self._asked.look_again(self, model, together=False)
         # Not asked yet: the stream cannot be read ahead, or a subclass built the loader.
         facts = self.facts or self._ask(model, agree_on_inputs(update))
         runner = self._update_runner = self._update_runner or self._make_runner(model)
@@ -815,22 +825,36 @@ class GradAccMixin(Trainer):
             spare=self._training_data.sample_inputs,
         )
 
-    def _ask(self, model: nn.Module, inputs: Any, sample: Any = None) -> LossFacts:
+    def _ask(
+        self, model: nn.Module, inputs: Any, sample: Any = None, *, insists: bool = True
+    ) -> LossFacts:
         """Ask the model how its loss counts, without a trace in metrics, log rows or buffers."""
         with quietly(self):
             facts, shortcuts = ask_trainer(
-                self, model, inputs, sample=sample, engine=self._rank_engine
+                self, model, inputs, sample=sample, engine=self._rank_engine, insists=insists
             )
         refuse_losses_of_whole_rows(self, facts)
-        self.facts = facts
         if facts.is_plain:
             warn_by_name(self)
         shortcuts = plain_for_steps_behind(shortcuts, type(self), mixin=GradAccMixin)
-        if shortcuts is not None and self.update_collator is not None:
-            self.update_collator.packed = shortcuts.packed
-        self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
+        self._take_answer(facts, shortcuts)
         tell_if_nothing_is_shared(self.args, self._training_data.families, self.shortcuts)
+        self._asked.note(self)
         return facts
+
+    def _ask_with_sample(self, model: nn.Module, *, insists: bool = True) -> LossFacts | None:
+        """Ask with rows that were read ahead; None if there are none."""
+        inputs = self._training_data.sample_inputs
+        if inputs is None:
+            return None
+        return self._ask(model, inputs, sample=self.sample, insists=insists)
+
+    def _take_answer(self, facts: LossFacts, shortcuts: Shortcuts | None) -> None:
+        """Train by what the model has answered."""
+        self.facts = facts
+        self._micro_batch_step.shortcuts = shortcuts or self._micro_batch_step.shortcuts
+        if shortcuts is not None and self.update_collator is not None:
+            tell_collator(self.update_collator, facts, shortcuts)
 
     def _replaces_smoothing(self, inputs: Any) -> bool:
         """Return whether we smooth labels: they are smoothed, and nobody else computes the loss."""

@@ -66,14 +66,14 @@ def test_three_micro_batches_run_through_the_stock_step_within_six_frames_of_our
     assert watch.frames == [6, 6, 6]
 
 
-def test_an_update_enters_at_most_20_files(watch):
-    assert 10 < len(set(watch.files)) <= 20, sorted(set(watch.files))
+def test_an_update_enters_at_most_21_files(watch):
+    assert 10 < len(set(watch.files)) <= 21, sorted(set(watch.files))
 
 
-def test_an_update_moves_from_file_to_file_at_most_100_times(watch):
+def test_an_update_moves_from_file_to_file_at_most_101_times(watch):
     moves = sum(here != there for here, there in pairwise(watch.files))
     divides_itself = hasattr(Trainer, "loss_is_scaled_for_ga")
-    assert 30 < moves <= (100 if divides_itself else 105)  # else `compat` divides
+    assert 30 < moves <= (101 if divides_itself else 106)  # else `compat` divides
 
 
 def test_no_class_of_ours_stands_between_the_mixin_and_the_stock_trainer():

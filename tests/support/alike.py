@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from hf_gradacc.loss.shortcuts.tree_trial import Sharing, TreeTrial
 from hf_gradacc.loss.trees import hooks as tree_hooks
 from hf_gradacc.loss.trees.layout import Trees
 
 from .zoo_rows import FIRST_PLAIN_TOKEN, IGNORE_INDEX, VOCAB_SIZE, HeadRow, rows_for
 
-__all__ = ["NUM_ROWS", "counting_trees", "paths", "rows_alike"]
+__all__ = ["NUM_ROWS", "counting_trees", "paths", "rows_alike", "training_apart"]
 
 NUM_ROWS = 13
 
@@ -70,18 +71,39 @@ def rows_alike(head: str, *, seed: int = 0, unit: int = 3) -> list[HeadRow]:
 
 
 @contextlib.contextmanager
+def training_apart() -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether a forward is of training: trials of trees take gradients, too."""
+    stock, running = TreeTrial.run, []
+
+    def run(self: TreeTrial) -> Sharing:
+        running.append(self)
+        try:
+            return stock(self)
+        finally:
+            running.pop()
+
+    TreeTrial.run = run  # type: ignore[method-assign]
+    try:
+        yield lambda: torch.is_grad_enabled() and not running
+    finally:
+        TreeTrial.run = stock  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def counting_trees() -> Iterator[list[Trees]]:
-    """List the trees that bodies compute in training; those of a trial have no gradient."""
+    """List the trees that bodies compute in training."""
     computed: list[Trees] = []
     stock = tree_hooks.tree_masks
 
-    def counted(laid: Trees, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            computed.append(laid)
-        return stock(laid, *args, **kwargs)
+    with training_apart() as is_training:
 
-    tree_hooks.tree_masks = counted
-    try:
-        yield computed
-    finally:
-        tree_hooks.tree_masks = stock
+        def counted(laid: Trees, *args: Any, **kwargs: Any) -> Any:
+            if is_training():
+                computed.append(laid)
+            return stock(laid, *args, **kwargs)
+
+        tree_hooks.tree_masks = counted
+        try:
+            yield computed
+        finally:
+            tree_hooks.tree_masks = stock

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hf_gradacc.loss.trees import hooks as tree_hooks
 
+from .alike import training_apart
 from .tiny import VOCABULARY, Row
 
 __all__ = ["Calls", "rows_of_prompts", "watching_calls"]
@@ -59,7 +58,7 @@ class Calls:
 
     Attributes:
         of_trees: One entry for each, in order.
-        trained: Those under which a gradient was wanted.
+        trained: Those of training.
         widths: Tokens that were computed in each.
     """
 
@@ -81,15 +80,17 @@ def watching_calls() -> Iterator[Calls]:
     """See which calls of bodies compute trees for as long as the context lasts."""
     calls, before = Calls(), tree_hooks._Hooks.before
 
-    def note(self: Any, body: Any, args: Any, kwargs: Any) -> Any:
-        changed = before(self, body, args, kwargs)
-        calls.of_trees.append(changed is not None)
-        calls.trained.append(torch.is_grad_enabled())
-        calls.widths.append(0 if changed is None else self.running.ids.numel())
-        return changed
+    with training_apart() as is_training:
 
-    tree_hooks._Hooks.before = note  # type: ignore[method-assign]
-    try:
-        yield calls
-    finally:
-        tree_hooks._Hooks.before = before  # type: ignore[method-assign]
+        def note(self: Any, body: Any, args: Any, kwargs: Any) -> Any:
+            changed = before(self, body, args, kwargs)
+            calls.of_trees.append(changed is not None)
+            calls.trained.append(is_training())
+            calls.widths.append(0 if changed is None else self.running.ids.numel())
+            return changed
+
+        tree_hooks._Hooks.before = note  # type: ignore[method-assign]
+        try:
+            yield calls
+        finally:
+            tree_hooks._Hooks.before = before  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.common_prompts import rows_of_prompts, watching_calls
 from support.failing import Failure
+from support.gated import shifting_llama
 from support.rank_jobs import Stream
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.resume_jobs import train_and_report
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from hf_gradacc import GradAccMixin, GradAccTrainer, MemoryBudgetError
+from hf_gradacc.loss.shortcuts.tree_trial import TreeTrial
 from hf_gradacc.trainer import step
 
 NUM_ROWS = 12
@@ -459,3 +461,23 @@ def test_the_same_tokens_under_another_mask_are_not_taken_for_the_same_rows():
         assert sum(trainer.calls.trained) == 2 * trainer.calls.num_trained_trees > 0
         assert relative_error(trainer.gradients[0], wanted) < 1e-12
         assert relative_error(wanted, expected()) > 1e-2
+
+
+# ---- what no loss tells --------------------------------------------------------------------------
+
+
+def test_a_branch_behind_a_gate_of_zero_is_seen_by_its_gradient():
+    with float64_everywhere():
+        wanted = reference_gradient(shifting_llama(), ROWS, pad)
+    with training(model=shifting_llama(), layout="auto") as trainer:
+        assert "its gradient differs" in trainer.shortcuts.reason("shared_prefix")
+        assert relative_error(trainer.gradients[0], wanted) < 1e-12
+
+
+def test_the_gradient_of_such_a_branch_would_be_another_one_in_a_tree(monkeypatch):
+    monkeypatch.setattr(TreeTrial, "_compare_gradients", lambda *args: "")
+    with float64_everywhere():
+        wanted = reference_gradient(shifting_llama(), ROWS, pad)
+    with training(model=shifting_llama(), layout="auto") as trainer:
+        assert trainer.calls.num_trained_trees > 0
+        assert relative_error(trainer.gradients[0], wanted) > 1e-3

@@ -77,6 +77,22 @@ class Loss:
         with torch.no_grad():
             return float(self._of_copy(inputs, count))
 
+    def gradients(self, inputs: Mapping[str, Any], count: int | None) -> list[Tensor]:
+        """Compute its gradient by every parameter that is not large; none if there is none.
+
+        Large ones are left out to save memory: what multiplies by them shows in others.
+        """
+        chosen = _small_parameters(self.model) if self.can_differentiate else []
+        if not chosen:
+            return []
+        with torch.enable_grad(), _only_these_require_grad(self.model, chosen):
+            loss = self._of_copy(inputs, count)
+            if not loss.requires_grad:
+                return []
+            return list(
+                torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+            )
+
     def ask(self, inputs: Mapping[str, Any], count: int | None) -> Answer:
         """Compute the loss, and its gradient by the last few small parameters.
 
@@ -158,8 +174,11 @@ def copied(inputs: Any) -> Any:
 
 
 def _last_parameters(model: nn.Module, count: int = 4) -> list[nn.Parameter]:
-    small = [p for p in model.parameters() if p.requires_grad and p.numel() <= _MOST_NUMBERS]
-    return small[-count:]
+    return _small_parameters(model)[-count:]
+
+
+def _small_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad and p.numel() <= _MOST_NUMBERS]
 
 
 @contextlib.contextmanager

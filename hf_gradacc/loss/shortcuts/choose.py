@@ -24,6 +24,7 @@ from transformers.utils import logging
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.asking.ask import has_router_loss
 from hf_gradacc.loss.facts import LossFacts
+from hf_gradacc.loss.foreign_hooks import hook_around
 from hf_gradacc.loss.layouts import find_head, keep_targets, pack_rows, without_mask
 from hf_gradacc.loss.shortcuts.chunked import find_owner
 from hf_gradacc.loss.shortcuts.onednn import find_linears, is_onednn_faster_here, why_no_onednn
@@ -40,6 +41,17 @@ _PACKS_FOR_FREE = ("flash", "flex_attention")
 across them: ``flash_attention_2``, ``kernels-community/flash-attn3``. Under the others a packed row
 is computed whole and masked, which costs more than its padding did.
 """
+
+
+_NAMES = (
+    "target_only_logits",
+    "chunked_loss",
+    "drop_attention_mask",
+    "layout",
+    "shared_prefix",
+    "kept_beginnings",
+)
+"""By which names it is told why one is not taken."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Shortcuts:
     bodies: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
     trees_by_rows: bool = False
     keeps_beginnings: bool = False
+
+    @classmethod
+    def none(cls, why: str) -> Shortcuts:
+        """Take none of them."""
+        return cls(refused=tuple((name, why) for name in _NAMES))
 
     def shape(
         self, inputs: Mapping[str, Any], *, as_trees: bool = False
@@ -131,6 +148,7 @@ class Setting:
         lockstep: The engine puts weights together for each forward.
         splits_rows: Several ranks compute each row together.
         keeps_beginnings: A backward may run beside those of micro-batches.
+        insists: A shortcut that was asked for by name and is not exact is an error.
     """
 
     args: Any
@@ -141,6 +159,7 @@ class Setting:
     lockstep: bool = False
     splits_rows: bool = False
     keeps_beginnings: bool = True
+    insists: bool = True
 
     def why_none(self, inputs: Any) -> str:
         """Return why no shortcut at all may be tried, empty if they may."""
@@ -166,6 +185,9 @@ class Setting:
                 return "a subclass overrides compute_loss, which may want all logits"
             if self.args.torch_compile and not self.args.target_only_logits:
                 return "torch.compile would compile anew for each number of targets"
+            hook = hook_around(model, find_head(model))
+            if hook and not self.args.target_only_logits:
+                return f"a hook ({hook}) may want all logits"
         if name == "chunked_loss":
             if self.has_loss_func or self.has_foreign_loss:
                 return "a loss of one's own is computed from logits"
@@ -173,6 +195,9 @@ class Setting:
                 return "label smoothing is computed from logits"
             if self.args.torch_compile:
                 return "torch.compile would compile anew for each number of targets"
+            hook = hook_around(model, find_head(model))
+            if hook and not self.args.chunked_loss:
+                return f"a hook ({hook}) would be given hidden states in place of logits"
         if name == "drop_attention_mask":
             if self.has_foreign_loss and not self.args.drop_attention_mask:
                 return "a subclass overrides compute_loss, which may want the mask"
@@ -201,6 +226,9 @@ def choose_shortcuts(
     *,
     setting: Setting,
     dtype: torch.dtype,
+    gradients_of: Callable[
+        [Mapping[str, Any], int | None], list[Tensor]
+    ] = lambda inputs, count: [],
 ) -> Shortcuts:
     """Try each shortcut on the model, as it was asked, and take those that are exact.
 
@@ -210,6 +238,7 @@ def choose_shortcuts(
         loss_of: Returns the loss of collated inputs, without gradients.
         setting: What else decides.
         dtype: The coarsest dtype of a forward.
+        gradients_of: Returns the gradient of that loss by parameters; nothing if there is none.
 
     Raises:
         ConfigError: If one was asked for by name and would not give the same gradient.
@@ -223,7 +252,9 @@ def choose_shortcuts(
     if head is None and not any(refused.values()):
         refused = dict.fromkeys(wanted, f"{type(model).__name__} names no output embeddings")
     if head is not None and not any(refused.values()):
-        trial = Trial(inputs, loss_of, head, owner, dtype, setting.facts.wants_own_count)
+        trial = Trial(
+            inputs, loss_of, head, owner, dtype, setting.facts.wants_own_count, gradients_of
+        )
         tries: dict[str, Callable[[], str]] = {
             "target_only_logits": trial.try_target_only_logits,
             "chunked_loss": trial.try_chunked_loss,
@@ -238,7 +269,7 @@ def choose_shortcuts(
                 refused[name] = _attempt(tries[name])
             taken[name] = asked is not False and not refused[name]
     for name, asked in wanted.items():
-        if asked and refused[name]:
+        if asked and refused[name] and setting.insists:
             value, way_out = (
                 ("'packed'", "'padded'") if name == "layout" else ("True", "False or leave out")
             )
@@ -277,7 +308,7 @@ def _choose_linears(
         why = why or "FSDP and DeepSpeed put weights together for torch's own layers"
     if not found:
         why = why or "the model has no large linear layer of float32 weights on a CPU"
-    if why and asked:
+    if why and asked and setting.insists:
         raise ConfigError(
             f"onednn_linear = True: {why}.\n  Set onednn_linear = False or leave it out."
         )

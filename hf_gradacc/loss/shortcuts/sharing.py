@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.loss.foreign_hooks import gradient_hook_inside, hook_inside
 from hf_gradacc.loss.shortcuts.choose import Setting, Shortcuts
 from hf_gradacc.loss.shortcuts.tree_trial import Sharing, TreeTrial, describe_failure
 from hf_gradacc.updates.targets import count_targets
@@ -35,6 +36,8 @@ def choose_sharing(
     why_not: str = "",
     why_not_kept: str = "",
     asked: bool = False,
+    insists: bool = True,
+    gradients_of: Callable[[Mapping[str, Any]], list[Tensor]] = lambda inputs: [],
 ) -> Sharing:
     """Try to compute rows as trees, unless something is known to speak against it.
 
@@ -46,6 +49,8 @@ def choose_sharing(
         why_not: What speaks against it, in plain words; empty for nothing.
         why_not_kept: What speaks against keeping beginnings alone, likewise.
         asked: It was asked for by name.
+        insists: It is an error if it was and would not give the same gradient.
+        gradients_of: Returns the gradient of their loss by parameters; nothing if there is none.
 
     Raises:
         ConfigError: If it was asked for by name and would not give the same gradient.
@@ -53,10 +58,17 @@ def choose_sharing(
     found = Sharing(refused=why_not)
     if not why_not:
         try:
-            found = TreeTrial(models, inputs, loss_of, dtype, why_not_kept).run()
+            trial = TreeTrial(models, inputs, loss_of, dtype, why_not_kept, gradients_of)
+            found = trial.run()
         except Exception as error:  # an optional layout must not end a run, whatever it trips over
             found = Sharing(refused=describe_failure(error))
-    if found.refused and asked:
+    if hook := gradient_hook_inside(found.bodies):
+        why = f"a hook ({hook}) would be given gradients of several rows at once"
+        found = Sharing(refused=why)
+    elif hook := hook_inside(found.bodies):
+        why = f"a hook ({hook}) would see trees in place of rows"
+        found = replace(found, not_kept=why) if asked else Sharing(refused=why)
+    if found.refused and asked and insists:
         raise ConfigError(
             f"layout = 'shared_prefix' would not give the same gradient: {found.refused}.\n"
             f"  Set layout = 'auto' or 'padded'."
@@ -94,6 +106,7 @@ def with_sharing(
     *,
     setting: Setting,
     dtype: torch.dtype,
+    gradients_of: Callable[[Mapping[str, Any], int | None], list[Tensor]],
 ) -> Shortcuts:
     """Let rows that begin alike be computed as trees, where that is asked for or pays.
 
@@ -104,6 +117,7 @@ def with_sharing(
         loss_of: As for `choose_shortcuts`.
         setting: What else decides.
         dtype: The coarsest dtype of a forward.
+        gradients_of: As for `choose_sharing`; the second argument is what to pass as the count.
     """
     asked = setting.args.layout == "shared_prefix"
     why = why_not_shared(models[0], setting, asked=asked)
@@ -117,6 +131,8 @@ def with_sharing(
         why_not=why,
         why_not_kept=_why_not_kept(setting),
         asked=asked,
+        insists=setting.insists,
+        gradients_of=lambda rows: gradients_of(rows, count),
     )
     refused = {"shared_prefix": found.refused, "kept_beginnings": found.not_kept}
     return replace(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_gradacc.loss.facts import Compared, differ, have_moved, rounding_of
+from hf_gradacc.loss.facts import Compared, differ, gradients_differ, have_moved, rounding_of
 from hf_gradacc.loss.shortcuts.trials import other_tokens
 from hf_gradacc.loss.trees.hooks import computing_trees, is_same, watching_bodies
 from hf_gradacc.loss.trees.kept import KeptBeginning, why_not_kept_by
@@ -87,6 +87,7 @@ class TreeTrial:
         loss_of: Returns the loss of collated inputs, without gradients.
         dtype: The coarsest dtype of a forward.
         why_not_kept: What speaks against keeping beginnings alone, in plain words.
+        gradients_of: Returns the gradient of their loss by parameters; nothing if there is none.
     """
 
     models: Sequence[Any]
@@ -94,6 +95,7 @@ class TreeTrial:
     loss_of: Callable[[Mapping[str, Any]], float]
     dtype: torch.dtype
     why_not_kept: str = ""
+    gradients_of: Callable[[Mapping[str, Any]], list[Tensor]] = lambda inputs: []
     taken: list[bool] = field(default_factory=list)
     """Which calls of bodies had the rows, and computed trees. A loss may ask with others as well
     (KTO does, for its KL), and they stay as they are."""
@@ -132,6 +134,7 @@ class TreeTrial:
             trees = lay_out_trees(ids, mask, [range(len(ids))], by_rows=way)
             try:
                 why = self._compare_with(trees, bodies, as_rows)
+                why = why or self._compare_gradients(trees, bodies, alike)
             except Exception:
                 if not way:
                     raise
@@ -174,6 +177,32 @@ class TreeTrial:
                 return f"it looks places up in a table of {width}, and a tree may have more"
         return ""
 
+    def _compare_gradients(
+        self, trees: Trees, bodies: Sequence[nn.Module], alike: Mapping[str, Any]
+    ) -> str:
+        """Compare the gradient of rows as trees with that of rows; empty if they agree.
+
+        A branch that a gate of zero closes does not show in any loss, but in the gate's gradient.
+        """
+        try:
+            expected = self.gradients_of(alike)
+        except RuntimeError:  # layers that are computed again by reentrant backwards
+            return ""
+        if not expected:
+            return ""
+        with computing_trees(bodies, lambda ids, mask: self._trees_for(trees, alike, ids, mask)):
+            actual = self.gradients_of(alike)
+        if gradients_differ(actual, expected, dtype=self.dtype):
+            return f"its gradient differs between a tree and rows: {_NOT_BY_MASK}"
+        return ""
+
+    def _trees_for(
+        self, trees: Trees, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None
+    ) -> Trees | None:
+        """Return trees for a body that is given their rows; None for others."""
+        is_theirs = is_same(ids, trees.rows) and is_same(mask, inputs.get("attention_mask"))
+        return trees.to(ids.device) if is_theirs else None
+
     def _try_kept(self, bodies: Sequence[nn.Module], as_rows: _AsRows) -> str:
         """Compute the rows behind a beginning that is kept; empty if they are as they were."""
         whys = [self.why_not_kept, *(why_not_kept_by(body.config) for body in bodies)]
@@ -213,11 +242,11 @@ class TreeTrial:
         self.taken.clear()
         if trees.behind is not None:
             trees.behind.begin_micro_batch()
-        known = inputs.get("attention_mask")
 
         def lay_out(ids: Tensor, mask: Tensor | None) -> Trees | None:
-            self.taken.append(is_same(ids, trees.rows) and is_same(mask, known))
-            return trees.to(ids.device) if self.taken[-1] else None
+            found = self._trees_for(trees, inputs, ids, mask)
+            self.taken.append(found is not None)
+            return found
 
         with computing_trees(bodies, lay_out), watching_bodies(*bodies) as watched:
             loss = self.loss_of(inputs)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_gradacc.loss.facts import Compared, have_moved, rounding_of
+from hf_gradacc.loss.facts import Compared, gradients_differ, have_moved, rounding_of
 from hf_gradacc.loss.layouts import (
     is_right_padded,
     keep_targets,
@@ -43,6 +43,7 @@ class Trial:
         owner: The model whose forward calls the head and the loss.
         dtype: What the model computes in.
         wants_own_count: The loss has to be told its own count.
+        gradients_of: Returns the gradient of that loss by parameters; nothing if there is none.
     """
 
     inputs: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Trial:
     owner: PreTrainedModel | None = None
     dtype: torch.dtype = torch.float32
     wants_own_count: bool = False
+    gradients_of: Callable[[Mapping[str, Any], int | None], list[Tensor]] = lambda inputs, count: []
 
     def try_target_only_logits(self) -> str:
         """Compare the loss over chosen logits with the loss over all. Empty if they agree."""
@@ -156,6 +158,19 @@ class Trial:
         rest = torch.arange(ids.shape[1]) >= first
         if self._moved(moved, packed_hidden, rest, kind="isolation"):
             return "in a packed row the first sequence changes the hidden states of the others"
+        return self._compare_gradients(packed)
+
+    def _compare_gradients(self, packed: Mapping[str, Any]) -> str:
+        """Compare gradients, too: those of a branch that a gate of zero closes, say."""
+        count = count_targets(packed, TargetRule.NEXT_TOKEN) if self.wants_own_count else None
+        try:
+            expected = self.gradients_of(self.inputs, count)
+        except RuntimeError:  # layers that are computed again by reentrant backwards
+            return ""
+        if not expected:
+            return ""
+        if gradients_differ(self.gradients_of(packed, count), expected, dtype=self.dtype):
+            return "its gradient differs between a packed and a padded batch"
         return ""
 
     @cached_property

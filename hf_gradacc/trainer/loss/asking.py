@@ -41,6 +41,7 @@ from hf_gradacc.trainer.loss.coupling import find_coupling, may_balance_experts
 from hf_gradacc.trainer.loss.terms import ask_terms
 from hf_gradacc.trainer.overrides import definers
 from hf_gradacc.updates.batch import can_slice_rows, count_rows, slice_rows
+from hf_gradacc.updates.collator import UpdateCollator
 from hf_gradacc.updates.loader import ModelFacts
 from hf_gradacc.updates.stream import is_stream
 from hf_gradacc.updates.targets import TargetRule, can_have_target, count_all_targets
@@ -54,6 +55,7 @@ __all__ = [
     "prepared",
     "quietly",
     "refuse_data_without_targets",
+    "tell_collator",
     "without_trace",
 ]
 
@@ -61,7 +63,13 @@ logger = logging.get_logger(__name__)
 
 
 def ask_trainer(
-    trainer: Any, model: nn.Module, inputs: Any, *, sample: ProbeRows | None, engine: Engine
+    trainer: Any,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    sample: ProbeRows | None,
+    engine: Engine,
+    insists: bool = True,
 ) -> tuple[LossFacts, Shortcuts | None]:
     """Ask the model how its loss counts and which shortcuts it allows; say what is not exact.
 
@@ -69,11 +77,12 @@ def ask_trainer(
     before shortcuts are tried, because they must reproduce the smoothed loss.
 
     Args:
-        trainer: The trainer. What was found is written into its collator, if it has one.
+        trainer: The trainer.
         model: The model, wrapped or bare.
         inputs: Collated rows to ask with.
         sample: The dataset rows they are made of; None if those are not known.
         engine: How the ranks work together.
+        insists: A shortcut that was asked for by name and is not exact is an error.
 
     Returns:
         What the loss is a mean over, and the shortcuts taken; None for them if the trainer does not
@@ -168,10 +177,18 @@ def ask_trainer(
                 lockstep=engine.lockstep,
                 splits_rows=engine.layout.row_parts > 1,
                 keeps_beginnings=engine.keeps_beginnings,
+                insists=insists,
             )
             progress.begin("trying shortcuts to the same loss on the model", usual=6)
             with held_in_mode(bare, training=training), layers.returning():
-                shortcuts = choose_shortcuts(bare, asked, loss.value, setting=setting, dtype=dtype)
+                shortcuts = choose_shortcuts(
+                    bare,
+                    asked,
+                    loss.value,
+                    setting=setting,
+                    dtype=dtype,
+                    gradients_of=loss.gradients,
+                )
             if args.layout == "shared_prefix" or (
                 args.layout == "auto" and collator.foresees_sharing
             ):
@@ -184,18 +201,22 @@ def ask_trainer(
                         loss.value,
                         setting=setting,
                         dtype=dtype,
+                        gradients_of=loss.gradients,
                     )
                 shortcuts = _agree_on_trees(shortcuts, device=args.device)
             else:
                 shortcuts = shortcuts.without_trees(_why_untried(args.layout))
     _tell(bare, facts, is_news=stated == "auto")
-    if collator is not None and shortcuts is not None:
-        collator.packed = shortcuts.packed
-        collator.share_prefixes(
-            shortcuts.bodies, by_rows=shortcuts.trees_by_rows, keeps=shortcuts.keeps_beginnings
-        )
-        collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
     return facts, shortcuts
+
+
+def tell_collator(collator: UpdateCollator, facts: LossFacts, shortcuts: Shortcuts) -> None:
+    """Tell the collator of a run what was found, since it plans by that."""
+    collator.packed = shortcuts.packed
+    collator.share_prefixes(
+        shortcuts.bodies, by_rows=shortcuts.trees_by_rows, keeps=shortcuts.keeps_beginnings
+    )
+    collator.rule, collator.pad_to_one_width = facts.kept_by, facts.pad_to_one_width
 
 
 def _agree_on_trees(shortcuts: Shortcuts, *, device: torch.device) -> Shortcuts:

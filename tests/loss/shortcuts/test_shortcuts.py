@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from support.gated import shifting_llama
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, make_trainer, pad, ragged_rows, tiny_llama
 from support.zoo import Case
@@ -291,13 +292,18 @@ def test_a_packed_update_counts_no_padding(tmp_path):
     assert log["micro_batches_per_update"] == -(-tokens // 40)
 
 
+def test_a_branch_behind_a_gate_of_zero_is_not_packed(tmp_path):
+    with pytest.raises(ConfigError, match="its gradient differs between a packed and a padded"):
+        train(tmp_path, model=shifting_llama(), layout="packed")
+
+
 def test_the_head_computes_one_row_of_logits_per_target(tmp_path):
     rows = []
     model = tiny_llama()
     model.lm_head.register_forward_hook(
         lambda module, args, out: rows.append(out[..., 0].numel()) if module.training else None
     )
-    train(tmp_path, model=model, chunked_loss=False)
+    train(tmp_path, model=model, target_only_logits=True, chunked_loss=False)
     targets = sum(label != -100 for row in ROWS for label in row["labels"][1:])
     assert sum(rows) == targets
 
