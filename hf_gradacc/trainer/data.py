@@ -47,6 +47,9 @@ __all__ = ["TrainingData"]
 
 logger = logging.get_logger(__name__)
 
+_SIZES = ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update")
+"""Options that say how large an update is."""
+
 TELL_AFTER_SECONDS = 60.0
 """How long the loop waits for an update before a line says whose rows are late."""
 
@@ -70,6 +73,7 @@ class TrainingData:
         self._stream: UpdateStream | None = None
         self.hands_out = False
         self._awaited = 0
+        self._sized_by: dict[str, Any] = {}
         self._loading: LoadingNow | None = None
         self._slow_loader = TellOfWait(self._describe_wait, after=TELL_AFTER_SECONDS)
 
@@ -204,6 +208,7 @@ class TrainingData:
 
     def as_updates(self, trainer: Any, loader: Any) -> Any:
         """Return our updates, or group the batches of a subclass's loader into updates."""
+        self._sized_by = {name: getattr(trainer.args, name) for name in _SIZES}
         if isinstance(loader, BatchLoader):
             return loader.updates
         refuse_own_loader(trainer)
@@ -227,6 +232,7 @@ class TrainingData:
             RuntimeError: If a loader worker died.
         """
         self._awaited = ledger.update
+        self._tell_if_resized(trainer.args)
         try:
             with self._slow_loader:
                 updates = list(itertools.islice(epoch_iterator, 1))
@@ -250,6 +256,16 @@ class TrainingData:
         if updates:
             ledger.position = getattr(updates[0], "position", None)
         return updates
+
+    def _tell_if_resized(self, args: Any) -> None:
+        """Say that a size which was changed in the run is not followed; stock follows the first."""
+        for name, size in self._sized_by.items():
+            if getattr(args, name) != size:
+                logger.warning_once(
+                    f"{name} is no longer {size}, as it was when training began. The size of "
+                    f"updates is fixed then, so they stay as large as they were. Call train() once "
+                    f"for each size to let them grow."
+                )
 
     def handed_out(self, update: Update, samples: Callable[..., Any], device: Any) -> Update:
         """Let an override of ``get_batch_samples`` see, change or replace an update's batches.

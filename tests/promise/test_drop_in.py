@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from support.programs import warnings_of
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.tiny import Recorder, log_rows, make_trainer, pad, ragged_rows, tiny_llama
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradacc import ConfigError, GradAccArguments, GradAccMixin, GradAccTrainer, LossError
 
@@ -361,3 +362,23 @@ def test_options_are_read_from_a_command_line():
     (parsed,) = HfArgumentParser(GradAccArguments).parse_args_into_dataclasses(line.split(" "))
     assert (parsed.effective_batch_size, parsed.max_tokens_per_micro_batch) == (8, 2048)
     assert (parsed.incomplete_update, parsed.target_only_logits) == ("drop", False)
+
+
+class Doubles(TrainerCallback):
+    """Lets the batch grow, as stock would from one update to the next."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        args.gradient_accumulation_steps *= 2
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_batch_that_a_callback_lets_grow_is_named(tmp_path, grows):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    with warnings_of("hf_gradacc") as warnings:
+        trainer = make_trainer(
+            tmp_path, ragged_rows(12), callbacks=[Doubles()] if grows else [], **options
+        )
+        trainer.train()
+    assert [row["effective_batch_size"] for row in log_rows(trainer)] == [4, 4, 4]
+    named = ["gradient_accumulation_steps is no longer 2" in line for line in warnings]
+    assert named == ([True] if grows else [])
