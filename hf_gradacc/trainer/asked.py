@@ -140,7 +140,7 @@ def as_they_stand(models: Iterable[nn.Module]) -> dict[str, Any]:
     Returns:
         Values that can be compared, by what they are in plain words.
     """
-    modules: list[int] = []
+    modules: list[int | None] = []
     hooks: list[Any] = []
     forwards: list[Any] = []
     losses: list[Any] = []
@@ -158,7 +158,7 @@ def as_they_stand(models: Iterable[nn.Module]) -> dict[str, Any]:
             drops = any(isinstance(rate, float) and rate > 0 for rate in rates)
         # Not the shape of a weight, which ZeRO-3 takes apart between forwards.
         if "out_features" in attributes or "num_embeddings" in attributes:
-            modules.append(attributes.get("out_features") or attributes["num_embeddings"])
+            modules += [attributes.get("out_features"), attributes.get("num_embeddings")]
         elif isinstance(module, PreTrainedModel):
             losses.append((place, id(attributes.get("_loss_function"))))
             settings.setdefault(id(module.config), _set_in(module.config))

@@ -8,6 +8,7 @@ same way, on all rows at once.
 from __future__ import annotations
 
 import pytest
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from support.asked_jobs import (
     CHANGES,
     Changes,
@@ -186,8 +187,13 @@ def test_two_ranks_ask_again_together_and_only_when_an_epoch_begins(tmp_path, at
         assert any("Until it is asked again" in line for line in warnings) == (at == 0)
 
 
-def test_looking_twice_finds_the_same_and_names_what_has_changed():
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+@pytest.mark.parametrize("kind", [None, LoraConfig, LNTuningConfig])
+def test_looking_twice_finds_the_same_and_names_what_has_changed(kind):
     model = tiny_llama()
+    if kind is not None:
+        layers = ["q_proj"] if kind is LoraConfig else ["input_layernorm"]
+        get_peft_model(model, kind(target_modules=layers))
     before = asked.as_they_stand([model])
     assert before == asked.as_they_stand([model])
     a_hook_by_place(model)
