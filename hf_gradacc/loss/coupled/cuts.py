@@ -77,7 +77,9 @@ def find_replay(
     if not can_slice_rows(inputs, sum(sizes), rows_per_sequence=rows_per_sequence):
         return None
     tolerance = rounding_of(dtype, "shortcut")
-    sample = _Sample(inputs, parts, sizes, rows_per_sequence, compute, tolerance)
+    # Widened on the left, rows would have padding in front of what stands in front of them.
+    in_front = 0 if left else _virtual_tokens(model)
+    sample = _Sample(inputs, parts, sizes, rows_per_sequence, compute, tolerance, in_front)
     gathering = _losses_that_gather(trainer)
     for loss in gathering:
         loss.gather_across_devices = False
@@ -95,6 +97,12 @@ def find_replay(
     return replay
 
 
+def _virtual_tokens(model: nn.Module) -> int:
+    """Return how many virtual tokens PEFT puts in front of each row."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(getattr(config, "num_virtual_tokens", 0) or 0)
+
+
 @dataclass
 class _Sample:
     """The rows a loss is tried on.
@@ -106,6 +114,7 @@ class _Sample:
         rows_per_sequence: Collated rows of each row.
         compute: The loss.
         tolerance: What rounding may do to an output.
+        in_front: Tokens that the model puts in front of each row.
     """
 
     whole: Mapping[str, Any]
@@ -114,6 +123,7 @@ class _Sample:
     rows_per_sequence: int
     compute: Callable[[Mapping[str, Any]], Tensor]
     tolerance: float
+    in_front: int = 0
 
     def run(self, inputs: Mapping[str, Any]) -> Tensor:
         """Compute the loss of a copy."""
@@ -279,6 +289,7 @@ def _leaf_of(whole: Any, parts: list[Any], sample: _Sample) -> Leaf | None:
     if layout is None:
         return None
     widths = {v.shape[-1] for v in sample.whole.values() if isinstance(v, Tensor) and v.ndim > 1}
+    widths |= {width + sample.in_front for width in widths}
     sizes = tuple(None if size in widths else size for size in whole.shape[1:])
     return Leaf(layout, needs_gradient=whole.requires_grad, sizes=sizes)
 
