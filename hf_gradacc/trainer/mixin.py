@@ -60,7 +60,6 @@ from hf_gradacc.tracking.phases import PhaseClock
 from hf_gradacc.tracking.run_files import is_training_row
 from hf_gradacc.tracking.wandb_ranks import find_rank_runs
 from hf_gradacc.trainer.as_requested import changed, stock_loop_sees_one_batch
-from hf_gradacc.trainer.asked import Asked
 from hf_gradacc.trainer.budget import timed_for_budget
 from hf_gradacc.trainer.card import write_trainer_card
 from hf_gradacc.trainer.checkpoints.choosing import Start, choose_start, hold_run_folder
@@ -90,6 +89,7 @@ from hf_gradacc.trainer.foreign_metrics import ForeignMetrics
 from hf_gradacc.trainer.gradients import GradientGate
 from hf_gradacc.trainer.grouping import tell_if_nothing_is_shared
 from hf_gradacc.trainer.log_row import LogBook
+from hf_gradacc.trainer.loss.asked import Asked
 from hf_gradacc.trainer.loss.asking import (
     ask_trainer,
     quietly,
@@ -375,7 +375,7 @@ class GradAccMixin(Trainer):
         has_own_step = find_own_step(type(self)) is not None
         self._rank_engine.after_wrapping(model, has_own_step=has_own_step)
         self.facts = None  # the model may differ from that of the last call of train()
-        self._asked.begin_run()
+        self._asked = Asked()
         facts = self._ask_with_sample(model)
         if facts is not None:
             refuse_data_without_targets(self.train_dataset, self.sample, facts.rule)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from support.hooks import of_no_user
 from torch import Tensor, nn
 
 from hf_gradacc import GradAccTrainer
@@ -53,7 +54,7 @@ class Failure:
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         self.seen = self.raised = 0
         layer = model.model.layers[-1]
-        self.handle = layer.register_forward_hook(self._after_forward)
+        self.handle = layer.register_forward_hook(of_no_user(self._after_forward))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output

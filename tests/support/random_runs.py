@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from support.hooks import of_no_user
+
 from hf_gradacc import GradAccTrainer
 
 from .kept_rows import keeping_always, watching_kept
@@ -118,7 +120,7 @@ def run_from(seed: int) -> Iterator[RandomRun]:
         kept = stack.enter_context(watching_kept())
         out = stack.enter_context(tempfile.TemporaryDirectory())
         model = tiny_llama(attn_implementation=draw.choice(["sdpa", "sdpa", "eager"]))
-        handle = model.model.layers[0].register_forward_hook(count)
+        handle = model.model.layers[0].register_forward_hook(of_no_user(count))
         if draw.random() < 0.3:
             model.model.embed_tokens.requires_grad_(False)
             model.model.layers[0].requires_grad_(False)

@@ -26,7 +26,8 @@ from support.reference import relative_error
 from support.tiny import tiny_llama
 from transformers import TrainerCallback
 
-from hf_gradacc.trainer import asked, mixin
+from hf_gradacc.trainer import mixin
+from hf_gradacc.trainer.loss import asked
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hf_gradacc.loss.shortcuts import chunked
 from hf_gradacc.loss.shortcuts.chunked import ChunkedLoss
 from hf_gradacc.loss.trees import targets as tree_targets
 from hf_gradacc.loss.trees.targets import TreeTargets, merge_targets
-from hf_gradacc.trainer.asked import Asked
+from hf_gradacc.trainer.loss.asked import Asked
 from hf_gradacc.trainer.step import MicroBatchStep
 
 EXACT = 1e-12

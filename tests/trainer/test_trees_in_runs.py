@@ -9,6 +9,7 @@ import torch
 from support.common_prompts import rows_of_prompts, watching_calls
 from support.failing import Failure
 from support.gated import shifting_llama
+from support.hooks import of_no_user
 from support.rank_jobs import Stream
 from support.reference import float64_everywhere, reference_gradient, relative_error
 from support.resume_jobs import train_and_report
@@ -140,12 +141,13 @@ def test_the_log_counts_the_tokens_that_go_through_the_layers(attention):
         if layer.training:  # and not asked
             seen.append(args[0].shape[0] * args[0].shape[1])
 
-    model.model.layers[0].register_forward_hook(count)
+    model.model.layers[0].register_forward_hook(of_no_user(count))
     rows = families_of_three()
     sizes = {"effective_batch_size": 12, "per_device_train_batch_size": 12}
     with training(rows, model=model, **sizes) as trainer:
         row = log_rows(trainer)[0]
         assert row["computed_tokens_per_update"] == sum(seen)
+        assert row["shared_fraction"] > 0.2
         used = sum(len(row["input_ids"]) for row in rows)
         padding = row["padding_fraction"] * sum(seen)
         assert row["shared_fraction"] == pytest.approx((used + padding - sum(seen)) / used)

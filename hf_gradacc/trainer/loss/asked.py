@@ -66,10 +66,6 @@ class Asked:
         self._standing: dict[str, Any] | None = None
         self._is_plain = False
 
-    def begin_run(self) -> None:
-        """Forget what was asked in another run."""
-        self.__init__()  # type: ignore[misc]
-
     def note(self, trainer: Any) -> None:
         """Note what the model was like that has just been asked."""
         wrapped, bare = trainer.model_wrapped, trainer.model
