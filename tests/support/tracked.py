@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
 import wandb
-from support.patience import HUNG_AFTER_SECONDS
 from support.tiny import make_trainer, spaced_rows, tiny_llama
 from support.wandb_reader import WandbRun, find_wandb_files, read_wandb_file
 from transformers import Trainer, TrainerCallback
@@ -81,31 +76,9 @@ def run_to_end(trainer, **kwargs) -> None:
         wandb.teardown()  # as at the end of a process; only then is all of the file on disk
 
 
-def run_on_two_ranks(code, *arguments) -> subprocess.CompletedProcess:
-    """Run Python on two real gloo ranks; `support` can be imported there.
-
-    The process group is ended, since gloo aborts some of the processes that exit with one.
-    """
-    tests = Path(__file__).resolve().parents[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch += ["--master-port", str(free.getsockname()[1])]
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "ranks.py"
-        script.write_text(
-            f"import sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n{code}\n"
-            "import torch.distributed as dist\ndist.destroy_process_group()"
-        )
-        done = subprocess.run(
-            [*launch, str(script), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=HUNG_AFTER_SECONDS,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def variables_of_wandb() -> dict[str, str]:
+    """What `no_wandb_login` has set, for a process that does not inherit it."""
+    return {name: os.environ[name] for name in ("HOME", "NETRC", "WANDB_DIR")}
 
 
 def only_run(folder: Path) -> WandbRun:

@@ -12,15 +12,17 @@ import pytest
 import torch
 import transformers
 import wandb
+from support.ranks import run_ranks
 from support.tiny import spaced_rows
 from support.tracked import (
     Trouble,
     no_wandb_login,
     only_run,
-    run_on_two_ranks,
     run_to_end,
     tracked_trainer,
+    variables_of_wandb,
 )
+from support.tracked_jobs import train_with_wandb
 from support.wandb_reader import find_wandb_files, read_wandb_file
 from transformers import TrainerCallback
 
@@ -316,18 +318,11 @@ def test_a_loader_workers_death_noticed_inside_wandb_ends_the_run(wandb_dir, tmp
 
 # --- two ranks -----------------------------------------------------------------------------
 
-RANK_SCRIPT = """
-from support.tracked import tracked_trainer
-from hf_gradacc.tracking import record_event
-trainer = tracked_trainer(sys.argv[1], ddp_backend="gloo", max_steps=3)
-trainer.train()
-record_event(trainer, "out_of_memory", text=f"said by rank {trainer.args.process_index}")
-"""
-
 
 @pytest.mark.slow
 def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_dir, tmp_path):
-    done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
+    out, variables = str(tmp_path / "out"), variables_of_wandb()
+    printed = "".join(run_ranks(train_with_wandb, 2, out=out, environment=variables, event="said"))
     run = only_run(wandb_dir)
     seen = run.rows_with("train/loss")
     assert [row["train/global_step"] for row in seen] == [1, 2, 3]
@@ -336,8 +331,8 @@ def test_of_two_ranks_only_the_first_writes_and_it_writes_what_both_did(wandb_di
     assert [alert["text"] for alert in run.alerts] == ["Update 4: said by rank 0"]
     rows = read_log(tmp_path / "out" / LOG_NAME)
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
-    assert done.stdout.count("Plan of") == 1
-    assert done.stdout.count("W&B: recording offline") == 1
+    assert printed.count("Plan of") == 1
+    assert printed.count("W&B: recording offline") == 1
 
 
 def test_installing_twice_changes_nothing(tmp_path):

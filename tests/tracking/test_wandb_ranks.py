@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from support.ranks import run_ranks
 from support.tracked import (
     no_wandb_login,
     only_run,
-    run_on_two_ranks,
     run_to_end,
     tracked_trainer,
+    variables_of_wandb,
 )
+from support.tracked_jobs import train_with_wandb
 from support.wandb_reader import find_wandb_files, read_wandb_file
 
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.tracking.phases import PHASE_KEYS
-
-RANK_SCRIPT = """
-import wandb
-from support.tracked import tracked_trainer
-for checkpoint in (None, sys.argv[1] + "/checkpoint-2"):
-    trainer = tracked_trainer(
-        sys.argv[1], ddp_backend="gloo", max_steps=3, run_name="both", wandb_per_rank=True,
-        per_device_train_batch_size=1, save_strategy="steps", save_steps=2,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if wandb.run is not None:
-        wandb.finish()
-"""
 
 
 @pytest.fixture
@@ -36,7 +25,18 @@ def wandb_dir(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path):
-    done = run_on_two_ranks(RANK_SCRIPT, tmp_path / "out")
+    printed = run_ranks(
+        train_with_wandb,
+        2,
+        out=str(tmp_path / "out"),
+        environment=variables_of_wandb(),
+        resumes=(None, str(tmp_path / "out" / "checkpoint-2")),
+        run_name="both",
+        wandb_per_rank=True,
+        per_device_train_batch_size=1,
+        save_strategy="steps",
+        save_steps=2,
+    )
     runs = [read_wandb_file(path) for path in find_wandb_files(wandb_dir)]
     first, resumed_first = (run for run in runs if run.rows_with("train/loss"))
     second, resumed_second = (run for run in runs if "rank" in run.config)
@@ -56,7 +56,7 @@ def test_each_rank_has_a_run_of_its_own_figures_in_one_group(wandb_dir, tmp_path
             phases = [row[f"rank/{key}"] for key in PHASE_KEYS.values()]
             assert min(phases) > 0, "two ranks do reduce"
             assert sum(phases) <= row["rank/step_seconds"]
-    assert done.stdout.count("to upload: wandb sync") == 4
+    assert "".join(printed).count("to upload: wandb sync") == 4
     for before, after in ((first, resumed_first), (second, resumed_second)):
         assert (after.run_id, after.group) == (before.run_id, before.group), "one run over resumes"
         steps = [[row["_step"] for row in run.history] for run in (before, after)]
