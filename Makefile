@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Images of containers forbid Python to keep what it compiled. Then each process compiles torch and Transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo real environments test test-fast test-thorough test-versions lint docs bench gpu
+.PHONY: demo real environments compiled test test-fast test-thorough test-versions lint docs bench gpu
 
 RELEASES := $(sort $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
 CORE := tests/test_compat.py tests/trainer tests/safety \
@@ -46,6 +46,10 @@ demo: $(VENV)/.ready
 
 real: $(VENV)/.ready
 	$(BIN)/python tests/support/real_parts.py
+
+# One process compiles what four would compile at the same moment: all that tests import, and ranks.
+compiled: $(VENV)/.deepspeed
+	$(BIN)/python -m pytest -k test_two_ranks_resume_to_the_same_bits
 
 test: $(VENV)/.deepspeed
 	$(BIN)/python $(PYTEST)

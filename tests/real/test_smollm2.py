@@ -122,7 +122,7 @@ def test_the_first_losses_are_those_of_trl(trained, smollm2, tmp_path):
         model=model,
         args=trl.SFTConfig(
             output_dir=str(tmp_path),
-            max_steps=4,
+            max_steps=2,  # the second follows from the first one's gradient
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             learning_rate=1e-3,
@@ -142,7 +142,7 @@ def test_the_first_losses_are_those_of_trl(trained, smollm2, tmp_path):
         processing_class=tokenizer,
     )
     stock.train()
-    assert losses_of(trained[0])[:4] == pytest.approx(losses_of(stock), abs=1e-4)
+    assert losses_of(trained[0])[:2] == pytest.approx(losses_of(stock), abs=1e-4)
 
 
 def test_the_saved_adapter_answers_in_its_template_and_stops(trained):
