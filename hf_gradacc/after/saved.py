@@ -132,7 +132,7 @@ def _read_recipe(folder: Path, allow_env: Collection[str]) -> Recipe | None:
         if isinstance(error, RecipeError):
             raise
         raise ConfigError(f"allow_env: {error}.") from None
-    problems = check_section(Recipe, source.values, (), source)
+    problems = source.problems or check_section(Recipe, source.values, (), source)
     if problems:
         raise RecipeError(map(source.by_name, problems))
     return Recipe.model_validate(source.values)

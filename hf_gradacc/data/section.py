@@ -200,12 +200,17 @@ class DataSection(Section):
                 raise ValueError(f"{name} says how to render; a recipe cannot change that")
         return options
 
+    @field_validator("holdout")
+    @classmethod
+    def _share_or_rows(cls, holdout: int | float | None) -> int | float | None:
+        if isinstance(holdout, float) and not holdout < 1:
+            raise ValueError("`holdout` is a share below 1.0, or a whole number of rows")
+        return holdout
+
     @model_validator(mode="after")
     def _one_eval(self) -> DataSection:
         if self.eval and self.holdout is not None:
             raise ValueError("give either `eval` or `holdout`, not both")
-        if isinstance(self.holdout, float) and not self.holdout < 1:
-            raise ValueError("`holdout` is a share below 1.0, or a whole number of rows")
         if self.streaming and self.holdout is not None:
             raise ValueError("a stream cannot hold rows out; give `eval`")
         sliced = next((s.split for s in [*self.train, *self.eval] if "[" in s.split), None)

@@ -24,7 +24,7 @@ from hf_gradacc.recipe.checks.metrics import is_lower_better
 from hf_gradacc.recipe.checks.together import check_together, drop_keys
 from hf_gradacc.recipe.checks.values import check_values, machine_problems
 from hf_gradacc.recipe.file.interpolation import allow_variables
-from hf_gradacc.recipe.file.problems import Origin, Problem, RecipeError
+from hf_gradacc.recipe.file.problems import Origin, Problem, RecipeError, without_consequences
 from hf_gradacc.recipe.file.source import read_recipe
 from hf_gradacc.recipe.folder import find_source_problem
 from hf_gradacc.recipe.keys.pairs import is_trl_installed, options_of_pairs
@@ -77,6 +77,7 @@ def load_recipe(
     reported = {problem.key for problem in problems}
     found, turned_off = check_together(source, paths, reported=reported)
     problems += found
+    problems = [*source.problems, *without_consequences(problems, of=source.problems)]
     if problems:
         raise RecipeError(map(source.by_name, problems))
     recipe = Recipe.model_validate(values)

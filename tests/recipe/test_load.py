@@ -180,6 +180,66 @@ def test_an_override_that_cannot_be_is_one_report(write, override):
     assert all(p.origin.file == "command line" for p in problems(write(GOOD), override))
 
 
+def test_an_override_that_cannot_be_applied_hides_no_other_problem(write):
+    file = write(GOOD.replace("format:", "formt:"))
+    overrides = ["train.max_steps=", "train.learning_rate=-1", "model.hidden=[1", "peft.r=${nope}"]
+    found = problems(file, *overrides, "data.holdout=1.5")
+    wrong = {text.partition("=")[0] for text in overrides} | {"data.formt", "data.holdout"}
+    assert {p.key for p in found} == wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "key"),
+    [
+        (GOOD.replace("  train: rows.jsonl\n", ""), "data.train=", "data.train"),
+        (GOOD, "data.train=${nothing}", "data.train"),
+        (GOOD.replace("1e-3", "-1"), "train.learning_rate=", "train.learning_rate"),
+        (GOOD + "  eval_strategy: steps\n  eval_steps: 1\n", "data.holdout=", "data.holdout"),
+        (GOOD.replace("config: {", "confg: {"), "model.name=[1", "model.name"),
+    ],
+)
+def test_what_an_override_that_failed_would_have_mended_is_not_reported(write, text, override, key):
+    found = {p.key for p in problems(write(text), override)}
+    assert found - {"model.confg"} == {key}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.holdout=1.5"], "share below 1.0"),
+        (["data.holdout=3", "data.eval=rows.jsonl"], "either `eval` or `holdout`"),
+        (["data.holdout=3", "data.streaming=true"], "cannot hold rows out"),
+        (["model.name=gpt2"], "either `name` or `config`"),
+        (["peft.merge_on_save=true"], "nothing to merge"),
+        (["model.task=seq2seq"], "cannot learn from data.format = question_answer"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["data.max_length=0", "peft.dropot=1", "train.max_steps=many"])
+def test_a_contradiction_is_told_beside_a_wrong_value(
+    write, tmp_path, monkeypatch, overrides, told, fault
+):
+    monkeypatch.chdir(tmp_path)
+    found = problems(write(GOOD), *overrides, fault)
+    assert any(told in f"{p.why} {p.fix}" for p in found)
+    assert fault.partition("=")[0] in {p.key for p in found}
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["model.task=classificaton", "data.format=classification"],
+        ["data.eval=3", "data.holdout=3"],
+        ["peft.method=loar", "peft.merge_on_save=true"],
+    ],
+)
+def test_no_contradiction_is_told_of_a_value_that_is_wrong_by_itself(
+    write, tmp_path, monkeypatch, faults
+):
+    monkeypatch.chdir(tmp_path)
+    (found,) = problems(write(GOOD), *faults)
+    assert found.key == faults[0].partition("=")[0]
+
+
 def test_overrides_win_over_the_file_and_null_takes_a_value_back(write):
     recipe = load_recipe(
         write(GOOD),

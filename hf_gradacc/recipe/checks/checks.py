@@ -7,6 +7,8 @@ Works on the values as written, so that a missing file is reported together with
 
 from __future__ import annotations
 
+import copy
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,13 +48,50 @@ def check_section(
             for key, details in grouped.items()
             if details[0]["type"] == "extra_forbidden" and (guess := _sibling(model, key))
         }
+        hidden = {} if prefix else _contradictions_behind(model, values, {*grouped} | misspelt)
         return [
             _problem(model, key, details, prefix, source)
-            for key, details in grouped.items()
+            for key, details in (hidden | grouped).items()
             # `trian: ...` is one mistake, not a misspelt key and a missing one.
             if not (details[0]["type"] == "missing" and key in misspelt)
         ]
     return []
+
+
+def _contradictions_behind(
+    model: type[BaseModel], values: dict[str, Any], faulty: set[Key]
+) -> dict[Key, list[ErrorDetails]]:
+    """Find keys that contradict each other, which pydantic asks about only if each is right.
+
+    So values that are wrong by themselves are left out. A contradiction that names one of them may
+    only follow from that, and waits until it is right.
+    """
+    rest = copy.deepcopy(values)
+    for key in faulty:
+        _leave_out(rest, key)
+    names = {str(key[-1]) for key in faulty if key}
+    found: dict[Key, list[ErrorDetails]] = {}
+    try:
+        model.model_validate(rest)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            named = set(re.findall(r"\w+", details["msg"]))
+            if details["type"] == "value_error" and not named & names:
+                found.setdefault(_existing(details["loc"], rest), []).append(details)
+    return found
+
+
+def _leave_out(values: dict[str, Any], key: Key) -> None:
+    """Remove a value; one of a list with its list, and no section as a whole."""
+    holder: Any = values
+    for step in key[:-1]:
+        following = holder.get(step) if isinstance(holder, dict) else None
+        if not isinstance(following, dict):
+            key = (step,)
+            break
+        holder = following
+    if key and isinstance(holder, dict) and not isinstance(holder.get(key[-1]), dict):
+        holder.pop(key[-1], None)
 
 
 def _problem(
@@ -75,7 +114,7 @@ def _problem(
         return Problem(full, "no such key", fix, where, value)
     if kind == "value_error":
         why = details[0]["msg"].removeprefix("Value error, ")
-        if isinstance(value, str):  # of one key, and not of several together
+        if not isinstance(value, dict | list):  # of one key, and not of several together
             return Problem(full, "has a wrong value", why, where, value)
         return Problem(full, "does not hold together", why, where)
     reasons = dict.fromkeys(_sentence(one) for one in details)

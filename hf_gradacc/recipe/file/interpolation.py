@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_gradacc.recipe.file.problems import Key, Origin, Problem, RecipeError, dotted
+from hf_gradacc.recipe.file.problems import Key, Origin, Problem, dotted
 from hf_gradacc.recipe.file.reading import (
     MOST_CHARACTERS,
     MOST_LEVELS,
@@ -127,7 +127,7 @@ def escape(text: str) -> str:
 
 def resolve(
     values: Mapping[str, Any], *, origin_of: Callable[[Key], Origin], readable: Collection[str]
-) -> tuple[dict[str, Any], dict[Key, FromEnvironment]]:
+) -> tuple[dict[str, Any], dict[Key, FromEnvironment], list[Problem]]:
     """Replace every interpolation in the values of a recipe.
 
     A text that is one interpolation and nothing else takes the type of what it stands for.
@@ -138,17 +138,13 @@ def resolve(
         readable: Variables of the environment that may be read.
 
     Returns:
-        The values, and for each key that holds something from the environment, what.
-
-    Raises:
-        RecipeError: With every interpolation that is none, leads nowhere or in a circle, or reads
-            what it may not.
+        The values; for each key that holds something from the environment, what; and every
+        interpolation that is none, leads nowhere or in a circle, or reads what it may not. Where
+        one of those stands, the value is null.
     """
     resolver = _Resolver(values, origin_of, readable)
     result = resolver.resolve(values, ())
-    if resolver.problems:
-        raise RecipeError(resolver.problems)
-    return result.value, result.outside
+    return result.value or {}, result.outside, resolver.problems
 
 
 class _Resolver:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_gradacc.errors import ConfigError
 
-__all__ = ["Key", "Origin", "Problem", "RecipeError", "dotted"]
+__all__ = ["Key", "Origin", "Problem", "RecipeError", "dotted", "without_consequences"]
 
 Key = tuple[str | int, ...]
 """Where a value stands in a recipe: `("data", "train", 0, "path")`."""
@@ -68,6 +69,24 @@ class RecipeError(ConfigError):
         if count > _MOST_SHOWN:
             lines.append(f"  and {count - _MOST_SHOWN} more")
         super().__init__("\n".join([f"{title}:", *lines]))
+
+
+def without_consequences(problems: Iterable[Problem], *, of: Collection[Problem]) -> list[Problem]:
+    """Leave out what may only follow from values that could not be read.
+
+    Args:
+        problems: What the values that could be read gave rise to.
+        of: The others. A problem of the same key, of a section around it, of a key in it, or one
+            that names it, is left out.
+    """
+    return [p for p in problems if not any(_may_follow(p, from_) for from_ in of)]
+
+
+def _may_follow(problem: Problem, from_: Problem) -> bool:
+    key, cause = (re.findall(r"\w+", one.key) for one in (problem, from_))
+    shared = min(len(key), len(cause))
+    words = re.findall(r"\w+", f"{problem.why} {problem.fix}")
+    return key[:shared] == cause[:shared] or cause[-1] in words
 
 
 def dotted(key: Sequence[str | int]) -> str:

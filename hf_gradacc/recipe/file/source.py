@@ -40,6 +40,7 @@ class RecipeSource:
         written: The values before that.
         files: The recipe and its bases, each before those that inherit it.
         from_environment: The keys that hold something from the environment.
+        problems: Overrides and interpolations that could not be applied; `values` is without them.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RecipeSource:
         written: Mapping[str, Any] | None = None,
         files: Sequence[str] = (),
         from_environment: Mapping[Key, FromEnvironment] | None = None,
+        problems: Sequence[Problem] = (),
     ) -> None:
         self.path = path
         self.values = values
@@ -58,6 +60,7 @@ class RecipeSource:
         self.written = values if written is None else written
         self.files = list(files)
         self.from_environment = dict(from_environment or {})
+        self.problems = list(problems)
 
     def origin(self, key: Sequence[str | int]) -> Origin:
         """Where the value at `key`, or the closest section around it, was written."""
@@ -105,9 +108,12 @@ def read_recipe(
         overrides: What is applied last, in order; each may begin with two hyphens.
         readable: Variables of the environment that it may read.
 
+    Returns:
+        The values. An override that cannot be applied, and an interpolation that leads nowhere or
+        reads what it may not, is one of its `problems`: the rest can be checked beside them.
+
     Raises:
-        RecipeError: If a file cannot be read as YAML, an override cannot be applied, or an
-            interpolation leads nowhere or reads what it may not.
+        RecipeError: If a file cannot be read as YAML.
     """
     origins: dict[Key, Origin] = {}
     files: list[str] = []
@@ -117,13 +123,17 @@ def read_recipe(
         for override in overrides
         if (problem := _override(written, override, origins)) is not None
     ]
-    if problems:
-        raise RecipeError(problems)
-    values, from_environment = resolve(
+    values, from_environment, unresolved = resolve(
         written, origin_of=lambda key: _origin(path, origins, key), readable=readable
     )
     return RecipeSource(
-        path, values, origins, written=written, files=files, from_environment=from_environment
+        path,
+        values,
+        origins,
+        written=written,
+        files=files,
+        from_environment=from_environment,
+        problems=[*problems, *unresolved],
     )
 
 
