@@ -242,6 +242,18 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
     assert "of 100 MB on the GPU" in out
 
 
+@pytest.mark.parametrize("png", ["plan.nope", "rows.jsonl/plan.png"])
+def test_a_plan_that_cannot_be_drawn_is_told_before_the_rows_are_read(run, recipe, png):
+    code, out, err = run("plan", recipe, "--png", png)
+    assert (code, out) == (2, "")
+    assert f"--png = '{png}'" in err
+
+
+def test_a_plan_is_drawn_into_a_folder_that_is_made(run, recipe, tmp_path):
+    assert run("plan", recipe, "--png", "new/plan")[0] == 0
+    assert (tmp_path / "new" / "plan").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plan_of_a_stream_is_made_of_its_first_rows(run, recipe):
     streamed = ["data.streaming=true", "data.holdout=null", "--show-rows", "1"]
     code, out, err = run("plan", recipe, *streamed)
@@ -427,7 +439,10 @@ def test_the_schema_is_json(run, tmp_path):
         (["train", "mine.yaml", "data.holdout=20"], "data.holdout"),
         (["train", "mine.yaml", "--resume", "output.dir=empty"], "output_dir = empty"),
         (["plan", "mine.yaml", "--png", "plan.nope"], "--png"),
+        (["plan", "mine.yaml", "--png", "empty"], "--png = 'empty': is a folder"),
         (["report", "nowhere"], "nowhere"),
+        (["report", "nowhere", "--png", "plot.nope"], "--png = 'plot.nope': .nope cannot be drawn"),
+        (["report", "nowhere", "--html", "rows.jsonl/a/b.html"], "rows.jsonl is not a folder"),
         (["schema", "no/folder/s.json"], "no/folder"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",

@@ -26,6 +26,7 @@ from hf_gradacc.after.saved import (
 from hf_gradacc.errors import ConfigError
 from hf_gradacc.recipe.folder import RECIPE_NAME
 from hf_gradacc.recipe.keys.sections import HEADS
+from hf_gradacc.safety.output_files import check_output
 from hf_gradacc.tracking.card import CARD_NAME, PLOT_NAME, as_merged, is_own_card
 
 __all__ = ["Merged", "merge_run"]
@@ -71,8 +72,9 @@ def merge_run(
         trust_remote_code: Let the model run code of its repository, if the recipe says so too.
 
     Raises:
-        ConfigError: If there is nothing to merge or it cannot be merged, if `out` holds something,
-            or if the saved model does not answer as the adapter did. No folder is left then.
+        ConfigError: If there is nothing to merge or it cannot be merged, if `out` holds something
+            or cannot be written, or if the saved model does not answer as the adapter did. No
+            folder is left then.
     """
     saved = find_saved(run, allow_env=allow_env, trust_remote_code=trust_remote_code)
     if not saved.is_adapter:
@@ -81,6 +83,8 @@ def merge_run(
     folder = Path(out) if out is not None else resolved.with_name(f"{resolved.name}-merged")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"OUT = {str(folder)!r} is there already: name a folder that is not.")
+    if not folder.exists():
+        check_output(folder, option="OUT")
     tokenizer = load_tokenizer_of(saved)
     with loading_quietly():
         model = load_adapter(saved, tokenizer=tokenizer).eval()

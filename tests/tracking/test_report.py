@@ -250,6 +250,18 @@ def test_events_are_listed_and_marked_and_their_text_is_only_text(tmp_path):
     assert "noise_scale_verdict" not in page
 
 
+def test_nothing_is_read_or_written_if_a_file_cannot_be_drawn(tmp_path):
+    with pytest.raises(ConfigError, match=r"--png = .*\.xyz cannot be drawn"):
+        build_report([tmp_path / "none"], html=tmp_path / "page.html", png=tmp_path / "plot.xyz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ending_of_a_picture_decides_its_type(tmp_path):
+    run = write_run(tmp_path / "mine")
+    build_report([run], html=tmp_path / "page.html", png=tmp_path / "new" / "plot.svg")
+    assert b"<svg" in (tmp_path / "new" / "plot.svg").read_bytes()
+
+
 def test_a_name_is_only_text_wherever_it_stands(tmp_path):
     name = '</script></svg><img src=x onerror="alert(1)"> & co $x_$ {{ 7 * 7 }}'
     runs = [write_run(tmp_path / str(n), run_name=f"{name} {n}") for n in range(2)]

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_gradacc.data import iter_texts, load_tokenizer, prepare_data
-from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.asking.ask import has_router_loss
 from hf_gradacc.loss.shortcuts.sharing import drops_out, why_not_by_options, why_not_kept_by_options
 from hf_gradacc.loss.trees.kept import why_not_kept_by
@@ -37,6 +36,7 @@ from hf_gradacc.recipe.plan.memory import MemoryEstimate, anonymous_bytes, estim
 from hf_gradacc.recipe.plan.show_rows import make_visible, show_rows
 from hf_gradacc.recipe.plan.updates import RecipePlan, plan_recipe
 from hf_gradacc.recipe.plan.ways import LEAST_GROUPED, Spread, WayToPlan
+from hf_gradacc.safety.output_files import check_drawing, picture_type
 from hf_gradacc.safety.waiting import telling
 from hf_gradacc.text import byte_size, printable
 from hf_gradacc.updates.loader import ModelFacts
@@ -85,6 +85,8 @@ def show_plan(
         price_per_hour: What the machine costs, in any currency.
         console: Where to print.
     """
+    if png is not None:
+        check_drawing(png, option="--png")
     arguments = recipe_arguments(recipe, elsewhere=True, **_ON_ANY_MACHINE)
     with telling("preparing the data", beside_bars=True):
         texts = iter_texts(recipe.data)
@@ -421,11 +423,7 @@ def _make_it_fit(plan: RecipePlan, memory: MemoryEstimate, usable: float, peft: 
 
 
 def draw_plan(plan: RecipePlan, path: Path) -> None:
-    """Draw the plan into a file whose ending decides its type.
-
-    Raises:
-        ConfigError: If the ending is not one matplotlib writes.
-    """
+    """Draw the plan into a file whose ending decides its type; its folder is made."""
     from matplotlib.figure import Figure  # only here: a plan on the screen does without
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -443,7 +441,5 @@ def draw_plan(plan: RecipePlan, path: Path) -> None:
     ways.invert_yaxis()
     ways.margins(x=0.15)
     ways.set(title="Padding (green: this recipe)", xlabel="% of computed tokens")
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise ConfigError(f"--png = {str(path)!r}: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format=picture_type(path), dpi=120)

@@ -25,6 +25,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hf_gradacc.safety.output_files import picture_type
 from hf_gradacc.text import quantity
 from hf_gradacc.tracking.report.data import ReportRun
 from hf_gradacc.tracking.report.panels import COLOURS, Panel, Series, choose_panels
@@ -212,7 +213,7 @@ def draw_svg(
 
 
 def draw_picture(runs: Sequence[ReportRun], path: Path, *, marks: Sequence[Mark] = ()) -> None:
-    """Draw all panels that have data into one PNG, two beside each other; see `draw_panel`."""
+    """Draw all panels that have data into one picture, two beside each other; see `draw_panel`."""
     drawn, x_end = choose_panels(runs)
     columns = min(2, len(drawn)) or 1
     rows = -(-len(drawn) // columns)
@@ -237,7 +238,7 @@ def draw_picture(runs: Sequence[ReportRun], path: Path, *, marks: Sequence[Mark]
             _name_runs(figure, runs)
         else:
             figure.suptitle(runs[0].name, x=0.012, ha="left", fontsize=18, fontweight="bold")
-        figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+        figure.savefig(path, format=picture_type(path), dpi=DOTS_PER_INCH)
 
 
 def _limits(panel: Panel, series: Sequence[Series]) -> tuple[float, float]:
