@@ -236,6 +236,7 @@ def test_plan_shows_updates_and_what_to_change_without_loading_weights(
     for word in ("updates", "effective_batch_size", "tokens_per_update", "padding", "together"):
         assert word in out
     assert "train.max_tokens_per_micro_batch" in out
+    assert [line for line in out.split("\n") if line != line.rstrip()] == []
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run("plan", recipe, "--world-size", "2", "--gpu-memory", "0.1")
     assert "2 ranks" in out
@@ -385,6 +386,7 @@ def test_recipes_are_listed_shown_and_copied(run, tmp_path):
         "/" in line or "quick" in line for line in out.splitlines()
     )
     assert "`pip install 'hf_gradacc[trl]'`" in out, "square brackets are no markup"
+    assert [line for line in out.split("\n") if line != line.rstrip()] == []
     code, out, _ = run("recipes", "show", "qwen3/4b_lora_chat")
     assert out == (ROOT / "recipes/qwen3/4b_lora_chat.yaml").read_text()
     code, out, _ = run("recipes", "copy", "qwen3/4b_lora_chat", "mine/lora.yaml")

@@ -103,8 +103,8 @@ def generate(
         room = positions.count - (len(prompt) if decodes else 0)
         if room < 1 or len(prompt) > positions.count:
             raise ConfigError(
-                f"the prompt has {len(prompt)} tokens, and the model {positions.count} positions: "
-                "ask for less, or begin anew with /new."
+                f"the prompt has {len(prompt):,} tokens, and the model {positions.count:,} "
+                "positions: ask for less, or begin anew with /new."
             )
     limit = min(max_new_tokens, room)
     ids = torch.tensor([list(prompt)], device=model.device)
@@ -149,7 +149,7 @@ def classify(model: Any, text: str, *, tokenizer: Any) -> list[tuple[str, float]
     positions = find_positions(model)
     if positions is not None and len(ids) > positions.count:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, and the model {positions.count} positions: "
+            f"the text has {len(ids):,} tokens, and the model {positions.count:,} positions: "
             "shorten it."
         )
     inputs = torch.tensor([ids], device=model.device)

@@ -200,7 +200,7 @@ def _hold_out(section: DataSection, parts: list[Any]) -> tuple[list[Any], list[A
         size = round(share * num_rows)
         if not 0 < size < num_rows:
             raise DataError(
-                f"data.holdout = {section.holdout} takes {size} of {num_rows} rows: "
+                f"data.holdout = {section.holdout} takes {size:,} of {num_rows:,} rows: "
                 "both parts need at least one; choose another number."
             )
         if num_rows == len(part):

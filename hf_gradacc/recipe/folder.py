@@ -125,7 +125,7 @@ def _describe_run(folder: Path) -> str | None:
         _, rows = read_run(folder)
         num_rows = sum(kind_of(row) == "train" for row in rows)
     if num_rows:
-        parts.append(f"{num_rows} rows in {LOG_NAME}")
+        parts.append(f"{num_rows:,} rows in {LOG_NAME}")
     return ", ".join(parts) or None
 
 

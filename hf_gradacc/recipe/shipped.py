@@ -15,6 +15,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from hf_gradacc.errors import ConfigError
+from hf_gradacc.recipe.tables import WithoutBlanks
 from hf_gradacc.text import nearest, printable
 
 __all__ = [
@@ -79,7 +80,7 @@ def list_recipes() -> None:
         table.add_row(name, escape(title), escape(needs))
     # Without a terminal, as in a pipe or a log, every row stays one line.
     console = Console(width=None if sys.stdout.isatty() else 250)
-    console.print(table)
+    console.print(WithoutBlanks(table))
 
 
 @recipes_app.command("show")

@@ -79,8 +79,8 @@ class RunFile:
         rows, num_lost = _with_history(rows, past)
         if num_lost and self.log_path.exists():
             logger.warning(
-                f"{num_lost} rows were missing from {self.log_path} and come from the checkpoint. "
-                f"Events beside them, such as a recovery, may be missing for good."
+                f"{num_lost:,} rows were missing from {self.log_path} and come from the "
+                f"checkpoint. Events beside them, such as a recovery, may be missing for good."
             )
         self._replace(self.log_path, "".join(_to_line(row) for row in rows))
 

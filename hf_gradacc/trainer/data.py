@@ -246,7 +246,7 @@ class TrainingData:
         if not updates and ledger.epoch == ledger.update == 0:
             size = self.effective_batch_size(trainer)
             tokens = trainer.args.tokens_per_update
-            what = f"{size} sequences" if size else f"{tokens} target tokens"
+            what = f"{size:,} sequences" if size else f"{tokens:,} target tokens"
             raise DataError(
                 f"the stream ended before it gave one update of {what}: it is empty, or shorter "
                 f"than an update while incomplete_update = 'drop'. Use 'keep' and leave "

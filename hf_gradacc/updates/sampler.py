@@ -135,9 +135,9 @@ class UpdateSampler:
         self._sort = sort
         if len(self) == 0:
             raise DataError(
-                f"incomplete_update = 'drop' leaves no update: the dataset has {num_sequences} "
-                f"rows and one update wants {size}. Use 'keep' and leave dataloader_drop_last out, "
-                f"or take more rows or a smaller update."
+                f"incomplete_update = 'drop' leaves no update: the dataset has {num_sequences:,} "
+                f"rows and one update wants {size:,}. Use 'keep' and leave dataloader_drop_last "
+                f"out, or take more rows or a smaller update."
             )
 
     def set_epoch(self, epoch: int) -> None:

@@ -182,11 +182,11 @@ def _find_problems(facts: dict[str, Any], rule: TargetRule, *, counts_targets: b
     by_token = rule is not TargetRule.SEQUENCE
     is_short = reached is not None and reached < counted and (counts_targets or by_token)
     if is_short or (reached is not None and reached > counted and counts_targets):
-        missed = f"ignores {counted - reached} of" if reached < counted else "has more terms than"
+        missed = f"ignores {counted - reached:,} of" if reached < counted else "has more terms than"
         problems.append(
-            f"the loss {missed} the {counted} targets in the labels ({rule.value}): it reaches "
-            f"{reached} predictions. Give ignored labels the value -100, so that they are counted "
-            f"as what they are."
+            f"the loss {missed} the {counted:,} targets in the labels ({rule.value}): it reaches "
+            f"{reached:,} predictions. Give ignored labels the value -100, so that they are "
+            f"counted as what they are."
         )
     return problems
 

@@ -52,7 +52,7 @@ class Preflight:
         state = self.optimizer_state_bytes
         later = "" if state is None else f", {state / 2**30:.2f} GiB more for optimizer state"
         return (
-            f"{self.num_sequences} x {self.longest} tokens on {self.device}: peak "
+            f"{self.num_sequences:,} x {self.longest:,} tokens on {self.device}: peak "
             f"{self.peak_memory_bytes / 2**30:.2f} GiB{later}; {self.seconds:.2f} s forward and "
             f"backward"
         )
@@ -106,8 +106,8 @@ def run_preflight(
     free_memory(model)
     if failed:
         return None, (
-            f"the longest micro-batch, {len(piece)} rows of up to {longest} tokens, does not fit "
-            f"on {device}: set max_tokens_per_micro_batch below {num_tokens}"
+            f"the longest micro-batch, {len(piece):,} rows of up to {longest:,} tokens, does not "
+            f"fit on {device}: set max_tokens_per_micro_batch below {num_tokens}"
             + (", cut the longest rows" if len(piece) == 1 else "")
             + " or turn gradient_checkpointing on."
         )

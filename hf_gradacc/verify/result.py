@@ -72,11 +72,12 @@ class ParityReport:
         lines = [f"{'PASS' if self.passed else 'FAIL'}  gradient of an update of this model"]
         if self.num_micro_batches:
             lines += [
-                f"  rows          {self.num_sequences}, {self.num_targets} targets "
+                f"  rows          {self.num_sequences:,}, {self.num_targets:,} targets "
                 f"({self.target_rule}), loss {self.loss:.6g}",
                 f"  reference     {self.reference}, {self.dtype}",
                 f"  ours          error {self.error:.1e}, scale {self.scale:.6f}, "
-                f"{self.num_micro_batches} micro-batches (up to {self.tolerance:.0e} is rounding)",
+                f"{self.num_micro_batches:,} micro-batches "
+                f"(up to {self.tolerance:.0e} is rounding)",
             ]
         if self.share_error is not None:
             lines.append(

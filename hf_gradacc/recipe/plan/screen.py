@@ -36,6 +36,7 @@ from hf_gradacc.recipe.plan.memory import MemoryEstimate, anonymous_bytes, estim
 from hf_gradacc.recipe.plan.show_rows import make_visible, show_rows
 from hf_gradacc.recipe.plan.updates import RecipePlan, plan_recipe
 from hf_gradacc.recipe.plan.ways import LEAST_GROUPED, Spread, WayToPlan
+from hf_gradacc.recipe.tables import WithoutBlanks
 from hf_gradacc.safety.output_files import check_drawing, picture_type
 from hf_gradacc.safety.waiting import telling
 from hf_gradacc.text import byte_size, printable
@@ -194,7 +195,7 @@ def _print_updates(plan: RecipePlan, console: Console) -> None:
     table.add_row("input_tokens_per_update", _spread(plan.inputs_per_update))
     table.add_row("micro_batches_per_update", f"{_spread(plan.chosen.micro_batches)} on each rank")
     table.add_row("padding_fraction", f"{plan.chosen.padding_fraction:.1%}")
-    console.print(table)
+    console.print(WithoutBlanks(table))
 
 
 def _print_rates(model: Any, arguments: Any, console: Console) -> None:
@@ -205,7 +206,7 @@ def _print_rates(model: Any, arguments: Any, console: Console) -> None:
     table = _table()
     for label, rate, size in groups:
         table.add_row(label or "learning_rate", f"{rate:g}", f"{size:,} weights")
-    console.print(table)
+    console.print(WithoutBlanks(table))
 
 
 def _print_ways(plan: RecipePlan, console: Console) -> None:
@@ -230,7 +231,7 @@ def _print_ways(plan: RecipePlan, console: Console) -> None:
             f"{way.largest:,}",
             _mark(way),
         )
-    console.print(table)
+    console.print(WithoutBlanks(table))
     if any("*" in way.name for way in plan.ways):
         console.print("* the budget of the first updates; then it is tuned", highlight=False)
     if sharing:
@@ -273,7 +274,7 @@ def _print_lengths(plan: RecipePlan, tokenizer: Any, console: Console) -> None:
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR * count / counts.max()) or ("▏" if count else "")
         table.add_row(f"{low:,.0f} - {high:,.0f}", f"{count:,}", bar)
-    console.print(table)
+    console.print(WithoutBlanks(table))
     console.print("longest rows:", highlight=False)
     for index, tokens in list(zip(plan.longest, plan.starts, strict=True))[:3]:
         start = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -313,7 +314,7 @@ def _print_memory(
     table.add_row("together", byte_size(memory.total), of)
     if gpu_memory is None and (held := anonymous_bytes()):
         table.add_row("beside them", byte_size(held), "Python, libraries, tokenizer and rows, here")
-    console.print(table)
+    console.print(WithoutBlanks(table))
 
 
 def _print_time(
@@ -327,7 +328,7 @@ def _print_time(
     table = _table()
     for name, text in describe_time(measured, plan, price_per_hour=price_per_hour):
         table.add_row(name, text)
-    console.print(table)
+    console.print(WithoutBlanks(table))
 
 
 def _table(*headers: str, gap: int = 2) -> Table:

@@ -92,8 +92,8 @@ class AnswerMetrics:
         if positions is not None and positions.is_table and room > positions.count:
             raise ConfigError(
                 f"evaluation.generate.max_new_tokens = {new}: behind the longest prompt of "
-                f"{longest} tokens it is more than the {positions.count} positions of the model: "
-                f"lower it to {max(1, positions.count - longest)}, or data.max_length."
+                f"{longest:,} tokens it is more than the {positions.count:,} positions of the "
+                f"model: lower it to {max(1, positions.count - longest)}, or data.max_length."
             )
 
     def __call__(self, trainer: Any) -> dict[str, float]:
