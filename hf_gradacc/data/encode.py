@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from hf_gradacc.data.faults import explain_failure, locate_row
+from hf_gradacc.data.faults import explain_failure, find_nested_rows, locate_row
+from hf_gradacc.data.files import is_saved, local_files
 from hf_gradacc.data.formats import encode_rows
 from hf_gradacc.data.lengths import fit_length, measure_pairs
 from hf_gradacc.data.reader import Encoded, RowError, RowReader
@@ -281,6 +282,10 @@ def check_columns(section: DataSection, source: SourceSection, present: list[str
             f"{source.path} has one column, {present[0]!r}: its cells must be separated by "
             "commas in a .csv and by tabs in a .tsv."
         )
+    has_none = len(missing) == len(needed) and not is_saved(source)
+    for file in local_files(source) if has_none else []:
+        if nested := find_nested_rows(file):
+            raise DataError(nested)
     free = [name for name in present if name not in needed.values()]
     hints = {name: _guess_column(name, column, free) for name, column in missing.items()}
     raise DataError(

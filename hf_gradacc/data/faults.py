@@ -17,7 +17,7 @@ from hf_gradacc.data.files import LOADERS, ending_of, is_saved, local_files, ope
 from hf_gradacc.data.section import SourceSection
 from hf_gradacc.errors import DataError
 
-__all__ = ["explain_failure", "locate_row"]
+__all__ = ["explain_failure", "find_nested_rows", "locate_row"]
 
 Fault = tuple[str, str]
 """A place, such as `rows.jsonl:17`, and what is wrong there."""
@@ -36,6 +36,8 @@ def explain_failure(sources: Sequence[SourceSection], error: Exception) -> NoRet
     files = [file for source in sources for file in local_files(source)]
     columns: dict[str, list[str]] = {}
     for file in files:
+        if nested := find_nested_rows(file, over_lines=True):  # in one line it may be a row
+            raise DataError(nested) from None
         for place, why in _faults(file, columns.setdefault(ending_of(file), [])):
             raise DataError(f"{place}: {why}.") from None
     path = ", ".join(source.path for source in sources)
@@ -54,6 +56,43 @@ def explain_failure(sources: Sequence[SourceSection], error: Exception) -> NoRet
         )
     )
     raise DataError(f"{path} cannot be read ({why}): {fix}.") from error
+
+
+def find_nested_rows(file: Path, *, over_lines: bool = False) -> str | None:
+    """Say that the rows of a JSON file lie under a key of one object; None if they do not.
+
+    Turns of a conversation are no rows: an object of them is a row itself.
+
+    Args:
+        file: Any data file.
+        over_lines: Only of an object that goes over several lines.
+    """
+    if _loader(file) != "json":
+        return None
+    try:
+        text = _content(file).decode("utf-8-sig")
+        whole = json.loads(text) if not over_lines or "\n" in text.strip() else None
+    except (DataError, OSError, ValueError, RecursionError):
+        return None  # several rows, or a fault that others find
+    if not isinstance(whole, dict):
+        return None
+    lists = {key: value for key, value in whole.items() if value and isinstance(value, list)}
+    names = [
+        key
+        for key, value in lists.items()
+        if all(isinstance(row, dict) and not _OF_TURNS & set(row) for row in value)
+    ]
+    if not names:
+        return None
+    keys = " and ".join(map(repr, names))
+    command = f"jq -c '.[{json.dumps(names[0])}][]' {file.name} > rows.jsonl"
+    return (
+        f"{file}: is one JSON object, and rows lie in it under {keys}: write those rows alone into "
+        f"a file, as a list or one a line (`{command}`)."
+    )
+
+
+_OF_TURNS = {"role", "from", "content"}
 
 
 def _faults(file: Path, columns: list[str]) -> Iterator[Fault]:

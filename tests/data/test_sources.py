@@ -42,6 +42,37 @@ def prepare(path, **options):
     return prepare_data(DataSection.model_validate(section), tokenizer=TOKENIZER)
 
 
+@pytest.mark.parametrize("indent", [None, 1], ids=["in a line", "over lines"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_rows_under_a_key_of_an_object_are_told_with_the_way_out(tmp_path, streaming, indent):
+    file = tmp_path / "nested.json"
+    file.write_text(json.dumps({"version": "1", "data": GOOD}, indent=indent))
+    with pytest.raises(DataError) as caught:
+        list(prepare(file, streaming=streaming).train)
+    told = str(caught.value)
+    assert f"{file}: is one JSON object, and rows lie in it under 'data'" in told
+    assert """`jq -c '.["data"][]' nested.json > rows.jsonl`""" in told
+    assert "data.columns" not in told
+    file.write_text(json.dumps(GOOD, indent=indent))
+    assert len(list(prepare(file, streaming=streaming).train)) == 4, "written alone, it is read"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"question": "q", "meta": [{"a": 1}]},
+        {"data": [1, 2]},
+        {"data": []},
+    ],
+    ids=str,
+)
+def test_one_row_is_no_object_of_rows(tmp_path, row):
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"set data\.columns"):
+        prepare(tmp_path / "a.json")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
