@@ -75,7 +75,11 @@ def import_file(file: Path, out: Path, *, world_size: int | None = None) -> Impo
     """
     if out.exists():
         raise ConfigError(f"{out} is there already: name another file with --output.")
-    values, _ = read_yaml(file)
+    try:
+        values, _ = read_yaml(file)
+    except RecipeError as error:  # it is no recipe, and need not become one
+        (found, *_) = error.problems
+        raise ConfigError(_unreadable(found)) from None
     tool = detect_tool(values, file)
     draft = Draft(values, world_size)
     read = read_axolotl if tool == "Axolotl" else read_llamafactory
@@ -96,6 +100,16 @@ def import_file(file: Path, out: Path, *, world_size: int | None = None) -> Impo
     except RecipeError as error:
         problems = error.problems
     return Imported(tool, text, draft.notes, problems)
+
+
+def _unreadable(found: Problem) -> str:
+    """Say why a file of another tool cannot be read, in words that are not about recipes."""
+    why = found.why.replace("is not a YAML that a recipe may hold", "is not YAML")
+    fix = found.fix.replace("a recipe is sections", "such a file is lines")
+    fix = fix.replace("such as model, data, train", "such as base_model or model_name_or_path")
+    fix = fix.replace("what the run needs", "what it needs")
+    key = f"{found.key}: " if found.key else ""
+    return f"{found.origin}: {key}{why}: {fix}."
 
 
 def detect_tool(values: Collection[str], file: Path) -> str:

@@ -132,6 +132,28 @@ def test_a_value_of_many_lines_stays_in_its_comment(folder):
 
 
 @pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("base_model: [a\nb: c: d\n", ":2", "is not YAML"),
+        ("just words\n", ":1", "is not a mapping"),
+        ("a: 1\na: 2\n", ":2", "a: stands here twice"),
+        ("x: " + "[" * 50 + "]" * 50, ":1", "nests deeper"),
+        ("\udcff", "", "is not text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_spoken_of_as_a_recipe(tmp_path, text, place, words):
+    file = tmp_path / "theirs.yml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        import_file(file, tmp_path / "mine.yaml")
+    told = str(caught.value)
+    assert told.startswith(f"{file}{place}: ")
+    assert words in told
+    assert "recipe" not in told
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("model: {name: gpt2}\ndata: {train: a}\n", "neither a file of Axolotl"),
