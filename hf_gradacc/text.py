@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import IO, Any
 
 __all__ = [
     "SECRET_KEY",
@@ -18,6 +18,7 @@ __all__ = [
     "nearest",
     "printable",
     "quantity",
+    "write_line",
 ]
 
 SECRET_KEY = re.compile(r"secret|passw|api_?key|credential|(hub|auth|access)_token", re.IGNORECASE)
@@ -132,3 +133,17 @@ def _printable(character: str) -> str:
         code = ord(character)
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
     return character
+
+
+def write_line(text: str, stream: IO[str]) -> None:
+    """Write a line and its end in one piece.
+
+    `print` writes the end by itself. Where output is not buffered (PYTHONUNBUFFERED, as containers
+    set it), another thread or rank that writes in between puts its line behind this one.
+
+    Args:
+        text: The line, or several.
+        stream: Where to.
+    """
+    stream.write(f"{text}\n")
+    stream.flush()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from hf_gradacc.text import printable
+from hf_gradacc.text import printable, write_line
 
 __all__ = ["with_progress"]
 
@@ -52,5 +52,6 @@ def _with_lines(items: Iterable[Item], *, what: str, total: int | None) -> Itera
     for count, item in enumerate(items):
         if time.monotonic() >= due:
             due = time.monotonic() + _EVERY_SECONDS
-            print(f"{printable(what)}: {count:,}{f' of {total:,}' if total else ''}", flush=True)
+            of = f" of {total:,}" if total else ""
+            write_line(f"{printable(what)}: {count:,}{of}", sys.stdout)
         yield item

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
+from hf_gradacc.text import write_line
+
 __all__ = ["Output", "opened_output"]
 
 
@@ -33,12 +35,12 @@ class Output:
     def say(self, text: str) -> None:
         """Write a result for people; nothing if they are written as JSON."""
         if not self.as_json:
-            print(text, file=self._stream, flush=True)
+            write_line(text, self._stream)
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Write a result for programs, as one line; nothing unless that was asked for."""
         if self.as_json:
-            print(json.dumps(values, default=str, allow_nan=False), file=self._stream, flush=True)
+            write_line(json.dumps(values, default=str, allow_nan=False), self._stream)
 
 
 @contextlib.contextmanager
@@ -96,10 +98,12 @@ class _Stamped:
 
     def write(self, text: str) -> int:
         """Write a text, with the time before each of its lines."""
+        stamped = ""
         for line in text.splitlines(keepends=True):
             stamp = time.strftime("%Y-%m-%d %H:%M:%S ") if self._at_begin else ""
-            self._stream.write(stamp + line)
+            stamped += stamp + line
             self._at_begin = line.endswith("\n")
+        self._stream.write(stamped)
         return len(text)
 
     def isatty(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_gradacc.text import duration, printable
+from hf_gradacc.text import duration, printable, write_line
 
 __all__ = ["TellOfWait", "silenced", "telling", "telling_for"]
 
@@ -111,7 +111,7 @@ def telling(
             waited, pause = waited + pause, every
             so_far = f" {duration(waited)} so far" if waited > after else ""
             line = what if isinstance(what, str) else what()
-            print(f"{printable(line)} ...{so_far}", file=sys.stderr, flush=True)
+            write_line(f"{printable(line)} ...{so_far}", sys.stderr)
 
     if _is_silenced or (beside_bars and sys.stderr.isatty()):
         yield

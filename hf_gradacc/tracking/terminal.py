@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from hf_gradacc.safety.run_state import VERDICT, kept
-from hf_gradacc.text import count_updates, duration, quantity
+from hf_gradacc.text import count_updates, duration, quantity, write_line
 from hf_gradacc.tracking.parity_file import describe_parity
 from hf_gradacc.tracking.progress import ProgressLines, has_terminal
 from hf_gradacc.tracking.run_facts import describe_run
@@ -217,7 +217,7 @@ class UpdateProgress(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.write(text)
         else:
-            print(text, flush=True)
+            write_line(text, sys.stdout)
 
 
 def _is_verbose(args: Any) -> bool:

@@ -16,8 +16,10 @@ import pytest
 from support.patience import HUNG_AFTER_SECONDS
 
 from hf_gradacc import cli
+from hf_gradacc.data.progress import with_progress
 from hf_gradacc.recipe.streams import opened_output
 from hf_gradacc.safety.waiting import telling
+from hf_gradacc.tracking.terminal import UpdateProgress
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -127,6 +129,39 @@ def test_a_check_that_takes_long_says_what_it_does(capsys):
     with telling("adding up", after=5):
         pass
     assert capsys.readouterr().err == ""
+
+
+class Pieces(io.StringIO):
+    """A stream that is not buffered: another may write between any two pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def write(self, text):
+        self.pieces.append(text)
+        return len(text)
+
+
+@pytest.mark.parametrize("timestamps", [False, True], ids=["plain", "stamped"])
+def test_no_line_of_progress_can_run_into_another(monkeypatch, timestamps):
+    stream = Pieces()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("hf_gradacc.data.progress._FIRST_SECONDS", 0.0)
+    with opened_output(timestamps=timestamps) as output:
+        list(with_progress([1, 2], what="counting", total=2))
+        with telling("adding up", after=0.02, every=0.02):
+            time.sleep(0.2)
+        output.say("the result\nin two lines")
+        UpdateProgress()._write("update 1: loss 2")
+    with opened_output(as_json=True) as output:
+        output.row({"kind": "result"})
+    assert len(stream.pieces) > 5
+    assert [piece for piece in stream.pieces if not piece.endswith("\n")] == []
+    assert {"counting", "adding up", "update 1"} <= {
+        piece[20 * timestamps :].partition(":")[0].partition(" ...")[0] for piece in stream.pieces
+    }
 
 
 def test_each_line_has_the_time_at_which_it_was_begun(monkeypatch):
