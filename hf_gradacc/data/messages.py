@@ -97,7 +97,7 @@ def read_turns(value: Any) -> Any:
             written = read_turns(json.loads(value))
         except ValueError:  # a text that begins with a bracket
             return value
-        is_turns = isinstance(written, list) and bool(written) and all(map(role_of, written))
+        is_turns = isinstance(written, list) and bool(written) and all(map(_says, written))
         return written if is_turns else value
     if not isinstance(value, Mapping):
         return value
@@ -109,6 +109,14 @@ def read_turns(value: Any) -> Any:
     return [
         dict(zip(names, cells, strict=True)) for cells in zip(*map(value.get, names), strict=True)
     ]
+
+
+def _says(turn: Any) -> bool:
+    """Whether JSON is a turn, and not an answer in JSON: `{"from": "Rome", "to": "Bern"}`."""
+    if not role_of(turn):
+        return False
+    written = [turn[name] for name in ("content", "value") if name in turn]
+    return "tool_calls" in turn or any(isinstance(it, str | list | None) for it in written)
 
 
 def role_of(turn: Any) -> str:

@@ -455,6 +455,34 @@ def test_a_text_that_only_begins_as_turns_do_is_a_text(text):
         encode_row(RowReader(CHAT), {"messages": text}, format="chat")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"from": "Rome", "to": "Bern"},
+        {"role": "engineer", "name": "Ann"},
+        [{"role": "user", "email": "a@b.c"}],
+        {"from": "EUR", "to": "CHF", "value": 12},
+        {"from": ["Rome"], "to": ["Bern"]},
+    ],
+    ids=str,
+)
+def test_answers_in_json_are_texts_though_they_name_a_role_or_where_from(answer):
+    text = json.dumps(answer)
+    row = {"prompt": text, "completion": text}
+    encoded = encode_row(RowReader(PLAIN), row, format="prompt_completion")
+    assert PLAIN.decode(encoded["input_ids"]) == f"{text}{text}{END}"
+    pair = {"prompt": "Which?", "chosen": text, "rejected": text + " "}
+    encoded = encode_row(RowReader(PLAIN, task="dpo"), pair, format="preference")
+    assert PLAIN.decode(encoded["chosen_ids"]) == text + END
+
+
+def test_a_role_that_is_mistyped_in_json_is_named_and_not_trained_as_text():
+    turns = [{"role": "assistent", "content": "4"}]
+    row = {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(turns)}
+    with pytest.raises(RowError, match="did you mean assistant"):
+        encode_row(RowReader(CHAT), row, format="prompt_completion")
+
+
 def test_a_prompt_and_a_completion_may_be_turns():
     row = {"prompt": [TURNS[0], TURNS[1], TURNS[2]], "completion": [TURNS[3]]}
     encoded = encode_row(RowReader(CHAT), row, format="prompt_completion")
