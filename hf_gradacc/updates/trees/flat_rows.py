@@ -68,12 +68,13 @@ class FlatRows:
                 larger[:used], tokens = tokens[:used], larger
             tokens[used : used + ids.size] = ids
             used += ids.size
-        tokens[used : used + PADDING] = 0
+        tokens = tokens[: used + PADDING]  # what is behind was never written, by no two ranks alike
+        tokens[used:] = 0
         if tokens.itemsize > 4:
             tokens = np.unique(tokens, return_inverse=True)[1].astype("<i4")
         lengths = np.concatenate(counts)
         held = lengths if most is None else np.minimum(lengths, most)
-        return cls(tokens[: used + PADDING], np.cumsum(held) - held, held, lengths)
+        return cls(tokens, np.cumsum(held) - held, held, lengths)
 
     @classmethod
     def of_rows(cls, rows: Iterable[Any], *, most: int | None = None) -> FlatRows:

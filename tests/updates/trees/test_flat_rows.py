@@ -1,9 +1,12 @@
 """Rows lie end to end as they were: every token once, whatever held them and however many bits."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from hf_gradacc.updates.trees import flat_rows
 from hf_gradacc.updates.trees.flat_rows import PADDING, FlatRows
 
 
@@ -41,6 +44,23 @@ def test_ids_beyond_32_bits_stay_different_from_those_they_would_wrap_to():
         for number, token in zip(row, ids, strict=True):
             assert numbers.setdefault(token, number) == number
     assert len(set(numbers.values())) == len(numbers) == 5
+
+
+def test_what_memory_held_before_changes_no_number(monkeypatch):
+    """Ranks sort rows by these numbers, each for itself."""
+    rows = np.random.default_rng(0).integers(0, 2**33, size=(40, 12))
+    found = []
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        dirty = SimpleNamespace(
+            **{name: getattr(np, name) for name in dir(np)}
+            | {"empty": lambda n, dtype, draw=draw: draw.integers(-9999, 2**30, n).astype(dtype)}
+        )
+        monkeypatch.setattr(flat_rows, "np", dirty)
+        batches = [(rows.reshape(-1), np.full(40, 12))]
+        flat = FlatRows.of(batches, num_tokens=5_000)
+        found.append(flat.tokens.tolist())
+    assert found[0] == found[1] == found[2]
 
 
 def test_no_rows_lie_nowhere():
