@@ -127,7 +127,7 @@ def _price_rows(found: Sorted, terms: DealTerms) -> list[float]:
         most = limits.max_tokens or tokens
         if limits.max_sequences is not None:
             most = min(most, -(-tokens * limits.max_sequences // len(widths)))
-        count = -(-tokens // max(most, 1))
+        count = max(1, -(-tokens // max(most, 1)))
         total = padded_cost(widths, [[i] for i in range(len(widths))], terms.cost)
         return [total / count + overhead] * count
     cuts = cut_sorted(widths, limits)

@@ -21,6 +21,7 @@ from hf_gradacc.updates.trees.cost import BRANCH, HELD, TreeCost, cost_of_trees
 from hf_gradacc.updates.trees.flat_rows import ranges
 from hf_gradacc.updates.trees.plan import GrownTrees, SharedPlan, fill_bins, grow_trees, plan_trees
 from hf_gradacc.updates.trees.prefixes import Sorted
+from hf_gradacc.updates.trees.range_minimum import RangeMinimum
 
 __all__ = [
     "LEAST_KEPT_SAVING",
@@ -118,7 +119,7 @@ def _plan_behind(found: Sorted, run: KeptRun, cost: TreeCost, limits: Limits) ->
     behind = Sorted(found.order[inside], lengths - kept, shared - kept)
     if limits.max_tokens is not None:
         limits = replace(limits, max_tokens=limits.max_tokens - kept)
-    trees = grow_trees(behind, cost, limits)
+    trees = grow_trees(behind, cost, limits, held_by_each=HELD * kept)
     trees.sort(key=lambda tree: -tree[2])
     bins = fill_bins(trees, behind, limits, held_by_each=HELD * kept)
     first, last, _ = np.array([tree for inside in bins for tree in sorted(inside)]).T
@@ -128,7 +129,7 @@ def _plan_behind(found: Sorted, run: KeptRun, cost: TreeCost, limits: Limits) ->
     shared = behind.shared[places]
     # Trees in one micro-batch are one: each has in common what all between it and the last have.
     joins = np.setdiff1d(np.arange(len(first)), of_bin)
-    shared[of_tree[joins]] = _RangeMinimum(behind.shared).of_each(last[joins - 1], first[joins] + 1)
+    shared[of_tree[joins]] = RangeMinimum(behind.shared).of_each(last[joins - 1], first[joins] + 1)
     begins = of_tree[of_bin]
     shared[begins] = 0
     lengths = behind.lengths[places]
@@ -230,7 +231,7 @@ class _Prices:
         self.branches = _sums(branch)
         self.held = _sums(own + HELD * rows.shared)
         self.held_as_trees = _sums(np.where(self.begins, rows.lengths, own + HELD * rows.shared))
-        self.shortest = _RangeMinimum(rows.lengths)
+        self.shortest = RangeMinimum(rows.lengths)
 
     def too_large(
         self, nodes: list[tuple[int, int, list[int]]]
@@ -292,33 +293,6 @@ class _Prices:
 
 def _sums(values: np.ndarray) -> np.ndarray:
     return np.concatenate(([0.0], np.cumsum(values)))
-
-
-class _RangeMinimum:
-    """Answers what the least of neighbouring numbers is, from a table of the powers of two."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.table = [values]
-        width = 1
-        while 2 * width <= len(values):
-            last = self.table[-1]
-            self.table.append(np.minimum(last[:-width], last[width:]))
-            width *= 2
-
-    def __call__(self, start: int, stop: int) -> int:
-        level = (stop - start).bit_length() - 1
-        row = self.table[level]
-        return int(min(row[start], row[stop - (1 << level)]))
-
-    def of_each(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Return the least of each of many ranges."""
-        levels = np.frexp((stops - starts).astype(float))[1] - 1
-        least = np.zeros(len(starts), dtype=np.int64)
-        for level in np.unique(levels).tolist():
-            which = levels == level
-            row, width = self.table[level], 1 << level
-            least[which] = np.minimum(row[starts[which]], row[stops[which] - width])
-        return least
 
 
 def _nodes(shared: np.ndarray) -> list[tuple[int, int, list[int]]]:

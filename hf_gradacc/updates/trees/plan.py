@@ -21,6 +21,7 @@ from hf_gradacc.updates.limits import NO_LIMITS, Limits
 from hf_gradacc.updates.planner import cut_sorted
 from hf_gradacc.updates.trees.cost import HELD, TreeCost, cost_of_trees, costs_of_trees, padded_cost
 from hf_gradacc.updates.trees.prefixes import Sorted, count_distinct_tokens, sort_by_prefix
+from hf_gradacc.updates.trees.range_minimum import RangeMinimum
 
 __all__ = [
     "GrownTrees",
@@ -34,7 +35,7 @@ __all__ = [
 
 
 def grow_trees(
-    rows: Sorted, cost: TreeCost, limits: Limits = NO_LIMITS
+    rows: Sorted, cost: TreeCost, limits: Limits = NO_LIMITS, *, held_by_each: float = 0.0
 ) -> list[tuple[int, int, int]]:
     """Decide which neighbours to compute as one tree: the cheapest cut into runs.
 
@@ -46,6 +47,7 @@ def grow_trees(
         rows: From `sort_by_prefix`.
         cost: What trees and rows cost.
         limits: Of a tree; what shared tokens hold counts among its tokens, see `HELD`.
+        held_by_each: Tokens that each row takes of them besides.
 
     Returns:
         Where each tree starts and stops in the sorted rows, and its tokens.
@@ -80,8 +82,10 @@ def grow_trees(
         stops = np.minimum(stops, np.arange(n) + limits.max_sequences)
     if limits.max_tokens is not None:
         held = np.cumsum(HELD * rows.shared if cost.by_rows else np.zeros(n))
-        filled = ends + np.concatenate(([0.0], held))
-        most = np.searchsorted(filled, befores + limits.max_tokens + held, side="right")
+        each = held_by_each * np.arange(n + 1)
+        filled = ends + np.concatenate(([0.0], held)) + each
+        room = befores + held + each[:-1] + limits.max_tokens
+        most = np.searchsorted(filled, room, side="right")
         stops = np.minimum(stops, most - 1)
     # Rows that stay together are a tree by themselves.
     price = cost.row if cost.by_rows or rows.rows_each == 1 else cost.tree
@@ -294,7 +298,8 @@ def plan_trees(
         dict(zip(trees, costs_of_trees(trees, found, cost), strict=True)) if cost.by_rows else {}
     )
     plan = SharedPlan([], [], [])
-    for inside in bins:
+    common = _common(bins, found) if cost.by_rows else [0] * len(bins)
+    for inside, in_common in zip(bins, common, strict=True):
         plan.pieces.append([i for first, last, _ in inside for i in order[first:last]])
         ends = [0, *itertools.accumulate(last - first for first, last, _ in inside)]
         blocks = range(0, found.rows_each * ends[-1], ends[-1])
@@ -302,7 +307,8 @@ def plan_trees(
             tuple(block + i for block in blocks for i in range(a, b))
             for a, b in itertools.pairwise(ends)
         )
-        plan.trees.append(_grown(rows, inside, found, cost))
+        sizes = tuple(size for *_, size in inside)
+        plan.trees.append(GrownTrees(rows, sizes, cost.by_rows, common=in_common))
         price = (
             sum(price_of[tree] for tree in inside)
             if cost.by_rows
@@ -312,22 +318,18 @@ def plan_trees(
     return plan
 
 
-def _grown(
-    rows: tuple[tuple[int, ...], ...],
-    trees: Sequence[tuple[int, int, int]],
-    found: Sorted,
-    cost: TreeCost,
-) -> GrownTrees:
-    """Put trees that were grown of sorted rows into one micro-batch."""
-    sizes = tuple(size for *_, size in trees)
-    common = 0
-    if cost.by_rows and len(trees) > 1:
-        # What neighbours share is the least that any two rows between them do.
-        runs = itertools.pairwise(sorted(trees))
-        between = [i for (_, stop, _), (start, *_) in runs for i in (stop, start + 1)]
-        least = np.minimum.reduceat(np.append(found.shared, 0), between)[::2]
-        common = int(least.sum())
-    return GrownTrees(rows, sizes, cost.by_rows, common=common)
+def _common(bins: Sequence[Sequence[tuple[int, int, int]]], found: Sorted) -> list[int]:
+    """Count the tokens that trees of each micro-batch have in common with one before, by rows."""
+    in_order = [sorted(trees) for trees in bins]
+    joins = [(a[1], b[0] + 1) for trees in in_order for a, b in itertools.pairwise(trees)]
+    if not joins:
+        return [0] * len(bins)
+    # What neighbours share is the least that any two rows between them do.
+    starts, stops = np.array(joins, dtype=np.int64).T
+    least = RangeMinimum(found.shared).of_each(starts, stops)
+    ends = np.cumsum([0, *(len(trees) - 1 for trees in bins)])
+    common: list[int] = np.diff(np.concatenate(([0], np.cumsum(least)))[ends]).tolist()
+    return common
 
 
 def fill_bins(
@@ -412,7 +414,9 @@ def trees_of(rows: Sequence[Any], cost: TreeCost, limits: Limits = NO_LIMITS) ->
     trees = grow_trees(found, cost, limits)
     order = found.order.tolist()
     rows_of = tuple(tuple(order[first:last]) for first, last, _ in trees)
-    grown = _grown(rows_of, trees, found, cost)
+    (common,) = _common([trees], found) if cost.by_rows else [0]
+    sizes = tuple(size for *_, size in trees)
+    grown = GrownTrees(rows_of, sizes, cost.by_rows, common=common)
     if all(len(inside) == 1 for inside in grown.rows):
         return None
     lengths = found.lengths.tolist()

@@ -16,7 +16,7 @@ from hf_gradacc.updates.dealing_updates import deal_update
 from hf_gradacc.updates.limits import Limits
 from hf_gradacc.updates.planner import plan_micro_batches
 from hf_gradacc.updates.trees.cost import TreeCost, padded_cost
-from hf_gradacc.updates.trees.dealing import DealTerms, deal_trees
+from hf_gradacc.updates.trees.dealing import DealTerms, deal_trees, price_share
 from hf_gradacc.updates.trees.order import sort_rows
 from hf_gradacc.updates.trees.plan import plan_shared_micro_batches
 from hf_gradacc.updates.trees.prefixes import sort_by_prefix
@@ -85,6 +85,13 @@ def test_every_row_is_dealt_once_and_no_rank_is_slower_than_by_length(asked, num
     assert sum(1 for share in shares if not share) == max(0, num_ranks - len(rows))
     assert shares == deal_trees(sort_by_prefix(rows), num_ranks, before, terms)
     assert slowest(rows, shares, terms) <= slowest(rows, before, terms) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("limits", [Limits(), Limits(max_tokens=9), Limits(max_sequences=2)])
+def test_rows_without_a_token_cost_no_more_than_their_micro_batches(packed, limits):
+    terms = DealTerms(TreeCost(), limits, packed=packed)
+    assert sum(price_share(sort_by_prefix([[], [], []]), terms)) == 0
 
 
 def test_small_updates_are_dealt_about_as_well_as_by_trying_every_deal():

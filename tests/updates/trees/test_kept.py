@@ -85,6 +85,22 @@ def test_what_is_shared_behind_a_kept_beginning_is_computed_once_a_micro_batch(s
     assert num_kept > 2
 
 
+@pytest.mark.parametrize(("head", "count"), [(700, 40), (700, 5), (400, 40), (60, 200)])
+def test_trees_behind_a_kept_beginning_leave_each_of_their_rows_room_for_it(head, count):
+    """Rows of a tree attend to the beginning one by one, however few tokens they add."""
+    numbers = itertools.count(10_000)
+    rows = [
+        [*range(head), *[2000 + i] * 10, next(numbers), next(numbers)]
+        for i in range(10)
+        for _ in range(count)
+    ]
+    made = plan(rows, max_tokens=1024)
+    assert any(trees.kept for trees in made.trees)
+    assert max(map(len, made.pieces)) > 1
+    for piece, trees in zip(made.pieces, made.trees, strict=True):
+        assert trees.kept + trees.num_tokens + HELD * trees.kept * len(piece) <= 1024
+
+
 @pytest.mark.parametrize("budget", [1024, 2048, 4096, 100_000])
 @pytest.mark.parametrize("name", UPDATES)
 def test_a_plan_with_kept_beginnings_never_costs_more(name, budget):
