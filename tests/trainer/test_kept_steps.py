@@ -232,6 +232,30 @@ def test_weights_that_nobody_compares_give_another_gradient(tmp_path, monkeypatc
     assert error > 1e-3
 
 
+class Counts(torch.nn.Module):
+    """Counts calls in a buffer, as layers do that keep statistics."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, states):
+        self.calls += 1
+        return self.norm(states)
+
+
+def test_a_body_that_writes_to_its_own_buffers_keeps_nothing_and_trains(tmp_path):
+    with float64_everywhere():
+        expected = reference_gradient(make_model(), ROWS, pad)
+    model = make_model()
+    model.model.norm = Counts(model.model.norm)
+    _, gradient, kept = train(tmp_path, model=model, callbacks=[Writes("nothing")])
+    gradient = {name.replace("norm.norm", "norm"): value for name, value in gradient.items()}
+    assert kept == []
+    assert relative_error(gradient, expected) < EXACT
+
+
 class Unfreezes(TrainerCallback):
     """Lets a layer train from the second micro-batch on."""
 

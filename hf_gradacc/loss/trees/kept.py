@@ -106,6 +106,9 @@ class KeptBeginning:
                 # Not by a call: hooks on the body see its rows, and those only.
                 output = body.forward(input_ids=tokens, use_cache=False, **options)
             self.refused = _why_not_caught(caught, len(self.tokens))
+            if not self.refused and self._weights is not None and self._weights.differ(body):
+                # It counts calls in a buffer, say: that would be taken for somebody's writing.
+                self.refused = "its forward writes to its own weights or buffers"
             if self.refused:
                 return None
             keys = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Weights:
         known = self._sums.get(id(module), [])
         pairs = zip(known, _sums_of(module), strict=bool(known))
         changed = [
-            (before != now).any()
+            _differs(before, now).any()
             for (before, _), (now, is_table) in pairs
             if not (is_table and besides_tables)
         ]
@@ -45,7 +46,18 @@ def _sums_of(module: nn.Module) -> Iterator[tuple[Tensor, bool]]:
     """Yield the sums of each weight's rows, and whether it is a table of embeddings."""
     for part in module.modules():
         for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            yield _row_sums(weight.detach()), isinstance(part, nn.Embedding)
+            for tensor in _tensors_of(weight.detach()):
+                yield _row_sums(tensor), isinstance(part, nn.Embedding)
+
+
+def _tensors_of(weight: Tensor) -> Iterator[Tensor]:
+    """Yield what a weight is made of: quantized ones hold several tensors, and cannot be added."""
+    taken_apart: Any = getattr(weight, "__tensor_flatten__", None)
+    if taken_apart is None:
+        yield weight
+        return
+    for name in taken_apart()[0]:
+        yield from _tensors_of(getattr(weight, name))
 
 
 def _row_sums(weight: Tensor) -> Tensor:
@@ -54,6 +66,15 @@ def _row_sums(weight: Tensor) -> Tensor:
         return torch.zeros(())
     if weight.ndim < 2:
         return weight.clone()
+    if weight.is_complex():
+        return weight.sum(-1)
     if not weight.is_floating_point():
         return weight.sum(-1, dtype=torch.int64)
+    if weight.itemsize == 1:  # torch neither adds these up nor promotes them
+        return weight.to(torch.float32).sum(-1)
     return weight.sum(-1, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _differs(before: Tensor, now: Tensor) -> Tensor:
+    """Compare sums; what is no number on either side is equal."""
+    return before.ne(now) & ~(before.isnan() & now.isnan())
