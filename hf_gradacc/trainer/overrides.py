@@ -135,9 +135,13 @@ def may_write_weights(trainer: Any) -> bool:
     mro = type(trainer).__mro__
     names = ("training_step", "compute_loss")
     modules = [cls.__module__ for name in names for cls in definers(mro, name)]
-    for callback in trainer.callback_handler.callbacks:
-        method = getattr(callback, "on_substep_end", None)
-        modules.append(getattr(method, "__module__", None) or "")
+    called = [vars(trainer)[name] for name in names if name in vars(trainer)]  # set on this one
+    called += [
+        callback.on_substep_end
+        for callback in trainer.callback_handler.callbacks
+        if hasattr(callback, "on_substep_end")
+    ]
+    modules += [getattr(function, "__module__", None) or "" for function in called]
     return any(module.partition(".")[0] not in (*_LIBRARIES, "hf_gradacc") for module in modules)
 
 

@@ -1,6 +1,7 @@
 """Steps, callbacks and hooks of one's own around beginnings that micro-batches keep."""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -271,6 +272,18 @@ def test_a_layer_that_begins_to_train_in_between_has_the_gradient_of_what_came_a
     assert error < EXACT
 
 
+class IsGivenALoss(GradAccTrainer):
+    """Somebody has set a loss on this trainer alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compute_loss = partial(loss_of, self)
+
+
+def loss_of(trainer, *args, **kwargs):
+    return type(trainer).compute_loss(trainer, *args, **kwargs)
+
+
 def test_weights_are_added_up_only_where_somebody_may_write_to_them(tmp_path, monkeypatch):
     made = []
     stock = Weights.__init__
@@ -291,6 +304,7 @@ def test_weights_are_added_up_only_where_somebody_may_write_to_them(tmp_path, mo
     assert run("stock") == 0
     assert run("callback", callbacks=[Writes("nothing")]) == 1
     assert run("step", trainer_class=moves_weights()) == 2
+    assert run("loss", trainer_class=IsGivenALoss) == 3
 
 
 # ---- hooks on the body ---------------------------------------------------------------------------
