@@ -64,14 +64,14 @@ def _row_sums(weight: Tensor) -> Tensor:
     """Add up rows as finely as their dtype is; a weight of one dimension is its own sums."""
     if weight.is_meta:
         return torch.zeros(())
+    if weight.is_floating_point() and weight.itemsize == 1:
+        weight = weight.view(torch.uint8)  # torch neither adds these up nor promotes them
     if weight.ndim < 2:
         return weight.clone()
     if weight.is_complex():
         return weight.sum(-1)
     if not weight.is_floating_point():
         return weight.sum(-1, dtype=torch.int64)
-    if weight.itemsize == 1:  # torch neither adds these up nor promotes them
-        return weight.to(torch.float32).sum(-1)
     return weight.sum(-1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
