@@ -291,14 +291,14 @@ def train_scenario(scenario: dict[str, Any]) -> dict[str, Any]:
 
 def train_dealt_by_length(scenario: dict[str, Any]) -> dict[str, Any]:
     """Train a scenario whose rows are dealt as if none began alike, and computed as trees."""
-    from hf_gradacc.updates import loader
+    from hf_gradacc.updates import dealing_updates
 
-    deal_trees = loader.deal_trees
-    loader.deal_trees = lambda found, num_ranks, by_length, terms: by_length
+    dealt = dealing_updates.deal_trees
+    dealing_updates.deal_trees = lambda found, num_ranks, by_length, terms: by_length
     try:
         return train_scenario(scenario)
     finally:
-        loader.deal_trees = deal_trees
+        dealing_updates.deal_trees = dealt
 
 
 def ask_for_what_needs_ddp_to_reduce() -> dict[str, str]:
