@@ -11,6 +11,7 @@ from hf_gradacc.errors import ConfigError
 from hf_gradacc.loss.shortcuts import onednn
 from hf_gradacc.loss.shortcuts.chunked import ChunkedLoss
 from hf_gradacc.loss.shortcuts.onednn import (
+    cpu_family,
     find_linears,
     is_onednn_faster,
     matmul,
@@ -146,18 +147,32 @@ def test_only_large_plain_layers_of_float32_are_found(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("vendor", "instructions", "has_mkl", "expected"),
+    ("vendor", "family", "instructions", "has_mkl", "expected"),
     [
-        ("AuthenticAMD", "AVX512", True, True),
-        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", "AVX512", True, True),
-        ("AuthenticAMD", "AVX2", True, False),  # MKL's kernels are of that kind, too
-        ("GenuineIntel", "AVX512", True, False),
-        ("AuthenticAMD", "AVX512", False, False),
-        ("", "DEFAULT", False, False),
+        ("AuthenticAMD", 26, "AVX512", True, True),
+        ("AuthenticAMD", 25, "AVX512", True, False),  # in halves
+        ("AuthenticAMD", 0, "AVX512", True, False),
+        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", 26, "AVX512", True, True),
+        ("AuthenticAMD", 26, "AVX2", True, False),  # MKL's kernels are of that kind, too
+        ("GenuineIntel", 6, "AVX512", True, False),
+        ("AuthenticAMD", 26, "AVX512", False, False),
+        ("", 0, "DEFAULT", False, False),
     ],
 )
-def test_the_choice_goes_by_what_the_machine_is(vendor, instructions, has_mkl, expected):
-    assert is_onednn_faster(vendor=vendor, instructions=instructions, has_mkl=has_mkl) is expected
+def test_the_choice_goes_by_what_the_machine_is(vendor, family, instructions, has_mkl, expected):
+    found = is_onednn_faster(
+        vendor=vendor, family=family, instructions=instructions, has_mkl=has_mkl
+    )
+    assert found is expected
+
+
+def test_the_family_is_read_where_windows_writes_it(monkeypatch):
+    monkeypatch.setattr(onednn, "_cpu_fact", lambda name: "")
+    written = "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD"
+    monkeypatch.setattr(onednn.platform, "processor", lambda: written)
+    assert cpu_family() == 26
+    monkeypatch.setattr(onednn.platform, "processor", lambda: "")
+    assert cpu_family() == 0
 
 
 def test_a_chunked_loss_may_multiply_by_oneDNN(monkeypatch):
