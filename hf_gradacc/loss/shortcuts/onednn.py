@@ -87,9 +87,8 @@ def is_onednn_faster_here() -> bool:
 
 def cpu_vendor() -> str:
     """Return the vendor of the CPU, such as AuthenticAMD or GenuineIntel; empty if unknown."""
-    return (
-        _cpu_fact("vendor_id") or platform.processor()
-    )  # Windows: "... Family 25 ..., AuthenticAMD"
+    # Windows writes "AMD64 Family 25 ..., AuthenticAMD" there.
+    return _cpu_fact("vendor_id") or platform.processor()
 
 
 def cpu_family() -> int:
